@@ -1,0 +1,1 @@
+"""PyramidDrop: make vision-language models cheaper by dropping visual tokens inside the language model, in stages."""

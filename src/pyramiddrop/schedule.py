@@ -1,0 +1,109 @@
+"""When tokens are dropped, and how many stay: stages, schedules and the paper's presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One drop: before the 0-based decoder layer `layer`, the share `keep` of the ORIGINAL visual tokens stays."""
+
+    layer: int
+    keep: float
+
+    def count(self, tokens: int) -> int:
+        """How many of `tokens` original visual tokens stay: the floor of the float product, at least one.
+
+        The product is taken in floating point, as the official code does: 100 tokens at keep 0.29 leave 28.
+        """
+        return min(tokens, max(1, math.floor(tokens * self.keep)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of one model, shallow to deep. Layers increase strictly, and no stage keeps more than the one before.
+
+    Raises:
+        ValueError: for no stage, a layer below 1, layers that do not increase, a keep ratio outside (0, 1] or
+            larger than the stage before.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a schedule needs at least one stage; got none")
+        _check_layers([stage.layer for stage in self.stages])
+        _check_keep([stage.keep for stage in self.stages])
+
+    @classmethod
+    def of(cls, layers: Iterable[int], keep: Iterable[float]) -> Schedule:
+        """Pair `layers` (0-based, drop before the layer) with `keep` (of the original count)."""
+        layers, keep = list(layers), list(keep)
+        if len(layers) != len(keep):
+            raise ValueError(
+                f"layers and keep must have the same length; got {len(layers)} layers {layers} and {len(keep)} keep ratios {keep}"
+            )
+        return cls(tuple(Stage(layer, ratio) for layer, ratio in zip(layers, keep, strict=True)))
+
+    @classmethod
+    def equal(cls, num_layers: int, stages: int, keep: Sequence[float]) -> Schedule:
+        """`stages` equal parts of a model of `num_layers` layers; `keep[k]` holds from the start of part k + 1."""
+        layers = equal_stage_layers(num_layers, stages)
+        return cls.of(layers, keep)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(stage.layer for stage in self.stages)
+
+    @property
+    def keep(self) -> tuple[float, ...]:
+        return tuple(stage.keep for stage in self.stages)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ValueError where a stage lies beyond a model of `num_layers` layers."""
+        if self.layers[-1] >= num_layers:
+            raise ValueError(
+                f"layers must be between 1 and {num_layers - 1} for a model of {num_layers} layers; got {list(self.layers)}"
+            )
+
+    def counts(self, tokens: int) -> list[int]:
+        """How many of `tokens` original visual tokens stay after each stage."""
+        return [stage.count(tokens) for stage in self.stages]
+
+    def stage_of(self, layer: int) -> int:
+        """The number of drops that layer `layer` has behind it (0 before the first stage's layer)."""
+        return sum(stage.layer <= layer for stage in self.stages)
+
+
+def equal_stage_layers(num_layers: int, stages: int) -> list[int]:
+    """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24."""
+    if not 2 <= stages <= num_layers:
+        raise ValueError(f"stages must be between 2 and the model's {num_layers} layers; got {stages}")
+    return [num_layers * stage // stages for stage in range(1, stages)]
+
+
+def powers(lam: float, drops: int) -> list[float]:
+    """The paper's keep ratios: λ, λ², λ³, ..."""
+    if not 0 < lam <= 1:
+        raise ValueError(f"lam must be in (0, 1]; got {lam}")
+    return [lam**drop for drop in range(1, drops + 1)]
+
+
+def _check_layers(layers: list[int]) -> None:
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise ValueError(f"layers must be whole numbers; got {layers}")
+    if layers[0] < 1:
+        raise ValueError(f"layers must be at least 1, for nothing can be ranked before layer 0 has run; got {layers}")
+    if any(after <= before for before, after in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers must increase strictly; got {layers}")
+
+
+def _check_keep(keep: list[float]) -> None:
+    if any(isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1 for ratio in keep):
+        raise ValueError(f"keep ratios must be in (0, 1]; got {keep}")
+    if any(after > before for before, after in zip(keep, keep[1:], strict=False)):
+        raise ValueError(f"keep ratios are shares of the original count and must not increase; got {keep}")
