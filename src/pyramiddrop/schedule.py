@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class Schedule:
         """Pair `layers` (0-based, drop before the layer) with `keep` (of the original count)."""
         layers, keep = list(layers), list(keep)
         if len(layers) != len(keep):
-            raise ValueError(
-                f"layers and keep must have the same length; got {len(layers)} layers {layers} and {len(keep)} keep ratios {keep}"
-            )
+            raise ValueError(f"layers and keep must have the same length; got layers {layers} and keep {keep}")
         return cls(tuple(Stage(layer, ratio) for layer, ratio in zip(layers, keep, strict=True)))
 
     @classmethod
@@ -67,7 +66,7 @@ class Schedule:
         """Raise ValueError where a stage lies beyond a model of `num_layers` layers."""
         if self.layers[-1] >= num_layers:
             raise ValueError(
-                f"layers must be between 1 and {num_layers - 1} for a model of {num_layers} layers; got {list(self.layers)}"
+                f"layers must be in 1..{num_layers - 1} for a model of {num_layers} layers; got {list(self.layers)}"
             )
 
     def counts(self, tokens: int) -> list[int]:
@@ -98,12 +97,12 @@ def _check_layers(layers: list[int]) -> None:
         raise ValueError(f"layers must be whole numbers; got {layers}")
     if layers[0] < 1:
         raise ValueError(f"layers must be at least 1, for nothing can be ranked before layer 0 has run; got {layers}")
-    if any(after <= before for before, after in zip(layers, layers[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(layers)):
         raise ValueError(f"layers must increase strictly; got {layers}")
 
 
 def _check_keep(keep: list[float]) -> None:
     if any(isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1 for ratio in keep):
         raise ValueError(f"keep ratios must be in (0, 1]; got {keep}")
-    if any(after > before for before, after in zip(keep, keep[1:], strict=False)):
+    if any(after > before for before, after in pairwise(keep)):
         raise ValueError(f"keep ratios are shares of the original count and must not increase; got {keep}")
