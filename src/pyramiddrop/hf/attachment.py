@@ -1,0 +1,218 @@
+"""Hooks on a model and off again: how a method takes part in the model's forward and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pyramiddrop.hf.families import Anatomy, check_compact_positions
+from pyramiddrop.hf.memory import CacheMemory
+from pyramiddrop.hf.plan import Plan, Request, make_plan
+from pyramiddrop.hf.request import IGNORED_LABEL, GivenMasks, call_shape, extend_request, read_request
+from pyramiddrop.hf.run import Kwargs, Rules, Run
+from pyramiddrop.scoring import AttentionScorer
+from pyramiddrop.trace import Trace
+
+_RUN = "pyramiddrop_run"
+_MARK = "_pyramiddrop_attachment"
+
+
+@dataclass
+class _Generation:
+    """One call of `generate`: its first forward is the prompt; what it asked holds until the end."""
+
+    prompt: Request | None = None
+    started: bool = False
+
+
+# By attachment, for a patched assistant model may generate inside the generation of a patched main model.
+_generations: ContextVar[Mapping[int, _Generation]] = ContextVar("pyramiddrop_generations", default={})  # noqa: B039
+
+
+class Attachment:
+    """A method on a model. Hooks alone: no module, parameter or class is replaced, and the state dict stays as it is.
+
+    Args:
+        parts: of the model.
+        rules: the method's settings.
+        given: masks of the user's.
+
+    Raises:
+        RuntimeError: where the model has a method already.
+        UnsupportedModelError: where the model cannot work with these rules.
+    """
+
+    def __init__(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> None:
+        if attachment_of(parts.text) is not None:
+            raise RuntimeError(
+                "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
+            )
+        if rules.positions == "compact":
+            check_compact_positions(parts.text)
+        self.anatomy, self.rules, self.given = parts, rules, given
+        self.trace = Trace()
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        text, generator = self.anatomy.text, self.anatomy.generator
+        for module in (*self.anatomy.wrappers, text):
+            names, takes_any = _parameters(module)
+            if takes_any:
+                hook = partial(self._before_model, names)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
+        for index, layer in enumerate(self.anatomy.layers):
+            hook = partial(self._before_layer, index, _parameters(layer)[0])
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        setattr(text, _MARK, self)
+        if generator is not None:
+            generator.__dict__["generate"] = Generate(self, generator)
+
+    def detach(self) -> None:
+        """Take all hooks off; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        delattr(self.anatomy.text, _MARK)
+        if self.anatomy.generator is not None:
+            del self.anatomy.generator.generate
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------
+
+    def _before_model(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[()], Kwargs] | None:
+        """On each module from the model down to the text model: the outermost that sees tokens opens the run."""
+        if _RUN in kwargs or len(args) > len(names):
+            return None
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        if call_shape(call) is None:
+            return None
+        run = self._open(call)
+        if run is not None and run.shift_labels is not None:
+            call["shift_labels"] = run.shift_labels
+        return (), {**call, _RUN: run}
+
+    def _before_layer(
+        self, index: int, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        if _RUN not in kwargs:
+            return None
+        run: Run | None = kwargs.pop(_RUN)
+        if run is None:
+            return args, kwargs
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden, call = run.enter(index, layer, call.pop("hidden_states"), call)
+        return (hidden,), call  # positional: reentrant gradient checkpointing needs it so
+
+    def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
+        run = kwargs.get(_RUN)
+        return output if run is None else run.leave(output)
+
+    # ---- opening a run ---------------------------------------------------------------------------------------------
+
+    def _open(self, call: Kwargs) -> Run | None:
+        """The run of this forward: a prefill that drops, a step that follows an earlier one, or None."""
+        cache, (_, length) = call.get("past_key_values"), call_shape(call) or (0, 0)
+        if torch.compiler.is_compiling() and length == 1:
+            memory = CacheMemory.of(cache)
+            return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
+        opened: Run | None = torch.compiler.disable(self._open_eagerly)(call, cache)
+        return opened
+
+    def _open_eagerly(self, call: Kwargs, cache: Any) -> Run | None:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past == 0:
+            CacheMemory.forget(cache)
+        memory = CacheMemory.of(cache)
+        generation = _generations.get().get(id(self))
+        first = generation is None or not generation.started
+        plan = self._plan(call, past, generation)
+        if plan is None and memory is None:
+            return None
+        labels = call.get("labels")
+        tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
+        plan = None if plan is None else plan.to(tokens.device)
+        run = Run(self.anatomy, self.rules, past, tokens.shape[1], plan, memory, labels)
+        if plan is not None and first:
+            run.trace = self.trace
+            self._begin_trace(plan)
+        if plan is not None and plan.drops and labels is not None and self.rules.logits == "kept":
+            run.shift_labels = labels.new_full((len(labels), plan.stages[-1].length), IGNORED_LABEL)
+        return run
+
+    def _plan(self, call: Kwargs, past: int, generation: _Generation | None) -> Plan | None:
+        """The plan of this forward where it is a prefill, else None."""
+        shape = call_shape(call)
+        assert shape is not None
+        request: Request | None
+        if generation is not None and generation.started:
+            # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
+            # never dropped; without one the prompt is ranked again, by its own last token.
+            uncached = generation.prompt is not None and call.get("past_key_values") is None
+            request = extend_request(generation.prompt, call) if uncached and generation.prompt else None
+        elif shape[1] == 1 and past:
+            request = None
+        else:
+            training = self.anatomy.text.training and generation is None
+            request = read_request(call, self.anatomy, self.given, past, training)
+        if generation is not None and not generation.started:
+            generation.started, generation.prompt = True, request
+        return None if request is None else make_plan(request, self.rules.schedule, self.rules.per_image)
+
+    def _begin_trace(self, plan: Plan) -> None:
+        schedule, layers = self.rules.schedule, len(self.anatomy.layers)
+        lengths = [plan.length, *(stage.length for stage in plan.stages)]
+        attends = isinstance(self.rules.scorer, AttentionScorer)
+        ranked = [rows for rows, stage in zip(lengths, plan.stages, strict=False) if attends and stage.drops]
+        columns = [row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()]
+        per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
+        self.trace.begin(columns, per_layer, ranked, self.anatomy.shape)
+        if not plan.drops:
+            rows = torch.arange(plan.length).expand_as(plan.visual)
+            for stage in plan.stages:
+                self.trace.record(stage.layer, stage.keep, rows, plan.visual, plan.past)
+
+
+class Generate:
+    """Stands in for a patched model's `generate`, so that the forwards know to which generation they belong."""
+
+    def __init__(self, attachment: Attachment, generator: Any) -> None:
+        self.attachment, self.generator = attachment, generator
+        self.__wrapped__ = type(generator).generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.generator.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise ValueError(
+                "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
+                "of the whole prompt. Leave it unset"
+            )
+        generations = {**_generations.get(), id(self.attachment): _Generation()}
+        token = _generations.set(generations)
+        try:
+            return type(self.generator).generate(self.generator, *args, **kwargs)
+        finally:
+            _generations.reset(token)
+
+
+def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Names of the positional parameters of a module's forward, and whether it takes any further keyword."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+    return names, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, found from any module around its text model; None where there is none."""
+    return next((found for module in model.modules() if (found := module.__dict__.get(_MARK)) is not None), None)

@@ -1,0 +1,88 @@
+"""What a KV cache must remember of a pruned prefill: for each stage, the original column of every slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_pyramiddrop"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of one stage's KV cache that pruned prefills have written.
+
+    Later slots need no entry: slot `columns.shape[1] + j` holds column `length + j`.
+
+    Attributes:
+        columns: (B, n) long, the column of the full sequence that stands in each slot.
+        valid: (B, n) bool, False where a slot holds filler, or None where none does.
+        length: how many columns of the full sequence these slots cover.
+    """
+
+    columns: Tensor
+    valid: Tensor | None
+    length: int
+
+    def until(self, length: int) -> Slots:
+        """The same slots, and those that the columns up to `length` took since."""
+        if length == self.length:
+            return self
+        batch = len(self.columns)
+        later = torch.arange(self.length, length, device=self.columns.device).expand(batch, -1)
+        valid = None
+        if self.valid is not None:
+            valid = torch.cat([self.valid, self.valid.new_ones(batch, later.shape[1])], 1)
+        return Slots(torch.cat([self.columns, later], 1), valid, length)
+
+    def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
+        """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
+        before = self.until(past)
+        if before.valid is None and valid is None:
+            both = None
+        else:
+            both = torch.cat(
+                [
+                    torch.ones_like(part, dtype=torch.bool) if mask is None else mask
+                    for part, mask in ((before.columns, before.valid), (rows, valid))
+                ],
+                1,
+            )
+        return Slots(torch.cat([before.columns, rows + past], 1), both, past + length)
+
+
+@dataclass
+class CacheMemory:
+    """Lives on the cache object, so that it is copied, passed on and forgotten with it.
+
+    Attributes:
+        slots: stage number -> its slots, for stages at which something was dropped.
+        shift: stage number -> (B,) how far positions were renumbered (`positions="compact"` only).
+    """
+
+    slots: dict[int, Slots] = field(default_factory=dict)
+    shift: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(cache: Any) -> CacheMemory | None:
+        """The memory of a cache, or None where nothing was ever dropped from it."""
+        memory: CacheMemory | None = getattr(cache, _ATTRIBUTE, None)
+        return memory
+
+    @staticmethod
+    def start(cache: Any) -> CacheMemory:
+        """The memory of a cache, made new where there is none."""
+        memory = CacheMemory.of(cache)
+        if memory is None:
+            memory = CacheMemory()
+            setattr(cache, _ATTRIBUTE, memory)
+        return memory
+
+    @staticmethod
+    def forget(cache: Any) -> None:
+        """Drop what is remembered: the cache was emptied."""
+        if hasattr(cache, _ATTRIBUTE):
+            delattr(cache, _ATTRIBUTE)

@@ -1,0 +1,171 @@
+"""The plan of one prefill: who is visual, who asks, and how many rows each stage leaves. Made once, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call says about its B x L tokens. All tensors are on the CPU.
+
+    Attributes:
+        visual: (B, L) bool.
+        queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
+        protected: (B, L) bool, tokens that are never dropped, for something is read off their rows.
+        valid: (B, L) bool, False at padding, or None where there is none.
+        image_lengths: tokens of each image of the batch in order, or None where unknown.
+        past: columns that the KV cache holds already.
+    """
+
+    visual: Tensor
+    queries: Tensor
+    protected: Tensor
+    valid: Tensor | None
+    image_lengths: Sequence[int] | None
+    past: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage end of one prefill.
+
+    Attributes:
+        layer: drop before this 0-based layer.
+        keep: keep ratio of the original count.
+        quota: (B, G) long, visual tokens of each group that stay.
+        length: rows of the rectangle that is left.
+        ragged: whether some sample has fewer valid rows than `length`.
+        drops: whether this stage drops anything that the one before had left.
+    """
+
+    layer: int
+    keep: float
+    quota: Tensor
+    length: int
+    ragged: bool
+    drops: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Masks and counts of one prefill of B x L tokens in G groups.
+
+    Attributes:
+        visual: (B, L) bool, valid visual tokens.
+        protected: (B, L) bool, those of them that always stay.
+        valid: (B, L) bool or None.
+        ordinal: (B, L) long, the number of each visual token in its sample.
+        groups: (B, L) long, the group of each visual token.
+        queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
+        weights: (B, Q) float, 1 at a query token, 0 at padding.
+        stages: one entry a stage.
+        past: columns before this call.
+    """
+
+    visual: Tensor
+    protected: Tensor
+    valid: Tensor | None
+    ordinal: Tensor
+    groups: Tensor
+    queries: Tensor
+    weights: Tensor
+    stages: tuple[StagePlan, ...]
+    past: int
+
+    @property
+    def length(self) -> int:
+        return self.visual.shape[1]
+
+    @property
+    def drops(self) -> bool:
+        return any(stage.drops for stage in self.stages)
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        stages = tuple(replace(stage, quota=stage.quota.to(device)) for stage in self.stages)
+        return replace(self, **moved, stages=stages)
+
+
+def make_plan(request: Request, schedule: Schedule, per_image: bool) -> Plan:
+    """Work out the counts of every stage from the masks of `request`."""
+    valid = request.valid
+    visual = request.visual if valid is None else request.visual & valid
+    queries = request.queries if valid is None else request.queries & valid
+    groups, num_groups = _groups(visual, request.image_lengths) if per_image else (torch.zeros_like(visual).long(), 1)
+    protected = visual & (request.protected | queries)
+    tokens, held = (_count(mask, groups, num_groups) for mask in (visual, protected))
+    columns, weights = _query_columns(queries)
+    return Plan(
+        visual=visual,
+        protected=protected,
+        valid=valid,
+        ordinal=(visual.long().cumsum(1) - 1).clamp(min=0),
+        groups=groups,
+        queries=columns,
+        weights=weights,
+        stages=tuple(_stages(schedule, tokens, held, queries.any(1), _row_counts(visual, valid), visual.shape[1])),
+        past=request.past,
+    )
+
+
+def _stages(
+    schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor, rows: Tensor, length: int
+) -> list[StagePlan]:
+    """Counts of each stage: `tokens` (B, G) visual ones, `held` of them protected, in samples of `rows` (B,) rows."""
+    plans = []
+    before = tokens
+    ragged = bool((rows != length).any())
+    for stage in schedule.stages:
+        counts = torch.tensor([[stage.count(n) for n in sample] for sample in tokens.tolist()]).view_as(tokens)
+        quota = torch.where(asks[:, None], torch.maximum(counts, held), tokens)
+        drops = bool((quota < before).any())
+        if drops:
+            left = rows - tokens.sum(1) + quota.sum(1)
+            length = int(left.max())
+            ragged = bool((left != length).any())
+        plans.append(StagePlan(stage.layer, stage.keep, quota, length, ragged, drops))
+        before = quota
+    return plans
+
+
+def _row_counts(visual: Tensor, valid: Tensor | None) -> Tensor:
+    return torch.full((len(visual),), visual.shape[1]) if valid is None else valid.sum(1)
+
+
+def _count(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """(B, G) how many True each group has."""
+    return torch.zeros(len(mask), num_groups, dtype=torch.long).scatter_add(1, groups, mask.long())
+
+
+def _query_columns(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Q) columns of the query tokens and their weights; Q is the largest count, at least 1."""
+    most = max(1, int(queries.sum(1).max()))
+    columns = (~queries).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+    return columns, queries.gather(1, columns).float()
+
+
+def _groups(visual: Tensor, image_lengths: Sequence[int] | None) -> tuple[Tensor, int]:
+    """(B, L) the image that each visual token belongs to, counted in its sample, and the largest count of images.
+
+    Where the lengths of the images are not known or do not fit, a run of visual tokens is one image.
+    """
+    if image_lengths is not None and sum(image_lengths) == int(visual.sum()):
+        image = torch.zeros_like(visual, dtype=torch.long)
+        image[visual] = torch.repeat_interleave(torch.arange(len(image_lengths)), torch.tensor(image_lengths))
+        first = image.masked_fill(~visual, len(image_lengths)).min(1, keepdim=True).values
+        groups = (image - first) * visual
+    else:
+        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        groups = (starts.long().cumsum(1) - 1).clamp(min=0)
+    return groups, int(groups.max()) + 1

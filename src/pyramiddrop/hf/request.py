@@ -1,0 +1,144 @@
+"""What a call says about its tokens: who is visual, who asks, who must stay. Read once, on the host."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.hf.families import Anatomy
+from pyramiddrop.hf.plan import Request
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """Masks that the user gave: (B, L) bool on the CPU, or None.
+
+    Raises:
+        ValueError: where one is no two-dimensional bool tensor, or their shapes differ.
+    """
+
+    visual: Tensor | None = None
+    query: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, mask in (("visual_mask", self.visual), ("query_mask", self.query)):
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"{name} must be a bool tensor of shape (batch, length); got {got}")
+        if self.visual is not None and self.query is not None and self.visual.shape != self.query.shape:
+            raise ValueError(
+                f"visual_mask and query_mask must have the same shape; got {tuple(self.visual.shape)} and "
+                f"{tuple(self.query.shape)}"
+            )
+
+
+def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(B, L) of the call's tokens, or None where it has none."""
+    for name in ("input_ids", "inputs_embeds"):
+        if call.get(name) is not None:
+            return tuple(call[name].shape[:2])
+    return None
+
+
+def read_request(
+    call: Mapping[str, Any], anatomy: Anatomy, given: GivenMasks, past: int, training: bool
+) -> Request | None:
+    """The request of a prefill, or None where nothing is to be dropped.
+
+    Args:
+        call: arguments of the model's forward.
+        anatomy: of the model.
+        given: masks that the user gave.
+        past: columns in the KV cache.
+        training: whether this is a training forward: then only labels (or a query mask) say who asks.
+
+    Raises:
+        ValueError: for embeddings without a visual mask, and for masks that do not fit the call.
+    """
+    shape = call_shape(call)
+    assert shape is not None
+    visual = _fitted(given.visual, "visual_mask", shape, past)
+    if visual is None:
+        visual = _visual_from_ids(call, anatomy)
+    if not visual.any():
+        return None
+    valid = _valid(call.get("attention_mask"), shape, past)
+    labels = call.get("labels")
+    query = _fitted(given.query, "query_mask", shape, past)
+    protected = torch.zeros_like(visual)
+    if labels is not None:
+        supervised = labels.cpu() != IGNORED_LABEL
+        protected[:, :-1] = supervised[:, 1:]
+        if query is None:
+            query = protected & ~supervised
+    elif query is None and training:
+        warnings.warn(
+            "pyramiddrop drops nothing in this training forward: it has no labels, so no token asks. Pass labels to "
+            "the model, or give query_mask, or call model.eval()",
+            stacklevel=2,
+        )
+        return None
+    elif query is None:
+        query = _last_token(visual, valid)
+        protected = query
+    return Request(visual, query, protected | query, valid, anatomy.image_lengths(call, int(visual.sum())), past)
+
+
+def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
+    """The prompt's request for a later, uncached step of its generation: new tokens are not visual and do not ask."""
+    shape = call_shape(call)
+    assert shape is not None
+    new = shape[1] - prompt.visual.shape[1]
+    visual, queries, protected = (
+        torch.nn.functional.pad(mask, (0, new)) for mask in (prompt.visual, prompt.queries, prompt.protected)
+    )
+    valid = _valid(call.get("attention_mask"), shape, prompt.past)
+    return replace(prompt, visual=visual, queries=queries, protected=protected, valid=valid)
+
+
+def _visual_from_ids(call: Mapping[str, Any], anatomy: Anatomy) -> Tensor:
+    ids = call.get("input_ids")
+    if ids is None or not anatomy.visual_ids:
+        raise ValueError(
+            "visual_mask is needed: this call has no ids of visual tokens (inputs_embeds, or a text model). Give a "
+            "(batch, length) bool mask: with method(model, visual_mask=mask)"
+        )
+    return torch.isin(ids.cpu(), torch.tensor(anatomy.visual_ids))
+
+
+def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
+    """The user's mask for this call: of the call's shape, or of all columns so far; repeated for beams."""
+    if mask is None:
+        return None
+    batch, length = shape
+    if mask.shape[1] == past + length:
+        mask = mask[:, past:]
+    if mask.shape[1] != length or batch % len(mask):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, but this call has {batch} x {length} tokens")
+    return mask.cpu().repeat_interleave(batch // len(mask), 0)
+
+
+def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
+    """(B, L) bool, False at padding, from a 2-D mask or from the diagonal of a prepared 4-D one; None: no padding."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        own = mask[..., past : past + shape[1]].diagonal(dim1=-2, dim2=-1)[:, 0]
+        mask = own if own.dtype == torch.bool else own >= 0
+    valid = mask[:, -shape[1] :].bool().cpu().expand(shape)
+    return None if bool(valid.all()) else valid
+
+
+def _last_token(visual: Tensor, valid: Tensor | None) -> Tensor:
+    columns = torch.arange(visual.shape[1]).expand_as(visual)
+    last = (columns if valid is None else columns.masked_fill(~valid, -1)).max(1, keepdim=True).values
+    return columns == last

@@ -1,0 +1,44 @@
+"""Making per-token tensors follow the rows that stay, and putting rows back where they came from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
+    """Gather `rows` (B, N) of `tensor` along `dim`; the batch dimension is the one before, B or 1 (broadcast)."""
+    rows = rows.to(tensor.device)
+    if len(rows) == 1 and tensor.shape[dim - 1] == 1:
+        return tensor.index_select(dim, rows[0])
+    if dim == 1 and len(tensor) == len(rows):
+        # Whole rows are copied: several times faster than an element-wise gather of wide hidden states.
+        first = torch.arange(len(rows), device=rows.device)[:, None] * tensor.shape[1]
+        return tensor.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, *tensor.shape[2:])
+    shape = [*tensor.shape]
+    shape[dim - 1] = len(rows)
+    source = tensor.expand(shape)
+    shape[dim] = rows.shape[1]
+    return source.gather(dim, _aligned(rows, tensor.dim(), dim - 1, dim).expand(shape))
+
+
+def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int, dim: int = 1) -> Tensor:
+    """Undo `take_rows`: (B, N at `dim`, ...) back to `length` columns, with zeros where no valid row is."""
+    rows = rows.to(tensor.device)
+    if valid is not None:
+        tensor = tensor * _aligned(valid.to(tensor.device), tensor.dim(), 0, dim)
+    shape = [*tensor.shape]
+    shape[dim] = length
+    return tensor.new_zeros(shape).scatter(dim, _aligned(rows, tensor.dim(), 0, dim).expand_as(tensor), tensor)
+
+
+def take_positions(table: Tensor, rows: Tensor) -> Tensor:
+    """Gather position ids (..., B or 1, L) of an integer type, or position embeddings (..., B or 1, L, d)."""
+    return take_rows(table, rows, dim=table.dim() - (2 if table.is_floating_point() else 1))
+
+
+def _aligned(table: Tensor, dims: int, batch: int, column: int) -> Tensor:
+    """View a (B, N) table so that it broadcasts against a tensor of `dims` dimensions."""
+    shape = [1] * dims
+    shape[batch], shape[column] = table.shape
+    return table.view(shape)

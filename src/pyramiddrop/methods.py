@@ -1,0 +1,284 @@
+"""The front door: a method is a schedule, a scorer and a few rules; it goes on a model and comes off again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from pyramiddrop.hf import Attachment, GivenMasks, Rules, anatomy, attachment_of
+from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
+from pyramiddrop.scoring import AttentionScorer, RandomScorer, Scorer, UniformScorer
+from pyramiddrop.trace import Trace
+
+FILE_NAME = "pyramiddrop.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What all methods share. A new method is a subclass that gives a `schedule` and a `scorer`, and a line in METHODS.
+
+    Attributes:
+        positions: "original": tokens that stay keep their position ids; "compact": they are renumbered 0..n-1 after
+            each drop, as the official code does.
+        rank_layer: "next": the layer before which tokens are dropped ranks them, by its own queries and keys of the
+            undropped rows; "last": the layer before it does.
+        per_image: whether each image of a sample has its own quota, or all of them share one.
+        logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
+            logits and the loss for the rows that are left alone, which needs less memory.
+
+    Raises:
+        ValueError: at construction, for a value that is not allowed; the message names the argument.
+    """
+
+    positions: str = "original"
+    rank_layer: str = "next"
+    per_image: bool = False
+    logits: str = "full"
+
+    def __post_init__(self) -> None:
+        _check_choice("positions", self.positions, ("original", "compact"))
+        _check_choice("rank_layer", self.rank_layer, ("next", "last"))
+        _check_choice("logits", self.logits, ("full", "kept"))
+        _check_choice("per_image", self.per_image, (False, True))
+
+    def schedule(self, num_layers: int) -> Schedule:
+        """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit."""
+        raise NotImplementedError
+
+    def scorer(self) -> Scorer:
+        """What ranks the visual tokens."""
+        raise NotImplementedError
+
+    def __call__(
+        self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Applied:
+        """Apply the method for the time of a `with` block, which yields the Trace.
+
+        Args:
+            model: a Transformers vision-language model; or a text model, given a visual mask.
+            visual_mask: (B, L) bool, the visual tokens, where the model is fed with `inputs_embeds`.
+            query_mask: (B, L) bool, the tokens whose attention ranks; by default the prompt's last token, and with
+                labels the token just before each answer span.
+
+        Raises:
+            ValueError: on entering, where the model family is not supported, the schedule does not fit its depth or a
+                mask is no (batch, length) bool tensor.
+            RuntimeError: on entering, where the model has a method already.
+        """
+        return Applied(model, self, GivenMasks(visual_mask, query_mask))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `pyramiddrop.json` into `directory`, beside a checkpoint."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        settings = {"method": type(self).__name__, **asdict(self)}
+        (path / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read what `save_pretrained` wrote. `Method.from_pretrained` takes any method, a subclass only its own.
+
+        Raises:
+            FileNotFoundError: where there is no `pyramiddrop.json`.
+            ValueError: where it holds another method, or what no method has.
+        """
+        path = Path(directory) / FILE_NAME
+        settings = json.loads(path.read_text())
+        name = settings.pop("method", None)
+        found = METHODS.get(name)
+        if found is None or not issubclass(found, cls):
+            expected = ", ".join(METHODS) if cls is Method else cls.__name__
+            raise ValueError(f"{path} holds method {name!r}; expected {expected}")
+        fixed = {key: settings.pop(key) for key in found._fixed() if key in settings}
+        try:
+            method = found(**settings)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from error
+        wrong = {key: value for key, value in fixed.items() if getattr(method, key) != value}
+        if wrong:
+            raise ValueError(f"{path}: {name} does not take {wrong}")
+        return method
+
+    @classmethod
+    def _fixed(cls) -> list[str]:
+        """Settings that the method itself determines."""
+        return [entry.name for entry in cls.__dataclass_fields__.values() if not entry.init]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedMethod(Method):
+    """A method with several stages.
+
+    Attributes:
+        lam: λ; after drop k the share λ^k of the original visual tokens stays. Not used where `keep` is given.
+        stages: number of equal stages of the model's layers. Not used where `layers` or `keep` is given.
+        layers: 0-based layers before which tokens are dropped.
+        keep: the share of the ORIGINAL visual tokens that stays after each drop.
+    """
+
+    lam: float = 0.5
+    stages: int = 4
+    layers: Sequence[int] | None = None
+    keep: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "keep"):
+            value = getattr(self, name)
+            if value is not None:
+                if isinstance(value, str) or not isinstance(value, Sequence):
+                    raise ValueError(f"{name} must be a list of numbers; got {value!r}")
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+            raise ValueError(f"stages must be a whole number of at least 2; got {self.stages!r}")
+        keep = self._keep_ratios()
+        Schedule.of(range(1, len(keep) + 1) if self.layers is None else self.layers, keep)
+
+    def schedule(self, num_layers: int) -> Schedule:
+        keep = self._keep_ratios()
+        layers = equal_stage_layers(num_layers, len(keep) + 1) if self.layers is None else self.layers
+        schedule = Schedule.of(layers, keep)
+        schedule.check_depth(num_layers)
+        return schedule
+
+    def _keep_ratios(self) -> Sequence[float]:
+        if self.keep is not None:
+            return self.keep
+        return powers(self.lam, self.stages - 1 if self.layers is None else len(self.layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(StagedMethod):
+    """PyramidDrop (arXiv 2410.17247): at each stage end rank by the attention from the query tokens, keep a share.
+
+    >>> with PyramidDrop()(model) as trace:
+    ...     model.generate(**inputs)
+    """
+
+    def scorer(self) -> Scorer:
+        return AttentionScorer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Method):
+    """FastV (arXiv 2403.06764): one drop before layer `layer`, ranked by the attention of the layer before it.
+
+    The paper's K is `layer`; its R is what is removed: `keep = 1 - R`.
+    """
+
+    layer: int = 2
+    keep: float = 0.5
+    rank_layer: str = field(default="last", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            Schedule((Stage(self.layer, self.keep),))
+        except ValueError as error:
+            raise ValueError(f"FastV(layer={self.layer!r}, keep={self.keep!r}): {error}") from error
+
+    def schedule(self, num_layers: int) -> Schedule:
+        schedule = Schedule((Stage(self.layer, self.keep),))
+        schedule.check_depth(num_layers)
+        return schedule
+
+    def scorer(self) -> Scorer:
+        return AttentionScorer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomDrop(StagedMethod):
+    """A control: the schedule of PyramidDrop, with the tokens that stay drawn at random.
+
+    Attributes:
+        seed: of the draw, which is the same for every call and sample; None draws anew at each call.
+    """
+
+    seed: int | None = 0
+    rank_layer: str = field(default="next", init=False)
+
+    def scorer(self) -> Scorer:
+        return RandomScorer(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformDrop(StagedMethod):
+    """A control: the schedule of PyramidDrop, with the tokens that stay evenly spaced."""
+
+    rank_layer: str = field(default="next", init=False)
+
+    def scorer(self) -> Scorer:
+        return UniformScorer()
+
+
+METHODS: dict[str, type[Method]] = {
+    "PyramidDrop": PyramidDrop,
+    "FastV": FastV,
+    "RandomDrop": RandomDrop,
+    "UniformDrop": UniformDrop,
+}
+
+
+class Applied:
+    """A method on one model for the time of a `with` block; entering it returns the trace."""
+
+    def __init__(self, model: nn.Module, method: Method, given: GivenMasks) -> None:
+        self._model, self._method, self._given = model, method, given
+        self._attachment: Attachment | None = None
+
+    def __enter__(self) -> Trace:
+        self._attachment = _attach(self._model, self._method, self._given)
+        return self._attachment.trace
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+
+def apply(model: nn.Module, method: Method) -> Trace:
+    """Apply `method` to `model` until `remove(model)`; returns the trace, which each prefill fills anew.
+
+    Raises:
+        ValueError: where the model family is not supported or the schedule does not fit its depth.
+        RuntimeError: where the model has a method already.
+    """
+    return _attach(model, method, GivenMasks()).trace
+
+
+def remove(model: nn.Module) -> None:
+    """Take the method off `model`.
+
+    Raises:
+        RuntimeError: where none is applied.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise RuntimeError("no pyramiddrop method is applied to this model")
+    attachment.detach()
+
+
+def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
+    parts = anatomy(model)
+    rules = Rules(
+        schedule=method.schedule(len(parts.layers)),
+        scorer=method.scorer(),
+        positions=method.positions,
+        rank_layer=method.rank_layer,
+        per_image=method.per_image,
+        logits=method.logits,
+    )
+    return Attachment(parts, rules, given)
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

@@ -1,0 +1,50 @@
+"""Scores and counts in, the rows that stay out: ragged counts in one rectangle, deterministic to the last tie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) -> Tensor:
+    """Mark the best `quota` candidates of every group; equal scores go to the lower column.
+
+    Args:
+        scores: (B, N) float.
+        candidates: (B, N) bool, the tokens that compete.
+        groups: (B, N) long in [0, G), the group of each candidate.
+        quota: (B, G) long.
+
+    Returns:
+        (B, N) bool, True at the candidates that stay.
+    """
+    scores = scores.nan_to_num(nan=float("-inf")).masked_fill(~candidates, float("-inf"))
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    # Stable again, by group; those who do not compete form a last group of their own, with no quota.
+    num_groups = quota.shape[1]
+    owner = groups.masked_fill(~candidates, num_groups).gather(1, order)
+    owner, by_group = owner.sort(dim=1, stable=True)
+    order = order.gather(1, by_group)
+
+    sizes = torch.zeros(len(quota), num_groups + 1, dtype=torch.long, device=quota.device)
+    sizes = sizes.scatter_add(1, owner, torch.ones_like(owner))
+    first = sizes.cumsum(1) - sizes
+    rank = torch.arange(order.shape[1], device=order.device) - first.gather(1, owner)
+    stays = rank < torch.nn.functional.pad(quota, (0, 1)).gather(1, owner)
+    return torch.zeros_like(candidates).scatter(1, order, stays)
+
+
+def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
+    """The rows of a rectangle of `length` columns: every sample's staying rows in their order, then filler.
+
+    Args:
+        stays: (B, N) bool; no sample has more than `length` True.
+        length: rows that the longest sample keeps.
+        ragged: whether some sample keeps fewer than `length`.
+
+    Returns:
+        rows: (B, length) long, ascending within the staying rows; filler is rows that do not stay.
+        valid: (B, length) bool, False at filler, or None where there is none.
+    """
+    rows = (~stays).to(torch.uint8).sort(dim=1, stable=True).indices[:, :length]
+    return rows, stays.gather(1, rows) if ragged else None

@@ -1,0 +1,84 @@
+"""What happened: the tokens that each stage of the last prefill kept, and what that saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pyramiddrop.cost import Cost, DecoderShape, kv_bytes, prefill_flops
+
+
+@dataclass
+class StageTrace:
+    """One stage end. `kept` is worked out when it is read, so that recording costs the prefill nothing."""
+
+    layer: int
+    keep: float
+    _rows: Tensor
+    _visual: Tensor
+    _offset: int
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each sample a LongTensor on the CPU: the sorted original columns of the visual tokens that stayed."""
+        rows, visual = self._rows.cpu(), self._visual.cpu()
+        return [(row[mask].sort().values + self._offset) for row, mask in zip(rows, visual, strict=True)]
+
+
+@dataclass
+class Trace:
+    """The last prefill of a patched model; empty before the first. A `generate` call has one prefill.
+
+    Attributes:
+        stages: one entry a stage, shallow to deep.
+        visual_columns: for each sample the original columns of all its visual tokens: the k-th visual token of the
+            picture stands at column `visual_columns[b][k]`.
+        lengths: the rows that each layer computes on (of the batch's rectangle), which is also what it adds to its
+            KV cache.
+    """
+
+    stages: list[StageTrace] = field(default_factory=list)
+    visual_columns: list[Tensor] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    _shape: DecoderShape | None = None
+    _ranked: Sequence[int] = ()
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """How many visual tokens each sample brought."""
+        return [len(columns) for columns in self.visual_columns]
+
+    def begin(
+        self,
+        visual_columns: list[Tensor],
+        lengths: list[int],
+        ranked: Sequence[int],
+        shape: DecoderShape,
+    ) -> None:
+        """Forget the prefill before; called by the adapter when a new one starts."""
+        self.stages = []
+        self.visual_columns, self.lengths = visual_columns, lengths
+        self._ranked, self._shape = ranked, shape
+
+    def record(self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int) -> None:
+        """Add a stage: (B, N) `rows` that stay, `visual` marks the visual ones among them; columns count from `offset`."""
+        self.stages.append(StageTrace(layer, keep, rows, visual, offset))
+
+    def cost(self) -> Cost:
+        """What this prefill cost (all samples together), against the same prefill without dropping.
+
+        Raises:
+            RuntimeError: before the first prefill.
+        """
+        if self._shape is None:
+            raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
+        shape, batch = self._shape, len(self.visual_columns)
+        vanilla = [self.lengths[0]] * len(self.lengths)
+        return Cost(
+            flops=batch * prefill_flops(shape, self.lengths, self._ranked),
+            vanilla_flops=batch * prefill_flops(shape, vanilla),
+            kv_bytes=batch * kv_bytes(shape, self.lengths),
+            vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),
+        )
