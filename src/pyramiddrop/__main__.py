@@ -1,0 +1,5 @@
+"""Lets `python -m pyramiddrop` be the command `pyramiddrop`."""
+
+from pyramiddrop.cli.main import main
+
+main()

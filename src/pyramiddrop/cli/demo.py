@@ -1,0 +1,47 @@
+"""Owns the verb `demo`: the bundled model asked about bundled pictures, with and without dropping, on any machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyramiddrop.cli.terminal import results, waiting
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page and the overlays.")] = Path("demo"),
+    questions: Annotated[int, typer.Option(min=1, help="How many of the bundled questions to ask.")] = 6,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """See PyramidDrop answer questions about a picture: offline, in less than a minute, nothing to download.
+
+    Writes a page (index.html) and an overlay for each question: which patches of the picture are still there, stage by
+    stage.
+    """
+    from pyramiddrop.inference.demo import run_demo
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.demo import write_demo
+    from pyramiddrop.report.tables import costs_table, questions_table, summary
+
+    with user_input(f"cannot write into {out}", (OSError,)):
+        out.mkdir(parents=True, exist_ok=True)
+    with waiting("starting") as status:
+        done = run_demo(questions, status.update)
+        status.update("drawing")
+        written = write_demo(done, out)
+    if as_json:
+        print(
+            json.dumps(
+                {**done.as_dict(), "page": str(written.page), "overlays": [str(path) for path in written.overlays]},
+                indent=2,
+            )
+        )
+        return
+    console = results()
+    for part in (questions_table(done), costs_table(done), *summary(done)):
+        console.print(part)
+        console.print()
+    console.print(f"page:     {written.page}\noverlays: {out}/*.png", soft_wrap=True)

@@ -1,0 +1,95 @@
+"""Owns the verb `generate`: a question about pictures, answered by any supported checkpoint under any method."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from pyramiddrop.cli.terminal import remarks, results, waiting
+
+
+class SeveralImages(TyperCommand):
+    """Lets `--image a.png b.png` mean `--image a.png --image b.png`, as a shell's `--image *.png` writes it."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        spread: list[str] = []
+        for word in args:
+            after_image = len(spread) >= 2 and spread[-2] == "--image"
+            spread += ["--image", word] if after_image and not word.startswith("-") else [word]
+        return super().parse_args(ctx, spread)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.")] = None,
+    lam: Annotated[float | None, typer.Option(help="λ: the share that each drop leaves of what was there.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Cut the model's layers into so many equal stages.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.")] = None,
+    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")
+    ] = None,
+    positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without dropping too, and time both.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens over the picture into this file.")] = None,
+) -> None:
+    """Answer a question about pictures, and say what it cost.
+
+    Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
+    """
+    from transformers import TextStreamer
+
+    from pyramiddrop.inference.choice import MethodOptions
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.inference.request import Request, prepare
+    from pyramiddrop.inference.run import run, run_compared
+    from pyramiddrop.report.overlay import check_overlay_path
+    from pyramiddrop.report.run_overlay import write_overlay
+    from pyramiddrop.report.tables import comparison_table, usage_line
+
+    if overlay:
+        if method == "vanilla":
+            raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
+        with user_input():
+            check_overlay_path(overlay)
+    options = MethodOptions(method, lam, stages, layers, layer, keep, positions)
+    with waiting(f"loading {model or 'the bundled model'}"):
+        ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype))
+
+    if compare:
+        with waiting("answering without and with dropping, and timing both"):
+            done = run_compared(ready, max_new_tokens)
+    else:
+        tokenizer = ready.checkpoint.processor.tokenizer
+        stream = sys.stdout.isatty() and not as_json
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        done = run(ready, max_new_tokens, streamer)
+        if not stream and not as_json:
+            print(done.answer)
+    if overlay and done.trace:
+        with user_input():
+            write_overlay(overlay, ready.checkpoint, ready.pictures, done.trace, prompt, f"answer: {done.answer}")
+
+    if as_json:
+        print(json.dumps({**done.as_dict(), "overlay": str(overlay) if overlay else None}, indent=2))
+    elif done.comparison:
+        results().print(comparison_table(done.comparison, done.method))
+    else:
+        remarks().print(usage_line(done.usage, done.vanilla), style="dim")
+    if overlay and not as_json:
+        remarks().print(f"overlay: {overlay}")

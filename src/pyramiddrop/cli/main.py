@@ -1,0 +1,44 @@
+"""Owns the command `pyramiddrop`: its verbs, and the options that stand before a verb."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from pyramiddrop.cli.demo import demo
+from pyramiddrop.cli.generate import SeveralImages, generate
+from pyramiddrop.cli.terminal import OneLineErrors
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command(cls=SeveralImages)(generate)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pyramiddrop {version('pyramiddrop')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def pyramiddrop(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make vision-language models cheaper by dropping visual tokens inside the language model, in stages."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    app(prog_name="pyramiddrop")

@@ -1,0 +1,70 @@
+"""Owns what the verbs share on the terminal: where results and remarks go, and how waiting and errors look."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from typer.core import TyperGroup
+
+#: Exit code for what the user gave and that cannot be used.
+BAD_INPUT = 2
+
+
+def results() -> Console:
+    """Standard output: what was asked for, and nothing else."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def remarks() -> Console:
+    """Standard error: progress, and what is worth knowing beside the result."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def waiting(message: str) -> Iterator[Status]:
+    """Show on a terminal that work goes on; Transformers' own bars are silenced, for they would tear the line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with remarks().status(message) as status:
+        yield status
+
+
+class OneLineErrors(TyperGroup):
+    """Shows every error about what the user gave as one line `error: ...`, exit code 2; others keep their traceback."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        standalone, settings["standalone_mode"] = settings.get("standalone_mode", True), False
+        if not standalone:
+            return super().main(*args, **settings)
+        try:
+            code = super().main(*args, **settings)
+        except typer.Abort:
+            _fail("stopped")
+        except Exception as error:
+            message = _about_input(error)
+            if message is None:
+                raise
+            _fail(message)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _about_input(error: Exception) -> str | None:
+    """The message of an error about what the user gave, or None for any other error."""
+    shown = getattr(error, "format_message", None)  # click's own errors; Typer has no public name for their class
+    if shown is not None:
+        return str(shown())
+    from pyramiddrop.inference.errors import InputError
+
+    return str(error) if isinstance(error, InputError) else None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(BAD_INPUT)

@@ -1,0 +1,63 @@
+"""Owns one answer: generate under a method, and keep what it kept and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyramiddrop import Method
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and the trace of its prefill (None without a method)."""
+
+    text: str
+    trace: Trace | None
+
+
+def ask(
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    method: Method | None = None,
+    max_new_tokens: int = 64,
+    streamer: Any = None,
+) -> Answer:
+    """Answer greedily, so that two methods differ by nothing but the tokens that they drop.
+
+    Args:
+        inputs: of :func:`pyramiddrop.inference.prompt.build_inputs`, on any device.
+        method: what drops visual tokens; None leaves the model as it is.
+        streamer: a Transformers streamer that gets the tokens as they come.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
+    ready = on_model(model, inputs)
+    with torch.inference_mode(), method(model) if method else nullcontext() as trace:
+        ids = model.generate(
+            **ready,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=streamer,
+            pad_token_id=_pad_token(model, tokenizer),
+        )
+    new = ids[0, ready["input_ids"].shape[1] :]
+    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), trace)
+
+
+def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` on the model's device, the pixels in its dtype."""
+    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int | None:
+    """Given by name, or else `generate` prints a warning about it; a single prompt needs no padding."""
+    known: list[int | None] = [model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return next((token for token in known if token is not None), None)

@@ -1,0 +1,120 @@
+"""Owns how a checkpoint comes into memory: its configuration, its processor and its weights, on a fitting device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
+
+from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.inference.errors import InputError, user_input
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cuda", "mps", "cpu")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with its processor; `source` is the folder or the hub's name that it came from."""
+
+    model: Any
+    processor: Any
+    source: str
+
+    @property
+    def num_layers(self) -> int:
+        """The depth of the language model."""
+        return decoder_layers(self.model.config)
+
+
+def read_config(source: str | Path) -> Any:
+    """The configuration of a checkpoint, without its weights.
+
+    Raises:
+        InputError: where there is no checkpoint, or its family is not one of those that are supported.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"no checkpoint in {folder}: it has no config.json")
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; a checkpoint is a folder or a name on the hub")
+    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
+        config = AutoConfig.from_pretrained(source)
+    known = [family for family in FAMILIES if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    if config.model_type not in known:
+        raise InputError(
+            f"model family {config.model_type!r} of {source} is not supported; supported are {', '.join(known)}"
+        )
+    return config
+
+
+def decoder_layers(config: Any) -> int:
+    """The number of layers of the language model inside a model of this configuration."""
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def load_checkpoint(source: str | Path, device: str | None = None, dtype: str | None = None) -> Checkpoint:
+    """Load a checkpoint for inference.
+
+    Args:
+        source: a folder in Hugging Face's format, or a name on the hub.
+        device: `cuda`, `cuda:1`, `mps` or `cpu`; None takes the best that is there.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own; None takes what suits the device.
+
+    Raises:
+        InputError: for a checkpoint, device or dtype that cannot be used.
+    """
+    read_config(source)
+    place = pick_device(device)
+    number = pick_dtype(place, dtype)
+    with user_input(f"cannot load the processor of {source}", (OSError, ValueError, ImportError)):
+        processor = load_processor(source)
+    with user_input(f"cannot load the weights of {source}", (OSError, ValueError, SafetensorError)):
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=number)
+    return Checkpoint(model.to(place).eval(), processor, str(source))
+
+
+def load_processor(source: str | Path) -> Any:
+    """The checkpoint's processor; its image part is Pillow's where torchvision is not installed."""
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(source)
+    try:
+        return AutoProcessor.from_pretrained(source, backend="pil")
+    except TypeError:  # a processor that has only one image backend, and does not know the argument
+        return AutoProcessor.from_pretrained(source)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best one of this machine: CUDA, then Apple's MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind in DEVICES if available[kind]))
+    with user_input(f"device {name!r} is not one of {', '.join(DEVICES)}", (RuntimeError,)):
+        device = torch.device(name)
+    if device.type not in available:
+        raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    if not available[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device {name!r} is not available on this machine")
+    return device
+
+
+def pick_dtype(device: torch.device, name: str | None) -> torch.dtype | str:
+    """The named dtype, or the one that suits `device`: bfloat16 on CUDA (float16 on old cards), float16 on MPS.
+
+    On a CPU it is float32, whatever the checkpoint has, for half precision is slow or inexact there.
+    """
+    if name == "auto":
+        return name
+    if name is not None:
+        if name not in DTYPES:
+            raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}, auto")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32

@@ -1,0 +1,121 @@
+"""Owns the choice of a method by its name and its options in words, as a command line or a request gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop.inference.errors import InputError, user_input
+
+VANILLA = "vanilla"
+METHODS: dict[str, type[Method]] = {
+    "pyramiddrop": PyramidDrop,
+    "fastv": FastV,
+    "random": RandomDrop,
+    "uniform": UniformDrop,
+}
+SAVED = "pyramiddrop.json"
+#: An option that the other one makes meaningless.
+OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What was asked for; None where nothing was said. Lists are comma-separated text."""
+
+    method: str | None = None
+    lam: float | None = None
+    stages: int | None = None
+    layers: str | None = None
+    layer: int | None = None
+    keep: str | None = None
+    positions: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, without the method's name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "method"}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def choose_method(options: MethodOptions, source: str | Path, num_layers: int) -> Method | None:
+    """The method that `options` name, fit for a model of `num_layers` layers; None for vanilla.
+
+    Where no option is given at all, a method saved beside the checkpoint `source` is taken, or else PyramidDrop as
+    the paper has it.
+
+    Raises:
+        InputError: for an unknown method, an option that the method does not have, or a bad value.
+    """
+    method = _named(options, source)
+    if method is not None:
+        with user_input():
+            method.schedule(num_layers)
+    return method
+
+
+def _named(options: MethodOptions, source: str | Path) -> Method | None:
+    if options.method is None and not options.given:
+        return saved_method(source) or PyramidDrop()
+    name = options.method or "pyramiddrop"
+    if name == VANILLA:
+        if options.given:
+            raise InputError(
+                f"--{next(iter(options.given))} means nothing with --method vanilla, which drops no tokens"
+            )
+        return None
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is not one of {', '.join([*METHODS, VANILLA])}")
+    kind = METHODS[name]
+    with user_input():
+        return kind(**_arguments(name, {field.name for field in fields(kind) if field.init}, options.given))
+
+
+def saved_method(source: str | Path) -> Method | None:
+    """The method saved beside the checkpoint `source` (a folder or a name on the hub), or None.
+
+    Raises:
+        InputError: for a file that cannot be read as a method.
+    """
+    try:
+        found = cached_file(source, SAVED, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the hub cannot be reached, and the file was never fetched: then there is none
+        return None
+    if found is None:
+        return None
+    with user_input(f"cannot use the {SAVED} of {source}", (ValueError, KeyError, TypeError)):
+        return Method.from_pretrained(Path(found).parent)
+
+
+def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, Any]:
+    for option in given:
+        if option not in known:
+            raise InputError(f"--{option} does not belong to the method {name!r}")
+    for option, stronger in OVERRULED:
+        if option in given and stronger in given:
+            raise InputError(f"give --{option} or --{stronger}, not both")
+    arguments = dict(given)
+    if "layers" in arguments:
+        arguments["layers"] = _numbers("layers", arguments["layers"], int)
+    if "keep" in arguments:
+        keep = _numbers("keep", arguments["keep"], float)
+        arguments["keep"] = keep if "layers" in known else _only(keep)
+    return arguments
+
+
+def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name} must be {what} with commas between them; got {text!r}") from None
+
+
+def _only(keep: list[float]) -> float:
+    if len(keep) != 1:
+        raise InputError(f"--keep is one number for this method; got {len(keep)}")
+    return keep[0]

@@ -1,0 +1,89 @@
+"""Owns the comparison: one question answered by the model as it is and under a method, with what each one used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyramiddrop import Method
+from pyramiddrop.inference.answer import ask
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.timing import PrefillTime, time_prefills
+from pyramiddrop.inference.usage import Usage, usage, vanilla_usage
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way to run: its answer, what its prefill used, and how long that took."""
+
+    answer: str
+    usage: Usage
+    prefill: PrefillTime
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt without and with a method. `trace` tells which tokens the method kept."""
+
+    vanilla: Outcome
+    pruned: Outcome
+    trace: Trace
+    runs: int
+
+    @property
+    def flops_ratio(self) -> float:
+        """Pruned FLOPs / vanilla FLOPs."""
+        return self.pruned.usage.flops / self.vanilla.usage.flops
+
+    @property
+    def kv_ratio(self) -> float:
+        return self.pruned.usage.kv_bytes / self.vanilla.usage.kv_bytes
+
+    @property
+    def time_ratio(self) -> float:
+        """Pruned wall time / vanilla wall time, of the prefill."""
+        return self.pruned.prefill.wall / self.vanilla.prefill.wall
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and text: FLOPs, bytes and seconds."""
+        return {
+            "vanilla": outcome_dict(self.vanilla),
+            "pruned": outcome_dict(self.pruned),
+            "flops_ratio": self.flops_ratio,
+            "kv_ratio": self.kv_ratio,
+            "prefill_ratio": self.time_ratio,
+            "prefill_runs": self.runs,
+        }
+
+
+def compare(
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    method: Method,
+    max_new_tokens: int = 64,
+    runs: int = 5,
+) -> Comparison:
+    """Answer `inputs` without and with `method`, and time both prefills in turn, `runs` times each."""
+    plain = ask(checkpoint, inputs, None, max_new_tokens)
+    pruned = ask(checkpoint, inputs, method, max_new_tokens)
+    assert pruned.trace is not None
+    times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, runs)
+    return Comparison(
+        Outcome(plain.text, vanilla_usage(checkpoint.model, inputs), times["vanilla"]),
+        Outcome(pruned.text, usage(pruned.trace), times["pruned"]),
+        pruned.trace,
+        runs,
+    )
+
+
+def outcome_dict(outcome: Outcome) -> dict[str, Any]:
+    """Plain numbers and text of one way to run."""
+    prefill = {"prefill_seconds": outcome.prefill.wall, "prefill_cpu_seconds": outcome.prefill.cpu}
+    return {"answer": outcome.answer, **usage_dict(outcome.usage), **prefill}
+
+
+def usage_dict(used: Usage) -> dict[str, Any]:
+    """Plain numbers of one prefill."""
+    return {**asdict(used), "stages": [asdict(stage) for stage in used.stages]}

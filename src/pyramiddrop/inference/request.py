@@ -1,0 +1,65 @@
+"""Owns the way from what a user gave to what can run; what is cheap to check is checked before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pyramiddrop import Method
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.hf.families import UnsupportedModelError
+from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
+from pyramiddrop.inference.choice import MethodOptions, choose_method
+from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question about pictures, and what shall answer it. `model` None is the bundled one."""
+
+    prompt: str
+    images: Sequence[Path]
+    model: str | None = None
+    options: MethodOptions = field(default_factory=MethodOptions)
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request that can run. `method` is None for vanilla."""
+
+    request: Request
+    checkpoint: Checkpoint
+    method: Method | None
+    pictures: list[Image.Image]
+    inputs: Any
+
+
+def prepare(request: Request) -> Ready:
+    """Check the request, load its checkpoint, and build the model's inputs.
+
+    Raises:
+        InputError: for anything that the user gave and that cannot be used.
+    """
+    source = request.model or str(digits_checkpoint())
+    check_prompt(request.prompt, len(request.images))
+    pictures = [open_picture(path) for path in request.images]
+    method = choose_method(request.options, source, decoder_layers(read_config(source)))
+    checkpoint = load_checkpoint(source, request.device, request.dtype)
+    inputs = build_inputs(checkpoint.processor, pictures, request.prompt)
+    with user_input(caught=(UnsupportedModelError,)):
+        _attach_once(checkpoint, method)
+    return Ready(request, checkpoint, method, pictures, inputs)
+
+
+def _attach_once(checkpoint: Checkpoint, method: Method | None) -> None:
+    """A method that does not fit says so when it is attached; better now than after the first words."""
+    if method is not None:
+        with method(checkpoint.model):
+            pass

@@ -1,0 +1,1 @@
+"""Pictures, tables and pages of what a run kept and what it cost."""

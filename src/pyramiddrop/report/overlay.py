@@ -1,0 +1,120 @@
+"""Owns the overlay: the picture with its dropped patches dimmed, one panel a stage (the paper's Figure 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pyramiddrop.report.grid import Cell, View
+from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.spans import Span
+
+#: Share of a dropped patch's own colour that still shows through the veil.
+SHOWS_THROUGH = 0.14
+LIGHT_VEIL, DARK_VEIL = 232, 24
+
+
+def seen_pixels(picture: Image.Image, view: View, long_side: int = 448) -> Image.Image:
+    """The part of `picture` that `view` covers, scaled so that every patch is the same whole number of pixels.
+
+    The longer side comes close to `long_side` pixels. What sticks out of the picture is black, as a model pads it.
+    """
+    box = view.box
+    scale = long_side / max(box.width, box.height)
+    cell_width = max(1, round(box.width * scale / view.columns))
+    cell_height = max(1, round(box.height * scale / view.rows))
+    left, top = math.floor(box.left), math.floor(box.top)
+    part = picture.convert("RGB").crop((left, top, math.ceil(box.right), math.ceil(box.bottom)))
+    inner = (box.left - left, box.top - top, box.right - left, box.bottom - top)
+    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    return part.resize((view.columns * cell_width, view.rows * cell_height), resample, box=inner)
+
+
+def dim_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Image.Image:
+    """`pixels` (of :func:`seen_pixels`) with every patch that is not `kept` under a veil; kept pixels are untouched.
+
+    The veil is light over a dark picture and dark over a light one, so that dropped patches do not look like kept ones.
+    """
+    values = np.asarray(pixels, dtype=np.float32)
+    dropped = np.ones((view.rows, view.columns), dtype=bool)
+    for row, column in kept:
+        dropped[row, column] = False
+    height, width = values.shape[0] // view.rows, values.shape[1] // view.columns
+    mask = np.kron(dropped, np.ones((height, width), dtype=bool))[..., None]
+    veiled = values * SHOWS_THROUGH + veil(pixels) * (1 - SHOWS_THROUGH)
+    return Image.fromarray(np.where(mask, veiled, values).round().astype(np.uint8))
+
+
+def veil(pixels: Image.Image) -> int:
+    """The grey that dropped patches of this picture fade into, 0 to 255."""
+    return LIGHT_VEIL if float(np.asarray(pixels.convert("L")).mean()) < 128 else DARK_VEIL
+
+
+def draw_overlay(seen: Sequence[Seen], spans: Sequence[Span], title: str, subtitle: str = "") -> Figure:
+    """One row of panels a view, one column a span of layers; `title` (the question) and `subtitle` stand above.
+
+    Args:
+        seen: the pictures and views, as :func:`pyramiddrop.report.layout.look` gives them.
+        spans: of the same views, as :func:`pyramiddrop.report.spans.spans` gives them.
+    """
+    heights = [one.view.box.height / one.view.box.width for one in seen]
+    panel, head = 2.6, 0.8 if subtitle else 0.6
+    figure = Figure(figsize=(panel * len(spans), head + sum(panel * height + 0.1 for height in heights)), dpi=110)
+    axes = figure.subplots(len(seen), len(spans), squeeze=False, height_ratios=heights)
+    for row, one in enumerate(seen):
+        pixels = seen_pixels(one.picture, one.view)
+        for column, span in enumerate(spans):
+            _panel(axes[row][column], dim_dropped(pixels, one.view, span.cells[row]))
+        if len(seen) > 1:
+            axes[row][0].set_ylabel(one.view.name, fontsize=9, color="#555")
+    for axis, span in zip(axes[0], spans, strict=True):
+        axis.set_title(f"{span.layers} · {span.tokens} tokens", fontsize=9.5, color="#333", pad=5)
+    size = figure.get_size_inches()
+    figure.suptitle(
+        _wrapped(title, size[0]), x=0.012, y=1 - 0.1 / size[1], ha="left", va="top", fontsize=13, weight="bold"
+    )
+    if subtitle:
+        figure.text(0.012, 1 - 0.37 / size[1], subtitle, ha="left", va="top", fontsize=10, color="#444")
+    figure.subplots_adjust(
+        left=0.03 if len(seen) > 1 else 0.012,
+        right=0.988,
+        top=1 - head / size[1],
+        bottom=0.1 / size[1],
+        wspace=0.05,
+        hspace=0.06,
+    )
+    return figure
+
+
+def check_overlay_path(path: Path) -> None:
+    """Raise ValueError where no overlay can be written to `path`: no format has its suffix, or it has no folder."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"an overlay must be one of {', '.join(sorted(formats))} by its suffix; got {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write the overlay into")
+
+
+def save_overlay(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path`; its suffix chooses the format (png, pdf, svg, ...)."""
+    figure.savefig(path, facecolor="white")
+
+
+def _panel(axis: Axes, pixels: Image.Image) -> None:
+    axis.imshow(pixels, interpolation="none")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color("#999")
+
+
+def _wrapped(text: str, inches: float) -> str:
+    """The first line of `text`, cut to what fits into `inches` at the title's size."""
+    line, limit = " ".join(text.split()), int(inches * 9.5)
+    return line if len(line) <= limit else line[: limit - 1] + "…"

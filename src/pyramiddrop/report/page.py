@@ -1,0 +1,94 @@
+"""Owns the demo's page: one HTML file that holds its pictures, its style and its script, and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from pyramiddrop.inference.demo import Asked, Demo
+from pyramiddrop.report import tables, units
+from pyramiddrop.report.grid import Cell, View
+from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.overlay import veil
+from pyramiddrop.report.spans import Span
+
+
+@dataclass(frozen=True)
+class Card:
+    """One question on the page: what was asked, the views of its picture, and what was alive in each span of layers."""
+
+    asked: Asked
+    seen: Sequence[Seen]
+    spans: Sequence[Span]
+
+    @property
+    def picture(self) -> str:
+        """The name of the question's picture on the page."""
+        return self.asked.question.image.stem
+
+    @cached_property
+    def panels(self) -> list[dict[str, Any]]:
+        """One for each span: its layers, and for the picture's first view the shape of what is dropped."""
+        view = self.seen[0].view
+        return [
+            {"layers": span.layers, "tokens": span.tokens, "dropped": dropped_path(view, span.cells[0])}
+            for span in self.spans
+        ]
+
+    @property
+    def view(self) -> View:
+        return self.seen[0].view
+
+    @property
+    def fates(self) -> list[int]:
+        """For each patch in reading order the number of the last span in which it is alive."""
+        cells = [(row, column) for row in range(self.view.rows) for column in range(self.view.columns)]
+        return [sum(cell in span.cells[0] for span in self.spans) - 1 for cell in cells]
+
+
+def render_page(demo: Demo, cards: Sequence[Card]) -> str:
+    """The whole page as text."""
+    environment = Environment(
+        loader=PackageLoader("pyramiddrop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"flops": units.flops, "size": units.size, "seconds": units.seconds, "share": units.share}
+    return environment.get_template("page.html.j2").render(
+        demo=demo,
+        cards=cards,
+        pictures={card.picture: picture_data(card.asked.picture) for card in cards},
+        dark_pictures={card.picture: veil(card.asked.picture) > 128 for card in cards},
+        ratios={name: after / before for name, (before, after) in _medians(demo).items()},
+        medians=_medians(demo),
+        pyramid=cards[0].spans,
+        right=[sum(right) for right in zip(*demo.right, strict=True)],
+        remarks=tables.summary(demo),
+    )
+
+
+def dropped_path(view: View, kept: frozenset[Cell]) -> str:
+    """An SVG path, in units of patches, that covers every patch that is not `kept`."""
+    cells = [(row, column) for row in range(view.rows) for column in range(view.columns)]
+    return "".join(f"M{column} {row}h1v1h-1z" for row, column in cells if (row, column) not in kept)
+
+
+def picture_data(picture: Image.Image) -> str:
+    """The picture as a `data:` address."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _medians(demo: Demo) -> dict[str, tuple[float, float]]:
+    return {
+        "flops": demo.medians(lambda one: one.usage.flops),
+        "kv": demo.medians(lambda one: one.usage.kv_bytes),
+        "wall": demo.medians(lambda one: one.prefill.wall),
+        "cpu": demo.medians(lambda one: one.prefill.cpu),
+    }

@@ -1,0 +1,52 @@
+"""Owns the reading of a trace for people: which visual tokens are alive in which layers, and where in the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pyramiddrop.report.grid import Cell, View, cells_by_view
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Span:
+    """The layers from `first` to `last` (0-based, both included) and the visual tokens that they compute on.
+
+    Attributes:
+        tokens: how many visual tokens, those without a place in the picture among them.
+        cells: for each view of the picture the places of these tokens.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    cells: list[frozenset[Cell]]
+
+    @property
+    def layers(self) -> str:
+        return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
+
+
+def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
+    """The layers of a model cut at the drops of `trace`: the first span has every token, the last one the fewest.
+
+    Raises:
+        ValueError: where the trace has no prefill, or `views` do not have as many tokens as its sample brought.
+    """
+    if not trace.visual_columns:
+        raise ValueError("the trace is empty: run the patched model first")
+    columns = trace.visual_columns[sample]
+    expected = sum(view.tokens for view in views)
+    if len(columns) != expected:
+        raise ValueError(f"the views have {expected} visual tokens; the trace has {len(columns)}")
+    alive = [columns, *(stage.kept[sample] for stage in trace.stages)]
+    starts = [0, *(stage.layer for stage in trace.stages)]
+    ends = [*(start - 1 for start in starts[1:]), len(trace.lengths) - 1]
+    indices = [torch.searchsorted(columns, kept).tolist() for kept in alive]
+    return [
+        Span(first, last, len(kept), cells_by_view(views, kept))
+        for first, last, kept in zip(starts, ends, indices, strict=True)
+    ]

@@ -1,0 +1,42 @@
+"""Owns how quantities are written for people: FLOPs, bytes, seconds and shares, to three digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def flops(value: float) -> str:
+    """`2.14 GFLOPs`"""
+    return _scaled(value, 1000, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"))
+
+
+def size(value: float) -> str:
+    """`1.5 MiB`"""
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def seconds(value: float) -> str:
+    """`12.3 ms`, or `1.23 s`"""
+    return f"{_three(value * 1000)} ms" if value < 1 else f"{_three(value)} s"
+
+
+def share(value: float) -> str:
+    """`54 %`"""
+    return f"{value * 100:.0f} %"
+
+
+def arrow(counts: Sequence[int]) -> str:
+    """`576 → 288 → 144`"""
+    return " → ".join(map(str, counts))
+
+
+def _scaled(value: float, base: int, names: Sequence[str]) -> str:
+    power = 0
+    while value >= base and power < len(names) - 1:
+        value, power = value / base, power + 1
+    return f"{_three(value)} {names[power]}"
+
+
+def _three(value: float) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
