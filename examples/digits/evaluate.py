@@ -1,0 +1,220 @@
+"""Measures the digits model: accuracy by kind, dropping methods at equal cost, single drops by layer and share.
+
+    python examples/digits/evaluate.py                     # accuracy by kind, in plain Transformers
+    python examples/digits/evaluate.py --split val --json
+    python examples/digits/evaluate.py --card              # the same, written into the model card
+    python examples/digits/evaluate.py --table --grid      # written into docs/digits.md and benchmarks/results
+
+The standard errors are clustered by scene, and the differences are paired: all methods answer the same questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from scoring import Answerer, Array, Score, score, score_by_kind
+
+from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.cost import DecoderShape, prefill_flops
+from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark, DigitsSample
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "digits.md"
+VISUAL_TOKENS, TEXT_TOKENS = 64, 6  # of a usual prompt: <s> USER: ... three words ASSISTANT:
+LAYERS, KEEP = (2, 4, 6), (0.5, 0.25, 0.125)
+GRID_KEEP = (0.5, 0.25, 0.125, 1 / 64)
+DRAWS = 3
+
+Results = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    benchmark = DigitsBenchmark(arguments.split, arguments.scenes, seed=arguments.seed)
+    samples = list(benchmark)
+    answerer = Answerer(arguments.model)
+    if not (arguments.table or arguments.grid):
+        show_accuracy(answerer, samples, arguments)
+    about = {"model": "digits", **asdict(benchmark)}
+    if arguments.table:
+        results = measure(answerer, samples, table_methods(answerer))
+        publish("table", {"benchmark": about, "methods": results}, table_lines(results))
+    if arguments.grid:
+        results = measure(answerer, samples, grid_methods(answerer))
+        publish("grid", {"benchmark": about, "methods": results}, grid_lines(results))
+
+
+def show_accuracy(answerer: Answerer, samples: Sequence[DigitsSample], arguments: argparse.Namespace) -> None:
+    """Accuracy by kind of the model as it is."""
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=len(samples))
+        right = answerer.right(samples, lambda count: progress.advance(bar, count))
+    scores = score_by_kind(right, samples)
+    lines = ["| question | exact match (%) | questions |", "|---|---|---|"]
+    names = {kind: text.format(row="R", column="C", digit="D", colour="X") for kind, text in KINDS.items()}
+    lines += [f"| {names.get(kind, kind)} | {value} | {value.count} |" for kind, value in scores.items()]
+    if arguments.json:
+        print(json.dumps({kind: asdict(value) for kind, value in scores.items()}, indent=2))
+    else:
+        print("\n".join(lines))
+    if arguments.card:
+        replace_between(digits_checkpoint() / "README.md", arguments.split, lines)
+
+
+def table_methods(answerer: Answerer) -> dict[str, Any]:
+    """The methods to compare, by name; those that drop cost the decoder FLOPs of PyramidDrop's default, or less."""
+    shape = decoder_shape(answerer)
+    budget = cost(shape, LAYERS, KEEP)
+    methods: dict[str, Any] = {"vanilla": None, "PyramidDrop": PyramidDrop(layers=LAYERS, keep=KEEP)}
+    for layer in (1, 2, 3):
+        keep = affordable(shape, layer, budget)
+        methods[f"FastV, K = {layer}"] = FastV(layer=layer, keep=keep)
+    keep = affordable(shape, 2, budget)
+    methods["one drop at layer 2, ranked as PyramidDrop"] = PyramidDrop(layers=[2], keep=[keep])
+    for seed in range(DRAWS):
+        methods[f"random, draw {seed + 1}"] = RandomDrop(layers=LAYERS, keep=KEEP, seed=seed)
+    methods["uniform"] = UniformDrop(layers=LAYERS, keep=KEEP)
+    methods["PyramidDrop, compact positions"] = PyramidDrop(layers=LAYERS, keep=KEEP, positions="compact")
+    return methods
+
+
+def grid_methods(answerer: Answerer) -> dict[str, Any]:
+    """No drop, and one drop before each layer at each share."""
+    cells = {
+        f"{layer}/{keep:g}": PyramidDrop(layers=[layer], keep=[keep])
+        for layer in range(1, decoder_shape(answerer).layers)
+        for keep in GRID_KEEP
+    }
+    return {"vanilla": None, **cells}
+
+
+def measure(answerer: Answerer, samples: Sequence[DigitsSample], methods: dict[str, Any]) -> Results:
+    """For each method: scores by kind, its difference to PyramidDrop (or else to the first), and its FLOPs ratio."""
+    scenes = np.array([sample.scene for sample in samples])
+    right: dict[str, Array] = {}
+    ratios: dict[str, float] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=len(samples) * len(methods))
+        for name, method in methods.items():
+            progress.update(bar, description=name)
+
+            def advance(count: int) -> None:
+                progress.advance(bar, count)
+
+            if method is None:
+                right[name], ratios[name] = answerer.right(samples, advance), 1.0
+                continue
+            with method(answerer.model) as trace:
+                right[name] = answerer.right(samples, advance)
+                ratios[name] = trace.cost().flops_ratio
+    base = right.get("PyramidDrop", right["vanilla"])
+    return {
+        name: {
+            "flops_ratio": round(ratios[name], 4),
+            "settings": "" if method is None else repr(method),
+            "scores": {kind: asdict(value) for kind, value in score_by_kind(right[name], samples).items()},
+            "difference": asdict(score(right[name] - base, scenes)),
+        }
+        for name, method in methods.items()
+    }
+
+
+def decoder_shape(answerer: Answerer) -> DecoderShape:
+    text = answerer.model.config.text_config
+    width = text.hidden_size // text.num_attention_heads
+    return DecoderShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=width,
+    )
+
+
+def cost(shape: DecoderShape, layers: Sequence[int], keep: Sequence[float]) -> int:
+    """Prefill FLOPs of a usual prompt under a schedule."""
+    visual, lengths, ranked = VISUAL_TOKENS, [], []
+    for layer in range(shape.layers):
+        if layer in layers:
+            ranked.append(TEXT_TOKENS + visual)
+            visual = max(1, int(VISUAL_TOKENS * keep[list(layers).index(layer)]))
+        lengths.append(TEXT_TOKENS + visual)
+    return prefill_flops(shape, lengths, ranked)
+
+
+def affordable(shape: DecoderShape, layer: int, budget: int) -> float:
+    """The largest share that one drop before ``layer`` may keep within a budget."""
+    fitting = [count for count in range(1, VISUAL_TOKENS) if cost(shape, [layer], [count / VISUAL_TOKENS]) <= budget]
+    if not fitting:
+        raise ValueError(f"one drop before layer {layer} cannot be as cheap as {budget} FLOPs")
+    return max(fitting) / VISUAL_TOKENS
+
+
+def table_lines(results: Results) -> list[str]:
+    lines = [
+        "| method | decoder FLOPs | all | difference to PyramidDrop | " + " | ".join(KIND_NAMES) + " |",
+        "|---|---|---|---|" + "---|" * len(KIND_NAMES),
+    ]
+    for name, result in results.items():
+        scores = {kind: Score(**value) for kind, value in result["scores"].items()}
+        difference = Score(**result["difference"]).signed() if name != "PyramidDrop" else ""
+        kinds = " | ".join(f"{100 * scores[kind].mean:.0f}" for kind in KIND_NAMES)
+        lines.append(f"| {name} | {100 * result['flops_ratio']:.1f} % | {scores['all']} | {difference} | {kinds} |")
+    return lines
+
+
+def grid_lines(results: Results) -> list[str]:
+    heads = " | ".join(f"keep {round(VISUAL_TOKENS * keep)} of {VISUAL_TOKENS}" for keep in GRID_KEEP)
+    lines = [f"| one drop before layer | {heads} |", "|---|" + "---|" * len(GRID_KEEP)]
+    for layer in sorted({int(name.split("/")[0]) for name in results if "/" in name}):
+        cells = [str(Score(**results[f"{layer}/{keep:g}"]["scores"]["all"])) for keep in GRID_KEEP]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return [f"Without a drop: {Score(**results['vanilla']['scores']['all'])}.", "", *lines]
+
+
+def publish(name: str, results: dict[str, Any], lines: list[str]) -> None:
+    """The numbers into ``benchmarks/results``, the table into the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"digits-{name}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    replace_between(PAGE, name, lines)
+    print("\n".join(lines))
+
+
+def replace_between(path: Path, name: str, lines: list[str]) -> None:
+    """Put ``lines`` between the comments ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown file."""
+    before, start, rest = path.read_text("utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not start or not end:
+        raise SystemExit(f"{path} has no place marked '{name}'")
+    path.write_text(before + start + "\n".join(lines) + "\n" + end + after, "utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=digits_checkpoint(), help="folder of a checkpoint")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--scenes", type=int, default=80, help="pictures; 16 questions about each")
+    parser.add_argument("--seed", type=int, default=0, help="of the benchmark's scenes")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--card", action="store_true", help="write the accuracy into the bundled model's card")
+    parser.add_argument("--table", action="store_true", help="compare methods; writes docs/digits.md")
+    parser.add_argument("--grid", action="store_true", help="one drop, by layer and share; writes docs/digits.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
