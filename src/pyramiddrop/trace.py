@@ -63,7 +63,7 @@ class Trace:
         self._ranked, self._shape = ranked, shape
 
     def record(self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int) -> None:
-        """Add a stage: (B, N) `rows` that stay, `visual` marks the visual ones among them; columns count from `offset`."""
+        """Add a stage: (B, N) `rows` that stay, `visual` marks the visual ones; columns count from `offset`."""
         self.stages.append(StageTrace(layer, keep, rows, visual, offset))
 
     def cost(self) -> Cost:

@@ -27,10 +27,25 @@ _MARK = "_pyramiddrop_attachment"
 
 @dataclass
 class _Generation:
-    """One call of `generate`: its first forward is the prompt; what it asked holds until the end."""
+    """One call of `generate`: its first forward is the prompt; what that asked holds until the end.
 
+    Attributes:
+        tokens: length of the ids or embeddings that `generate` was given: all columns so far, or the new ones alone.
+        columns: all columns so far, where its attention mask tells.
+        prompt: the request of the first forward.
+    """
+
+    tokens: int | None
+    columns: int | None
     prompt: Request | None = None
-    started: bool = False
+
+    def guesses(self, past: int, length: int) -> int:
+        """Columns at the end of the first forward that are no prompt: candidates of assisted decoding."""
+        if self.columns is not None:
+            return max(0, past + length - self.columns)
+        if self.tokens is None:
+            return 0
+        return max(0, (past if self.tokens > past else 0) + length - self.tokens)
 
 
 # By attachment, for a patched assistant model may generate inside the generation of a patched main model.
@@ -126,7 +141,7 @@ class Attachment:
         if torch.compiler.is_compiling() and length == 1:
             memory = CacheMemory.of(cache)
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
-        opened: Run | None = torch.compiler.disable(self._open_eagerly)(call, cache)
+        opened: Run | None = torch.compiler.disable(self._open_eagerly)(call, cache)  # type: ignore[no-untyped-call]
         return opened
 
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Run | None:
@@ -135,17 +150,17 @@ class Attachment:
             CacheMemory.forget(cache)
         memory = CacheMemory.of(cache)
         generation = _generations.get().get(id(self))
-        first = generation is None or not generation.started
+        first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
-        if plan is None and memory is None:
+        if plan is not None and first:
+            self._begin_trace(plan)
+        if memory is None and (plan is None or not plan.drops):
             return None
         labels = call.get("labels")
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
         plan = None if plan is None else plan.to(tokens.device)
-        run = Run(self.anatomy, self.rules, past, tokens.shape[1], plan, memory, labels)
-        if plan is not None and first:
-            run.trace = self.trace
-            self._begin_trace(plan)
+        trace = self.trace if first else None
+        run = Run(self.anatomy, self.rules, past, tokens.shape[1], plan, memory, labels, trace)
         if plan is not None and plan.drops and labels is not None and self.rules.logits == "kept":
             run.shift_labels = labels.new_full((len(labels), plan.stages[-1].length), IGNORED_LABEL)
         return run
@@ -154,20 +169,21 @@ class Attachment:
         """The plan of this forward where it is a prefill, else None."""
         shape = call_shape(call)
         assert shape is not None
-        request: Request | None
-        if generation is not None and generation.started:
+        if generation is not None and generation.prompt is not None:
             # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
             # never dropped; without one the prompt is ranked again, by its own last token.
-            uncached = generation.prompt is not None and call.get("past_key_values") is None
-            request = extend_request(generation.prompt, call) if uncached and generation.prompt else None
+            if call.get("past_key_values") is not None:
+                return None
+            request = extend_request(generation.prompt, call)
         elif shape[1] == 1 and past:
-            request = None
+            return None
         else:
             training = self.anatomy.text.training and generation is None
-            request = read_request(call, self.anatomy, self.given, past, training)
-        if generation is not None and not generation.started:
-            generation.started, generation.prompt = True, request
-        return None if request is None else make_plan(request, self.rules.schedule, self.rules.per_image)
+            guesses = generation.guesses(past, shape[1]) if generation else 0
+            request = read_request(call, self.anatomy, self.given, past, training, guesses)
+            if generation is not None:
+                generation.prompt = request
+        return make_plan(request, self.rules.schedule, self.rules.per_image)
 
     def _begin_trace(self, plan: Plan) -> None:
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)
@@ -197,12 +213,20 @@ class Generate:
                 "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
                 "of the whole prompt. Leave it unset"
             )
-        generations = {**_generations.get(), id(self.attachment): _Generation()}
-        token = _generations.set(generations)
+        generation = _Generation(*_prompt_lengths(args, kwargs))
+        token = _generations.set({**_generations.get(), id(self.attachment): generation})
         try:
             return type(self.generator).generate(self.generator, *args, **kwargs)
         finally:
             _generations.reset(token)
+
+
+def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None]:
+    """Lengths of the tokens and of the attention mask that `generate` was given."""
+    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    tokens = next((value.shape[1] for value in given if isinstance(value, Tensor)), None)
+    mask = kwargs.get("attention_mask")
+    return tokens, None if mask is None else mask.shape[1]
 
 
 def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:

@@ -48,9 +48,9 @@ def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def read_request(
-    call: Mapping[str, Any], anatomy: Anatomy, given: GivenMasks, past: int, training: bool
-) -> Request | None:
-    """The request of a prefill, or None where nothing is to be dropped.
+    call: Mapping[str, Any], anatomy: Anatomy, given: GivenMasks, past: int, training: bool, guesses: int
+) -> Request:
+    """The request of a prefill.
 
     Args:
         call: arguments of the model's forward.
@@ -58,6 +58,7 @@ def read_request(
         given: masks that the user gave.
         past: columns in the KV cache.
         training: whether this is a training forward: then only labels (or a query mask) say who asks.
+        guesses: columns at the end that are no prompt: candidates of assisted decoding.
 
     Raises:
         ValueError: for embeddings without a visual mask, and for masks that do not fit the call.
@@ -67,8 +68,8 @@ def read_request(
     visual = _fitted(given.visual, "visual_mask", shape, past)
     if visual is None:
         visual = _visual_from_ids(call, anatomy)
-    if not visual.any():
-        return None
+    prompt = torch.arange(shape[1]) < shape[1] - guesses
+    visual = visual & prompt
     valid = _valid(call.get("attention_mask"), shape, past)
     labels = call.get("labels")
     query = _fitted(given.query, "query_mask", shape, past)
@@ -78,16 +79,15 @@ def read_request(
         protected[:, :-1] = supervised[:, 1:]
         if query is None:
             query = protected & ~supervised
-    elif query is None and training:
+    elif query is None and training and visual.any():
         warnings.warn(
             "pyramiddrop drops nothing in this training forward: it has no labels, so no token asks. Pass labels to "
             "the model, or give query_mask, or call model.eval()",
             stacklevel=2,
         )
-        return None
+        query = protected
     elif query is None:
-        query = _last_token(visual, valid)
-        protected = query
+        query = _last_token(prompt.expand(shape) if valid is None else valid & prompt)
     return Request(visual, query, protected | query, valid, anatomy.image_lengths(call, int(visual.sum())), past)
 
 
@@ -138,7 +138,7 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
-def _last_token(visual: Tensor, valid: Tensor | None) -> Tensor:
-    columns = torch.arange(visual.shape[1]).expand_as(visual)
-    last = (columns if valid is None else columns.masked_fill(~valid, -1)).max(1, keepdim=True).values
-    return columns == last
+def _last_token(prompt: Tensor) -> Tensor:
+    """(B, L) True at the last True of each row of `prompt`."""
+    columns = torch.arange(prompt.shape[1]).expand_as(prompt)
+    return columns == columns.masked_fill(~prompt, -1).max(1, keepdim=True).values

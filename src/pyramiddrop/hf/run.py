@@ -45,13 +45,11 @@ class Kept:
         rows: (B, N) long, columns of this call.
         local: (B, N) long, the same rows counted among those that the stage before had left.
         valid: (B, N) bool, False at filler, or None where there is none.
-        position_ids: (B, N) long, renumbered; with `positions="compact"` only.
     """
 
     rows: Tensor
     local: Tensor
     valid: Tensor | None
-    position_ids: Tensor | None = None
 
 
 class Run:
@@ -70,13 +68,14 @@ class Run:
         plan: Plan | None = None,
         memory: CacheMemory | None = None,
         labels: Tensor | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.anatomy, self.rules, self.plan = anatomy, rules, plan
         self.past, self.length = past, length
         self.memory = memory
         self.labels = labels
         self.shift_labels: Tensor | None = None
-        self.trace: Trace | None = None
+        self.trace = trace
         # What the cache held before this call; `memory` grows while the call runs.
         self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
         self._earlier_shift: dict[int, Tensor] = dict(memory.shift) if memory else {}
@@ -129,10 +128,7 @@ class Run:
         scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
         stays = select(scores, visual, plan.groups.gather(1, rows), ending.quota) | (alive & ~visual)
         local, valid = compact(stays, ending.length, ending.ragged)
-        kept = Kept(rows.gather(1, local), local, valid)
-        if self.rules.positions == "compact":
-            kept.position_ids = self._renumbered(stage, kept, kwargs["position_ids"])
-        return kept
+        return Kept(rows.gather(1, local), local, valid)
 
     def _present(self, stage: int) -> tuple[Tensor, Tensor]:
         """(B, N) rows that are there when `stage` drops are behind, and (B, N) bool which of them are not filler."""
@@ -151,11 +147,11 @@ class Run:
         empty = Slots(kept.rows[:, :0], None, 0)
         earlier = self._earlier.get(stage, empty)
         self.memory.slots[stage] = earlier.extended(kept.rows, kept.valid, self.past, self.length)
-        if kept.position_ids is not None:
+        if self.rules.positions == "compact":
             last = kept.rows.shape[1] - 1 if kept.valid is None else kept.valid.sum(1, keepdim=True) - 1
             last = torch.as_tensor(last, device=kept.rows.device).expand(len(kept.rows), 1)
             original = self._full_positions(kwargs["position_ids"]).gather(1, kept.rows.gather(1, last))
-            self.memory.shift[stage] = original - kept.position_ids.gather(1, last)
+            self.memory.shift[stage] = original - self._renumbered(stage, kept, kwargs["position_ids"]).gather(1, last)
 
     def _record(self, stage: int, kept: Kept | None) -> None:
         if self.trace is not None and self.plan is not None:
@@ -195,7 +191,8 @@ class Run:
         rows, alive = self._present(present)
         columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         where = torch.zeros(len(rows), self.length, dtype=torch.long, device=rows.device).scatter(1, rows, columns)
-        positions = self._positions(self._kept[present], hidden, kwargs)
+        # At the numbering of this layer's own cache, which may have dropped more of an earlier turn than `present`.
+        positions = self._positions(self._kept[present], hidden, kwargs, self.rules.schedule.stage_of(index))
         with _no_dropout(layer):
             seen = project(layer, hidden, positions["position_embeddings"], where.gather(1, self.plan.queries))
         keys, slots = self._with_past(index, seen.keys, Slots(rows, alive, 0), kwargs.get("past_key_values"))
@@ -266,15 +263,16 @@ class Run:
         )
         return found
 
-    def _positions(self, kept: Kept | None, hidden: Tensor, kwargs: Kwargs, stage: int | None = None) -> Kwargs:
-        """`position_ids` and `position_embeddings` of the rows in `kept`, renumbered where that is asked for."""
+    def _positions(self, kept: Kept | None, hidden: Tensor, kwargs: Kwargs, stage: int) -> Kwargs:
+        """`position_ids` and `position_embeddings` of the rows in `kept`; renumbered on the cache of `stage`."""
         ids, embeddings = kwargs["position_ids"], kwargs["position_embeddings"]
         if self.rules.positions == "compact":
-            renumbered = kept.position_ids if kept else None
-            if kept is None and stage in self._earlier_shift:
-                renumbered = self._full_positions(ids) - self._earlier_shift[stage].to(ids.device)
-            if renumbered is None:
+            if kept is None and stage not in self._earlier_shift:
                 return {"position_ids": ids, "position_embeddings": embeddings}
+            if kept is not None:
+                renumbered = self._renumbered(stage, kept, ids)
+            else:
+                renumbered = self._full_positions(ids) - self._earlier_shift[stage].to(ids.device)
             return {"position_ids": renumbered, "position_embeddings": self.anatomy.rotary(hidden, renumbered)}
         if kept is None:
             return {"position_ids": ids, "position_embeddings": embeddings}
