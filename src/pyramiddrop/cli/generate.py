@@ -90,6 +90,6 @@ def generate(
     elif done.comparison:
         results().print(comparison_table(done.comparison, done.method))
     else:
-        remarks().print(usage_line(done.usage, done.vanilla), style="dim")
+        remarks().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)
     if overlay and not as_json:
-        remarks().print(f"overlay: {overlay}")
+        remarks().print(f"overlay: {overlay}", soft_wrap=True)

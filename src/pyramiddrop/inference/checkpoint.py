@@ -44,6 +44,8 @@ def read_config(source: str | Path) -> Any:
         raise InputError(f"no checkpoint in {folder}: it has no config.json")
     if folder.is_file():
         raise InputError(f"{folder} is a file; a checkpoint is a folder or a name on the hub")
+    if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
+        raise InputError(f"no such folder: {source}")
     with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
         config = AutoConfig.from_pretrained(source)
     known = [family for family in FAMILIES if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
@@ -95,10 +97,10 @@ def pick_device(name: str | None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind in DEVICES if available[kind]))
-    with user_input(f"device {name!r} is not one of {', '.join(DEVICES)}", (RuntimeError,)):
-        device = torch.device(name)
-    if device.type not in available:
+    kind, colon, index = name.partition(":")
+    if kind not in available or (colon and not index.isdecimal()):
         raise InputError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    device = torch.device(name)
     if not available[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device {name!r} is not available on this machine")
     return device

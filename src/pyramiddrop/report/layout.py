@@ -34,7 +34,11 @@ def look(config: Any, image_processor: Any, pictures: Sequence[Image.Image]) -> 
     if views is None:
         known = ", ".join(_FAMILIES)
         raise ValueError(f"cannot place the visual tokens of model type {config.model_type!r} (known: {known})")
-    return [Seen(picture, view) for picture in pictures for view in views(config, image_processor, picture)]
+    return [
+        Seen(picture, replace(view, name=f"{view.name} {number}") if len(pictures) > 1 else view)
+        for number, picture in enumerate(pictures, start=1)
+        for view in views(config, image_processor, picture)
+    ]
 
 
 def _llava(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:

@@ -10,13 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from pyramiddrop.inference.demo import Asked, Demo
 from pyramiddrop.report import tables, units
 from pyramiddrop.report.grid import Cell, View
 from pyramiddrop.report.layout import Seen
-from pyramiddrop.report.overlay import veil
+from pyramiddrop.report.overlay import seen_pixels, veil
 from pyramiddrop.report.spans import Span
 
 
@@ -62,7 +61,7 @@ def render_page(demo: Demo, cards: Sequence[Card]) -> str:
     return environment.get_template("page.html.j2").render(
         demo=demo,
         cards=cards,
-        pictures={card.picture: picture_data(card.asked.picture) for card in cards},
+        pictures={card.picture: picture_data(card.seen[0]) for card in cards},
         dark_pictures={card.picture: veil(card.asked.picture) > 128 for card in cards},
         ratios={name: after / before for name, (before, after) in _medians(demo).items()},
         medians=_medians(demo),
@@ -78,10 +77,10 @@ def dropped_path(view: View, kept: frozenset[Cell]) -> str:
     return "".join(f"M{column} {row}h1v1h-1z" for row, column in cells if (row, column) not in kept)
 
 
-def picture_data(picture: Image.Image) -> str:
-    """The picture as a `data:` address."""
+def picture_data(seen: Seen) -> str:
+    """What a view sees of its picture, as a `data:` address."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    seen_pixels(seen.picture, seen.view).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

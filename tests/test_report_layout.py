@@ -1,0 +1,109 @@
+"""The views that are worked out for a picture are those that the family's own processor makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyramiddrop.inference.checkpoint import load_processor, read_config
+from pyramiddrop.inference.prompt import build_inputs
+from pyramiddrop.report.grid import View
+from pyramiddrop.report.layout import look
+from tiny import CROP
+
+PATCH = CROP // 4
+SIZES = [(90, 60), (60, 90), (80, 80), (200, 70), (70, 200)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_llava_sees_the_light_where_its_view_says(llava_folder: Path, size: tuple[int, int]) -> None:
+    config, processor = read_config(llava_folder), load_processor(llava_folder)
+    for place in ((0.5, 0.5), (0.45, 0.58)):
+        picture, spot = _lit(size, place)
+        (seen,) = look(config, processor.image_processor, [picture])
+        pixels = build_inputs(processor, [picture], "w7")["pixel_values"]
+        assert _covers(seen.view, _brightest(pixels[0]), spot)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_llava_next_sees_the_light_in_both_views(next_folder: Path, size: tuple[int, int]) -> None:
+    config, processor = read_config(next_folder), load_processor(next_folder)
+    for place in ((0.1, 0.2), (0.7, 0.9)):
+        picture, spot = _lit(size, place)
+        base, tiles = (seen.view for seen in look(config, processor.image_processor, [picture]))
+        pixels = build_inputs(processor, [picture], "w7")["pixel_values"][0]
+        assert _covers(base, _brightest(pixels[0]), spot)
+        row, column = _brightest(_together(pixels[1:], config, picture))
+        top, left = _cut_off(tiles, config, picture)
+        assert _covers(tiles, (row - top, column - left), spot)
+
+
+def test_the_views_have_as_many_tokens_as_the_prompt(next_folder: Path, llava_folder: Path) -> None:
+    pictures = [Image.new("RGB", size) for size in SIZES]
+    for folder in (next_folder, llava_folder):
+        config, processor = read_config(folder), load_processor(folder)
+        seen = look(config, processor.image_processor, pictures)
+        ids = build_inputs(processor, pictures, "w7")["input_ids"]
+        assert sum(one.view.tokens for one in seen) == int((ids == config.image_token_index).sum())
+        assert seen[0].view.name.endswith(" 1")
+
+
+def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:
+    config, processor = read_config(llava_folder), load_processor(llava_folder)
+    config.vision_feature_select_strategy = "full"
+    (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
+    assert (seen.view.leading, seen.view.tokens) == (1, 17)
+
+
+def test_a_family_without_known_views_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot place the visual tokens of model type 'qwen9'"):
+        look(SimpleNamespace(model_type="qwen9"), None, [])
+
+
+def _lit(size: tuple[int, int], place: tuple[float, float]) -> tuple[Image.Image, tuple[float, float]]:
+    """A black picture with a white spot, and the spot's centre in pixels (x, y)."""
+    width, height = size
+    x, y = place[0] * width, place[1] * height
+    columns, rows = np.arange(width)[None] + 0.5, np.arange(height)[:, None] + 0.5
+    distance = (columns - x) ** 2 + (rows - y) ** 2
+    values = (255 * np.exp(-distance / (2 * (min(size) / 30) ** 2))).astype(np.uint8)
+    return Image.fromarray(values).convert("RGB"), (x, y)
+
+
+def _brightest(pixels: torch.Tensor) -> tuple[int, int]:
+    """Row and column of the patch with the most light; pixels are (3, H, W)."""
+    light = torch.nn.functional.avg_pool2d(pixels.mean(0)[None], PATCH)[0]
+    row, column = divmod(int(light.argmax()), light.shape[1])
+    return row, column
+
+
+def _covers(view: View, cell: tuple[int, int], spot: tuple[float, float]) -> bool:
+    """Whether the spot lies in this cell, or less than a fifth of a cell beside it."""
+    width, height = view.box.width / view.columns, view.box.height / view.rows
+    row, column = (spot[1] - view.box.top) / height, (spot[0] - view.box.left) / width
+    return -0.2 <= row - cell[0] <= 1.2 and -0.2 <= column - cell[1] <= 1.2
+
+
+def _together(tiles: torch.Tensor, config: Any, picture: Image.Image) -> torch.Tensor:
+    rows, columns = _tile_grid(config, picture)
+    grid = tiles[: rows * columns].reshape(rows, columns, 3, CROP, CROP)
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * CROP, columns * CROP)
+
+
+def _cut_off(view: View, config: Any, picture: Image.Image) -> tuple[int, int]:
+    """Rows above and columns to the left of the grid that hold nothing but padding."""
+    rows, columns = _tile_grid(config, picture)
+    return (rows * 4 - view.rows) // 2, (columns * 4 - view.columns) // 2
+
+
+def _tile_grid(config: Any, picture: Image.Image) -> tuple[int, int]:
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    rows, columns = get_anyres_image_grid_shape((picture.height, picture.width), config.image_grid_pinpoints, CROP)
+    return int(rows), int(columns)
