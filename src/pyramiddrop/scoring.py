@@ -61,10 +61,8 @@ class RandomScorer:
     seed: int | None = 0
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        generator = torch.Generator()
-        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
-        draws = torch.rand(int(evidence.ordinal.max()) + 1, generator=generator).to(evidence.ordinal.device)
-        return draws[evidence.ordinal]
+        seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
+        return _hashed(evidence.ordinal + seed * 0x9E3779B9)
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,13 @@ class UniformScorer:
         tokens, kept = (counts.gather(1, evidence.groups).clamp(min=1) for counts in (present, quota))
         # Of n tokens, c stay: those at which floor(rank * c / n) steps up. That is exactly c, as even as integers go.
         return ((rank + 1) * kept // tokens > rank * kept // tokens).float()
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """Float32 in [0, 1) for each long: the first steps of splitmix64. Unlike a generator's draws, each stands alone."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+    return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
 
 
 SCORERS: dict[str, type] = {"attention": AttentionScorer, "random": RandomScorer, "uniform": UniformScorer}

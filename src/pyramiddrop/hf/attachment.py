@@ -141,9 +141,9 @@ class Attachment:
         if torch.compiler.is_compiling() and length == 1:
             memory = CacheMemory.of(cache)
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
-        opened: Run | None = torch.compiler.disable(self._open_eagerly)(call, cache)  # type: ignore[no-untyped-call]
-        return opened
+        return self._open_eagerly(call, cache)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Run | None:
         past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0:
@@ -183,6 +183,8 @@ class Attachment:
             request = read_request(call, self.anatomy, self.given, past, training, guesses)
             if generation is not None:
                 generation.prompt = request
+            if past and not request.visual.any():
+                return None  # text alone on top of a cache
         return make_plan(request, self.rules.schedule, self.rules.per_image)
 
     def _begin_trace(self, plan: Plan) -> None:

@@ -81,7 +81,7 @@ class Run:
         self._earlier_shift: dict[int, Tensor] = dict(memory.shift) if memory else {}
         self._kept: dict[int, Kept | None] = {0: None}
         self._scores: dict[int, Tensor] = {}
-        self._memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._memo: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
     # ---- before a decoder layer ------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Run:
         width = cache.layers[index].max_cache_len if cache is not None and cache.is_compileable else None
         rows = kept.rows if kept else None
         followed: Tensor | None = self._once(
-            ("mask", stage, id(mask), width),
+            ("mask", stage, width),
             mask,
             lambda: follow_mask(mask, rows, slots, self.past, self.length, self.anatomy.attention, width),
         )
@@ -259,7 +259,7 @@ class Run:
     def _positions_once(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         source = kwargs.get("position_embeddings")
         found: Kwargs = self._once(
-            ("positions", stage, id(source)), source, lambda: self._positions(kept, hidden, kwargs, stage)
+            ("positions", stage), source, lambda: self._positions(kept, hidden, kwargs, stage)
         )
         return found
 
@@ -288,14 +288,17 @@ class Run:
             if name in ("attention_mask", "position_ids") or not isinstance(value, Tensor):
                 continue
             if value.dim() >= 2 and value.shape[1] == self.length:
-                found[name] = self._once((name, stage, id(value)), value, partial(take_rows, value, kept.rows))
+                found[name] = self._once((name, stage), value, partial(take_rows, value, kept.rows))
         return found
 
     def _once(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """Work out a follower once a stage. The source is held, so that its id stays its own."""
-        if key not in self._memo:
-            self._memo[key] = (source, make())
-        return self._memo[key][1]
+        """Work out a follower of `source` once a stage (identity, not `id`: compiled graphs must not guard on it)."""
+        followers = self._memo.setdefault(key, [])
+        for held, follower in followers:
+            if held is source:
+                return follower
+        followers.append((source, make()))
+        return followers[-1][1]
 
     # ---- renumbered positions --------------------------------------------------------------------------------------
 
