@@ -89,7 +89,12 @@ class Method:
             ValueError: where it holds another method, or what no method has.
         """
         path = Path(directory) / FILE_NAME
-        settings = json.loads(path.read_text())
+        try:
+            settings = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold a JSON object; got {settings!r}")
         name = settings.pop("method", None)
         found = METHODS.get(name)
         if found is None or not issubclass(found, cls):
@@ -202,6 +207,11 @@ class RandomDrop(StagedMethod):
 
     seed: int | None = 0
     rank_layer: str = field(default="next", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"seed must be a whole number or None; got {self.seed!r}")
 
     def scorer(self) -> Scorer:
         return RandomScorer(self.seed)

@@ -87,8 +87,8 @@ def equal_stage_layers(num_layers: int, stages: int) -> list[int]:
 
 def powers(lam: float, drops: int) -> list[float]:
     """The paper's keep ratios: λ, λ², λ³, ..."""
-    if not 0 < lam <= 1:
-        raise ValueError(f"lam must be in (0, 1]; got {lam}")
+    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 < lam <= 1:
+        raise ValueError(f"lam must be a number in (0, 1]; got {lam!r}")
     return [lam**drop for drop in range(1, drops + 1)]
 
 

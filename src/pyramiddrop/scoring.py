@@ -62,7 +62,7 @@ class RandomScorer:
 
     def __call__(self, evidence: Evidence) -> Tensor:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
-        return _hashed(evidence.ordinal + seed * 0x9E3779B9)
+        return _hashed(evidence.ordinal + (seed + 1) * 0x9E3779B9)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ class Attachment:
         if torch.compiler.is_compiling() and length == 1:
             memory = CacheMemory.of(cache)
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
-        return self._open_eagerly(call, cache)
+        opened: Run | None = self._open_eagerly(call, cache)
+        return opened
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Run | None:

@@ -33,7 +33,8 @@ def follow_mask(
         slots = slots.until(past + length)
         if attention.startswith("flash"):
             return slots.valid
-        return _padded(causal(_query_columns(rows, slots, past, length), slots), width)
+        mask = causal(_query_columns(rows, slots, past, length), slots)
+        return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
     slots = slots.until(mask.shape[-1])
     if mask.dim() == 2:
         return hide(mask.gather(1, slots.columns), slots.valid)
@@ -42,7 +43,7 @@ def follow_mask(
     mask = take_columns(mask, slots.columns)
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(mask, width)
+    return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
 
 
 def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
@@ -62,6 +63,15 @@ def causal(query_columns: Tensor, slots: Slots) -> Tensor:
 def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     """Hide from a bool, integer or additive mask what is not `visible`."""
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
+
+
+def _filler_sees_itself(mask: Tensor, rows: Tensor | None, valid: Tensor | None) -> Tensor:
+    """Show each filler row its own slot: a row that sees nothing is NaN in some kernels, and 0 * NaN is NaN for all."""
+    if rows is not None and valid is not None:
+        filler = ~valid[:, None, -rows.shape[1] :]
+        own = mask.diagonal(offset=valid.shape[1] - rows.shape[1], dim1=-2, dim2=-1)
+        own.masked_fill_(filler, 0 if mask.is_floating_point() else True)
+    return mask
 
 
 def _hidden(mask: Tensor) -> float:

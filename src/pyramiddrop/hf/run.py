@@ -258,9 +258,7 @@ class Run:
 
     def _positions_once(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         source = kwargs.get("position_embeddings")
-        found: Kwargs = self._once(
-            ("positions", stage), source, lambda: self._positions(kept, hidden, kwargs, stage)
-        )
+        found: Kwargs = self._once(("positions", stage), source, lambda: self._positions(kept, hidden, kwargs, stage))
         return found
 
     def _positions(self, kept: Kept | None, hidden: Tensor, kwargs: Kwargs, stage: int) -> Kwargs:

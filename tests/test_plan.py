@@ -1,0 +1,81 @@
+"""The host-side plan: counts, lengths, query tokens and image groups, by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.hf.plan import Plan, Request, make_plan
+from pyramiddrop.schedule import Schedule
+
+SCHEDULE = Schedule.of([2, 4], [0.5, 0.25])
+
+
+def mask(*rows: str) -> Tensor:
+    return torch.tensor([[sign == "x" for sign in row] for row in rows])
+
+
+def plan(
+    visual: Tensor,
+    queries: Tensor,
+    protected: Tensor | None = None,
+    valid: Tensor | None = None,
+    lengths: list[int] | None = None,
+    per_image: bool = False,
+    schedule: Schedule = SCHEDULE,
+) -> Plan:
+    protected = queries if protected is None else protected
+    return make_plan(Request(visual, queries, protected, valid, lengths, 0), schedule, per_image)
+
+
+def test_counts_and_lengths_of_a_ragged_batch() -> None:
+    made = plan(mask("xxxxxxxx..", "..xxxx....", ".........."), mask(*[".........x"] * 3))
+    assert [stage.quota.flatten().tolist() for stage in made.stages] == [[4, 2, 0], [2, 1, 0]]
+    assert [stage.length for stage in made.stages] == [10, 10]  # the text-only row keeps the rectangle
+    assert all(stage.ragged for stage in made.stages)
+    assert made.drops
+
+
+def test_padding_counts_as_neither_row_nor_visual_token() -> None:
+    valid = mask("..xxxxxxxx", "xxxxxxxxxx")
+    made = plan(mask("xxxxxx....", "xxxxxx...."), mask(*[".........x"] * 2), valid=valid)
+    assert made.visual.sum(1).tolist() == [4, 6]
+    assert [stage.quota.flatten().tolist() for stage in made.stages] == [[2, 3], [1, 1]]
+    assert [stage.length for stage in made.stages] == [7, 5]
+    assert [stage.ragged for stage in made.stages] == [True, False]
+
+
+def test_a_sample_that_asks_nothing_drops_nothing() -> None:
+    made = plan(mask("xxxx..", "xxxx.."), mask(".....x", "......"))
+    assert [stage.quota.flatten().tolist() for stage in made.stages] == [[2, 4], [1, 4]]
+
+
+def test_protected_tokens_count_inside_the_quota_and_stretch_it_when_they_are_more() -> None:
+    queries = mask("...x....")
+    made = plan(mask("xxxx...."), queries, protected=mask("..xx...."))
+    assert [stage.quota.item() for stage in made.stages] == [2, 2]
+
+
+def test_full_keep_drops_nothing() -> None:
+    made = plan(mask("xxxx.."), mask(".....x"), schedule=Schedule.of([2, 4], [1.0, 1.0]))
+    assert not made.drops
+    assert [stage.length for stage in made.stages] == [6, 6]
+
+
+def test_query_columns_are_padded_with_no_weight() -> None:
+    made = plan(mask("xx....", "xx...."), mask("...x.x", "....x."))
+    assert made.queries[0].tolist() == [3, 5]
+    assert made.queries[1, 0] == 4
+    assert made.weights.tolist() == [[1, 1], [1, 0]]
+
+
+def test_images_have_their_own_quota() -> None:
+    made = plan(mask("xxxxxx..xx.", "..xx......."), mask(*["..........x"] * 2), lengths=[4, 2, 2, 2], per_image=True)
+    assert made.stages[0].quota.tolist() == [[2, 1, 1], [1, 0, 0]]
+    assert made.groups[0][made.visual[0]].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert made.groups[1][made.visual[1]].tolist() == [0, 0]
+
+
+def test_runs_are_images_where_lengths_are_unknown() -> None:
+    made = plan(mask("xxxx..xx.."), mask(".........x"), per_image=True)
+    assert made.stages[0].quota.tolist() == [[2, 1]]
