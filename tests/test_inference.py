@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -149,6 +150,30 @@ def test_a_text_only_call_is_untouched(attention: str, side: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(patched.hidden_states, vanilla.hidden_states, strict=True))
     assert torch.equal(patched_tokens.sequences, tokens.sequences)
     assert all(torch.equal(a, b) for a, b in zip(patched_tokens.logits, tokens.logits, strict=True))
+
+
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_ways_to_call(attention: str) -> None:
+    """By position, as a tuple, with a prepared mask, and the model without its head: all the same prefill."""
+    model = tiny_model("llava", attention)
+    inputs = make_batch(model, MIXED, "right")
+    expected = reference.prefill(model, HALVES, inputs)
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    seen = torch.ones(38, 38, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with method_of(HALVES)(model) as trace:
+        results = [
+            model(ids, pixels, mask).logits,
+            model(**inputs, return_dict=False)[0],
+            model(**inputs | {"attention_mask": added}).logits,
+            model.lm_head(model.model(**inputs).last_hidden_state),
+        ]
+        if attention == "sdpa":
+            results.append(model(**inputs | {"attention_mask": seen}).logits)
+        for logits in results:
+            check_logits(logits, expected)
+        check_trace(trace, expected, HALVES)
 
 
 # --- What the caller asks to see ------------------------------------------------------------------------------------
@@ -427,12 +452,33 @@ def test_assisted_decoding(perturbed: float) -> None:
     assert new_tokens(output, inputs) == stacked(expected.tokens)
 
 
+def test_assisted_decoding_by_a_model_with_its_own_method() -> None:
+    model, assistant = tiny_model("llava"), tiny_model("llava")
+    inputs = make_batch(model, [[5, "image", 7]])
+    expected = reference.greedy(model, HALVES, inputs, steps=8)
+    with method_of(HALVES)(model) as trace, method_of(HALVES, keep=[0.25, 0.25, 0.25])(assistant) as other:
+        output = generated(model, inputs, 8, assistant_model=assistant)
+    assert new_tokens(output, inputs) == stacked(expected.tokens)
+    check_kept(trace, expected.first)
+    assert len(other.stages[0].kept[0]) == 4
+
+
+def test_generating_in_training_mode() -> None:
+    """As a reinforcement learner does: the prompt's last token asks, labels or not."""
+    model = tiny_model().train()
+    check_greedy(model, HALVES, make_batch(model, MIXED), steps=3)
+    check_greedy(model, HALVES, make_batch(model, MIXED), steps=3, use_cache=False)
+
+
 def test_chunked_prefill_of_an_image_is_refused() -> None:
     model = tiny_model()
     inputs = make_batch(model, [[5, "image", 7]])
+    chunked = copy.deepcopy(model.generation_config)
+    chunked.prefill_chunk_size = 8
     with method_of(HALVES)(model):
-        with pytest.raises((ValueError, NotImplementedError), match="prefill_chunk_size"):
-            generated(model, inputs, 2, prefill_chunk_size=8)
+        for options in ({"prefill_chunk_size": 8}, {"generation_config": chunked}):
+            with pytest.raises((ValueError, NotImplementedError), match="prefill_chunk_size"):
+                generated(model, inputs, 2, **options)
         check = generated(model, inputs, 2)
     assert new_tokens(check, inputs) == stacked(reference.greedy(model, HALVES, inputs, steps=2).tokens)
 
@@ -494,6 +540,72 @@ def check_conversation(model: PreTrainedModel, rule: Rule, first: list, new: lis
                 [column for column in columns.tolist() if column >= start] for columns in trace.stages[stage].kept
             ]
             assert theirs == mine
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_three_turns(rule: str) -> None:
+    """Image, text, image: each turn ranks its own, over what the earlier ones left."""
+    model = tiny_model("llava-gqa")
+    inputs = make_batch(model, [[5, "image", 7]])
+    turns = [make_rows(model, [spec], seed) for seed, spec in ((2, [6]), (3, [2, "image", 3]), (4, [3, "image", 2]))]
+    talk = reference.greedy(model, RULES[rule], inputs, steps=2)
+    for rows in turns:
+        reference.further_turn(model, RULES[rule], talk, collate(rows), steps=2)
+    with method_of(RULES[rule])(model):
+        outputs = [generated(model, inputs, 2)]
+        for rows in turns:
+            further = further_inputs(model, outputs[-1], inputs["attention_mask"], rows)
+            outputs.append(generated(model, further, 2))
+    logits = [step for output in outputs for step in output.logits]
+    for ours, wanted in zip(logits, talk.logits, strict=True):
+        torch.testing.assert_close(ours, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("rule", ["original", "compact"])
+@torch.no_grad()
+def test_one_prompt_many_questions(rule: str) -> None:
+    """The cache of a common prompt is copied for each question, and what it remembers is copied with it."""
+    model = tiny_model()
+    inputs = make_batch(model, [[5, "image", 7]])
+    questions = [make_rows(model, [spec], seed) for seed, spec in ((2, [6]), (3, [9]), (4, [2, "image", 3]))]
+    expected = []
+    for question in questions:
+        talk = reference.greedy(model, RULES[rule], inputs, steps=0)
+        expected.append(reference.further_turn(model, RULES[rule], talk, collate(question), steps=3))
+    with method_of(RULES[rule])(model):
+        cache = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config())).past_key_values
+        for question, wanted in zip(questions, expected, strict=True):
+            new = collate(question)
+            whole = new | {
+                name: torch.cat([inputs[name], new[name]], dim=1) for name in ("input_ids", "attention_mask")
+            }
+            output = generated(model, whole, 3, past_key_values=copy.deepcopy(cache))
+            assert new_tokens(output, whole) == stacked(wanted.tokens)
+            torch.testing.assert_close(output.logits[-1], wanted.logits[-1], **CLOSE)
+
+
+@pytest.mark.parametrize("rule", ["original", "compact"])
+@torch.no_grad()
+def test_a_cropped_cache(rule: str) -> None:
+    """The end of the prompt is taken back and said differently: what was kept of the image stays as it was."""
+    model = tiny_model()
+    inputs = make_batch(model, [[5, "image", 7]])
+    case = reference.inference_case(model, inputs)
+    new = torch.tensor([[33, 44, 55]])
+    case.embeds = torch.cat([case.embeds[:, :-4], model.get_input_embeddings()(new)], dim=1)
+    case.valid, case.visual = case.valid[:, :-1], case.visual[:, :-1]
+    with method_of(RULES[rule])(model) as trace:
+        cache = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config())).past_key_values
+        kept = [stage.kept for stage in trace.stages]
+        cache.crop(-4)
+        ours = model(input_ids=new, past_key_values=cache).logits
+        again = model(input_ids=new[:, :1], past_key_values=cache).logits
+    wanted = reference.run(model, RULES[rule], case, forced=kept).logits
+    torch.testing.assert_close(ours, wanted[:, -3:], **CLOSE)
+    case.embeds = torch.cat([case.embeds, model.get_input_embeddings()(new[:, :1])], dim=1)
+    case.valid, case.visual = (torch.cat([mask, mask[:, -1:]], dim=1) for mask in (case.valid, case.visual))
+    wanted = reference.run(model, RULES[rule], case, forced=kept).logits
+    torch.testing.assert_close(again, wanted[:, -1:], **CLOSE)
 
 
 # --- Models fed with embeddings -------------------------------------------------------------------------------------

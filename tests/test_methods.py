@@ -349,6 +349,12 @@ def test_unsupported_models_are_refused(make: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_sliding_windows_are_refused() -> None:
+    model = tiny_model("llava-mistral", sliding_window=16)
+    with pytest.raises(UnsupportedModelError, match="sliding"), PyramidDrop()(model):
+        pass
+
+
 @torch.no_grad()
 def test_a_bare_text_model_fed_with_embeddings() -> None:
     """A visual mask makes any supported text model a vision-language model."""

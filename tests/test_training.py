@@ -255,6 +255,18 @@ def test_kept_logits(attention: str, specs: str) -> None:
     torch.testing.assert_close(kept.loss, full.loss, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("logits", ["full", "kept"])
+def test_a_trainer_that_accumulates(logits: str) -> None:
+    """The Trainer gives the number of supervised tokens of all accumulated batches: the loss is the sum over it."""
+    model = tiny_model()
+    inputs = training_batch(model, SAMPLES["several turns"])
+    supervised = int((inputs["labels"][:, 1:] != -100).sum())
+    expected = reference.train(model, HALVES, inputs)
+    with torch.no_grad(), method_of(HALVES, logits=logits)(model):
+        loss = model(**inputs, num_items_in_batch=torch.tensor(4 * supervised)).loss
+    torch.testing.assert_close(loss, expected.loss / 4, atol=1e-6, rtol=1e-6)
+
+
 def test_full_logits_stand_where_the_caller_expects_them() -> None:
     """A trainer's own loss on the logits, without the model's, gives the same."""
     model = tiny_model()
