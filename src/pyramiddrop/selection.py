@@ -35,7 +35,9 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) ->
 
 
 def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows of a rectangle of `length` columns: every sample's staying rows in their order, then filler.
+    """The rows of a rectangle of `length` columns: filler, then every sample's staying rows in their order.
+
+    The end of a sample stays at the end, so that a KV cache can still be cropped there.
 
     Args:
         stays: (B, N) bool; no sample has more than `length` True.
@@ -46,5 +48,5 @@ def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | 
         rows: (B, length) long, ascending within the staying rows; filler is rows that do not stay.
         valid: (B, length) bool, False at filler, or None where there is none.
     """
-    rows = (~stays).to(torch.uint8).sort(dim=1, stable=True).indices[:, :length]
+    rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, stays.shape[1] - length :]
     return rows, stays.gather(1, rows) if ragged else None

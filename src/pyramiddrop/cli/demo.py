@@ -28,10 +28,11 @@ def demo(
 
     with user_input(f"cannot write into {out}", (OSError,)):
         out.mkdir(parents=True, exist_ok=True)
-    with waiting("starting") as status:
-        done = run_demo(questions, status.update)
-        status.update("drawing")
-        written = write_demo(done, out)
+    with waiting("starting") as progress:
+        done = run_demo(questions, progress)
+        progress("drawing")
+        with user_input(f"cannot write into {out}", (OSError,)):
+            written = write_demo(done, out)
     if as_json:
         print(
             json.dumps(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
 
 from pyramiddrop.cli.terminal import remarks, results, waiting
+
+if TYPE_CHECKING:
+    from pyramiddrop.inference.request import Ready
+    from pyramiddrop.inference.run import Run
 
 
 class SeveralImages(TyperCommand):
@@ -52,44 +56,66 @@ def generate(
 
     Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
-    from transformers import TextStreamer
-
     from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.inference.request import Request, prepare
-    from pyramiddrop.inference.run import run, run_compared
-    from pyramiddrop.report.overlay import check_overlay_path
-    from pyramiddrop.report.run_overlay import write_overlay
-    from pyramiddrop.report.tables import comparison_table, usage_line
 
     if overlay:
-        if method == "vanilla":
-            raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
-        with user_input():
-            check_overlay_path(overlay)
+        _check_overlay(overlay, method)
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions)
     with waiting(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype))
+    stream = sys.stdout.isatty() and not compare and not as_json
+    done = _answer(ready, max_new_tokens, compare, stream)
+    if overlay:
+        _draw(done, overlay)
+    if as_json:
+        print(json.dumps({**done.as_dict(), "overlay": str(overlay) if overlay else None}, indent=2))
+    else:
+        _show(done, streamed=stream)
+
+
+def _check_overlay(path: Path, method: str | None) -> None:
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.report.overlay import check_overlay_path
+
+    if method == "vanilla":
+        raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
+    with user_input():
+        check_overlay_path(path)
+
+
+def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> Run:
+    from transformers import TextStreamer
+
+    from pyramiddrop.inference.run import run, run_compared
 
     if compare:
         with waiting("answering without and with dropping, and timing both"):
-            done = run_compared(ready, max_new_tokens)
-    else:
-        tokenizer = ready.checkpoint.processor.tokenizer
-        stream = sys.stdout.isatty() and not as_json
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        done = run(ready, max_new_tokens, streamer)
-        if not stream and not as_json:
-            print(done.answer)
-    if overlay and done.trace:
-        with user_input():
-            write_overlay(overlay, ready.checkpoint, ready.pictures, done.trace, prompt, f"answer: {done.answer}")
+            return run_compared(ready, max_new_tokens)
+    tokenizer = ready.checkpoint.processor.tokenizer
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    return run(ready, max_new_tokens, streamer)
 
-    if as_json:
-        print(json.dumps({**done.as_dict(), "overlay": str(overlay) if overlay else None}, indent=2))
-    elif done.comparison:
+
+def _draw(done: Run, path: Path) -> None:
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.run_overlay import write_overlay
+
+    ready = done.ready
+    assert done.trace is not None, "an overlay of vanilla was refused before"
+    with user_input(f"cannot draw {path}", (OSError, ValueError)):
+        write_overlay(
+            path, ready.checkpoint, ready.pictures, done.trace, ready.request.prompt, f"answer: {done.answer}"
+        )
+    remarks().print(f"overlay: {path}", soft_wrap=True)
+
+
+def _show(done: Run, streamed: bool) -> None:
+    from pyramiddrop.report.tables import comparison_table, usage_line
+
+    if done.comparison:
         results().print(comparison_table(done.comparison, done.method))
-    else:
-        remarks().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)
-    if overlay and not as_json:
-        remarks().print(f"overlay: {overlay}", soft_wrap=True)
+        return
+    if not streamed:
+        print(done.answer)
+    remarks().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)

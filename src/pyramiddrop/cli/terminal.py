@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.status import Status
+from rich.text import Text
 from typer.core import TyperGroup
 
 #: Exit code for what the user gave and that cannot be used.
@@ -18,22 +18,25 @@ BAD_INPUT = 2
 
 def results() -> Console:
     """Standard output: what was asked for, and nothing else."""
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, markup=False)
 
 
 def remarks() -> Console:
     """Standard error: progress, and what is worth knowing beside the result."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
-def waiting(message: str) -> Iterator[Status]:
-    """Show on a terminal that work goes on; Transformers' own bars are silenced, for they would tear the line."""
+def waiting(message: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal that work goes on; yields what changes the message.
+
+    Transformers' own bars are silenced, for they would tear the line.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with remarks().status(message) as status:
-        yield status
+    with remarks().status(Text(message)) as status:
+        yield lambda step: status.update(Text(step))
 
 
 class OneLineErrors(TyperGroup):

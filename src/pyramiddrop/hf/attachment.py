@@ -150,6 +150,8 @@ class Attachment:
         if past == 0:
             CacheMemory.forget(cache)
         memory = CacheMemory.of(cache)
+        if memory is not None:
+            memory.crop(past)
         generation = _generations.get().get(id(self))
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)

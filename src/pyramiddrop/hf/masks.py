@@ -35,7 +35,7 @@ def follow_mask(
             return slots.valid
         mask = causal(_query_columns(rows, slots, past, length), slots)
         return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
-    slots = slots.until(mask.shape[-1])
+    written, slots = slots, slots.until(mask.shape[-1])
     if mask.dim() == 2:
         return hide(mask.gather(1, slots.columns), slots.valid)
     if rows is not None:
@@ -43,7 +43,7 @@ def follow_mask(
     mask = take_columns(mask, slots.columns)
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
+    return _padded(_filler_sees_itself(mask, rows, written.valid), width)
 
 
 def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _filler_sees_itself(mask: Tensor, rows: Tensor | None, valid: Tensor | None) -> Tensor:
-    """Show each filler row its own slot: a row that sees nothing is NaN in some kernels, and 0 * NaN is NaN for all."""
+    """Show each filler row its own slot, the last of those `valid` (B, n): a row that sees nothing can become NaN,
+    and a masked NaN is still NaN for everybody."""
     if rows is not None and valid is not None:
         filler = ~valid[:, None, -rows.shape[1] :]
         own = mask.diagonal(offset=valid.shape[1] - rows.shape[1], dim1=-2, dim2=-1)

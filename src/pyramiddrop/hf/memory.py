@@ -28,15 +28,30 @@ class Slots:
     length: int
 
     def until(self, length: int) -> Slots:
-        """The same slots, and those that the columns up to `length` took since."""
-        if length == self.length:
-            return self
+        """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
+
+        Raises:
+            ValueError: where the cache was cropped so far that a dropped token's place is gone.
+        """
+        if length <= self.length:
+            return self if length == self.length else self._cropped(self.length - length)
         batch = len(self.columns)
         later = torch.arange(self.length, length, device=self.columns.device).expand(batch, -1)
         valid = None
         if self.valid is not None:
             valid = torch.cat([self.valid, self.valid.new_ones(batch, later.shape[1])], 1)
         return Slots(torch.cat([self.columns, later], 1), valid, length)
+
+    def _cropped(self, count: int) -> Slots:
+        """Without the last `count` columns, which only text may hold: a crop takes that many slots from every layer."""
+        columns, valid = self.columns[:, :-count], self.valid
+        tail = torch.arange(self.length - count, self.length, device=columns.device)
+        if count >= self.columns.shape[1] or not bool((self.columns[:, -count:] == tail).all()):
+            raise ValueError(
+                f"the KV cache was cropped by {count} tokens, into visual tokens of which some were dropped; crop only "
+                "what follows the last image"
+            )
+        return Slots(columns, None if valid is None else valid[:, :-count], self.length - count)
 
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
@@ -80,6 +95,10 @@ class CacheMemory:
             memory = CacheMemory()
             setattr(cache, _ATTRIBUTE, memory)
         return memory
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from `length` on, where the cache was cropped."""
+        self.slots = {stage: slots.until(min(length, slots.length)) for stage, slots in self.slots.items()}
 
     @staticmethod
     def forget(cache: Any) -> None:

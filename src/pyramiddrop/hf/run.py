@@ -148,10 +148,8 @@ class Run:
         earlier = self._earlier.get(stage, empty)
         self.memory.slots[stage] = earlier.extended(kept.rows, kept.valid, self.past, self.length)
         if self.rules.positions == "compact":
-            last = kept.rows.shape[1] - 1 if kept.valid is None else kept.valid.sum(1, keepdim=True) - 1
-            last = torch.as_tensor(last, device=kept.rows.device).expand(len(kept.rows), 1)
-            original = self._full_positions(kwargs["position_ids"]).gather(1, kept.rows.gather(1, last))
-            self.memory.shift[stage] = original - self._renumbered(stage, kept, kwargs["position_ids"]).gather(1, last)
+            original = self._full_positions(kwargs["position_ids"]).gather(1, kept.rows[:, -1:])
+            self.memory.shift[stage] = original - self._renumbered(stage, kept, kwargs["position_ids"])[:, -1:]
 
     def _record(self, stage: int, kept: Kept | None) -> None:
         if self.trace is not None and self.plan is not None:
@@ -306,11 +304,12 @@ class Run:
 
     def _renumbered(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
         """(B, N) consecutive positions; a further turn goes on where the one before ended."""
-        steps = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
-        consecutive = (steps.cumsum(1) - 1).clamp(min=0)
+        valid = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
+        consecutive = (valid.cumsum(1) - 1).clamp(min=0)
         if not self.past:
             return consecutive
-        first = self._full_positions(position_ids).gather(1, kept.rows[:, :1])
+        start = valid.argmax(1, keepdim=True)
+        first = self._full_positions(position_ids).gather(1, kept.rows.gather(1, start))
         return first - self._earlier_shift.get(stage, torch.zeros_like(first)) + consecutive
 
     # ---- after the text model --------------------------------------------------------------------------------------

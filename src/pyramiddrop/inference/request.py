@@ -11,7 +11,7 @@ from PIL import Image
 
 from pyramiddrop import Method
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.hf.families import UnsupportedModelError
+from pyramiddrop.hf.families import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import user_input
@@ -54,12 +54,13 @@ def prepare(request: Request) -> Ready:
     checkpoint = load_checkpoint(source, request.device, request.dtype)
     inputs = build_inputs(checkpoint.processor, pictures, request.prompt)
     with user_input(caught=(UnsupportedModelError,)):
-        _attach_once(checkpoint, method)
+        _check_model(checkpoint, method)
     return Ready(request, checkpoint, method, pictures, inputs)
 
 
-def _attach_once(checkpoint: Checkpoint, method: Method | None) -> None:
-    """A method that does not fit says so when it is attached; better now than after the first words."""
+def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
+    """A model or a method that cannot work says so when it is taken apart or attached; better now than half way."""
+    anatomy(checkpoint.model)
     if method is not None:
         with method(checkpoint.model):
             pass

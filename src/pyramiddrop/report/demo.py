@@ -30,6 +30,6 @@ def write_demo(demo: Demo, folder: Path) -> Written:
 def _write_overlay(demo: Demo, asked: Asked, folder: Path, number: int) -> Path:
     path = folder / f"overlay-{number}-{asked.question.kind}.png"
     pruned, vanilla = asked.comparison.pruned.answer, asked.comparison.vanilla.answer
-    subtitle = f"PyramidDrop: {pruned}   ·   vanilla: {vanilla}   ·   true: {asked.question.answer}"
+    subtitle = f"PyramidDrop: {pruned} · vanilla: {vanilla} · true: {asked.question.answer}"
     write_overlay(path, demo.checkpoint, [asked.picture], asked.comparison.trace, asked.question.question, subtitle)
     return path

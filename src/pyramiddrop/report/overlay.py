@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def draw_overlay(seen: Sequence[Seen], spans: Sequence[Span], title: str, subtit
     """
     heights = [one.view.box.height / one.view.box.width for one in seen]
     panel, head = 2.6, 0.8 if subtitle else 0.6
-    figure = Figure(figsize=(panel * len(spans), head + sum(panel * height + 0.1 for height in heights)), dpi=110)
+    figure = Figure(figsize=(panel * len(spans), head + sum(panel * height + 0.1 for height in heights)), dpi=160)
     axes = figure.subplots(len(seen), len(spans), squeeze=False, height_ratios=heights)
     for row, one in enumerate(seen):
         pixels = seen_pixels(one.picture, one.view)
@@ -75,17 +76,14 @@ def draw_overlay(seen: Sequence[Seen], spans: Sequence[Span], title: str, subtit
             axes[row][0].set_ylabel(one.view.name, fontsize=9, color="#555")
     for axis, span in zip(axes[0], spans, strict=True):
         axis.set_title(f"{span.layers} · {span.tokens} tokens", fontsize=9.5, color="#333", pad=5)
-    size = figure.get_size_inches()
-    figure.suptitle(
-        _wrapped(title, size[0]), x=0.012, y=1 - 0.1 / size[1], ha="left", va="top", fontsize=13, weight="bold"
-    )
-    if subtitle:
-        figure.text(0.012, 1 - 0.37 / size[1], subtitle, ha="left", va="top", fontsize=10, color="#444")
+    _line(figure, title, inches_down=0.1, per_inch=9.5, fontsize=13, weight="bold")
+    _line(figure, subtitle, inches_down=0.37, per_inch=12.5, fontsize=10, color="#444")
+    height = figure.get_figheight()
     figure.subplots_adjust(
         left=0.03 if len(seen) > 1 else 0.012,
         right=0.988,
-        top=1 - head / size[1],
-        bottom=0.1 / size[1],
+        top=1 - head / height,
+        bottom=0.1 / height,
         wspace=0.05,
         hspace=0.06,
     )
@@ -107,14 +105,16 @@ def save_overlay(figure: Figure, path: Path) -> None:
 
 
 def _panel(axis: Axes, pixels: Image.Image) -> None:
-    axis.imshow(pixels, interpolation="none")
+    axis.imshow(pixels)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_color("#999")
 
 
-def _wrapped(text: str, inches: float) -> str:
-    """The first line of `text`, cut to what fits into `inches` at the title's size."""
-    line, limit = " ".join(text.split()), int(inches * 9.5)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+def _line(figure: Figure, text: str, inches_down: float, per_inch: float, **style: Any) -> None:
+    """Write `text` on one line, cut where the figure ends; `per_inch` letters of its size go into an inch."""
+    line, limit = " ".join(text.split()), int(figure.get_figwidth() * per_inch)
+    shown = line if len(line) <= limit else line[: limit - 1] + "…"
+    top = 1 - inches_down / figure.get_figheight()
+    figure.text(0.012, top, shown, ha="left", va="top", parse_math=False, **style)  # a price in dollars is no formula
