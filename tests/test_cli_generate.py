@@ -245,6 +245,17 @@ def test_checkpoints_that_are_damaged(
     assert_one_line(run("--model", folder, "--image", picture, *PROMPT), words)
 
 
+@pytest.mark.parametrize("method", ["pyramiddrop", "vanilla"])
+def test_a_text_model_that_is_not_supported(tmp_path: Path, llava_folder: Path, picture: Path, method: str) -> None:
+    folder = shutil.copytree(llava_folder, tmp_path / "gemma")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("--model", folder, "--image", picture, *PROMPT, "--method", method)
+    assert result.exit_code == 2
+    assert "error: text model 'gemma'" in result.stderr
+
+
 def test_an_unexpected_error_keeps_its_traceback(
     llava_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
