@@ -59,6 +59,16 @@ def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:
     config.vision_feature_select_strategy = "full"
     (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
     assert (seen.view.leading, seen.view.tokens) == (1, 17)
+    config.vision_config.model_type = "siglip_vision_model"  # it never had one
+    (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
+    assert (seen.view.leading, seen.view.tokens) == (0, 16)
+
+
+def test_a_vision_tower_without_a_fixed_grid_is_refused(llava_folder: Path) -> None:
+    config = read_config(llava_folder)
+    config.vision_config.model_type = "pixtral"
+    with pytest.raises(ValueError, match="cannot place the visual tokens of a 'pixtral' vision tower"):
+        look(config, None, [Image.new("RGB", (50, 50))])
 
 
 def test_a_family_without_known_views_is_refused() -> None:

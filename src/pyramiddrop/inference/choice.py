@@ -10,15 +10,15 @@ from transformers.utils import cached_file
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.methods import FILE_NAME
 
 VANILLA = "vanilla"
-METHODS: dict[str, type[Method]] = {
+NAMES: dict[str, type[Method]] = {
     "pyramiddrop": PyramidDrop,
     "fastv": FastV,
     "random": RandomDrop,
     "uniform": UniformDrop,
 }
-SAVED = "pyramiddrop.json"
 #: An option that the other one makes meaningless.
 OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
 
@@ -68,9 +68,9 @@ def _named(options: MethodOptions, source: str | Path) -> Method | None:
                 f"--{next(iter(options.given))} means nothing with --method vanilla, which drops no tokens"
             )
         return None
-    if name not in METHODS:
-        raise InputError(f"method {name!r} is not one of {', '.join([*METHODS, VANILLA])}")
-    kind = METHODS[name]
+    if name not in NAMES:
+        raise InputError(f"method {name!r} is not one of {', '.join([*NAMES, VANILLA])}")
+    kind = NAMES[name]
     with user_input():
         return kind(**_arguments(name, {field.name for field in fields(kind) if field.init}, options.given))
 
@@ -82,13 +82,11 @@ def saved_method(source: str | Path) -> Method | None:
         InputError: for a file that cannot be read as a method.
     """
     try:
-        found = cached_file(source, SAVED, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # the hub cannot be reached, and the file was never fetched: then there is none
+        found = cached_file(source, FILE_NAME)
+    except OSError:  # there is none, or the hub cannot be reached and it was never fetched
         return None
-    if found is None:
-        return None
-    with user_input(f"cannot use the {SAVED} of {source}", (ValueError, KeyError, TypeError)):
-        return Method.from_pretrained(Path(found).parent)
+    with user_input(f"cannot use the {FILE_NAME} of {source}"):
+        return Method.from_pretrained(Path(str(found)).parent)
 
 
 def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.report.grid import View, shortest_edge_size, single_view, tiled_views
 
+#: Vision towers that cut a picture of one fixed size into a grid of patches.
+WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -42,12 +45,14 @@ def look(config: Any, image_processor: Any, pictures: Sequence[Image.Image]) -> 
 
 
 def _llava(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:
+    vision = config.vision_config.model_type
+    if vision not in (*WITH_CLASS_TOKEN, *WITHOUT_CLASS_TOKEN):
+        raise ValueError(f"cannot place the visual tokens of a {vision!r} vision tower in the picture")
     resized = _resized(image_processor, picture)
-    crop = (_size(image_processor.crop_size) if image_processor.do_center_crop else None) or resized
+    crop = (_size(image_processor.crop_size) if getattr(image_processor, "do_center_crop", False) else None) or resized
     view = single_view(*picture.size, resized, crop, config.vision_config.patch_size)
-    if config.vision_feature_select_strategy == "full":
-        view = replace(view, leading=1)
-    return [view]
+    kept_class_token = config.vision_feature_select_strategy == "full" and vision in WITH_CLASS_TOKEN
+    return [replace(view, leading=1) if kept_class_token else view]
 
 
 def _llava_next(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:

@@ -63,7 +63,7 @@ def render_page(demo: Demo, cards: Sequence[Card]) -> str:
         cards=cards,
         pictures={card.picture: picture_data(card.seen[0]) for card in cards},
         dark_pictures={card.picture: veil(card.asked.picture) > 128 for card in cards},
-        ratios={name: after / before for name, (before, after) in _medians(demo).items()},
+        ratios={name: after / before if before else 1.0 for name, (before, after) in _medians(demo).items()},
         medians=_medians(demo),
         pyramid=cards[0].spans,
         right=[sum(right) for right in zip(*demo.right, strict=True)],
