@@ -61,6 +61,7 @@ def flash(model: PreTrainedModel) -> Iterator[None]:
 SPECS = {
     "one": [[3, "image", 6]],
     "padded": [[3, "image", 6], [12]],
+    "uneven without padding": [[3, "image", 6], [25]],
     "ragged": [[3, "image", 6], [2, "image", 2, "image", 5]],
 }
 
