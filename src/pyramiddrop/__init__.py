@@ -5,23 +5,45 @@
 ...     model.generate(**inputs)
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from pyramiddrop.hf import UnsupportedModelError
-from pyramiddrop.methods import METHODS, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, apply, remove
-from pyramiddrop.trace import Trace
+if TYPE_CHECKING:
+    from pyramiddrop.hf import UnsupportedModelError as UnsupportedModelError
+    from pyramiddrop.methods import METHODS as METHODS
+    from pyramiddrop.methods import FastV as FastV
+    from pyramiddrop.methods import Method as Method
+    from pyramiddrop.methods import PyramidDrop as PyramidDrop
+    from pyramiddrop.methods import RandomDrop as RandomDrop
+    from pyramiddrop.methods import UniformDrop as UniformDrop
+    from pyramiddrop.methods import apply as apply
+    from pyramiddrop.methods import remove as remove
+    from pyramiddrop.trace import Trace as Trace
 
 __version__ = version("pyramiddrop")
 
-__all__ = [
-    "METHODS",
-    "FastV",
-    "Method",
-    "PyramidDrop",
-    "RandomDrop",
-    "Trace",
-    "UniformDrop",
-    "UnsupportedModelError",
-    "apply",
-    "remove",
-]
+# Loaded when first asked for: Transformers takes seconds to import, and `pyramiddrop --help` needs none of it.
+_HOMES = {
+    "METHODS": "pyramiddrop.methods",
+    "FastV": "pyramiddrop.methods",
+    "Method": "pyramiddrop.methods",
+    "PyramidDrop": "pyramiddrop.methods",
+    "RandomDrop": "pyramiddrop.methods",
+    "Trace": "pyramiddrop.trace",
+    "UniformDrop": "pyramiddrop.methods",
+    "UnsupportedModelError": "pyramiddrop.hf",
+    "apply": "pyramiddrop.methods",
+    "remove": "pyramiddrop.methods",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
