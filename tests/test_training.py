@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import reference
 from checks import COMPACT, HALVES, LAST, UNEVEN, check_trace, method_of
+from pyramiddrop import PyramidDrop, UniformDrop
 from reference import Rule
 from tiny import IMAGE_TOKEN, IMPLEMENTATIONS, Answer, make_batch, tiny_model
 
@@ -312,6 +313,36 @@ def test_lora(positions: str) -> None:
         check_trace(trace, expected, rule)
         torch.testing.assert_close(loss, expected.loss, atol=1e-6, rtol=1e-6)
         assert_same_gradients(ours, expected_gradients)
+
+
+def test_ranking_is_not_noisy() -> None:
+    """LoRA's dropout is for the forward pass: the decision has none, and does not move the random state."""
+    peft = pytest.importorskip("peft")
+    base = tiny_model("llava")
+    inputs = make_batch(base, SAMPLES["several turns"], "right", labels=True)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=r".*language_model\.layers\.4\.self_attn\.[qk]_proj",
+        lora_dropout=0.5,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, config)
+    rule = Rule([4], [0.5])
+    expected = reference.train(base.eval(), rule, inputs)
+    model.train()
+    with torch.no_grad():
+        noisy = reference.train(base, rule, inputs)
+    assert any(not torch.equal(a, b) for a, b in zip(noisy.kept[0], expected.kept[0], strict=True))
+    states = []
+    for method in (method_of(rule), UniformDrop(layers=[4], keep=[0.5])):  # the second one ranks by nothing
+        torch.manual_seed(5)
+        with torch.no_grad(), method(model) as trace:
+            model(**inputs)
+        states.append(torch.random.get_rng_state())
+        if isinstance(method, PyramidDrop):
+            check_trace(trace, expected, rule)
+    assert torch.equal(*states)
 
 
 def test_training_then_inference_then_training() -> None:
