@@ -151,6 +151,7 @@ class Attachment:
             CacheMemory.forget(cache)
         memory = CacheMemory.of(cache)
         if memory is not None:
+            memory.check(self.rules.schedule.layers, self.rules.positions, (call_shape(call) or (0, 0))[0])
             memory.crop(past)
         generation = _generations.get().get(id(self))
         first = generation is None or generation.prompt is None

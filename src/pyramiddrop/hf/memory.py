@@ -74,10 +74,14 @@ class CacheMemory:
     """Lives on the cache object, so that it is copied, passed on and forgotten with it.
 
     Attributes:
+        layers: before which tokens were dropped.
+        positions: "original" or "compact".
         slots: stage number -> its slots, for stages at which something was dropped.
         shift: stage number -> (B,) how far positions were renumbered (`positions="compact"` only).
     """
 
+    layers: tuple[int, ...]
+    positions: str
     slots: dict[int, Slots] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
 
@@ -87,14 +91,20 @@ class CacheMemory:
         memory: CacheMemory | None = getattr(cache, _ATTRIBUTE, None)
         return memory
 
-    @staticmethod
-    def start(cache: Any) -> CacheMemory:
-        """The memory of a cache, made new where there is none."""
-        memory = CacheMemory.of(cache)
-        if memory is None:
-            memory = CacheMemory()
-            setattr(cache, _ATTRIBUTE, memory)
-        return memory
+    def attach(self, cache: Any) -> None:
+        """Put this memory on a cache that has none."""
+        setattr(cache, _ATTRIBUTE, self)
+
+    def check(self, layers: tuple[int, ...], positions: str, batch: int) -> None:
+        """Raise ValueError where a call cannot go on with this cache: another method, or another batch."""
+        if (layers, positions) != (self.layers, self.positions):
+            raise ValueError(
+                f"this KV cache was pruned before layers {list(self.layers)} with positions={self.positions!r}, and "
+                f"cannot be continued by a method that drops before layers {list(layers)} with positions={positions!r}"
+            )
+        held = {len(slots.columns) for slots in self.slots.values()}
+        if held != {batch}:
+            raise ValueError(f"this KV cache was pruned for a batch of {held.pop()}; this call has a batch of {batch}")
 
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on, where the cache was cropped."""

@@ -143,7 +143,8 @@ class Run:
 
     def _remember(self, stage: int, kept: Kept, cache: Any, kwargs: Kwargs) -> None:
         if self.memory is None:
-            self.memory = CacheMemory.start(cache)
+            self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
+            self.memory.attach(cache)
         empty = Slots(kept.rows[:, :0], None, 0)
         earlier = self._earlier.get(stage, empty)
         self.memory.slots[stage] = earlier.extended(kept.rows, kept.valid, self.past, self.length)
@@ -202,13 +203,16 @@ class Run:
         """The keys of layer `index` with those that the cache holds before them, and which columns they all are."""
         if not self.past:
             return keys, present
-        batch = len(keys)
         stage = self.rules.schedule.stage_of(index)
         empty = Slots(present.columns[:, :0], present.columns[:, :0].bool(), 0)
         before = self._earlier.get(stage, empty).until(self.past)
         cached = cache.layers[index].keys[:, :, : before.columns.shape[1]].to(keys.device)
         valid = before.columns.new_ones(before.columns.shape).bool() if before.valid is None else before.valid
-        assert len(cached) == batch
+        if cached.shape[2] != before.columns.shape[1]:
+            raise ValueError(
+                f"a further image on top of a {type(cache).__name__} is not supported, for its keys cannot be read "
+                "back; use a DynamicCache or a StaticCache"
+            )
         columns = torch.cat([before.columns, present.columns + self.past], 1)
         assert present.valid is not None
         return torch.cat([cached, keys], 2), Slots(columns, torch.cat([valid, present.valid], 1), 0)
