@@ -438,6 +438,29 @@ def test_prompt_lookup(attention: str, rule: str) -> None:
     check_kept(trace, expected.first)  # (the first pass is one longer than the prompt: it holds a guess, too)
 
 
+@pytest.mark.parametrize("rule", ["original", "compact"])
+def test_guessed_image_ids_are_text(rule: str) -> None:
+    """The word before the image is said again, so that image ids are guessed: nothing is dropped for them."""
+    model = tiny_model("llava")
+    [row] = make_rows(model, [[5, "image", 7]])
+    row.ids[4] = 77
+    inputs = collate([row])
+    likeliest = reference.greedy(model, RULES[rule], inputs, steps=1).tokens[0]
+    with torch.no_grad():
+        model.lm_head.weight[77] = 1.5 * model.lm_head.weight[likeliest]
+    expected = reference.greedy(model, RULES[rule], inputs, steps=12)
+    guesses: list[list[int]] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: guesses.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    with method_of(RULES[rule])(model) as trace:
+        output = generated(model, inputs, 12, prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+    handle.remove()
+    assert any(IMAGE_TOKEN in ids for ids in guesses[1:]), "no image id was ever guessed: the test tests nothing"
+    assert new_tokens(output, inputs) == stacked(expected.tokens)
+    check_kept(trace, expected.first)
+
+
 @pytest.mark.parametrize("perturbed", [0.0, 0.02])
 def test_assisted_decoding(perturbed: float) -> None:
     """A second model guesses; the patched one decides."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import reference
 from checks import COMPACT, HALVES, LAST, UNEVEN, check_trace, method_of
-from pyramiddrop import PyramidDrop, UniformDrop
+from pyramiddrop import PyramidDrop, RandomDrop, UniformDrop
 from reference import Rule
 from tiny import IMAGE_TOKEN, IMPLEMENTATIONS, Answer, make_batch, tiny_model
 
@@ -241,6 +241,19 @@ def test_gradient_checkpointing_when_backward_comes_late(reentrant: bool) -> Non
         loss = model(**one).loss + model(**two).loss
         ours = gradients(model, loss)
     assert_same_gradients(ours, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_replays_a_random_decision(reentrant: bool) -> None:
+    model = tiny_model()
+    inputs = training_batch(model, SAMPLES["several turns"])
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with RandomDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125], seed=None)(model) as trace:
+        loss = model(**inputs).loss
+        kept = [stage.kept for stage in trace.stages]
+        ours = gradients(model, loss)
+    model.gradient_checkpointing_disable()
+    assert_same_gradients(ours, gradients(model, reference.train(model, HALVES, inputs, forced=kept).loss))
 
 
 @pytest.mark.parametrize("specs", ["several turns", "mixed", "long text", "answer after the image"])
