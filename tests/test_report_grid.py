@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.image_processing_utils import select_best_resolution
 
-from pyramiddrop.report.grid import Box, View, cells_by_view, shortest_edge_size, single_view, tiled_views, unpadded
+from pyramiddrop.hf.anyres import unpadded
+from pyramiddrop.report.grid import Box, View, cells_by_view, shortest_edge_size, single_view, tiled_views
 from tiny import tiny_model
 
 PATCH, TILE = 7, 28

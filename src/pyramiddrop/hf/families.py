@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pyramiddrop.cost import DecoderShape
+from pyramiddrop.hf.anyres import token_count
 
 
 class UnsupportedModelError(ValueError):
@@ -47,18 +48,11 @@ def _anyres_length(config: PretrainedConfig, height: int, width: int) -> int:
 
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
-    base = side * side + (config.vision_feature_select_strategy == "full")
-    grid_height, grid_width = get_anyres_image_grid_shape(
+    tiles_high, tiles_wide = get_anyres_image_grid_shape(
         (height, width), config.image_grid_pinpoints, vision.image_size
     )
-    rows, columns = grid_height * side, grid_width * side
-    if width / height > columns / rows:
-        scaled = round(height * (columns / width), 7)
-        rows -= 2 * ((rows - int(scaled)) // 2)
-    else:
-        scaled = round(width * (rows / height), 7)
-        columns -= 2 * ((columns - int(scaled)) // 2)
-    return int(base + rows * (columns + 1))
+    class_token = config.vision_feature_select_strategy == "full"
+    return token_count((tiles_high * side, tiles_wide * side), side, height, width, class_token)
 
 
 @dataclass(frozen=True)

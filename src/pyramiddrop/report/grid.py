@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pyramiddrop.hf.anyres import unpadded
+
 #: A place in a grid of visual tokens: row and column, both from 0.
 Cell = tuple[int, int]
 
@@ -103,18 +105,6 @@ def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch
         ((top + rows) * patch - pad_y) * scale_y,
     )
     return [base, View("tiles", rows, columns, box, newline=True)]
-
-
-def unpadded(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """What stays of a `rows` x `columns` grid around a picture of `height` x `width`: top, left, rows, columns.
-
-    It follows Transformers' `unpad_image`, its rounding included, for the number of tokens depends on it.
-    """
-    if width / height > columns / rows:
-        padding = (rows - int(round(height * (columns / width), 7))) // 2
-        return padding, 0, rows - 2 * padding, columns
-    padding = (columns - int(round(width * (rows / height), 7))) // 2
-    return 0, padding, rows, columns - 2 * padding
 
 
 def shortest_edge_size(width: int, height: int, edge: int) -> tuple[int, int]:
