@@ -1,4 +1,4 @@
-"""Prefill of a mid-size random Llama: measured CPU seconds against predicted FLOPs, and the share of ranking and dropping.
+"""Prefill of a mid-size random Llama: measured CPU seconds against predicted FLOPs, and the share of ranking.
 
 python benchmarks/prefill.py --json benchmarks/results/prefill-cpu.json
 """
@@ -119,7 +119,7 @@ def main() -> None:
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
