@@ -276,7 +276,7 @@ def check_greedy(model: PreTrainedModel, rule: Rule, inputs: dict[str, Tensor], 
     return output
 
 
-@pytest.mark.parametrize("family", ["llava-mistral", "llava-qwen2"])
+@pytest.mark.parametrize("family", ["llava-mistral", "llava-qwen2", "llava-qwen3"])
 def test_greedy_on_other_text_models(family: str) -> None:
     model = tiny_model(family)
     check_greedy(model, HALVES, make_batch(model, MIXED), steps=4)
@@ -607,28 +607,42 @@ def test_one_prompt_many_questions(rule: str) -> None:
             torch.testing.assert_close(output.logits[-1], wanted.logits[-1], **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "specs", [[[5, "image", 7]], [[5, "image", 7], [9]], [[5, "image", 7], [3, "image", 2, "image", 5]]]
+)
 @pytest.mark.parametrize("rule", ["original", "compact"])
 @torch.no_grad()
-def test_a_cropped_cache(rule: str) -> None:
+def test_a_cropped_cache(rule: str, specs: list) -> None:
     """The end of the prompt is taken back and said differently: what was kept of the image stays as it was."""
     model = tiny_model()
-    inputs = make_batch(model, [[5, "image", 7]])
+    inputs = make_batch(model, specs)
     case = reference.inference_case(model, inputs)
-    new = torch.tensor([[33, 44, 55]])
-    case.embeds = torch.cat([case.embeds[:, :-4], model.get_input_embeddings()(new)], dim=1)
-    case.valid, case.visual = case.valid[:, :-1], case.visual[:, :-1]
+    new = torch.tensor([[33, 44, 55]]).expand(len(specs), -1)
+    mask = inputs["attention_mask"]
     with method_of(RULES[rule])(model) as trace:
         cache = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config())).past_key_values
         kept = [stage.kept for stage in trace.stages]
         cache.crop(-4)
-        ours = model(input_ids=new, past_key_values=cache).logits
-        again = model(input_ids=new[:, :1], past_key_values=cache).logits
-    wanted = reference.run(model, RULES[rule], case, forced=kept).logits
+        ours = model(input_ids=new, attention_mask=mask[:, :-1], past_key_values=cache).logits
+        again = model(input_ids=new[:, :1], attention_mask=mask, past_key_values=cache).logits
+    talk = reference.Talk(case)
+    case.embeds, case.valid, case.visual = case.embeds[:, :-4], case.valid[:, :-4], case.visual[:, :-4]
+    talk.append(model.get_input_embeddings()(new))
+    wanted = reference.run(model, RULES[rule], talk.case, forced=kept).logits
     torch.testing.assert_close(ours, wanted[:, -3:], **CLOSE)
-    case.embeds = torch.cat([case.embeds, model.get_input_embeddings()(new[:, :1])], dim=1)
-    case.valid, case.visual = (torch.cat([mask, mask[:, -1:]], dim=1) for mask in (case.valid, case.visual))
-    wanted = reference.run(model, RULES[rule], case, forced=kept).logits
+    talk.append(model.get_input_embeddings()(new[:, :1]))
+    wanted = reference.run(model, RULES[rule], talk.case, forced=kept).logits
     torch.testing.assert_close(again, wanted[:, -1:], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cache_cropped_into_the_image_is_refused() -> None:
+    model = tiny_model()
+    with method_of(HALVES)(model):
+        cache = model(**make_batch(model, [[5, "image", 7]]), use_cache=True).past_key_values
+        cache.crop(-15)
+        with pytest.raises(ValueError, match="crop"):
+            model(input_ids=torch.tensor([[33, 44]]), past_key_values=cache)
 
 
 # --- Models fed with embeddings -------------------------------------------------------------------------------------
@@ -670,6 +684,21 @@ def test_a_visual_mask_of_a_wrong_shape_is_an_error(shape: tuple[int, ...]) -> N
     mask = torch.ones(shape, dtype=torch.bool)
     with pytest.raises(ValueError, match="visual_mask"), method_of(HALVES)(model, visual_mask=mask):
         model(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_a_visual_mask_may_cover_padding() -> None:
+    """Padding is nobody's visual token: it neither counts nor stays."""
+    model = tiny_model()
+    inputs = make_batch(model, [[5, "image", 7], [3, "image", 2, "image", 1]])
+    embeds = {"inputs_embeds": reference.embed(model, **inputs), "attention_mask": inputs["attention_mask"]}
+    expected = reference.prefill(model, HALVES, inputs)
+    visual = (inputs["input_ids"] == IMAGE_TOKEN) | (inputs["attention_mask"] == 0)
+    with method_of(HALVES)(model, visual_mask=visual) as trace:
+        output = model(**embeds)
+    check_trace(trace, expected, HALVES)
+    check_logits(output.logits, expected)
+    assert trace.visual_tokens == [16, 32]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 transformers.logging.set_verbosity_error()
@@ -31,7 +32,7 @@ NEXT_SIZES = (
     (56, 20),
 )  # of the first, second, third image: 1 x 2, 2 x 2 (unpadded) and 2 x 1 crops
 
-FAMILIES = ("llava", "llava-gqa", "llava-mistral", "llava-qwen2", "next")
+FAMILIES = ("llava", "llava-gqa", "llava-mistral", "llava-qwen2", "llava-qwen3", "next")
 IMPLEMENTATIONS = ("sdpa", "eager")
 
 _TEXT_CONFIGS: dict[str, tuple[type, int]] = {
@@ -39,6 +40,7 @@ _TEXT_CONFIGS: dict[str, tuple[type, int]] = {
     "llava-gqa": (LlamaConfig, 2),
     "llava-mistral": (MistralConfig, 2),
     "llava-qwen2": (Qwen2Config, 2),
+    "llava-qwen3": (Qwen3Config, 2),
     "next": (LlamaConfig, 2),
 }
 
@@ -74,6 +76,8 @@ def text_config(family: str, layers: int = 8, **changes: Any) -> Any:
     }
     if config_class is MistralConfig:
         values["sliding_window"] = None
+    if config_class is Qwen3Config:
+        values["head_dim"] = 24  # not hidden_size / heads, as in the published models
     return config_class(**(values | changes))
 
 
@@ -108,6 +112,10 @@ def tiny_model(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.12)
+        for module in model.modules():
+            for name in ("q_norm", "k_norm"):
+                if hasattr(module, name):
+                    getattr(module, name).weight.uniform_(0.5, 1.5)
         model.get_output_embeddings().weight[IMAGE_TOKEN:] = 0  # never the likeliest token: no image id is generated
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None
