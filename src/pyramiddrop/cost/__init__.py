@@ -1,0 +1,44 @@
+"""The cost model: what a prefill and a decode step cost, by named conventions, before anything has run."""
+
+from pyramiddrop.cost.account import CONVENTIONS, Account, Cost, Parts, account
+from pyramiddrop.cost.conventions import fastv_layer_flops, paper_layer_flops
+from pyramiddrop.cost.flops import (
+    head_flops,
+    layer_flops,
+    prefill_flops,
+    projector_flops,
+    ranking_flops,
+    step_flops,
+    vision_flops,
+)
+from pyramiddrop.cost.memory import activation_bytes, kv_bytes, layer_kv_bytes
+from pyramiddrop.cost.presets import PRESETS, Preset
+from pyramiddrop.cost.shapes import BYTES, DecoderShape, Experts, ModelShape, Prompt, VisionShape
+
+__all__ = [
+    "BYTES",
+    "CONVENTIONS",
+    "PRESETS",
+    "Account",
+    "Cost",
+    "DecoderShape",
+    "Experts",
+    "ModelShape",
+    "Parts",
+    "Preset",
+    "Prompt",
+    "VisionShape",
+    "account",
+    "activation_bytes",
+    "fastv_layer_flops",
+    "head_flops",
+    "kv_bytes",
+    "layer_flops",
+    "layer_kv_bytes",
+    "paper_layer_flops",
+    "prefill_flops",
+    "projector_flops",
+    "ranking_flops",
+    "step_flops",
+    "vision_flops",
+]

@@ -1,0 +1,162 @@
+"""Owns the account of one prompt under one schedule: every measure of the cost model, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from pyramiddrop.cost.conventions import fastv_layer_flops, paper_layer_flops
+from pyramiddrop.cost.flops import (
+    head_flops,
+    layer_flops,
+    projector_flops,
+    ranking_flops,
+    step_flops,
+    vision_flops,
+)
+from pyramiddrop.cost.memory import activation_bytes, layer_kv_bytes
+from pyramiddrop.cost.shapes import ModelShape, Prompt
+from pyramiddrop.schedule import Schedule
+
+CONVENTIONS = ("full", "paper", "fastv")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of the decoder's layers over one prefill, and bytes of the KV cache after it, against no dropping.
+
+    A multiply-add counts as 2 FLOPs. Text and visual rows, the ranking and (of a batch) padding are counted; the vision
+    tower, the embeddings and the language-model head are not, for dropping does not touch them.
+    """
+
+    flops: int
+    vanilla_flops: int
+    kv_bytes: int
+    vanilla_kv_bytes: int
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops / self.vanilla_flops if self.vanilla_flops else 1.0
+
+    @property
+    def kv_ratio(self) -> float:
+        return self.kv_bytes / self.vanilla_kv_bytes if self.vanilla_kv_bytes else 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """True FLOPs of one prefill, by what computes them; 2 for a multiply-add.
+
+    Attributes:
+        decoder: the decoder's layers.
+        ranking: of the tokens at the stage ends.
+        head: the language-model head over the last row.
+        vision: the vision tower; 0 where its sizes are not known.
+        projector: between the tower and the decoder.
+    """
+
+    decoder: int
+    ranking: int
+    head: int
+    vision: int
+    projector: int
+
+    @property
+    def total(self) -> int:
+        return self.decoder + self.ranking + self.head + self.vision + self.projector
+
+
+@dataclass(frozen=True)
+class Account:
+    """One prompt under one schedule.
+
+    Attributes:
+        visual_by_layer: visual tokens in each layer.
+        full: true FLOPs of the prefill.
+        paper, fastv: the published ways to count (multiply-adds, visual tokens alone).
+        step_flops: true FLOPs of the first decode step, head included.
+        kv_by_layer: bytes of the KV cache after the prefill, of each layer.
+        activation_bytes: estimated peak of an inference prefill.
+    """
+
+    visual_by_layer: tuple[int, ...]
+    full: Parts
+    paper: int
+    fastv: int
+    step_flops: int
+    kv_by_layer: tuple[int, ...]
+    activation_bytes: int
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens of a layer, on average."""
+        return sum(self.visual_by_layer) / len(self.visual_by_layer)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.kv_by_layer)
+
+    def flops(self, convention: str) -> int:
+        """FLOPs of the prefill by `convention`: "full", "paper" or "fastv"."""
+        return {"full": self.full.total, "paper": self.paper, "fastv": self.fastv}[convention]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers: FLOPs and bytes."""
+        return {
+            "average_visual_tokens": self.average_tokens,
+            "visual_tokens_by_layer": list(self.visual_by_layer),
+            "flops": {name: self.flops(name) for name in CONVENTIONS},
+            "full_parts": asdict(self.full),
+            "decode_step_flops": self.step_flops,
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_by_layer": list(self.kv_by_layer),
+            "activation_bytes": self.activation_bytes,
+        }
+
+
+def account(model: ModelShape, prompt: Prompt, schedule: Schedule | None = None, ranks: bool = True) -> Account:
+    """Count what a prefill of `prompt` costs.
+
+    Args:
+        schedule: when tokens are dropped; None for vanilla.
+        ranks: whether attention ranks the tokens (random and uniform dropping do without).
+
+    Raises:
+        ValueError: where the schedule lies beyond the decoder's layers.
+    """
+    shape = model.decoder
+    if schedule is not None:
+        schedule.check_depth(shape.layers)
+    visual = visual_by_layer(schedule, prompt.visual_tokens, shape.layers)
+    rows = [tokens + prompt.text_tokens for tokens in visual]
+    ranked = ranked_tokens(schedule, prompt.visual_tokens) if ranks else []
+    return Account(
+        visual_by_layer=tuple(visual),
+        full=Parts(
+            decoder=sum(layer_flops(shape, count, layer) for layer, count in enumerate(rows)),
+            ranking=sum(ranking_flops(shape, tokens + prompt.text_tokens) for tokens in ranked),
+            head=head_flops(shape),
+            vision=vision_flops(model.vision, prompt) if model.vision else 0,
+            projector=projector_flops(model.vision, prompt) if model.vision else 0,
+        ),
+        paper=sum(paper_layer_flops(shape, count, layer) for layer, count in enumerate(visual)),
+        fastv=sum(fastv_layer_flops(shape, count, layer) for layer, count in enumerate(visual)),
+        step_flops=step_flops(shape, rows),
+        kv_by_layer=tuple(layer_kv_bytes(shape, count) for count in rows),
+        activation_bytes=activation_bytes(shape, rows),
+    )
+
+
+def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list[int]:
+    """How many of `tokens` visual tokens each of `layers` layers sees."""
+    if schedule is None:
+        return [tokens] * layers
+    counts = [tokens, *schedule.counts(tokens)]
+    return [counts[schedule.stage_of(layer)] for layer in range(layers)]
+
+
+def ranked_tokens(schedule: Schedule | None, tokens: int) -> list[int]:
+    """The visual tokens that are there at each ranking; a stage that drops nothing ranks nothing."""
+    counts = [tokens, *(schedule.counts(tokens) if schedule else [])]
+    return [before for before, after in pairwise(counts) if after < before]

@@ -1,0 +1,129 @@
+"""Owns the numbers that a cost depends on: the sizes of a decoder and of a vision tower, and what a prompt brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Bytes of one value, by the dtype's name.
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture-of-experts MLPs of a decoder.
+
+    Attributes:
+        count: experts in a layer; the router scores each of them.
+        active: experts that one token goes through.
+        intermediate: width of one expert.
+        shared: width of the expert that every token goes through besides, 0 where there is none.
+        layers: 0-based layers that have experts, the others have the dense MLP; None for all.
+    """
+
+    count: int
+    active: int
+    intermediate: int
+    shared: int = 0
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that its cost depends on.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width of the hidden states.
+        intermediate: width of the gated MLP.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of one head.
+        bytes_per_value: of a value in the KV cache (2 for bf16 and fp16).
+        vocabulary: rows of the language-model head; 0 leaves the head out.
+        experts: where the MLPs are mixtures of experts.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bytes_per_value: int = 2
+    vocabulary: int = 0
+    experts: Experts | None = None
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of the 0-based `layer`, or None where its MLP is dense."""
+        experts = self.experts
+        return experts if experts and (experts.layers is None or layer in experts.layers) else None
+
+    def mlp_width(self, layer: int) -> int:
+        """The width of the MLPs that one token goes through in `layer`: of a mixture the active and shared experts."""
+        experts = self.experts_of(layer)
+        return experts.active * experts.intermediate + experts.shared if experts else self.intermediate
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a vision transformer and of the projector behind it.
+
+    Attributes:
+        layers: number of layers that run (Transformers runs all of them, also where an inner one's output is used).
+        hidden: width of the hidden states.
+        intermediate: width of the MLP.
+        patch_values: numbers in one patch of the picture: channels x height x width (x frames).
+        projector: (in, out) of the matrices that each visual token goes through on its way to the decoder.
+        crop_tokens: visual tokens of one crop of fixed size; None where a picture is one crop of any size.
+        rows_per_token: patches that are merged into one visual token.
+        extra_rows: rows of a crop beside its patches (CLIP's class token).
+        gated: whether the MLP has a gate (three matrices in place of two).
+        window: rows that see each other in a layer with windows; 0 where all rows of a crop do.
+        full_layers: how many layers have no windows; not used without a window.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    patch_values: int
+    projector: tuple[tuple[int, int], ...]
+    crop_tokens: int | None = None
+    rows_per_token: int = 1
+    extra_rows: int = 0
+    gated: bool = False
+    window: int = 0
+    full_layers: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A vision-language model: its decoder, and its vision tower where that is known."""
+
+    decoder: DecoderShape
+    vision: VisionShape | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample.
+
+    Attributes:
+        visual_tokens: what the pictures bring.
+        text_tokens: all others.
+        crops: how many crops the vision tower sees; None takes as many as the visual tokens need.
+
+    Raises:
+        ValueError: for a count below what makes sense.
+    """
+
+    visual_tokens: int
+    text_tokens: int = 0
+    crops: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.visual_tokens < 1:
+            raise ValueError(f"visual_tokens must be at least 1; got {self.visual_tokens}")
+        if self.text_tokens < 0:
+            raise ValueError(f"text_tokens must not be negative; got {self.text_tokens}")
+        if self.crops is not None and self.crops < 1:
+            raise ValueError(f"crops must be at least 1; got {self.crops}")
