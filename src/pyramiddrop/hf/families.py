@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pyramiddrop.cost import DecoderShape
 from pyramiddrop.hf.anyres import token_count
+from pyramiddrop.hf.shapes import decoder_shape
 
 
 class UnsupportedModelError(ValueError):
@@ -144,7 +145,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         visual_ids=tuple(int(getattr(config, name)) for name in family.token_ids),
         family=family,
         config=config,
-        shape=_decoder_shape(text),
+        shape=decoder_shape(text.config, text.dtype.itemsize),
     )
 
 
@@ -194,17 +195,3 @@ def check_compact_positions(text: PreTrainedModel) -> None:
             f'positions="compact" is undefined for {rope["rope_type"]!r} RoPE, whose frequencies depend on the length; '
             'use positions="original"'
         )
-
-
-def _decoder_shape(text: PreTrainedModel) -> DecoderShape:
-    config = text.config
-    heads = config.num_attention_heads
-    return DecoderShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        bytes_per_value=text.dtype.itemsize,
-    )

@@ -21,7 +21,7 @@ TEXT_MODELS = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
 )
-LLAVAS = ("llava", "llava_next")
+LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
 
 
@@ -38,6 +38,10 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
         ValueError: for a text model that the cost model does not know.
     """
     text = config.get_text_config(decoder=True)
+    if text.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
+        )
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
         bytes_per_value = dtype.itemsize if dtype is not None else 2
@@ -45,15 +49,7 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
 
 
 def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
-    """The sizes of the decoder of a text model's configuration.
-
-    Raises:
-        ValueError: for a text model that the cost model does not know.
-    """
-    if text.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
-        )
+    """The sizes of the decoder of a text model's configuration."""
     heads = text.num_attention_heads
     return DecoderShape(
         layers=text.num_hidden_layers,
@@ -94,7 +90,7 @@ def _vision_shape(config: Any) -> VisionShape | None:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None
-    if config.model_type in LLAVAS and vision.model_type == "clip_vision_model":
+    if config.model_type in LLAVA_FAMILIES and vision.model_type == "clip_vision_model":
         return _clip_shape(config, vision)
     return _qwen_shape(vision) if vision.model_type in QWEN_TOWERS else None
 
