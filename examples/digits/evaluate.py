@@ -27,6 +27,7 @@ from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cost import DecoderShape, prefill_flops
 from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark, DigitsSample
+from pyramiddrop.methods import Method
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +37,7 @@ LAYERS, KEEP = (2, 4, 6), (0.5, 0.25, 0.125)
 GRID_KEEP = (0.5, 0.25, 0.125, 1 / 64)
 DRAWS = 3
 
+Methods = dict[str, list[Method]]  # an empty list is vanilla; several methods are draws to average over
 Results = dict[str, dict[str, Any]]
 
 
@@ -73,62 +75,64 @@ def show_accuracy(answerer: Answerer, samples: Sequence[DigitsSample], arguments
         replace_between(digits_checkpoint() / "README.md", arguments.split, lines)
 
 
-def table_methods(answerer: Answerer) -> dict[str, Any]:
+def table_methods(answerer: Answerer) -> Methods:
     """The methods to compare, by name; those that drop cost the decoder FLOPs of PyramidDrop's default, or less."""
     shape = decoder_shape(answerer)
     budget = cost(shape, LAYERS, KEEP)
-    methods: dict[str, Any] = {"vanilla": None, "PyramidDrop": PyramidDrop(layers=LAYERS, keep=KEEP)}
+    methods: Methods = {"vanilla": [], "PyramidDrop": [PyramidDrop(layers=LAYERS, keep=KEEP)]}
     for layer in (1, 2, 3):
         keep = affordable(shape, layer, budget)
-        methods[f"FastV, K = {layer}"] = FastV(layer=layer, keep=keep)
+        methods[f"FastV, K = {layer}"] = [FastV(layer=layer, keep=keep)]
     keep = affordable(shape, 2, budget)
-    methods["one drop at layer 2, ranked as PyramidDrop"] = PyramidDrop(layers=[2], keep=[keep])
-    for seed in range(DRAWS):
-        methods[f"random, draw {seed + 1}"] = RandomDrop(layers=LAYERS, keep=KEEP, seed=seed)
-    methods["uniform"] = UniformDrop(layers=LAYERS, keep=KEEP)
-    methods["PyramidDrop, compact positions"] = PyramidDrop(layers=LAYERS, keep=KEEP, positions="compact")
+    methods["one drop at layer 2, ranked as PyramidDrop"] = [PyramidDrop(layers=[2], keep=[keep])]
+    draws = [RandomDrop(layers=LAYERS, keep=KEEP, seed=seed) for seed in range(DRAWS)]
+    methods[f"random, mean of {DRAWS} draws"] = draws
+    methods["uniform"] = [UniformDrop(layers=LAYERS, keep=KEEP)]
+    methods["PyramidDrop, compact positions"] = [PyramidDrop(layers=LAYERS, keep=KEEP, positions="compact")]
     return methods
 
 
-def grid_methods(answerer: Answerer) -> dict[str, Any]:
+def grid_methods(answerer: Answerer) -> Methods:
     """No drop, and one drop before each layer at each share."""
     cells = {
-        f"{layer}/{keep:g}": PyramidDrop(layers=[layer], keep=[keep])
+        f"{layer}/{keep:g}": [PyramidDrop(layers=[layer], keep=[keep])]
         for layer in range(1, decoder_shape(answerer).layers)
         for keep in GRID_KEEP
     }
-    return {"vanilla": None, **cells}
+    return {"vanilla": [], **cells}
 
 
-def measure(answerer: Answerer, samples: Sequence[DigitsSample], methods: dict[str, Any]) -> Results:
-    """For each method: scores by kind, its difference to PyramidDrop (or else to the first), and its FLOPs ratio."""
+def measure(answerer: Answerer, samples: Sequence[DigitsSample], methods: Methods) -> Results:
+    """For each entry: scores by kind, its difference to PyramidDrop (or else to the first), and its FLOPs ratio."""
     scenes = np.array([sample.scene for sample in samples])
     right: dict[str, Array] = {}
     ratios: dict[str, float] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=len(samples) * len(methods))
-        for name, method in methods.items():
+        bar = progress.add_task("answering", total=sum(max(1, len(draws)) for draws in methods.values()))
+        for name, draws in methods.items():
             progress.update(bar, description=name)
-
-            def advance(count: int) -> None:
-                progress.advance(bar, count)
-
-            if method is None:
-                right[name], ratios[name] = answerer.right(samples, advance), 1.0
-                continue
-            with method(answerer.model) as trace:
-                right[name] = answerer.right(samples, advance)
-                ratios[name] = trace.cost().flops_ratio
+            runs = [run_method(answerer, samples, method) for method in draws or [None]]
+            progress.advance(bar, len(runs))
+            right[name] = np.mean([values for values, _ in runs], axis=0)
+            ratios[name] = runs[0][1]
     base = right.get("PyramidDrop", right["vanilla"])
     return {
         name: {
             "flops_ratio": round(ratios[name], 4),
-            "settings": "" if method is None else repr(method),
+            "settings": [repr(method) for method in draws],
             "scores": {kind: asdict(value) for kind, value in score_by_kind(right[name], samples).items()},
             "difference": asdict(score(right[name] - base, scenes)),
         }
-        for name, method in methods.items()
+        for name, draws in methods.items()
     }
+
+
+def run_method(answerer: Answerer, samples: Sequence[DigitsSample], method: Method | None) -> tuple[Array, float]:
+    """Which answers are right under a method, and its decoder FLOPs against vanilla."""
+    if method is None:
+        return answerer.right(samples), 1.0
+    with method(answerer.model) as trace:
+        return answerer.right(samples), trace.cost().flops_ratio
 
 
 def decoder_shape(answerer: Answerer) -> DecoderShape:

@@ -96,6 +96,7 @@ class VisionTower(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.heads = config.heads
         width, inner = config.hidden, config.inner
         linear = partial(nn.Linear, bias=False)
         self.input_layernorm = nn.Parameter(torch.ones(width))
@@ -104,10 +105,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.Parameter(torch.ones(width))
         self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """All parameters, in the order in which :func:`decoder_layer` takes them."""
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
-        return (self.input_layernorm, self.post_attention_layernorm, *(layer.weight for layer in projections))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+        y = F.rms_norm(x, x.shape[-1:], self.input_layernorm, RMS_EPS)
+        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        seen = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, packing)
+        x = x + self.o_proj(join_heads(seen))
+        y = F.rms_norm(x, x.shape[-1:], self.post_attention_layernorm, RMS_EPS)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 
 
 class PackedLlava(nn.Module):
@@ -123,12 +127,7 @@ class PackedLlava(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.Parameter(torch.ones(config.hidden))
         self.register_buffer("start", torch.tensor(start), persistent=False)
-        self.layer_function = decoder_layer
         initialise(self)
-
-    def compile(self) -> None:  # type: ignore[override]
-        """Compile one layer, with its weights as arguments: all layers share the compiled code."""
-        self.layer_function = torch.compile(decoder_layer)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B, 64, hidden): what stands in the prompt for the picture."""
@@ -143,33 +142,18 @@ class PackedLlava(nn.Module):
         x = torch.cat([start, self.image_features(pixels), self.embed_tokens(ids)], dim=1)
         cos, sin = rotary_table(packing.positions(), self.config.hidden // self.config.heads)
         for layer in self.layers:
-            x = self.layer_function(
-                x, layer.weights(), cos, sin, self.config.heads, packing.prefix, packing.slots, packing.width
-            )
+            x = layer(x, cos, sin, packing)
         x = F.rms_norm(x[:, packing.prefix :], (self.config.hidden,), self.norm, RMS_EPS)
         return F.linear(x, self.embed_tokens.weight)
 
 
-def decoder_layer(
-    x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, heads: int, prefix: int, slots: int, width: int
-) -> Tensor:
-    """A Llama layer over a packed sequence, as a function of its weights."""
-    norm1, norm2, wq, wk, wv, wo, gate, up, down = weights
-    hidden = x.shape[-1]
-    y = F.rms_norm(x, (hidden,), norm1, RMS_EPS)
-    q, k = (rotate(split_heads(F.linear(y, w), heads), cos, sin) for w in (wq, wk))
-    v = split_heads(F.linear(y, wv), heads)
-    x = x + F.linear(join_heads(packed_attention(q, k, v, prefix, slots, width)), wo)
-    y = F.rms_norm(x, (hidden,), norm2, RMS_EPS)
-    return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, prefix: int, slots: int, width: int) -> Tensor:
-    """Causal attention in which a slot sees the prefix and itself. All of (B, heads, prefix + slots * width, d).
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Causal attention in which a slot sees the prefix and itself. All are (B, heads, prefix + slots * width, d).
 
     Written out in small products: no mask over the whole sequence, and nothing is computed for a mask to discard.
     """
     batch, heads, _, depth = q.shape
+    prefix, slots, width = packing.prefix, packing.slots, packing.width
     q = q * depth**-0.5
     keys, values = k[:, :, :prefix], v[:, :, :prefix]
     scores = (q[:, :, :prefix] @ keys.mT).masked_fill(~lower_triangle(prefix), -1e9)

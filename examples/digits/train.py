@@ -39,6 +39,7 @@ from pyramiddrop.evaluation.digits import (
 
 ALIGN, QUESTIONS, VALIDATE = 0, 1, 2  # the streams of random numbers
 WEIGHTS = {"digit_at": 1.2, "colour_at": 0.8, "colour_of": 1.2, "digit_of": 1.0, "row_of": 0.7, "read_row": 1.5}
+LATE_WEIGHTS = {"digit_at": 1.2, "colour_at": 0.6, "colour_of": 0.8, "digit_of": 1.0, "row_of": 1.0, "read_row": 2.4}
 CROWDED = SceneStyle(fewest=32, most=48, clutter=0.5)
 
 
@@ -49,7 +50,7 @@ class Recipe:
     seed: int = 0
     align_steps: int = 120
     align_scenes: int = 24
-    steps: int = 5000
+    steps: int = 3300
     plain_steps: int = 500  # of these, the first ones: questions without "ASSISTANT:", answered at their last word
     scenes: int = 8
     questions: int = 32
@@ -110,7 +111,8 @@ class Trainer:
         rng = generator.rng(recipe.seed, QUESTIONS, step)
         style = SceneStyle().scaled(min(1.0, (step + 1) / recipe.filling))
         scenes = generator.scenes(rng, recipe.scenes, style)
-        questions = draw_questions(rng, scenes, recipe.questions, WEIGHTS, read_lengths=(1, 2, 3))
+        weights = LATE_WEIGHTS if step >= recipe.steps * (1 - recipe.cooling) else WEIGHTS
+        questions = draw_questions(rng, scenes, recipe.questions, weights, read_lengths=(1, 2, 3))
         tokens = self.plain_tokens if step < recipe.plain_steps else self.tokens
         loss, right = self._loss(scenes, questions, tokens)
         self._update(loss, learning_rate(recipe, step))
@@ -257,7 +259,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stop-at", type=int, help="stop early, at this step of the same schedule")
     parser.add_argument("--every", type=int, default=200, help="steps between two checkpoints")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile (no C++ compiler)")
     return parser.parse_args()
 
 
@@ -268,8 +269,6 @@ def main() -> None:
     trainer = Trainer(Recipe(seed=arguments.seed, steps=arguments.steps))
     if arguments.resume:
         trainer.load(arguments.out / "state.pt")
-    if not arguments.no_compile:
-        trainer.model.compile()
     run(trainer, arguments.out, min(arguments.stop_at or trainer.total_steps, trainer.total_steps), arguments.every)
 
 
