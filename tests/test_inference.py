@@ -731,6 +731,47 @@ def test_a_query_mask_says_who_asks() -> None:
     check_logits(output.logits, expected)
 
 
+# --- What one call leaves to the next --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_calls_of_all_kinds_in_one_block() -> None:
+    """A plain forward after `generate` is a prompt of its own, also after a `generate` that failed."""
+    model = tiny_model()
+    one, two = make_batch(model, MIXED), make_batch(model, [[2, "image", 5]], seed=4)
+    expected = reference.prefill(model, HALVES, two)
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    with method_of(HALVES)(model) as trace:
+        generated(model, one, 2)
+        check_logits(model(**two).logits, expected)
+        check_trace(trace, expected, HALVES)
+        with pytest.raises(ZeroDivisionError):
+            generated(model, one, 2, stopping_criteria=[fail])
+        check_logits(model(**two).logits, expected)
+        check_trace(trace, expected, HALVES)
+
+
+@torch.no_grad()
+def test_no_mask_is_made_where_there_was_none() -> None:
+    """An unpadded prompt keeps the kernel's own causal path in every layer, and a decoded token needs no mask."""
+    model = tiny_model()
+    masks: list[Any] = []
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for layer in text_model(model).layers
+    ]
+    with method_of(HALVES)(model):
+        generated(model, make_batch(model, [[5, "image", 7], [3, "image", 9]]), 3)
+    for handle in handles:
+        handle.remove()
+    assert masks == [None] * 24
+
+
 # --- The trace ------------------------------------------------------------------------------------------------------
 
 
