@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import transformers
 from rich.progress import track
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyramiddrop
 from pyramiddrop import FastV, Method, PyramidDrop
-from pyramiddrop.hf.run import Run
+from pyramiddrop.hf.ranking import Ranking
 
 TEXT_BEFORE = 35
 
@@ -46,20 +47,21 @@ def random_llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
 def stopwatch() -> Iterator[list[float]]:
     """Collect the CPU seconds of ranking and choosing while the block runs."""
     spent: list[float] = []
-    originals = {name: getattr(Run, name) for name in ("_end_stage", "_rank_ahead")}
+    originals = {name: getattr(Ranking, name) for name in ("score", "choose")}
 
-    def timed(original: Callable[..., None], run: Run, *arguments: Any) -> None:
+    def timed(original: Callable[..., Tensor], ranking: Ranking, *arguments: Any) -> Tensor:
         start = time.process_time()
-        original(run, *arguments)
+        result = original(ranking, *arguments)
         spent.append(time.process_time() - start)
+        return result
 
     for name, original in originals.items():
-        setattr(Run, name, lambda run, *arguments, original=original: timed(original, run, *arguments))
+        setattr(Ranking, name, lambda ranking, *arguments, original=original: timed(original, ranking, *arguments))
     try:
         yield spent
     finally:
         for name, original in originals.items():
-            setattr(Run, name, original)
+            setattr(Ranking, name, original)
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.families import Anatomy, check_compact_positions
+from pyramiddrop.hf.following import Kwargs
 from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
-from pyramiddrop.hf.request import IGNORED_LABEL, GivenMasks, call_shape, extend_request, read_request
-from pyramiddrop.hf.run import Kwargs, Rules, Run
+from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
+from pyramiddrop.hf.run import Rules, Run
 from pyramiddrop.scoring import AttentionScorer
 from pyramiddrop.trace import Trace
 
@@ -160,14 +161,11 @@ class Attachment:
             self._begin_trace(plan)
         if memory is None and (plan is None or not plan.drops):
             return None
-        labels = call.get("labels")
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
-        plan = None if plan is None else plan.to(tokens.device)
+        dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
+        labels = call.get("labels") if self.rules.logits == "kept" else None
         trace = self.trace if first else None
-        run = Run(self.anatomy, self.rules, past, tokens.shape[1], plan, memory, labels, trace)
-        if plan is not None and plan.drops and labels is not None and self.rules.logits == "kept":
-            run.shift_labels = labels.new_full((len(labels), plan.stages[-1].length), IGNORED_LABEL)
-        return run
+        return Run(self.anatomy, self.rules, past, tokens.shape[1], dropping, memory, labels, trace)
 
     def _plan(self, call: Kwargs, past: int, generation: _Generation | None) -> Plan | None:
         """The plan of this forward where it is a prefill, else None."""

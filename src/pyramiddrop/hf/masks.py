@@ -33,7 +33,7 @@ def follow_mask(
         slots = slots.until(past + length)
         if attention.startswith("flash"):
             return slots.valid
-        mask = causal(_query_columns(rows, slots, past, length), slots)
+        mask = causal(_query_columns(rows, slots, past, length), slots.columns, slots.valid)
         return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
     written, slots = slots, slots.until(mask.shape[-1])
     if mask.dim() == 2:
@@ -52,12 +52,10 @@ def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
     return mask.expand(len(columns), -1, -1, -1).gather(3, columns)
 
 
-def causal(query_columns: Tensor, slots: Slots) -> Tensor:
-    """(B, 1, Q, K) bool: a query sees the valid slots of its own column and of those before."""
-    visible = slots.columns[:, None] <= query_columns[..., None]
-    if slots.valid is not None:
-        visible = visible & slots.valid[:, None]
-    return visible[:, None]
+def causal(query_columns: Tensor, columns: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, 1, Q, K) bool: a query sees the valid ones of the key `columns` (B, K) up to its own column."""
+    visible = columns[:, None] <= query_columns[..., None]
+    return (visible if valid is None else visible & valid[:, None])[:, None]
 
 
 def hide(mask: Tensor, visible: Tensor | None) -> Tensor:

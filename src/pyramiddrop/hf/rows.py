@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows that a stage left. Written once, so that gradient checkpointing replays the same decision.
+
+    Attributes:
+        rows: (B, N) long, columns of this call.
+        local: (B, N) long, the same rows counted among those that the stage before had left.
+        valid: (B, N) bool, False at filler, or None where there is none.
+    """
+
+    rows: Tensor
+    local: Tensor
+    valid: Tensor | None
 
 
 def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
