@@ -39,6 +39,21 @@ def read_config(source: str | Path) -> Any:
     Raises:
         InputError: where there is no checkpoint, or its family is not one of those that are supported.
     """
+    config = read_any_config(source)
+    known = [family for family in FAMILIES if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    if config.model_type not in known:
+        raise InputError(
+            f"model family {config.model_type!r} of {source} is not supported; supported are {', '.join(known)}"
+        )
+    return config
+
+
+def read_any_config(source: str | Path) -> Any:
+    """The configuration of a checkpoint of any family that Transformers knows.
+
+    Raises:
+        InputError: where there is no checkpoint.
+    """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no checkpoint in {folder}: it has no config.json")
@@ -47,13 +62,7 @@ def read_config(source: str | Path) -> Any:
     if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
         raise InputError(f"no such folder: {source}")
     with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
-        config = AutoConfig.from_pretrained(source)
-    known = [family for family in FAMILIES if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
-    if config.model_type not in known:
-        raise InputError(
-            f"model family {config.model_type!r} of {source} is not supported; supported are {', '.join(known)}"
-        )
-    return config
+        return AutoConfig.from_pretrained(source)
 
 
 def decoder_layers(config: Any) -> int:

@@ -19,7 +19,7 @@ Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]
 def comparison_table(comparison: Comparison, method: str) -> Table:
     """One prompt without and with `method` (its name): answers, tokens, cost and time."""
     plain, pruned = comparison.vanilla, comparison.pruned
-    table = _table("", "vanilla", method, "ratio")
+    table = new_table("", "vanilla", method, "ratio")
     same = "same" if plain.answer == pruned.answer else "differs"
     table.add_row("answer", Text(plain.answer), Text(pruned.answer), same)
     _add_costs(table, plain.usage, pruned.usage, lambda of: (of(plain), of(pruned)), comparison.runs)
@@ -28,7 +28,7 @@ def comparison_table(comparison: Comparison, method: str) -> Table:
 
 def questions_table(demo: Demo) -> Table:
     """One row a question: its picture, the true answer, and both answers."""
-    table = _table("question", "picture", "true answer", "vanilla", "PyramidDrop")
+    table = new_table("question", "picture", "true answer", "vanilla", "PyramidDrop")
     for asked in demo.asked:
         table.add_row(
             asked.question.question,
@@ -43,7 +43,7 @@ def questions_table(demo: Demo) -> Table:
 def costs_table(demo: Demo) -> Table:
     """The tokens, and the medians over the demo's questions of cost and time."""
     first = demo.asked[0].comparison
-    table = _table("a prompt, median of all", "vanilla", "PyramidDrop", "ratio")
+    table = new_table("a prompt, median of all", "vanilla", "PyramidDrop", "ratio")
     _add_costs(table, first.vanilla.usage, first.pruned.usage, demo.medians, first.runs)
     return table
 
@@ -63,6 +63,14 @@ def summary(demo: Demo) -> list[str]:
         f"{units.seconds(big.vanilla_time.wall)} to {units.seconds(big.pruned_time.wall)}: "
         f"{units.share(big.measured)} of vanilla, where the FLOPs predict {units.share(big.predicted)}.",
     ]
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table with the look that all tables of this project have."""
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def usage_line(used: Usage, plain: Usage) -> str:
@@ -85,13 +93,6 @@ def _add_costs(table: Table, plain: Usage, pruned: Usage, pair: Pair, runs: int)
     for name, written, value in rows:
         before, after = pair(value)
         table.add_row(name, written(before), written(after), units.share(after / before) if before else "")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def _judged(answer: str, right: bool) -> Text:

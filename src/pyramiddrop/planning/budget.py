@@ -1,0 +1,148 @@
+"""Owns the budget: what may be spent, in which unit, and what each layer and each ranking spends of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyramiddrop.cost import (
+    CONVENTIONS,
+    ModelShape,
+    Prompt,
+    account,
+    fastv_layer_flops,
+    layer_flops,
+    layer_kv_bytes,
+    paper_layer_flops,
+    ranking_flops,
+)
+from pyramiddrop.cost.account import ranked_tokens, visual_by_layer
+from pyramiddrop.schedule import Schedule
+
+KINDS = ("tokens", "tflops", "percent", "kv_bytes", "milliseconds")
+
+
+class Clock(Protocol):
+    """Milliseconds of one decoder layer, and of one ranking, over so many rows on some machine."""
+
+    def layer(self, rows: int) -> float: ...
+
+    def ranking(self, rows: int) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a prefill may cost at most: exactly one of the five limits.
+
+    Attributes:
+        tokens: visual tokens of a layer, on average over the layers.
+        tflops: TFLOPs of the prefill, counted by `convention`.
+        percent: of vanilla's FLOPs, counted by `convention`.
+        kv_bytes: of the KV cache after the prefill.
+        milliseconds: of the decoder's layers and the rankings, as `clock` measures them.
+        convention: "full", "paper" or "fastv"; see `pyramiddrop.cost`.
+
+    Raises:
+        ValueError: where not exactly one limit is given, or it is not positive; the message says which.
+    """
+
+    tokens: float | None = None
+    tflops: float | None = None
+    percent: float | None = None
+    kv_bytes: float | None = None
+    milliseconds: float | None = None
+    convention: str = "full"
+    clock: Clock | None = None
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(KINDS)}; got {', '.join(given) or 'none'}")
+        if not self.limit > 0:
+            raise ValueError(f"{self.kind} must be positive; got {self.limit:g}")
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}; got {self.convention!r}")
+        if (self.kind == "milliseconds") != (self.clock is not None):
+            raise ValueError("a budget in milliseconds, and no other, needs a clock")
+
+    @property
+    def kind(self) -> str:
+        """Which limit was given."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def limit(self) -> float:
+        """The limit, in its own unit."""
+        return float(getattr(self, self.kind))
+
+    def describe(self, value: float) -> str:
+        """`value`, which is in the budget's unit, for people."""
+        return {
+            "tokens": f"an average of {value:g} visual tokens",
+            "tflops": f"{value:.4g} TFLOPs ({self.convention})",
+            "percent": f"{value:.4g} % of vanilla's FLOPs ({self.convention})",
+            "kv_bytes": f"{value:.0f} bytes of KV cache",
+            "milliseconds": f"{value:.4g} ms",
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What a schedule spends of a budget: a sum over layers and rankings.
+
+    Attributes:
+        layer: of the 0-based layer, with so many visual tokens in it.
+        ranking: of a ranking of so many visual tokens and the text.
+        fixed: what no schedule changes.
+        scale: of these numbers in one of the budget's units.
+    """
+
+    layer: Callable[[int, int], float]
+    ranking: Callable[[int], float]
+    fixed: float
+    scale: float
+    tokens: int
+    layers: int
+
+    def spent(self, schedule: Schedule) -> float:
+        """What `schedule` spends, in the budget's unit."""
+        visual = visual_by_layer(schedule, self.tokens, self.layers)
+        layers = sum(self.layer(layer, count) for layer, count in enumerate(visual))
+        ranked = sum(self.ranking(count) for count in ranked_tokens(schedule, self.tokens))
+        return self.in_units(layers + ranked)
+
+    def in_units(self, amount: float) -> float:
+        """The sum `amount` over layers and rankings, with what is fixed, in the budget's unit."""
+        return (self.fixed + amount) / self.scale
+
+
+def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
+    """The meter of `budget` for a prefill of `prompt`."""
+    shape, text = model.decoder, prompt.text_tokens
+    sizes = (prompt.visual_tokens, shape.layers)
+    if budget.clock is not None:
+        clock = budget.clock
+        return Meter(lambda _, n: clock.layer(n + text), lambda n: clock.ranking(n + text), 0, 1, *sizes)
+    if budget.kind == "tokens":
+        return Meter(lambda _, n: n, _nothing, 0, shape.layers, *sizes)
+    if budget.kind == "kv_bytes":
+        return Meter(lambda _, n: layer_kv_bytes(shape, n + text), _nothing, 0, 1, *sizes)
+    vanilla = account(model, prompt)
+    scale = 1e12 if budget.kind == "tflops" else vanilla.flops(budget.convention) / 100
+    if budget.convention == "paper":
+        return Meter(lambda layer, n: paper_layer_flops(shape, n, layer), _nothing, 0, scale, *sizes)
+    if budget.convention == "fastv":
+        return Meter(lambda layer, n: fastv_layer_flops(shape, n, layer), _nothing, 0, scale, *sizes)
+    return Meter(
+        lambda layer, n: layer_flops(shape, n + text, layer),
+        lambda n: ranking_flops(shape, n + text),
+        vanilla.full.total - vanilla.full.decoder,
+        scale,
+        *sizes,
+    )
+
+
+def _nothing(visual: int) -> float:
+    """The ranking, where it is not counted."""
+    return 0

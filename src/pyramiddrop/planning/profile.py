@@ -1,0 +1,89 @@
+"""Owns the redundancy profile: how much a model loses when tokens are dropped once, by layer and share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+METRICS = ("agreement", "accuracy")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss of a single drop, on a full grid of layers and shares.
+
+    Attributes:
+        num_layers: the model's decoder layers.
+        layers: 0-based layers before which the drop was tried, ascending.
+        keep: shares of the original visual tokens that were kept, descending, 1 (no loss) first.
+        losses: by (layer, keep), what the score falls short of vanilla's; never negative, and never smaller for a
+            smaller share, so that noise in a measurement buys nothing.
+    """
+
+    num_layers: int
+    layers: tuple[int, ...]
+    keep: tuple[float, ...]
+    losses: Mapping[tuple[int, float], float]
+
+    def loss(self, layer: int, before: float, after: float) -> float:
+        """The loss of dropping, before `layer`, from the share `before` to the share `after`."""
+        return self.losses[layer, after] - self.losses[layer, before]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """Read a JSON file.
+
+        Raises:
+            OSError: where it cannot be read.
+            ValueError: where it is no profile; the message says why.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        except (TypeError, KeyError, ValueError) as error:
+            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is no redundancy profile: {reason}") from error
+
+    @classmethod
+    def from_dict(cls, found: Any) -> Profile:
+        """Make a profile of `{"num_layers": 32, "vanilla": 0.67, "cells": [{"layer": 8, "keep": 0.5, "accuracy": 0.66},
+        ...]}`.
+
+        A cell is one drop before `layer` that leaves the share `keep` of the visual tokens, and the model's score with
+        it: `accuracy`, or `agreement` with the answers of vanilla (then `vanilla` may be left out: it is 1).
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything else.
+        """
+        if not isinstance(found, dict):
+            raise ValueError(f"it must be a JSON object; got {type(found).__name__}")
+        num_layers, cells = found["num_layers"], found["cells"]
+        if not cells:
+            raise ValueError("it has no cells")
+        metric = next((name for name in METRICS if name in cells[0]), None)
+        if metric is None:
+            raise ValueError(f"a cell needs {' or '.join(METRICS)}; got {cells[0]}")
+        vanilla = found.get("vanilla", 1.0) if metric == "agreement" else found["vanilla"]
+        scores = {(cell["layer"], float(cell["keep"])): float(cell[metric]) for cell in cells}
+        layers = sorted({layer for layer, _ in scores})
+        keep = sorted({share for _, share in scores} - {1.0}, reverse=True)
+        _check(num_layers, layers, keep, scores)
+        losses: dict[tuple[int, float], float] = {}
+        for layer in layers:
+            worst = losses[layer, 1.0] = 0.0
+            for share in keep:
+                worst = losses[layer, share] = max(worst, vanilla - scores[layer, share])
+        return cls(num_layers, tuple(layers), (1.0, *keep), losses)
+
+
+def _check(num_layers: int, layers: list[int], keep: list[float], scores: dict[tuple[int, float], float]) -> None:
+    if any(not isinstance(layer, int) or not 1 <= layer < num_layers for layer in layers):
+        raise ValueError(f"layers must be in 1..{num_layers - 1}; got {layers}")
+    if not keep or not 0 < keep[-1] <= keep[0] < 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}")
+    missing = [cell for cell in product(layers, keep) if cell not in scores]
+    if missing:
+        raise ValueError(f"every layer needs every keep; layer {missing[0][0]} has none for keep {missing[0][1]:g}")
