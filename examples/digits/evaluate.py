@@ -3,7 +3,8 @@
     python examples/digits/evaluate.py                     # accuracy by kind, in plain Transformers
     python examples/digits/evaluate.py --split val --json
     python examples/digits/evaluate.py --card              # the same, written into the model card
-    python examples/digits/evaluate.py --table --grid      # written into docs/digits.md and benchmarks/results
+    python examples/digits/evaluate.py --table             # written into docs/digits.md and benchmarks/results
+    python examples/digits/evaluate.py --grid --scenes 40  # the same
 
 The standard errors are clustered by scene, and the differences are paired: all methods answer the same questions.
 """
