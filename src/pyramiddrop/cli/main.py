@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.generate import SeveralImages, generate
+from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.terminal import OneLineErrors
 
 app = typer.Typer(
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command(cls=SeveralImages)(generate)
+app.command()(cost)
+app.command()(plan)
 
 
 def _show_version(asked: bool) -> None:

@@ -105,8 +105,8 @@ class Meter:
     tokens: int
     layers: int
 
-    def spent(self, schedule: Schedule) -> float:
-        """What `schedule` spends, in the budget's unit."""
+    def spent(self, schedule: Schedule | None) -> float:
+        """What `schedule` (None for vanilla) spends, in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
         layers = sum(self.layer(layer, count) for layer, count in enumerate(visual))
         ranked = sum(self.ranking(count) for count in ranked_tokens(schedule, self.tokens))

@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         arguments: of `PyramidDrop`, which make this schedule for this depth.
-        spent: what it spends of the budget, in the budget's unit.
+        spent, vanilla_spent: what it spends, and what vanilla would, in the budget's unit.
         cost, vanilla: every measure, with and without dropping.
         loss: what a redundancy profile predicts it to lose; None without a profile.
     """
@@ -33,6 +33,7 @@ class Plan:
     schedule: Schedule
     budget: Budget
     spent: float
+    vanilla_spent: float
     prompt: Prompt
     cost: Account
     vanilla: Account
@@ -54,6 +55,7 @@ class Plan:
         return {
             "budget": {"kind": self.budget.kind, "limit": self.budget.limit, "convention": self.budget.convention},
             "spent": self.spent,
+            "vanilla_spent": self.vanilla_spent,
             "python": self.line,
             "arguments": self.arguments,
             "stages": stages,
@@ -199,6 +201,7 @@ class _Solver:
             schedule=schedule,
             budget=self.budget,
             spent=self.meter.spent(schedule),
+            vanilla_spent=self.meter.spent(None),
             prompt=self.prompt,
             cost=account(self.model, self.prompt, schedule),
             vanilla=account(self.model, self.prompt),

@@ -59,9 +59,9 @@ def _figure(row: dict[str, str]) -> Figure:
     schedule, method = None, "vanilla"
     if row["method"] == "pyramiddrop":
         schedule = Schedule.equal(shape.decoder.layers, STAGES, powers(float(row["lam"]), STAGES - 1))
-        method = f"PyramidDrop, λ = {row['lam']}"
+        method = f"PyramidDrop λ={row['lam']}"
     elif row["method"] == "fastv":
         schedule = Schedule((Stage(int(row["layer"]), float(row["keep"])),))
-        method = f"FastV, K = {row['layer']}, R = {1 - float(row['keep']):.0%}"
+        method = f"FastV K={row['layer']} R={1 - float(row['keep']):.0%}"
     flops = account(shape, Prompt(tokens), schedule).paper
     return Figure(row["table"], row["preset"], tokens, method, row["tflops"], flops / 1e12)

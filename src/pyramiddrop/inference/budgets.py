@@ -1,0 +1,64 @@
+"""Owns the choice of a budget and of what is solved for it, in words, as a command line gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.sizes import Sizes
+from pyramiddrop.planning import Budget, Plan, Profile, plan
+
+#: The command line's words for a budget, and the library's.
+KINDS = {
+    "average_tokens": "tokens",
+    "tflops": "tflops",
+    "percent": "percent",
+    "kv_bytes": "kv_bytes",
+    "measure": "milliseconds",
+}
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What was asked for; None where nothing was said. `measure` is in milliseconds."""
+
+    average_tokens: float | None = None
+    tflops: float | None = None
+    percent: float | None = None
+    kv_bytes: float | None = None
+    measure: float | None = None
+    convention: str = "full"
+    stages: int | None = None
+    lam: float | None = None
+    profile: Path | None = None
+
+
+def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
+    """The plan that `options` ask for.
+
+    Raises:
+        InputError: for not exactly one budget, one out of reach, two things to hold fixed, or values that cannot be.
+    """
+    budget = _budget(options, sizes)
+    profile = None
+    if options.profile is not None:
+        with user_input(caught=(OSError, ValueError)):
+            profile = Profile.read(options.profile)
+    with user_input():
+        return plan(sizes.shape, sizes.prompt, budget, lam=options.lam, stages=options.stages, profile=profile)
+
+
+def _budget(options: BudgetOptions, sizes: Sizes) -> Budget:
+    given = {word: getattr(options, word) for word in KINDS if getattr(options, word) is not None}
+    if len(given) != 1:
+        words = ", ".join(f"--{word.replace('_', '-')}" for word in given or KINDS)
+        raise InputError(f"give one budget; got {words}" if given else f"give a budget: one of {words}")
+    ((word, limit),) = given.items()
+    clock = None
+    if word == "measure":
+        from pyramiddrop.inference.clock import LayerClock
+
+        clock = LayerClock(sizes.shape.decoder)
+    with user_input():
+        return Budget(**{KINDS[word]: limit}, convention=options.convention, clock=clock)

@@ -1,0 +1,85 @@
+"""Owns the choice of several methods in words, to be set side by side: `fastv:layer=3:keep=0.25`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pyramiddrop import Method
+from pyramiddrop.cost import Account, account
+from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.sizes import Sizes
+from pyramiddrop.scoring import AttentionScorer
+
+#: Options that are numbers; the others are text, or lists that `choose_method` reads.
+NUMBERS: dict[str, type[int] | type[float]] = {"lam": float, "stages": int, "layer": int}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One method (None is vanilla), what to call it, and what it costs."""
+
+    label: str
+    method: Method | None
+    cost: Account
+
+
+def side_by_side(words: Sequence[str], shared: MethodOptions, sizes: Sizes) -> list[Column]:
+    """Vanilla, and the methods that `words` name, each with its own options and the `shared` ones that it knows.
+
+    Raises:
+        InputError: for an unknown method or option, a bad value, or a shared option that none of the methods knows.
+    """
+    stated = [_stated(word) for word in words]
+    known = set().union(*(_known(options.method) for options in stated))
+    for option in shared.given:
+        if option not in known:
+            raise InputError(f"--{option} belongs to none of the methods {', '.join(words)}")
+    methods = [_method(_with_shared(options, shared), sizes) for options in stated]
+    columns = [Column(VANILLA, None, account(sizes.shape, sizes.prompt))]
+    return columns + [_column(method, sizes) for method in methods if method is not None]
+
+
+def _stated(word: str) -> MethodOptions:
+    """`fastv:layer=3` as options."""
+    name, *settings = word.split(":")
+    given: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if not equals or option not in {field.name for field in fields(MethodOptions)} - {"method"}:
+            raise InputError(f"{setting!r} in {word!r} is no option of a method; write e.g. fastv:layer=3:keep=0.25")
+        try:
+            given[option] = NUMBERS.get(option, str)(value)
+        except ValueError:
+            raise InputError(f"{option} in {word!r} must be a number; got {value!r}") from None
+    return MethodOptions(name, **given)
+
+
+def _known(name: str | None) -> set[str]:
+    kind = NAMES.get(name or "")
+    return {field.name for field in fields(kind) if field.init} if kind else set()
+
+
+def _with_shared(options: MethodOptions, shared: MethodOptions) -> MethodOptions:
+    known = _known(options.method)
+    inherited = {option: value for option, value in shared.given.items() if option in known}
+    return MethodOptions(options.method, **(inherited | options.given))
+
+
+def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
+    return choose_method(options, sizes.name, sizes.shape.decoder.layers)
+
+
+def _column(method: Method, sizes: Sizes) -> Column:
+    ranks = isinstance(method.scorer(), AttentionScorer)
+    cost = account(sizes.shape, sizes.prompt, method.schedule(sizes.shape.decoder.layers), ranks)
+    return Column(_label(method), method, cost)
+
+
+def _label(method: Method) -> str:
+    """The Python expression, without what is as the method's default has it."""
+    values = {entry.name: (getattr(method, entry.name), entry.default) for entry in fields(method) if entry.init}
+    settings = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
+    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")

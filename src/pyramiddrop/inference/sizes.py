@@ -1,0 +1,126 @@
+"""Owns the choice of a model's sizes in words: a named shape, a checkpoint's configuration, or plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyramiddrop.cost import BYTES, PRESETS, DecoderShape, ModelShape, Prompt
+from pyramiddrop.inference.errors import InputError, user_input
+
+DEFAULT_SHAPE = "llava-1.5-7b"
+TEXT_TOKENS = 64  # a short question in a chat template
+NUMBERS = ("layers", "hidden", "intermediate", "heads", "kv_heads")
+NEEDED = NUMBERS[:3]
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """What was asked for; None where nothing was said. Without any, the shape is `llava-1.5-7b`.
+
+    Attributes:
+        shape: a name in `pyramiddrop.cost.PRESETS`.
+        model: a folder or a hub name; its config.json alone is read.
+        layers, hidden, intermediate, heads, kv_heads: plain numbers of a decoder with gated MLPs. Without heads, their
+            width is 128; without kv_heads, there are as many as heads.
+        visual_tokens, text_tokens, crops: of the prompt.
+        dtype: of the KV cache.
+    """
+
+    shape: str | None = None
+    model: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    visual_tokens: int | None = None
+    text_tokens: int | None = None
+    crops: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes, the prompt, and what they are called."""
+
+    name: str
+    shape: ModelShape
+    prompt: Prompt
+
+
+def choose_sizes(options: SizeOptions) -> Sizes:
+    """The sizes that `options` name.
+
+    Raises:
+        InputError: for two sources of sizes, an unknown name, or numbers that are missing or make no sense.
+    """
+    given = [name for name in NUMBERS if getattr(options, name) is not None]
+    sources = [name for name in ("shape", "model") if getattr(options, name) is not None]
+    if given:
+        sources.append(_flag(given[0]))
+    if len(sources) > 1:
+        raise InputError(f"the sizes come from one place; got --{' and --'.join(sources)}")
+    if options.dtype is not None and options.dtype not in BYTES:
+        raise InputError(f"dtype {options.dtype!r} is not one of {', '.join(BYTES)}")
+    if given:
+        name, shape, visual = "plain numbers", _plain(options), None
+    elif options.model is not None:
+        name, shape, visual = options.model, *_read(options.model)
+    else:
+        name, shape, visual = _preset(options.shape or DEFAULT_SHAPE)
+    if options.dtype is not None:
+        shape = replace(shape, decoder=replace(shape.decoder, bytes_per_value=BYTES[options.dtype]))
+    return Sizes(name, shape, _prompt(options, visual))
+
+
+def _preset(name: str) -> tuple[str, ModelShape, int]:
+    if name not in PRESETS:
+        raise InputError(f"shape {name!r} is not one of {', '.join(PRESETS)}")
+    return name, PRESETS[name].shape, PRESETS[name].visual_tokens
+
+
+def _read(source: str) -> tuple[ModelShape, int | None]:
+    from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
+    from pyramiddrop.inference.checkpoint import read_any_config
+
+    config = read_any_config(source)
+    with user_input(f"cannot count {source}"):
+        return model_shape(config), visual_tokens_of(config)
+
+
+def _plain(options: SizeOptions) -> ModelShape:
+    numbers: dict[str, Any] = {name: getattr(options, name) for name in NUMBERS}
+    missing = [_flag(name) for name in NEEDED if numbers[name] is None]
+    if missing:
+        raise InputError(f"plain numbers need --layers, --hidden and --intermediate; --{missing[0]} is missing")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"--{_flag(name)} must be at least 1; got {number}")
+    hidden = numbers["hidden"]
+    heads = numbers["heads"] or (hidden // 128 if hidden % 128 == 0 else 1)
+    if hidden % heads:
+        raise InputError(f"--heads must divide --hidden; got {heads} and {hidden}")
+    return ModelShape(
+        DecoderShape(
+            layers=numbers["layers"],
+            hidden=hidden,
+            intermediate=numbers["intermediate"],
+            heads=heads,
+            kv_heads=numbers["kv_heads"] or heads,
+            head_dim=hidden // heads,
+        )
+    )
+
+
+def _prompt(options: SizeOptions, visual: int | None) -> Prompt:
+    visual = options.visual_tokens if options.visual_tokens is not None else visual
+    if visual is None:
+        raise InputError("say --visual-tokens: the sizes do not tell how many a picture has")
+    text = options.text_tokens if options.text_tokens is not None else TEXT_TOKENS
+    with user_input():
+        return Prompt(visual, text, options.crops)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,85 @@
+"""Owns the tables of the cost model: methods side by side, the paper's figures beside ours, a plan's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from rich.table import Table
+from rich.text import Text
+
+from pyramiddrop.cost import Account
+from pyramiddrop.evaluation.paper import Figure
+from pyramiddrop.planning import Plan
+from pyramiddrop.report import units
+from pyramiddrop.report.tables import new_table
+
+PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
+
+
+def account_table(costs: Sequence[tuple[str, Account]]) -> Table:
+    """One column for each (label, cost), the first of which the others are compared with."""
+    table = new_table("", *(label for label, _ in costs))
+    accounts = [cost for _, cost in costs]
+    table.add_row("visual tokens by stage", *(units.arrow(_steps(one.visual_by_layer)) for one in accounts))
+    table.add_row("visual tokens, average", *(f"{one.average_tokens:.2f}" for one in accounts))
+    _add(table, "prefill FLOPs, full", [one.full.total for one in accounts])
+    for name in ("decoder", "ranking", "vision", "projector", "head"):
+        _add(table, f"  {name}", [getattr(one.full, name) for one in accounts])
+    _add(table, "prefill FLOPs, paper", [one.paper for one in accounts])
+    _add(table, "prefill FLOPs, fastv", [one.fastv for one in accounts])
+    _add(table, "a decode step", [one.step_flops for one in accounts])
+    _add(table, "KV cache", [one.kv_bytes for one in accounts], units.size)
+    by_stage = [[units.size(count) for count in _steps(one.kv_by_layer)] for one in accounts]
+    table.add_row("  of a layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
+    _add(table, "activations, estimated peak", [one.activation_bytes for one in accounts], units.size)
+    return table
+
+
+def stages_table(plan: Plan) -> Table:
+    """One row a stage of a plan."""
+    table = new_table("before layer", "keep", "visual tokens")
+    counts = plan.schedule.counts(plan.prompt.visual_tokens)
+    table.add_row("0", "1", str(plan.prompt.visual_tokens))
+    for stage, count in zip(plan.schedule.stages, counts, strict=True):
+        table.add_row(str(stage.layer), f"{stage.keep:.4g}", str(count))
+    return table
+
+
+def paper_table(figures: Sequence[Figure]) -> Table:
+    """Every FLOPs figure of the paper beside ours, in TFLOPs."""
+    table = new_table(*PAPER_HEAD)
+    for figure in figures:
+        ours = Text(f"{figure.ours} {'✓' if figure.agrees else '✗'}", style="green" if figure.agrees else "red")
+        table.add_row(*_cells(figure)[:5], ours, _cells(figure)[6])
+    return table
+
+
+def paper_markdown(figures: Sequence[Figure]) -> list[str]:
+    """The same as the lines of a Markdown table."""
+    rows = [PAPER_HEAD, ("---",) * len(PAPER_HEAD), *map(_cells, figures)]
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def paper_summary(figures: Sequence[Figure]) -> str:
+    """How many of the figures agree to the printed digit."""
+    agreeing = sum(figure.agrees for figure in figures)
+    return f"{agreeing} of {len(figures)} figures agree to the printed digit, in TFLOPs of the `paper` convention."
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    tokens, exact = str(figure.visual_tokens), f"{figure.exact:.4f}"
+    return figure.table, figure.preset, tokens, figure.method, figure.printed, figure.ours, exact
+
+
+def _add(table: Table, name: str, values: Sequence[int], written: Callable[[float], str] = units.flops) -> None:
+    """A row of values, each with its share of the first one; left out where there is nothing to count."""
+    if any(values):
+        first, *others = values
+        shares = [f"  ({units.share(value / first)})" if first else "" for value in others]
+        table.add_row(name, *(written(value) + share for value, share in zip(values, ["", *shares], strict=True)))
+
+
+def _steps(values: Sequence[int]) -> list[int]:
+    """Each run of equal values once."""
+    return [value for value, _ in groupby(values)]
