@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, StaticCache
 from pyramiddrop import Method, PyramidDrop
 from tiny import make_batch, tiny_model
 
+WIDTH = 64  # of the static cache, for prompts of any length
 
-def decode(model: PreTrainedModel, inputs: dict[str, Tensor], step: Callable[..., Any], steps: int = 5) -> Tensor:
+
+def decode(model: PreTrainedModel, inputs: dict[str, Tensor], step: Callable[..., Any], steps: int = 4) -> Tensor:
     """Greedy tokens (B, steps) on a static cache; the prompt runs as it is, each later forward through `step`."""
-    cache = StaticCache(config=model.config.text_config, max_cache_len=inputs["input_ids"].shape[1] + steps)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=WIDTH)
     mask, tokens = inputs["attention_mask"], []
     with torch.no_grad():
         output = model(**inputs, past_key_values=cache)
@@ -33,12 +35,15 @@ def decode(model: PreTrainedModel, inputs: dict[str, Tensor], step: Callable[...
     return torch.cat(tokens, 1)
 
 
-def compiled_graphs(model: PreTrainedModel, inputs: dict[str, Tensor], method: Method | None) -> tuple[Tensor, int]:
-    """The tokens by compiled decoding, and how many graphs that took. `fullgraph` raises where a graph breaks."""
+def compiled_graphs(
+    model: PreTrainedModel, prompts: list[dict[str, Tensor]], method: Method | None
+) -> tuple[list[list[list[int]]], int]:
+    """Tokens by compiled decoding, and how many graphs all prompts took. `fullgraph` raises where a graph breaks."""
     torch._dynamo.reset()
     counters.clear()
     with method(model) if method else nullcontext():
-        tokens = decode(model, inputs, torch.compile(model, backend="eager", fullgraph=True))
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        tokens = [decode(model, inputs, step).tolist() for inputs in prompts]
     return tokens, counters["stats"]["unique_graphs"]
 
 
@@ -46,10 +51,11 @@ def compiled_graphs(model: PreTrainedModel, inputs: dict[str, Tensor], method: M
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_decoding_compiles_as_vanilla_does(positions: str) -> None:
     model = tiny_model("llava-gqa", "sdpa")
-    inputs = make_batch(model, [[3, "image", 6], [2, "image", 2, "image", 5]])
+    specs = ([[3, "image", 6], [2, "image", 2, "image", 5]], [[3, "image", 4], [9]], [[4, "image", 9], [1, "image", 2]])
+    prompts = [make_batch(model, spec) for spec in specs]
     method = PyramidDrop(positions=positions)
     with method(model):
-        wanted = decode(model, inputs, model)
-    tokens, graphs = compiled_graphs(model, inputs, method)
-    assert tokens.tolist() == wanted.tolist()
-    assert graphs == compiled_graphs(model, inputs, None)[1]
+        wanted = [decode(model, inputs, model).tolist() for inputs in prompts]
+    tokens, graphs = compiled_graphs(model, prompts, method)
+    assert tokens == wanted
+    assert graphs == compiled_graphs(model, prompts, None)[1], "prompts of other lengths must not recompile"

@@ -53,6 +53,15 @@ class Slots:
             )
         return Slots(columns, None if valid is None else valid[:, :-count], self.length - count)
 
+    def widened(self, width: int) -> Slots:
+        """These slots for all `width` of a static cache: one shape for prompts of any length, so that compiled decoding
+        does not recompile. Which of the later slots are filled already, the model's own mask tells."""
+        grown = self.until(width)
+        missing = width - grown.columns.shape[1]
+        valid = torch.ones_like(grown.columns, dtype=torch.bool) if grown.valid is None else grown.valid
+        columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, valid))
+        return Slots(columns, valid, width)
+
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
         before = self.until(past)
@@ -77,12 +86,14 @@ class CacheMemory:
         layers: before which tokens were dropped.
         positions: "original" or "compact".
         slots: stage number -> its slots, for stages at which something was dropped.
+        wide: the same for a static cache's whole width, where it is one.
         shift: stage number -> (B,) how far positions were renumbered (`positions="compact"` only).
     """
 
     layers: tuple[int, ...]
     positions: str
     slots: dict[int, Slots] = field(default_factory=dict)
+    wide: dict[int, Slots] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod

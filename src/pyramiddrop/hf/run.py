@@ -116,24 +116,27 @@ class Run:
         self._kept[stage] = kept
         cache = kwargs.get("past_key_values")
         if kept is not None and cache is not None:
-            self._remember(stage, kept, cache, kwargs["position_ids"])
+            self._remember(stage, index, kept, cache, kwargs["position_ids"])
         if self.trace is not None:
             rows, _, visual = ranking.present(kept)
             self.trace.record(ending.layer, ending.keep, rows, visual, self.past)
 
-    def _remember(self, stage: int, kept: Kept, cache: Any, position_ids: Tensor) -> None:
+    def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor) -> None:
         if self.memory is None:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
             self.memory.attach(cache)
         earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
         self.memory.slots[stage] = earlier.extended(kept.rows, kept.valid, self.past, self.length)
+        if cache.is_compileable:
+            self.memory.wide[stage] = self.memory.slots[stage].widened(cache.layers[index].max_cache_len)
         if self.rules.positions == "compact":
             self.memory.shift[stage] = self._following.new_shift(stage, kept, position_ids)
 
     def _slots(self, stage: int) -> Slots | None:
         """What stands in the KV cache of the stage's layers; None where that is every column."""
         if self.memory is not None:
-            return self.memory.slots.get(stage)
+            follows_only = self._ranking is None and stage in self.memory.wide
+            return self.memory.wide[stage] if follows_only else self.memory.slots.get(stage)
         kept = self._kept.get(stage)
         return None if kept is None else Slots(kept.rows, kept.valid, self.length)
 
