@@ -12,11 +12,11 @@ from pyramiddrop.cli import sizes as words
 from pyramiddrop.cli.terminal import results
 
 if TYPE_CHECKING:
+    from pyramiddrop.inference.choice import MethodOptions
     from pyramiddrop.inference.side_by_side import Column
     from pyramiddrop.inference.sizes import Sizes
 
 METHODS = "Methods"
-DEFAULTS = ("pyramiddrop", "fastv")
 
 
 def cost(
@@ -35,7 +35,7 @@ def cost(
         list[str] | None,
         typer.Option(
             help="pyramiddrop, fastv, random or uniform; several side by side, each with options of its own: "
-            "fastv:layer=3:keep=0.25. (default: pyramiddrop and fastv)",
+            "fastv:layer=3:keep=0.25. (default: pyramiddrop, and fastv as published)",
             rich_help_panel=METHODS,
         ),
     ] = None,
@@ -69,11 +69,18 @@ def cost(
         )
     )
     shared = MethodOptions(lam=lam, stages=stages, layers=layers_at, layer=layer, keep=keep)
-    columns = side_by_side(method or DEFAULTS, shared, sizes)
+    columns = side_by_side(method or _usual(shared), shared, sizes)
     if as_json:
         print(json.dumps(_as_dict(sizes, columns), indent=2))
     else:
         _show(sizes, columns)
+
+
+def _usual(shared: MethodOptions) -> list[str]:
+    """The methods to show where none is named: those that the options are about."""
+    if shared.layer is not None:
+        return ["fastv"]
+    return ["pyramiddrop"] if shared.given else ["pyramiddrop", "fastv"]
 
 
 def _show_paper(as_json: bool) -> None:

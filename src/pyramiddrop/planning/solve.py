@@ -11,7 +11,7 @@ from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.schedule import Schedule, powers
+from pyramiddrop.schedule import Schedule, equal_stage_layers, powers
 
 PAPER_STAGES = 4
 #: The smallest λ that the paper tried (its Table 4).
@@ -125,6 +125,7 @@ class _Solver:
         return self.model.decoder.layers
 
     def lam_for(self, stages: int) -> Plan:
+        equal_stage_layers(self.depth, stages)  # refuses what the depth does not allow
         lam, feasible = self._largest_lam(stages)
         return self._judged(self._equal(lam, stages), feasible, f"{stages} equal stages")
 

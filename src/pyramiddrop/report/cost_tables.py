@@ -12,7 +12,7 @@ from pyramiddrop.cost import Account
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import Plan
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.look import new_table
 
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 

@@ -11,6 +11,7 @@ from pyramiddrop.inference.comparison import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
 from pyramiddrop.inference.usage import Usage
 from pyramiddrop.report import units
+from pyramiddrop.report.look import new_table
 
 #: Of a number that each way to run has: that of vanilla, and that of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]
@@ -63,14 +64,6 @@ def summary(demo: Demo) -> list[str]:
         f"{units.seconds(big.vanilla_time.wall)} to {units.seconds(big.pruned_time.wall)}: "
         f"{units.share(big.measured)} of vanilla, where the FLOPs predict {units.share(big.predicted)}.",
     ]
-
-
-def new_table(*columns: str) -> Table:
-    """An empty table with the look that all tables of this project have."""
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def usage_line(used: Usage, plain: Usage) -> str:
