@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    LlavaNextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -36,6 +41,7 @@ from pyramiddrop.cost import (
     kv_bytes,
     paper_layer_flops,
 )
+from pyramiddrop.evaluation.paper import Figure, paper_figures
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
 from pyramiddrop.schedule import Schedule, powers
 from tiny import make_batch, tiny_model
@@ -76,7 +82,7 @@ def counted(model: PreTrainedModel, inputs: dict[str, Any], method: Method | Non
 
 def predicted(model: PreTrainedModel, prompt: Prompt, method: Method | None = None) -> Account:
     """The account of the model's own configuration."""
-    shape = model_shape(model.config)
+    shape = model_shape(model.config, bytes_per_value=4)
     schedule = method.schedule(shape.decoder.layers) if method else None
     return account(shape, prompt, schedule, ranks=not isinstance(method, RandomDrop))
 
@@ -195,3 +201,135 @@ def _qwen25_vl() -> PreTrainedModel:
 
 def _qwen_text() -> dict[str, Any]:
     return SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+
+
+@pytest.mark.parametrize("method", [PyramidDrop(lam=0.6), FastV(layer=2, keep=0.5), RandomDrop()])
+def test_the_account_is_what_the_trace_says(method: Method) -> None:
+    model = tiny_model("llava-gqa")
+    with method(model) as trace, torch.no_grad():
+        cache = model(**make_batch(model, [[7, "image", "image", 9]]), use_cache=True).past_key_values
+    cost, traced = predicted(model, Prompt(32, 16), method), trace.cost()
+    assert cost.full.decoder + cost.full.ranking == traced.flops
+    assert cost.kv_bytes == traced.kv_bytes
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    assert list(cost.kv_by_layer) == held
+    assert [tokens + 16 for tokens in cost.visual_by_layer] == trace.lengths
+    assert cost.average_tokens == sum(trace.lengths) / 8 - 16
+
+
+@pytest.mark.parametrize("figure", paper_figures(), ids=lambda one: f"{one.table}-{one.preset}-{one.method}")
+def test_the_paper_to_the_printed_digit(figure: Figure) -> None:
+    assert figure.ours == figure.printed
+
+
+def test_the_paper_figures_are_all_there() -> None:
+    printed = {(figure.preset, figure.visual_tokens, figure.printed) for figure in paper_figures()}
+    assert printed >= {
+        *(("llava-1.5-7b", 576, text) for text in ("3.82", "1.54", "1.78", "2.06", "2.01")),
+        *(("llava-next-7b", 2880, text) for text in ("20.8", "8.22", "9.46", "11.0", "10.6", "9.5")),
+        *(("llava-next-7b", 5184, text) for text in ("40.6", "18.1")),
+        *(("video-llava-7b", 2048, text) for text in ("14.4", "7.4", "6.6")),
+    }
+
+
+def test_a_figure_that_does_not_agree_says_so() -> None:
+    figure = Figure("Table 1", "llava-1.5-7b", 576, "vanilla", "3.83", 3.8172)
+    assert figure.ours == "3.82"
+    assert not figure.agrees
+
+
+def test_the_published_conventions_are_their_formulas() -> None:
+    shape, n, d, m = PRESETS["llava-1.5-7b"].shape.decoder, 576, 4096, 11008
+    assert paper_layer_flops(shape, n) == 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
+    assert fastv_layer_flops(shape, n) == 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
+    plain = account(ModelShape(shape), Prompt(n))
+    assert (plain.paper, plain.fastv) == (32 * paper_layer_flops(shape, n), 32 * fastv_layer_flops(shape, n))
+    assert account(ModelShape(shape), Prompt(n, text_tokens=500)).paper == plain.paper  # visual tokens alone
+
+
+def test_kv_bytes_by_dtype_and_heads() -> None:
+    halves = Schedule.equal(8, 4, powers(0.5, 3))
+    cost = account(ModelShape(SHAPE), Prompt(32, 16), halves)
+    per_row = 2 * 2 * 16 * 2  # keys and values, two heads of 16, two bytes
+    assert cost.kv_by_layer == tuple(per_row * rows for rows in (48, 48, 32, 32, 24, 24, 20, 20))
+    assert cost.kv_bytes == kv_bytes(SHAPE, [48, 48, 32, 32, 24, 24, 20, 20])
+    wide = ModelShape(replace(SHAPE, bytes_per_value=4))
+    assert account(wide, Prompt(32, 16), halves).kv_bytes == 2 * cost.kv_bytes
+
+
+def test_a_stage_that_drops_nothing_ranks_nothing() -> None:
+    twice = Schedule.of([2, 4], [0.5, 0.5])
+    once = Schedule.of([2], [0.5])
+    model, prompt = ModelShape(SHAPE), Prompt(32, 16)
+    assert account(model, prompt, twice).full == account(model, prompt, once).full
+    assert account(model, prompt, once).full.ranking > 0
+    assert account(model, prompt, once, ranks=False).full.ranking == 0
+
+
+def test_the_activations_are_those_of_the_widest_layer() -> None:
+    layer = LlamaForCausalLM(LlamaConfig(**SMALL | {"intermediate_size": 176})).model.layers[0]
+    rows = 200
+    shape = DecoderShape(1, 64, 176, 4, 2, 16, bytes_per_value=4)
+    cos = torch.ones(1, rows, 16)
+    most = _peak_bytes(lambda: layer(torch.randn(1, rows, 64), position_embeddings=(cos, cos), attention_mask=None))
+    assert activation_bytes(shape, [rows]) == pytest.approx(most, rel=0.1)
+    assert activation_bytes(shape, [rows, 10]) == activation_bytes(shape, [10, rows])
+
+
+def test_a_schedule_beyond_the_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers must be in 1\.\.7"):
+        account(ModelShape(SHAPE), Prompt(32), Schedule.of([8], [0.5]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((0,), "visual_tokens"), ((5, -1), "text_tokens"), ((5, 5, 0), "crops")],
+)
+def test_bad_prompts_name_the_argument(values: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Prompt(*values)
+
+
+def test_presets_are_what_a_configuration_says() -> None:
+    config = LlavaConfig()  # whose defaults are those of llava-1.5-7b, but for the vocabulary
+    config.text_config.vocab_size = 32064
+    assert model_shape(config) == PRESETS["llava-1.5-7b"].shape
+    assert visual_tokens_of(config) == 576
+    assert visual_tokens_of(LlavaNextConfig()) is None
+    qwen = Qwen2_5_VLConfig(
+        text_config={
+            "num_hidden_layers": 28,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        vision_config={"hidden_size": 1280},
+    )
+    assert model_shape(qwen) == PRESETS["qwen2.5-vl-7b"].shape
+
+
+def test_the_cache_has_the_dtype_of_the_checkpoint() -> None:
+    assert model_shape(LlavaConfig(dtype="float32")).decoder.bytes_per_value == 4
+    assert model_shape(LlavaConfig(dtype="float32"), bytes_per_value=1).decoder.bytes_per_value == 1
+
+
+def test_experts_stand_where_the_configuration_puts_them() -> None:
+    config = Qwen2MoeConfig(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3], num_experts=6)
+    shape = model_shape(config).decoder
+    assert shape.experts == Experts(6, config.num_experts_per_tok, 1408, 5632, (1, 5))
+    assert shape.mlp_width(1) == config.num_experts_per_tok * 1408 + 5632
+    assert shape.mlp_width(3) == config.intermediate_size
+
+
+def test_an_unknown_text_model_is_named() -> None:
+    with pytest.raises(ValueError, match="text model 'gpt2'"):
+        model_shape(GPT2Config())
+
+
+def _peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes of what `work` allocates that are alive at once, by PyTorch's profiler."""
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return max(accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
