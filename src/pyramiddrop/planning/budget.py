@@ -95,13 +95,14 @@ class Meter:
         layer: of the 0-based layer, with so many visual tokens in it.
         ranking: of a ranking of so many visual tokens and the text.
         fixed: what no schedule changes.
-        scale: of these numbers in one of the budget's units.
+        whole: the sum that makes `units` of the budget's units.
     """
 
     layer: Callable[[int, int], float]
     ranking: Callable[[int], float]
     fixed: float
-    scale: float
+    whole: float
+    units: int
     tokens: int
     layers: int
 
@@ -114,7 +115,7 @@ class Meter:
 
     def in_units(self, amount: float) -> float:
         """The sum `amount` over layers and rankings, with what is fixed, in the budget's unit."""
-        return (self.fixed + amount) / self.scale
+        return self.units * (self.fixed + amount) / self.whole
 
 
 def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
@@ -123,22 +124,23 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
     sizes = (prompt.visual_tokens, shape.layers)
     if budget.clock is not None:
         clock = budget.clock
-        return Meter(lambda _, n: clock.layer(n + text), lambda n: clock.ranking(n + text), 0, 1, *sizes)
+        return Meter(lambda _, n: clock.layer(n + text), lambda n: clock.ranking(n + text), 0, 1, 1, *sizes)
     if budget.kind == "tokens":
-        return Meter(lambda _, n: n, _nothing, 0, shape.layers, *sizes)
+        return Meter(lambda _, n: n, _nothing, 0, shape.layers, 1, *sizes)
     if budget.kind == "kv_bytes":
-        return Meter(lambda _, n: layer_kv_bytes(shape, n + text), _nothing, 0, 1, *sizes)
+        return Meter(lambda _, n: layer_kv_bytes(shape, n + text), _nothing, 0, 1, 1, *sizes)
     vanilla = account(model, prompt)
-    scale = 1e12 if budget.kind == "tflops" else vanilla.flops(budget.convention) / 100
+    whole, units = (1e12, 1) if budget.kind == "tflops" else (vanilla.flops(budget.convention), 100)
     if budget.convention == "paper":
-        return Meter(lambda layer, n: paper_layer_flops(shape, n, layer), _nothing, 0, scale, *sizes)
+        return Meter(lambda layer, n: paper_layer_flops(shape, n, layer), _nothing, 0, whole, units, *sizes)
     if budget.convention == "fastv":
-        return Meter(lambda layer, n: fastv_layer_flops(shape, n, layer), _nothing, 0, scale, *sizes)
+        return Meter(lambda layer, n: fastv_layer_flops(shape, n, layer), _nothing, 0, whole, units, *sizes)
     return Meter(
         lambda layer, n: layer_flops(shape, n + text, layer),
         lambda n: ranking_flops(shape, n + text),
         vanilla.full.total - vanilla.full.decoder,
-        scale,
+        whole,
+        units,
         *sizes,
     )
 
