@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.generate import SeveralImages, generate
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command(cls=SeveralImages)(generate)
 app.command()(cost)
 app.command()(plan)
+app.command(cls=SeveralImages)(bench)
 
 
 def _show_version(asked: bool) -> None:

@@ -16,7 +16,7 @@ from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.comparison import Comparison, Outcome, compare
 from pyramiddrop.inference.midsize import PrefillRatio, midsize_prefill
 from pyramiddrop.inference.prompt import build_inputs, open_picture
-from pyramiddrop.inference.timing import one_thread
+from pyramiddrop.inference.timing import cpu_threads
 
 MAX_NEW_TOKENS = 8
 RUNS = 9
@@ -88,7 +88,7 @@ def run_demo(questions: int, progress: Callable[[str], None] = lambda step: None
         ValueError: for fewer than one question.
     """
     method = PyramidDrop()
-    with one_thread():
+    with cpu_threads(1):
         progress("loading the bundled model")
         checkpoint = load_checkpoint(digits_checkpoint(), device="cpu")
         asked = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pyramiddrop import Method
 from pyramiddrop.inference.answer import on_model
+
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,10 @@ def time_prefills(
     """
     ready = on_model(model, inputs)
     seen: dict[str, list[PrefillTime]] = {name: [] for name in methods}
-    for turn in range(runs + 1):
-        for name, method in methods.items():
-            measured = _one(model, ready, method)
-            if turn:
-                seen[name].append(measured)
+    for turn, name in in_turn(list(methods), runs + 1):
+        measured = _one(model, ready, methods[name])
+        if turn:
+            seen[name].append(measured)
     return {
         name: PrefillTime(
             statistics.median(one.wall for one in times),
@@ -53,11 +54,22 @@ def time_prefills(
     }
 
 
+def in_turn(ways: Sequence[Way], rounds: int) -> Iterator[tuple[int, Way]]:
+    """Every way once a round, with the round's number. Each round starts with another way: none is always first.
+
+    Noise that lasts longer than a round falls on all alike.
+    """
+    for turn in range(rounds):
+        first = turn % len(ways)
+        for way in (*ways[first:], *ways[:first]):
+            yield turn, way
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one CPU thread: small models gain nothing from more, and threads of a busy machine wait in turn."""
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads: small models gain nothing from several, and those of a busy machine wait."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

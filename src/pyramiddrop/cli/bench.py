@@ -1,0 +1,169 @@
+"""Owns the verb `bench`: vanilla and methods measured side by side on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyramiddrop.cli.terminal import remarks, results, waiting
+
+if TYPE_CHECKING:
+    from pyramiddrop.speed.bench import Bench
+
+SUBJECT, HOW, OUTPUT = "What is measured", "How", "Output"
+NEW_TOKENS = 32
+
+
+def bench(
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of a shape, the decoder alone: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, ..., or "
+            "mid, small, tiny. (default: the bundled model)",
+            rich_help_panel=SUBJECT,
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a shape: run so many of its layers.", rich_help_panel=SUBJECT)
+    ] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option("--visual-tokens", "--visual", min=1, help="Of a shape's prompt.", rich_help_panel=SUBJECT),
+    ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--text-tokens", "--text", min=4, help="Of a shape's prompt. (default: 64)", rich_help_panel=SUBJECT
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a checkpoint.", rich_help_panel=SUBJECT)
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...", rich_help_panel=SUBJECT)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", rich_help_panel=SUBJECT)] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="pyramiddrop, fastv, random or uniform; several beside vanilla, each with options of its own: "
+            "fastv:layer=3:keep=0.25. (default: pyramiddrop and fastv)",
+            rich_help_panel=SUBJECT,
+        ),
+    ] = None,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Training steps, with and without checkpointing.", rich_help_panel=HOW),
+    ] = False,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer/--no-optimizer", help="Of --train: AdamW steps, too.", rich_help_panel=HOW)
+    ] = True,
+    batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,4.", rich_help_panel=HOW)] = "1",
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to generate. (default: 32)", rich_help_panel=HOW)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.", rich_help_panel=HOW)] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.", rich_help_panel=HOW)] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu. (default: the best there is)", rich_help_panel=HOW)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)", rich_help_panel=HOW),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result into this file.", rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Measure what dropping saves on this machine: time to the first token, decoding, memory, KV cache; or training.
+
+    Vanilla and the methods take turns, and what the cost model predicts stands beside what is measured.
+    """
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.report.speed_plot import check_plot_path
+    from pyramiddrop.speed.bench import BenchOptions, prepare_bench
+
+    if train and new_tokens is not None:
+        raise InputError("--new-tokens means nothing with --train, which generates none")
+    if not train and not optimizer:
+        raise InputError("--no-optimizer belongs to --train")
+    if plot:
+        with user_input():
+            check_plot_path(plot)
+    options = BenchOptions(
+        shape=shape,
+        layers=layers,
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens,
+        model=model,
+        images=tuple(image or ()),
+        prompt=prompt,
+        methods=tuple(method or ()),
+        batches=_batches(batch),
+        threads=threads,
+        device=device,
+        dtype=dtype,
+    )
+    with waiting(f"preparing {shape or model or 'the bundled model'}"):
+        ready = prepare_bench(options)
+    with _progress(ready.runs(repeats, train)) as tick:
+        record = _measure(ready, train, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
+    if plot:
+        _draw(record, plot)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        _show(record)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    from pyramiddrop.inference.errors import InputError
+
+    sizes = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise InputError(f"--batch must be different whole numbers from 1 on, with commas between them; got {text!r}")
+    return sizes
+
+
+def _measure(
+    ready: Bench, train: bool, optimizer: bool, new_tokens: int, repeats: int, tick: Callable[[], None]
+) -> dict[str, Any]:
+    if train:
+        return ready.training(repeats, optimizer, tick)
+    return ready.generation(new_tokens, repeats, tick)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal's standard error; yields what moves it on by one run."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = remarks()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _draw(record: dict[str, Any], path: Path) -> None:
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.speed_plot import draw_speed
+
+    with user_input(f"cannot draw {path}", (OSError, ValueError)):
+        draw_speed(record).savefig(path, facecolor="white")
+    remarks().print(f"plot: {path}", soft_wrap=True)
+
+
+def _show(record: dict[str, Any]) -> None:
+    from pyramiddrop.report.speed_tables import speed_heading, speed_notes, speed_tables
+
+    console = results()
+    for part in (*speed_heading(record), *speed_tables(record), *speed_notes(record)):
+        console.print(part)
+        console.print()

@@ -1,0 +1,147 @@
+"""Owns how a record of measured speed is read: its heading, and its tables on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from pyramiddrop.report import units
+from pyramiddrop.report.look import new_table
+
+Record = Mapping[str, Any]
+
+#: A table's head, and its rows.
+Grid = tuple[Sequence[str], list[Sequence[str]]]
+
+
+def speed_heading(record: Record) -> list[str]:
+    """What was run, on what, and how it was timed: a line each."""
+    machine, subject, setting = record["machine"], record["subject"], record["setting"]
+    prompt = f"{subject['visual_tokens']} visual + {subject['text_tokens']} text tokens"
+    if "new_tokens" in setting:
+        prompt += f", {setting['new_tokens']} new"
+    where = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    return [
+        f"{subject['name']}: {subject['about']}; {subject['layers']} layers, hidden {subject['hidden']}, {prompt}, "
+        f"{subject['dtype']}, {subject['attention']}",
+        f"{machine['architecture']}, {machine['cpu_cores']} cores, {machine['threads']} thread(s){where}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}",
+        f"{setting['clock']}, median and quartiles of {setting['repeats']} run(s), ways taken in turn after a warm-up",
+    ]
+
+
+def speed_notes(record: Record) -> list[str]:
+    """How the columns of the table are to be read."""
+    if record["kind"] == "training":
+        return [
+            "FLOPs: predicted ratio of layers, ranking and head. Peak: activations and gradients at their most, above "
+            "the weights. Every ratio is to vanilla of the same batch and checkpointing."
+        ]
+    return [
+        "First token: from the call of generate to the first logits. Decoder: the part inside the text model. FLOPs: "
+        "attention over all pairs of rows; causal: without the pairs that a causal kernel skips. Speed-up, of "
+        "predicted: the decoder's over that of the FLOPs. Every ratio is to vanilla of the same batch.",
+        "Dropping: planning, ranking, gathering rows, masks and positions. Peak memory: tensors at their most, above "
+        "the weights. KV cache: what the keys and values hold after the prefill.",
+    ]
+
+
+def speed_tables(record: Record) -> list[Table]:
+    """The results for a terminal, a table for each batch size."""
+    tables = []
+    for head, rows in speed_grids(record):
+        table = new_table(*head)
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def speed_markdown(record: Record) -> str:
+    """The heading and the results as Markdown."""
+    grids = [[_line(head), _line(["---"] * len(head)), *map(_line, rows)] for head, rows in speed_grids(record)]
+    return "\n\n".join(["  \n".join(speed_heading(record)), *("\n".join(lines) for lines in grids)])
+
+
+def speed_grids(record: Record) -> list[Grid]:
+    """The ways side by side, a grid for each batch size; of training also for each answer to checkpointing."""
+    column = _training_column if record["kind"] == "training" else _generation_column
+    grids: list[Grid] = []
+    for title, found in groupby(record["results"], _title):
+        results = list(found)
+        columns = [column(result) for result in results]
+        rows = [(name, *(cells[name] for cells in columns)) for name in columns[0]]
+        grids.append(((title, *map(way_label, results)), rows))
+    return grids
+
+
+def way_label(result: Record) -> str:
+    """The method, and whether it keeps the logits of kept rows alone."""
+    return f"{result['way']}, kept logits" if result.get("logits") == "kept" else str(result["way"])
+
+
+def _title(result: Record) -> str:
+    checkpointing = {None: "", True: ", checkpointing", False: ", no checkpointing"}[result.get("checkpointing")]
+    return f"batch {result['batch']}{checkpointing}"
+
+
+def _generation_column(result: Record) -> dict[str, str]:
+    ratios, step = result["ratios"], result["step"]
+    decoding = (
+        {
+            "a step": units.seconds(step["median"]),
+            "a step, quartiles": _quartiles(step),
+            "a step, ratio": _ratio(ratios["step"]),
+            "tokens/s": f"{result['tokens_per_second']:.1f}",
+        }
+        if step
+        else {}
+    )
+    return {
+        "first token": units.seconds(result["first_token"]["median"]),
+        "first token, quartiles": _quartiles(result["first_token"]),
+        "first token, ratio": _ratio(ratios["first_token"]),
+        "decoder, ratio": _ratio(ratios["decoder"]),
+        "predicted: FLOPs": _ratio(ratios["flops"]),
+        "predicted: FLOPs, causal": _ratio(ratios["causal_flops"]),
+        "speed-up, of predicted": units.share(result["of_predicted"]),
+        "dropping, of its prefill": f"{100 * result['dropping_share']:.1f} %",
+        **decoding,
+        "whole call": units.seconds(result["whole"]["median"]),
+        "whole call, ratio": _ratio(ratios["whole"]),
+        "peak memory": units.size(result["peak_bytes"]),
+        "KV cache": units.size(result["kv_bytes"]),
+        "predicted: KV cache": units.size(result["predicted"]["kv_bytes"]),
+    }
+
+
+def _training_column(result: Record) -> dict[str, str]:
+    ratios, update = result["ratios"], result["optimizer"]
+    return {
+        "a step": units.seconds(result["whole"]["median"]),
+        "a step, quartiles": _quartiles(result["whole"]),
+        "a step, ratio": _ratio(ratios["whole"]),
+        "predicted: FLOPs": _ratio(ratios["flops"]),
+        "forward": units.seconds(result["forward"]["median"]),
+        "backward": units.seconds(result["backward"]["median"]),
+        **({"optimizer": units.seconds(update["median"])} if update else {}),
+        "peak memory": units.size(result["peak_bytes"]),
+        "peak memory, ratio": _ratio(ratios["peak_bytes"]),
+    }
+
+
+def _quartiles(spread: Record) -> str:
+    """How far the quartiles lie from the median."""
+    low, high = (100 * (spread[name] / spread["median"] - 1) for name in ("low", "high"))
+    return f"{low:+.1f} {high:+.1f} %"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

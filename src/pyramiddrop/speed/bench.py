@@ -1,0 +1,159 @@
+"""Owns a whole benchmark: from what a user asks for to a record of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint
+from pyramiddrop.cost import Prompt
+from pyramiddrop.hf.shapes import decoder_shape
+from pyramiddrop.inference.checkpoint import pick_device, read_config
+from pyramiddrop.inference.choice import MethodOptions
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.request import Request, prepare
+from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.timing import cpu_threads
+from pyramiddrop.speed.clock import clock_for
+from pyramiddrop.speed.generation import measure_generation
+from pyramiddrop.speed.predicted import choose_ways
+from pyramiddrop.speed.record import generation_records, machine, subject_record, training_records
+from pyramiddrop.speed.subject import Subject, checkpoint_subject, shape_subject, sizes_of
+from pyramiddrop.speed.training import measure_training, training_ways
+
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What was asked for; None where nothing was said. Without a shape and a model, the bundled model runs.
+
+    Attributes:
+        shape: a name in :data:`pyramiddrop.speed.subject.SHAPES`, for random weights.
+        layers, visual_tokens, text_tokens: of a shape: its depth and its prompt.
+        model, images, prompt: a checkpoint and what it is asked.
+        methods: in words, e.g. `fastv:layer=3`.
+        batches: sizes, each measured on its own.
+        threads: of a CPU.
+    """
+
+    shape: str | None = None
+    layers: int | None = None
+    visual_tokens: int | None = None
+    text_tokens: int | None = None
+    model: str | None = None
+    images: Sequence[Path] = ()
+    prompt: str | None = None
+    methods: Sequence[str] = ()
+    batches: Sequence[int] = (1,)
+    threads: int = 1
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark that can run: the model in memory, and vanilla and methods side by side."""
+
+    subject: Subject
+    ways: Sequence[Column]
+    batches: Sequence[int]
+    threads: int
+
+    def generation(self, new_tokens: int, repeats: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Measure prefill, decoding, memory and KV cache of generating `new_tokens`.
+
+        Args:
+            repeats: runs of each way that count.
+            tick: called after each of :meth:`runs` runs.
+        """
+        clock = clock_for(self.subject.model.device, self.threads)
+        with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
+            results = [
+                result
+                for batch in self.batches
+                for result in measure_generation(self.subject, self.ways, batch, new_tokens, repeats, clock, tick)
+            ]
+        setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
+        return self._record("generation", setting, generation_records(results))
+
+    def training(self, repeats: int, optimizer: bool, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Measure training steps, with AdamW's update where `optimizer`; see :meth:`generation`."""
+        clock = clock_for(self.subject.model.device, self.threads)
+        ways = training_ways(self.ways)
+        with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
+            results = [
+                result
+                for batch in self.batches
+                for result in measure_training(self.subject, ways, batch, repeats, clock, optimizer, tick)
+            ]
+        setting = {"optimizer": "AdamW" if optimizer else None, "repeats": repeats, "clock": clock.name}
+        return self._record("training", setting, training_records(results))
+
+    def runs(self, repeats: int, train: bool) -> int:
+        """How many runs there will be, the warm-up among them."""
+        ways = len(training_ways(self.ways)) if train else len(self.ways)
+        return ways * len(self.batches) * (repeats + 1)
+
+    def _record(self, kind: str, setting: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "machine": machine(self.subject.model.device, self.threads),
+            "subject": subject_record(self.subject),
+            "setting": setting,
+            "results": results,
+        }
+
+
+def prepare_bench(options: BenchOptions) -> Bench:
+    """Check what was asked for, and load or make the model.
+
+    Raises:
+        InputError: for anything that was asked for and cannot be done.
+    """
+    device = _device(options.device)
+    with cpu_threads(options.threads):
+        if options.shape is not None:
+            subject = _of_shape(options, options.shape, device)
+        else:
+            subject = _of_checkpoint(options, device)
+    ways = choose_ways(options.methods, subject.parts.shape, subject.prompt)
+    return Bench(subject, ways, options.batches, options.threads)
+
+
+def _device(name: str | None) -> torch.device:
+    device = pick_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "mps":
+        raise InputError("bench measures on cpu and cuda; for mps PyTorch tells no peak memory")
+    return device
+
+
+def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subject:
+    for name, value in (("model", options.model), ("image", options.images), ("prompt", options.prompt)):
+        if value:
+            raise InputError(f"--{name} belongs to a checkpoint, and --shape runs random weights; give one of the two")
+    sizes, _ = sizes_of(shape, options.layers)
+    choose_ways(options.methods, sizes, Prompt(1))  # before the weights are made
+    return shape_subject(
+        shape, device, options.dtype, options.layers, options.visual_tokens, options.text_tokens or TEXT_TOKENS
+    )
+
+
+def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
+    for name in ("layers", "visual_tokens", "text_tokens"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} belongs to random weights; name their --shape")
+    source = options.model or str(digits_checkpoint())
+    text = read_config(source).get_text_config(decoder=True)
+    choose_ways(options.methods, decoder_shape(text, 2), Prompt(1))  # before the weights are loaded
+    images, prompt = tuple(options.images), options.prompt
+    if options.model is None and not images:
+        images = (demo_images()[0],)
+        prompt = prompt or demo_questions()[images[0].name][0]["question"]
+    vanilla = MethodOptions("vanilla")
+    request = Request(prompt or "Describe the image.", images, options.model, vanilla, str(device), options.dtype)
+    return checkpoint_subject(prepare(request))

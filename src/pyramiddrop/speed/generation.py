@@ -1,0 +1,208 @@
+"""Owns the measurement of generation: time to the first token, of each step and in all, peak memory and KV bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pyramiddrop.hf.families import Anatomy
+from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.timing import in_turn
+from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.speed.memory import peak_memory
+from pyramiddrop.speed.predicted import Predicted, predict
+from pyramiddrop.speed.subject import Subject
+
+
+@dataclass(frozen=True)
+class GenerationTimes:
+    """Seconds of one call of `generate`.
+
+    Attributes:
+        first_token: from the call to the first token's logits: the prefill.
+        decoder: the part of it inside the text model, and in the method's hooks around it.
+        dropping: the part of it inside the method's hooks: planning, ranking, gathering rows, masks and positions.
+        step: a later token's, on average; None where there is but one token.
+        whole: from the call to its return.
+    """
+
+    first_token: float
+    decoder: float
+    dropping: float
+    step: float | None
+    whole: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One way to generate, summed up over its runs.
+
+    Attributes:
+        first_token, decoder, dropping, step, whole: seconds, see :class:`GenerationTimes`.
+        peak_bytes: the most memory during the call, above the weights and the inputs.
+        kv_bytes: of the keys and values that the cache holds after the prefill.
+        predicted: by the cost model.
+    """
+
+    way: str
+    batch: int
+    first_token: Spread
+    decoder: Spread
+    dropping: Spread
+    step: Spread | None
+    whole: Spread
+    peak_bytes: int
+    kv_bytes: int
+    predicted: Predicted
+
+
+def measure_generation(
+    subject: Subject,
+    ways: Sequence[Column],
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    clock: Clock,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Generation]:
+    """Generate `new_tokens` for `batch` equal samples in each of `ways`, taken in turn, `repeats` times each.
+
+    A first round warms up and is watched for its memory; its times are not counted.
+
+    Args:
+        tick: called after every run, also of the first round.
+    """
+    times: dict[str, list[GenerationTimes]] = {way.label: [] for way in ways}
+    memory: dict[str, tuple[int, int]] = {}
+    for turn, way in in_turn(ways, repeats + 1):
+        if turn:
+            times[way.label].append(_generate(subject, way, batch, new_tokens, clock)[0])
+        else:
+            with peak_memory(subject.model.device) as peak:
+                kv_bytes = _generate(subject, way, batch, new_tokens, clock)[1]
+            memory[way.label] = peak.bytes, kv_bytes
+        tick()
+    return [_summed(subject, way, batch, times[way.label], *memory[way.label]) for way in ways]
+
+
+def _summed(
+    subject: Subject, way: Column, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
+) -> Generation:
+    steps = [one.step for one in times if one.step is not None]
+    return Generation(
+        way=way.label,
+        batch=batch,
+        first_token=Spread.of([one.first_token for one in times]),
+        decoder=Spread.of([one.decoder for one in times]),
+        dropping=Spread.of([one.dropping for one in times]),
+        step=Spread.of(steps) if steps else None,
+        whole=Spread.of([one.whole for one in times]),
+        peak_bytes=peak_bytes,
+        kv_bytes=kv_bytes,
+        predicted=predict(way, subject.parts.shape, subject.prompt, batch),
+    )
+
+
+def _generate(subject: Subject, way: Column, batch: int, new_tokens: int, clock: Clock) -> tuple[GenerationTimes, int]:
+    """One call of `generate`: its times, and the KV bytes after its prefill."""
+    inputs, cache = subject.batch(batch), DynamicCache(config=subject.parts.text.config)
+    watch = _PrefillWatch(subject.parts, clock)
+    with torch.inference_mode():
+        watch.before_method()
+        with subject.under(way.method):
+            watch.after_method()
+            tokens = _Tokens(clock, cache, watch)
+            start = clock.mark()
+            subject.model.generate(
+                **inputs,
+                past_key_values=cache,
+                logits_processor=[tokens],
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=0,
+            )
+            end = clock.mark()
+    first, last, steps = tokens.marks[0], tokens.marks[-1], len(tokens.marks) - 1
+    return GenerationTimes(
+        first_token=clock.seconds(start, first),
+        decoder=watch.decoder_seconds(),
+        dropping=watch.hook_seconds(),
+        step=clock.seconds(first, last) / steps if steps else None,
+        whole=clock.seconds(start, end),
+    ), tokens.kv_bytes
+
+
+class _Tokens:
+    """Stands among the logits processors: marks when each token's logits are there, and looks at the first cache."""
+
+    def __init__(self, clock: Clock, cache: Any, watch: _PrefillWatch) -> None:
+        self.clock, self.cache, self.watch = clock, cache, watch
+        self.marks: list[Any] = []
+        self.kv_bytes = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.marks.append(self.clock.mark())
+        if len(self.marks) == 1:
+            self.watch.remove()
+            self.kv_bytes = sum(_held(layer.keys) + _held(layer.values) for layer in self.cache.layers)
+        return scores
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes that a tensor keeps from being freed, which are more than its own where it is a view."""
+    return tensor.untyped_storage().nbytes()
+
+
+class _PrefillWatch:
+    """Marks the time inside a method's hooks, by hooks that stand before and after them, and inside the text model."""
+
+    def __init__(self, parts: Anatomy, clock: Clock) -> None:
+        self.text, self.clock = parts.text, clock
+        self.around, self.inside = parts.wrappers, (parts.text, *parts.layers)
+        self.spans: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}  # inside the text model, or around it
+        self.entered: Any = None
+        self.handles: list[Any] = []
+        self._open: Any = None
+
+    def before_method(self) -> None:
+        """Hooks run in the order in which they were put on: these come first."""
+        self.handles.append(self.text.register_forward_pre_hook(self._enter))
+        self.handles += [module.register_forward_pre_hook(self._start) for module in (*self.around, *self.inside)]
+        self.handles.append(self.text.register_forward_hook(self._start))
+
+    def after_method(self) -> None:
+        """These come last."""
+        for inside, modules in ((False, self.around), (True, self.inside)):
+            end = partial(self._end, inside)
+            self.handles += [module.register_forward_pre_hook(end) for module in modules]
+        self.handles.append(self.text.register_forward_hook(partial(self._end, True)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def hook_seconds(self) -> float:
+        return self._sum(self.spans[True]) + self._sum(self.spans[False])
+
+    def decoder_seconds(self) -> float:
+        return self.clock.seconds(self.entered, self.spans[True][-1][1]) + self._sum(self.spans[False])
+
+    def _sum(self, spans: Sequence[tuple[Any, Any]]) -> float:
+        return sum(self.clock.seconds(start, end) for start, end in spans)
+
+    def _enter(self, *_: Any) -> None:
+        self.entered = self.clock.mark()
+
+    def _start(self, *_: Any) -> None:
+        self._open = self.clock.mark()
+
+    def _end(self, inside: bool, *_: Any) -> None:
+        self.spans[inside].append((self._open, self.clock.mark()))

@@ -1,0 +1,69 @@
+"""Owns what is known before anything runs: the methods that are measured, and what the cost model says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, head_flops
+from pyramiddrop.inference.choice import MethodOptions
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.side_by_side import Column, side_by_side
+from pyramiddrop.inference.sizes import Sizes
+
+PUBLISHED = ("pyramiddrop", "fastv")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the cost model says of a prefill of the whole batch, before it has run.
+
+    Attributes:
+        flops: of the decoder's layers and the ranking, attention over all pairs of rows.
+        causal_flops: the same with attention over each row and those before it, where a causal kernel skips the rest.
+        kv_bytes: of the cache after the prefill.
+    """
+
+    flops: int
+    causal_flops: int
+    kv_bytes: int
+
+
+def choose_ways(words: Sequence[str], shape: DecoderShape, prompt: Prompt) -> list[Column]:
+    """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, the two published ones.
+
+    Raises:
+        InputError: for an unknown method, option or value, one that does not fit the model, or one that is named twice.
+    """
+    ways = side_by_side(words or PUBLISHED, MethodOptions(), Sizes("", ModelShape(shape), prompt))
+    labels = [way.label for way in ways]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"{label} would be measured twice; name each method once")
+    if len(ways) == 1:
+        raise InputError("vanilla is always measured; name a method to set beside it")
+    return ways
+
+
+def predict(way: Column, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
+    """The cost of a prefill of `batch` equal samples."""
+    flops = way.cost.full.decoder + way.cost.full.ranking
+    above = sum(2 * rows * (rows - 1) * shape.heads * shape.head_dim for rows in rows_by_layer(way, prompt))
+    return Predicted(batch * flops, batch * (flops - above), batch * way.cost.kv_bytes)
+
+
+def predict_step(
+    way: Column, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
+) -> int:
+    """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
+
+    Checkpointing computes the layers' forward twice; the ranking and the head it does not.
+    """
+    rows = rows_by_layer(way, prompt)
+    head = 3 * head_flops(shape, rows[-1] if kept_logits else rows[0])
+    return batch * ((4 if checkpointing else 3) * way.cost.full.decoder + way.cost.full.ranking + head)
+
+
+def rows_by_layer(way: Column, prompt: Prompt) -> list[int]:
+    """The rows of one sample in each layer."""
+    return [visual + prompt.text_tokens for visual in way.cost.visual_by_layer]

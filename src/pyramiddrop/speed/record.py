@@ -1,0 +1,115 @@
+"""Owns the record of a measurement: the machine, the setting and the results, as plain numbers that JSON can hold."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+import pyramiddrop
+from pyramiddrop.inference.choice import VANILLA
+from pyramiddrop.speed.generation import Generation
+from pyramiddrop.speed.subject import Subject
+from pyramiddrop.speed.training import TrainingStep
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """What ran: the processor's kind or the GPU's name, and versions; nothing that tells one machine from its like."""
+    return {
+        "architecture": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pyramiddrop": pyramiddrop.__version__,
+    }
+
+
+def subject_record(subject: Subject) -> dict[str, Any]:
+    """The model's sizes and the prompt's."""
+    shape = subject.parts.shape
+    return {
+        "name": subject.name,
+        "about": subject.about,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "attention": subject.parts.attention,
+        "layers": shape.layers,
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocabulary": shape.vocabulary,
+        "visual_tokens": subject.prompt.visual_tokens,
+        "text_tokens": subject.prompt.text_tokens,
+    }
+
+
+def generation_records(results: Sequence[Generation]) -> list[dict[str, Any]]:
+    """Each result with its ratios to vanilla of the same batch. Seconds, bytes and FLOPs.
+
+    `of_predicted` is the decoder's speed-up in the prefill over the one that FLOPs predict; `dropping_share` is the
+    share of its own prefill that a method's hooks take.
+    """
+    vanilla = {result.batch: result for result in results if result.way == VANILLA}
+    return [_generation(result, vanilla[result.batch]) for result in results]
+
+
+def training_records(results: Sequence[TrainingStep]) -> list[dict[str, Any]]:
+    """Each result with its ratios to vanilla of the same batch, with or without checkpointing as it is."""
+    vanilla = {(result.batch, result.checkpointing): result for result in results if result.way == VANILLA}
+    return [_training(result, vanilla[result.batch, result.checkpointing]) for result in results]
+
+
+def _generation(result: Generation, vanilla: Generation) -> dict[str, Any]:
+    flops_ratio = result.predicted.flops / vanilla.predicted.flops
+    decoder_ratio = result.decoder.median / vanilla.decoder.median
+    return {
+        **_rounded(asdict(result)),
+        "tokens_per_second": result.batch / result.step.median if result.step else None,
+        "ratios": {
+            "flops": flops_ratio,
+            "causal_flops": result.predicted.causal_flops / vanilla.predicted.causal_flops,
+            "decoder": decoder_ratio,
+            "first_token": result.first_token.median / vanilla.first_token.median,
+            "step": result.step.median / vanilla.step.median if result.step and vanilla.step else None,
+            "whole": result.whole.median / vanilla.whole.median,
+            "peak_bytes": result.peak_bytes / vanilla.peak_bytes,
+            "kv_bytes": result.kv_bytes / vanilla.kv_bytes,
+        },
+        "of_predicted": flops_ratio / decoder_ratio,
+        "dropping_share": result.dropping.median / result.first_token.median,
+    }
+
+
+def _training(result: TrainingStep, vanilla: TrainingStep) -> dict[str, Any]:
+    return {
+        **_rounded(asdict(result)),
+        "ratios": {
+            "flops": result.predicted_flops / vanilla.predicted_flops,
+            "forward": result.forward.median / vanilla.forward.median,
+            "backward": result.backward.median / vanilla.backward.median,
+            "whole": result.whole.median / vanilla.whole.median,
+            "peak_bytes": result.peak_bytes / vanilla.peak_bytes,
+        },
+    }
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds to the microsecond, so that a file can be read."""
+    return {name: _round(value) for name, value in values.items()}
+
+
+def _round(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return _rounded(value)
+    return [_round(one) for one in value] if isinstance(value, tuple) else value

@@ -1,0 +1,191 @@
+"""Owns what is measured: a checkpoint with a user's picture, or random weights of a real model's sizes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from pyramiddrop import Method
+from pyramiddrop.cost import PRESETS, DecoderShape, Prompt
+from pyramiddrop.hf.families import Anatomy, anatomy
+from pyramiddrop.inference.answer import on_model
+from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.request import Ready
+from pyramiddrop.speed.memory import total_memory
+
+#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models three small ones.
+SHAPES: dict[str, tuple[DecoderShape, int]] = {
+    "tiny": (DecoderShape(8, 64, 176, 4, 4, 16, vocabulary=1000), 64),
+    "small": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=1000), 576),
+    "mid": (DecoderShape(24, 1024, 2816, 16, 16, 64, vocabulary=1000), 2880),
+    **{
+        name: (preset.shape.decoder, preset.visual_tokens)
+        for name, preset in PRESETS.items()
+        if preset.shape.decoder.experts is None
+    },
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with one sample to run.
+
+    Attributes:
+        name: of the checkpoint or the shape.
+        about: what is run and what is not, for a reader.
+        inputs: of the model's forward, batch size 1, on its device.
+        visual: (1, L) bool on the CPU, the visual tokens.
+        labels: (1, L) long on the model's device, a made-up answer at the end; -100 elsewhere.
+        masked: whether a method needs `visual` given, for the model is fed with embeddings.
+    """
+
+    name: str
+    about: str
+    model: Any
+    inputs: dict[str, Tensor]
+    visual: Tensor
+    labels: Tensor
+    masked: bool
+
+    @property
+    def parts(self) -> Anatomy:
+        return anatomy(self.model)
+
+    @property
+    def prompt(self) -> Prompt:
+        """What one sample brings."""
+        visual = int(self.visual.sum())
+        return Prompt(visual, self.visual.shape[1] - visual)
+
+    def batch(self, count: int) -> dict[str, Tensor]:
+        """The inputs of `count` equal samples."""
+        return {name: torch.cat([value] * count) for name, value in self.inputs.items()}
+
+    def under(self, method: Method | None) -> AbstractContextManager[Any]:
+        """The model under `method` for the time of a `with` block; None leaves it as it is."""
+        if method is None:
+            return nullcontext()
+        return method(self.model, visual_mask=self.visual if self.masked else None)
+
+
+def checkpoint_subject(ready: Ready) -> Subject:
+    """A checkpoint with the pictures and the question of `ready`; its vision tower runs, too."""
+    model = ready.checkpoint.model
+    inputs = on_model(model, ready.inputs)
+    ids = inputs["input_ids"].cpu()
+    visual = torch.isin(ids, torch.tensor(anatomy(model).visual_ids))
+    name = ready.request.model or "bundled"
+    about = "the whole model, vision tower included, with weights of a checkpoint"
+    return Subject(name, about, model, inputs, visual, _labels(ids, visual).to(model.device), masked=False)
+
+
+def shape_subject(
+    name: str,
+    device: torch.device,
+    dtype: str | None = None,
+    depth: int | None = None,
+    visual: int | None = None,
+    text: int = 64,
+) -> Subject:
+    """Random weights of a named shape; the decoder alone, fed with random embeddings.
+
+    Args:
+        dtype: float32, float16 or bfloat16; None takes what suits the device.
+        depth: run so many layers only; None runs all.
+        visual: number of visual tokens; None takes those of the shape's usual picture.
+        text: number of text tokens, half of them before the visual ones.
+
+    Raises:
+        InputError: for an unknown shape, a depth that it does not have, or one that does not fit into memory.
+    """
+    shape, usual = sizes_of(name, depth)
+    if dtype == "auto":
+        raise InputError("dtype 'auto' means a checkpoint's own, and random weights have none")
+    number = pick_dtype(device, dtype)
+    assert isinstance(number, torch.dtype)
+    _check_fits(name, shape, number, device)
+    model = _random_decoder(name, shape, number, device)
+    return _fed_with_embeddings(name, model, visual or usual, text)
+
+
+def sizes_of(name: str, depth: int | None) -> tuple[DecoderShape, int]:
+    """The sizes of a shape, cut to `depth` layers, and the visual tokens of its usual picture.
+
+    Raises:
+        InputError: for an unknown shape, or a depth that it does not have.
+    """
+    if name not in SHAPES:
+        raise InputError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
+    shape, visual = SHAPES[name]
+    if depth is not None and not 1 <= depth <= shape.layers:
+        raise InputError(f"--layers must be in 1..{shape.layers} for the shape {name}; got {depth}")
+    return replace(shape, layers=depth or shape.layers), visual
+
+
+def _check_fits(name: str, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> None:
+    query_width, key_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = shape.hidden * (2 * query_width + 2 * key_width + 3 * shape.intermediate)
+    needed = (shape.layers * layer + 2 * shape.vocabulary * shape.hidden) * dtype.itemsize
+    there = total_memory(device)
+    if needed > there:
+        kind = next(key for key, value in DTYPES.items() if value is dtype)
+        raise InputError(
+            f"{shape.layers} layers of {name} take {needed / 2**30:.1f} GiB in {kind}, and the memory has "
+            f"{there / 2**30:.1f}; run fewer layers (--layers N) or a smaller dtype"
+        )
+
+
+def _random_decoder(name: str, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Any:
+    kind = Qwen2Config if name.startswith("qwen") else LlamaConfig
+    config = kind(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), device:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _fed_with_embeddings(name: str, model: Any, visual_tokens: int, text: int) -> Subject:
+    before, length = text // 2, visual_tokens + text
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, before : before + visual_tokens] = True
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, length, model.config.hidden_size, generator=generator) * 0.02
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return Subject(
+        name=name,
+        about=f"the decoder alone ({type(model).__name__}), random weights, fed with random embeddings",
+        model=model,
+        inputs={
+            "inputs_embeds": embeddings.to(model.device, model.dtype),
+            "attention_mask": torch.ones_like(ids).to(model.device),
+        },
+        visual=visual,
+        labels=_labels(ids, visual).to(model.device),
+        masked=True,
+    )
+
+
+def _labels(ids: Tensor, visual: Tensor) -> Tensor:
+    """A made-up answer: the second half of what stands behind the last visual token, at least one token."""
+    length = ids.shape[1]
+    behind = length - 1 - int(visual[0].nonzero().max())
+    answer = torch.arange(length) >= length - max(1, behind // 2)
+    return ids.masked_fill(~answer, -100)

@@ -1,0 +1,188 @@
+"""Owns the measurement of training steps: forward, backward and optimizer, and peak memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pyramiddrop import Method
+from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.timing import in_turn
+from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.speed.memory import peak_memory
+from pyramiddrop.speed.predicted import predict_step
+from pyramiddrop.speed.subject import Subject
+
+
+@dataclass(frozen=True)
+class TrainingWay:
+    """One way to train.
+
+    Attributes:
+        way: the method, or vanilla.
+        logits: "full": of every row; "kept": of the rows that are left, which only a method can do.
+        checkpointing: whether layers are computed again in the backward pass, to save memory.
+    """
+
+    way: Column
+    logits: str
+    checkpointing: bool
+
+    @property
+    def method(self) -> Method | None:
+        """The method with these logits."""
+        return replace(self.way.method, logits=self.logits) if self.way.method else None
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one training step; `optimizer` is None where none runs."""
+
+    forward: float
+    backward: float
+    optimizer: float | None
+    whole: float
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One way to train, summed up over its steps.
+
+    Attributes:
+        forward, backward, optimizer, whole: seconds.
+        peak_bytes: the most memory during forward and backward, above the weights and the inputs: activations and
+            gradients. The optimizer's own state is the same in all ways and not in it.
+        predicted_flops: of the decoder's layers, the ranking and the head; a backward pass is two forwards.
+    """
+
+    way: str
+    logits: str
+    checkpointing: bool
+    batch: int
+    forward: Spread
+    backward: Spread
+    optimizer: Spread | None
+    whole: Spread
+    peak_bytes: int
+    predicted_flops: int
+
+
+def training_ways(ways: Sequence[Column]) -> list[TrainingWay]:
+    """Each way with full and (of a method) kept logits, without and with gradient checkpointing."""
+    return [
+        TrainingWay(way, logits, checkpointing)
+        for checkpointing in (False, True)
+        for way in ways
+        for logits in (("full", "kept") if way.method else ("full",))
+    ]
+
+
+def measure_training(
+    subject: Subject,
+    ways: Sequence[TrainingWay],
+    batch: int,
+    repeats: int,
+    clock: Clock,
+    optimizer: bool = True,
+    tick: Callable[[], None] = lambda: None,
+) -> list[TrainingStep]:
+    """Train all weights for a step on `batch` equal samples in each of `ways`, taken in turn, `repeats` times each.
+
+    A first round warms up and is watched for its memory; its times are not counted.
+
+    Args:
+        optimizer: whether AdamW steps, too. Its learning rate is zero: every step starts from the same weights.
+        tick: called after every step, also of the first round.
+    """
+    times: list[list[StepTimes]] = [[] for _ in ways]
+    peaks = [0] * len(ways)
+    adam = torch.optim.AdamW(subject.model.parameters(), lr=0.0) if optimizer else None
+    with _training(subject.model):
+        for turn, (index, way) in in_turn(list(enumerate(ways)), repeats + 1):
+            if turn:
+                times[index].append(_step(subject, way, batch, adam, clock))
+            else:
+                with peak_memory(subject.model.device) as peak:
+                    _gradients(subject, way, batch, clock)
+                peaks[index] = peak.bytes
+                _update(adam)
+            subject.model.zero_grad(set_to_none=True)
+            tick()
+    return [_summed(subject, *found, batch) for found in zip(ways, times, peaks, strict=True)]
+
+
+def _summed(
+    subject: Subject, way: TrainingWay, times: Sequence[StepTimes], peak_bytes: int, batch: int
+) -> TrainingStep:
+    updates = [one.optimizer for one in times if one.optimizer is not None]
+    return TrainingStep(
+        way=way.way.label,
+        logits=way.logits,
+        checkpointing=way.checkpointing,
+        batch=batch,
+        forward=Spread.of([one.forward for one in times]),
+        backward=Spread.of([one.backward for one in times]),
+        optimizer=Spread.of(updates) if updates else None,
+        whole=Spread.of([one.whole for one in times]),
+        peak_bytes=peak_bytes,
+        predicted_flops=predict_step(
+            way.way, subject.parts.shape, subject.prompt, batch, way.logits == "kept", way.checkpointing
+        ),
+    )
+
+
+def _step(subject: Subject, way: TrainingWay, batch: int, adam: Any, clock: Clock) -> StepTimes:
+    """One step: loss, gradients, and the optimizer's update where there is one."""
+    start, middle, end = _gradients(subject, way, batch, clock)
+    _update(adam)
+    updated = clock.mark() if adam else end
+    return StepTimes(
+        forward=clock.seconds(start, middle),
+        backward=clock.seconds(middle, end),
+        optimizer=clock.seconds(end, updated) if adam else None,
+        whole=clock.seconds(start, updated),
+    )
+
+
+def _gradients(subject: Subject, way: TrainingWay, batch: int, clock: Clock) -> tuple[Any, Any, Any]:
+    """Marks before the forward, between forward and backward, and after."""
+    inputs = subject.batch(batch)
+    labels = torch.cat([subject.labels] * batch)
+    with subject.under(way.method), _checkpointing(subject.model, way.checkpointing):
+        start = clock.mark()
+        loss = subject.model(**inputs, labels=labels, use_cache=False).loss
+        middle = clock.mark()
+        loss.backward()
+        return start, middle, clock.mark()
+
+
+def _update(adam: Any) -> None:
+    if adam:
+        adam.step()
+
+
+@contextmanager
+def _training(model: Any) -> Iterator[None]:
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Of the two names of this switch, the one that the oldest supported Transformers knows is deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        if wanted:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing_disable()
