@@ -139,8 +139,9 @@ class Attachment:
     def _open(self, call: Kwargs) -> Run | None:
         """The run of this forward: a prefill that drops, a step that follows an earlier one, or None."""
         cache, (_, length) = call.get("past_key_values"), call_shape(call) or (0, 0)
-        if torch.compiler.is_compiling() and length == 1:
-            memory = CacheMemory.of(cache)
+        memory = CacheMemory.of(cache)
+        follows = length == 1 and cache is not None and cache.is_compileable
+        if torch.compiler.is_compiling() and follows:
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
         opened: Run | None = self._open_eagerly(call, cache)
         return opened

@@ -42,22 +42,22 @@ class Following:
             hidden: (B, N, D), for device and dtype.
             kwargs: of the text model, for the full length.
         """
+        source, mask, cache = kwargs["position_embeddings"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        width = cache.layers[index].max_cache_len if cache is not None and cache.is_compileable else None
         followed = dict(kwargs)
+        followed["attention_mask"] = self._once(
+            ("mask", stage, width), mask, lambda: self._mask(mask, kept, slots, width)
+        )
+        if kept is not None or self.compact:
+            followed |= self._once(("positions", stage), source, lambda: self.positions(stage, kept, hidden, kwargs))
         if kept is not None:
             for name in _per_token(kwargs, self.length):
                 followed[name] = self._once((name, stage), kwargs[name], partial(take_rows, kwargs[name], kept.rows))
-        source = kwargs["position_embeddings"]
-        followed |= self._once(("positions", stage), source, lambda: self.positions(stage, kept, hidden, kwargs))
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        width = cache.layers[index].max_cache_len if cache is not None and cache.is_compileable else None
-        followed["attention_mask"] = self._once(
-            ("mask", stage, width),
-            mask,
-            lambda: follow_mask(
-                mask, kept.rows if kept else None, slots, self.past, self.length, self.anatomy.attention, width
-            ),
-        )
         return followed
+
+    def _mask(self, mask: Tensor | None, kept: Kept | None, slots: Slots, width: int | None) -> Tensor | None:
+        rows = kept.rows if kept else None
+        return follow_mask(mask, rows, slots, self.past, self.length, self.anatomy.attention, width)
 
     def positions(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """`position_ids` and `position_embeddings` of the rows in `kept`; renumbered on the cache of `stage`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_pyramiddrop"
+_BLOCK = 128  # columns that are tabled ahead of decoding, so that not every step builds the tables anew
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Slots:
             )
         return Slots(columns, None if valid is None else valid[:, :-count], self.length - count)
 
+    def first(self, length: int) -> Slots:
+        """Of slots that were grown ahead, those up to column `length`."""
+        count = self.columns.shape[1] - (self.length - length)
+        return Slots(self.columns[:, :count], None if self.valid is None else self.valid[:, :count], length)
+
     def widened(self, width: int) -> Slots:
         """These slots for all `width` of a static cache: one shape for prompts of any length, so that compiled decoding
         does not recompile. Which of the later slots are filled already, the model's own mask tells."""
@@ -95,6 +101,7 @@ class CacheMemory:
     slots: dict[int, Slots] = field(default_factory=dict)
     wide: dict[int, Slots] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
+    _ahead: dict[int, Slots] = field(default_factory=dict)
 
     @staticmethod
     def of(cache: Any) -> CacheMemory | None:
@@ -117,9 +124,27 @@ class CacheMemory:
         if held != {batch}:
             raise ValueError(f"this KV cache was pruned for a batch of {held.pop()}; this call has a batch of {batch}")
 
+    def hold(self, stage: int, slots: Slots, width: int | None) -> None:
+        """Remember what a pruned prefill left in the cache of a stage; `width` is a static cache's."""
+        self.slots[stage] = slots
+        self._ahead.pop(stage, None)
+        if width is not None:
+            self.wide[stage] = slots.widened(width)
+
+    def covering(self, stage: int, length: int) -> Slots | None:
+        """The slots of a stage's cache up to column `length`, or None where nothing was dropped there."""
+        slots, ahead = self.slots.get(stage), self._ahead.get(stage)
+        if slots is None:
+            return None
+        if ahead is None or ahead.length < length:
+            ahead = self._ahead[stage] = slots.until(length + _BLOCK)
+        return ahead.first(length)
+
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on, where the cache was cropped."""
-        self.slots = {stage: slots.until(min(length, slots.length)) for stage, slots in self.slots.items()}
+        if any(slots.length > length for slots in self.slots.values()):
+            self.slots = {stage: slots.until(min(length, slots.length)) for stage, slots in self.slots.items()}
+            self._ahead.clear()
 
     @staticmethod
     def forget(cache: Any) -> None:

@@ -126,17 +126,17 @@ class Run:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
             self.memory.attach(cache)
         earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
-        self.memory.slots[stage] = earlier.extended(kept.rows, kept.valid, self.past, self.length)
-        if cache.is_compileable:
-            self.memory.wide[stage] = self.memory.slots[stage].widened(cache.layers[index].max_cache_len)
+        width = cache.layers[index].max_cache_len if cache.is_compileable else None
+        self.memory.hold(stage, earlier.extended(kept.rows, kept.valid, self.past, self.length), width)
         if self.rules.positions == "compact":
             self.memory.shift[stage] = self._following.new_shift(stage, kept, position_ids)
 
     def _slots(self, stage: int) -> Slots | None:
         """What stands in the KV cache of the stage's layers; None where that is every column."""
         if self.memory is not None:
-            follows_only = self._ranking is None and stage in self.memory.wide
-            return self.memory.wide[stage] if follows_only else self.memory.slots.get(stage)
+            if self._ranking is not None:
+                return self.memory.slots.get(stage)
+            return self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
         kept = self._kept.get(stage)
         return None if kept is None else Slots(kept.rows, kept.valid, self.length)
 
