@@ -43,7 +43,7 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
     budget = _budget(options, sizes)
     profile = None
     if options.profile is not None:
-        with user_input(caught=(OSError, ValueError)):
+        with user_input(f"cannot read {options.profile}", (OSError,)), user_input():
             profile = Profile.read(options.profile)
     with user_input():
         return plan(sizes.shape, sizes.prompt, budget, lam=options.lam, stages=options.stages, profile=profile)

@@ -8,12 +8,22 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.cost import Account
+from pyramiddrop.cost import PRESETS, Account, Preset
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import Plan
 from pyramiddrop.report import units
 from pyramiddrop.report.look import new_table
 
+SHAPES_HEAD = (
+    "name",
+    "layers",
+    "hidden",
+    "intermediate",
+    "heads",
+    "kv heads",
+    "visual tokens",
+    "vision tower",
+)
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
 
@@ -57,14 +67,29 @@ def paper_table(figures: Sequence[Figure]) -> Table:
 
 def paper_markdown(figures: Sequence[Figure]) -> list[str]:
     """The same as the lines of a Markdown table."""
-    rows = [PAPER_HEAD, ("---",) * len(PAPER_HEAD), *map(_cells, figures)]
-    return [f"| {' | '.join(cells)} |" for cells in rows]
+    return _markdown(PAPER_HEAD, [_cells(figure) for figure in figures])
+
+
+def shapes_markdown() -> list[str]:
+    """The named shapes as the lines of a Markdown table."""
+    return _markdown(SHAPES_HEAD, [_shape_cells(name, preset) for name, preset in PRESETS.items()])
 
 
 def paper_summary(figures: Sequence[Figure]) -> str:
     """How many of the figures agree to the printed digit."""
     agreeing = sum(figure.agrees for figure in figures)
     return f"{agreeing} of {len(figures)} figures agree to the printed digit, in TFLOPs of the `paper` convention."
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _shape_cells(name: str, preset: Preset) -> tuple[str, ...]:
+    decoder, vision = preset.shape.decoder, preset.shape.vision
+    sizes = (decoder.layers, decoder.hidden, decoder.intermediate, decoder.heads, decoder.kv_heads)
+    tower = f"{vision.layers} x {vision.hidden}" if vision else "not counted"
+    return f"`{name}`", *map(str, sizes), str(preset.visual_tokens), tower
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:
