@@ -1,0 +1,75 @@
+"""The house: imports point one way, and the core knows tensors, not models."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pyramiddrop
+
+PACKAGE = Path(pyramiddrop.__file__).parent
+# From the bottom up; a module may import from its own floor and from those below.
+FLOORS = (
+    ("schedule", "scoring", "selection", "trace", "cost", "planning"),
+    ("hf",),
+    ("methods",),
+    ("assets", "inference"),
+    ("training", "evaluation", "report", "speed"),
+    ("cli",),
+)
+CORE = FLOORS[0]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules() -> list[Path]:
+    return [
+        path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+    ]
+
+
+def home(path: Path) -> str:
+    """The part of the house that a module belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that `path` imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def parts_used(path: Path) -> set[str]:
+    inner = [name.split(".") for name in imported(path) if name.startswith("pyramiddrop.")]
+    return {name[1] for name in inner if name[1] in FLOOR_OF}
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {home(path) for path in modules()} <= set(FLOOR_OF)
+
+
+def test_imports_point_down() -> None:
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {part}"
+        for path in modules()
+        for part in parts_used(path)
+        if FLOOR_OF[part] > FLOOR_OF[home(path)]
+    ]
+    assert upward == []
+
+
+def test_the_core_knows_no_models() -> None:
+    outside = ("transformers", "vllm", "peft", "accelerate")
+    guilty = [
+        path for path in modules() if home(path) in CORE and any(n.split(".")[0] in outside for n in imported(path))
+    ]
+    assert guilty == []
+
+
+def test_every_module_says_what_it_owns() -> None:
+    silent = [path for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
