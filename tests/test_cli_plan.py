@@ -1,4 +1,4 @@
-"""The verb `plan`: the schedule, its cost and the Python line that it prints; refusals on one line; the page's examples."""
+"""The verb `plan`: the schedule, its cost and the Python line; refusals on one line; the page's examples."""
 
 from __future__ import annotations
 
