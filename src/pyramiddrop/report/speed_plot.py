@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -30,18 +31,19 @@ def draw_speed(record: Record) -> Figure:
     """One panel a quantity, one bar a way; predictions are scaled from vanilla of the same batch."""
     results: Sequence[Record] = record["results"]
     panels = _training_panels() if record["kind"] == "training" else _generation_panels(results)
-    height = 1.5 + 0.32 * len(results)
-    figure = Figure(figsize=(3.1 * len(panels) + 1.6, height), dpi=140)
+    width = 3.1 * len(panels) + 2.2
+    lines = [line for part in speed_heading(record) for line in wrap(part, int(width * 12))]
+    height = 1.1 + 0.2 * len(lines) + 0.32 * len(results)
+    figure = Figure(figsize=(width, height), dpi=140)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel, results)
     axes[0].set_yticks(range(len(results)), [_label(result) for result in results], fontsize=8.5)
-    axes[0].invert_yaxis()
-    about, machine, timing = speed_heading(record)
-    figure.text(0.012, 1 - 0.1 / height, about, ha="left", va="top", fontsize=9, weight="bold", parse_math=False)
-    figure.text(0.012, 1 - 0.33 / height, f"{machine}; {timing}", ha="left", va="top", fontsize=8, color="#444")
+    axes[0].set_ylim(len(results) - 0.4, -0.6)
+    heading = "\n".join(lines)
+    figure.text(0.012, 1 - 0.1 / height, heading, ha="left", va="top", fontsize=8.5, color="#333", parse_math=False)
     figure.text(0.988, 0.06 / height, "◇ predicted by the cost model", ha="right", va="bottom", fontsize=8)
-    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.5 / height))
+    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - (0.15 + 0.18 * len(lines)) / height))
     return figure
 
 
@@ -71,7 +73,7 @@ def _generation_panels(results: Sequence[Record]) -> list[_Panel]:
 
 def _training_panels() -> list[_Panel]:
     return [
-        _timed("a training step, seconds", "whole", "flops"),
+        _timed("forward and backward, seconds", "gradients", "flops"),
         _Panel("peak memory, MiB", lambda result: result["peak_bytes"] / 2**20),
     ]
 
@@ -119,4 +121,5 @@ def _same_setting(one: Record, other: Record) -> bool:
 
 
 def _label(result: Record) -> str:
-    return ", ".join([way_label(result), *(["checkpointing"] if result.get("checkpointing") else [])])
+    checkpointing = ["checkpointing"] if result.get("checkpointing") else []
+    return ", ".join([way_label(result), *checkpointing, f"batch {result['batch']}"])

@@ -14,7 +14,7 @@ from pyramiddrop.report.look import new_table
 Record = Mapping[str, Any]
 
 #: A table's head, and its rows.
-Grid = tuple[Sequence[str], list[Sequence[str]]]
+Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def speed_heading(record: Record) -> list[str]:
@@ -124,6 +124,7 @@ def _training_column(result: Record) -> dict[str, str]:
         "a step": units.seconds(result["whole"]["median"]),
         "a step, quartiles": _quartiles(result["whole"]),
         "a step, ratio": _ratio(ratios["whole"]),
+        "forward and backward, ratio": _ratio(ratios["gradients"]),
         "predicted: FLOPs": _ratio(ratios["flops"]),
         "forward": units.seconds(result["forward"]["median"]),
         "backward": units.seconds(result["backward"]["median"]),

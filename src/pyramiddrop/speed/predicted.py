@@ -57,11 +57,16 @@ def predict_step(
 ) -> int:
     """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
 
-    Checkpointing computes the layers' forward twice; the ranking and the head it does not.
+    Checkpointing computes the layers' forward twice, but for the MLP's last product, of which the backward needs but
+    the factors; the ranking and the head it does not.
     """
     rows = rows_by_layer(way, prompt)
+    decoder = 3 * way.cost.full.decoder
+    if checkpointing:
+        last = sum(2 * count * shape.hidden * shape.mlp_width(layer) for layer, count in enumerate(rows))
+        decoder += way.cost.full.decoder - last
     head = 3 * head_flops(shape, rows[-1] if kept_logits else rows[0])
-    return batch * ((4 if checkpointing else 3) * way.cost.full.decoder + way.cost.full.ranking + head)
+    return batch * (decoder + way.cost.full.ranking + head)
 
 
 def rows_by_layer(way: Column, prompt: Prompt) -> list[int]:

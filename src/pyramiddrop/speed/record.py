@@ -94,8 +94,7 @@ def _training(result: TrainingStep, vanilla: TrainingStep) -> dict[str, Any]:
         **_rounded(asdict(result)),
         "ratios": {
             "flops": result.predicted_flops / vanilla.predicted_flops,
-            "forward": result.forward.median / vanilla.forward.median,
-            "backward": result.backward.median / vanilla.backward.median,
+            "gradients": result.gradients.median / vanilla.gradients.median,
             "whole": result.whole.median / vanilla.whole.median,
             "peak_bytes": result.peak_bytes / vanilla.peak_bytes,
         },

@@ -41,10 +41,11 @@ class TrainingWay:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one training step; `optimizer` is None where none runs."""
+    """Seconds of one training step: `gradients` is forward and backward; `optimizer` is None where none runs."""
 
     forward: float
     backward: float
+    gradients: float
     optimizer: float | None
     whole: float
 
@@ -54,7 +55,7 @@ class TrainingStep:
     """One way to train, summed up over its steps.
 
     Attributes:
-        forward, backward, optimizer, whole: seconds.
+        forward, backward, gradients, optimizer, whole: seconds, see :class:`StepTimes`.
         peak_bytes: the most memory during forward and backward, above the weights and the inputs: activations and
             gradients. The optimizer's own state is the same in all ways and not in it.
         predicted_flops: of the decoder's layers, the ranking and the head; a backward pass is two forwards.
@@ -66,6 +67,7 @@ class TrainingStep:
     batch: int
     forward: Spread
     backward: Spread
+    gradients: Spread
     optimizer: Spread | None
     whole: Spread
     peak_bytes: int
@@ -127,6 +129,7 @@ def _summed(
         batch=batch,
         forward=Spread.of([one.forward for one in times]),
         backward=Spread.of([one.backward for one in times]),
+        gradients=Spread.of([one.gradients for one in times]),
         optimizer=Spread.of(updates) if updates else None,
         whole=Spread.of([one.whole for one in times]),
         peak_bytes=peak_bytes,
@@ -144,6 +147,7 @@ def _step(subject: Subject, way: TrainingWay, batch: int, adam: Any, clock: Cloc
     return StepTimes(
         forward=clock.seconds(start, middle),
         backward=clock.seconds(middle, end),
+        gradients=clock.seconds(start, end),
         optimizer=clock.seconds(end, updated) if adam else None,
         whole=clock.seconds(start, updated),
     )

@@ -1,0 +1,30 @@
+"""Fills the tables of docs/speed.md from the files in benchmarks/results; see there which command made each file.
+
+python benchmarks/speed_document.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pyramiddrop.report.speed_tables import speed_markdown
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "speed.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """`text` with what each named file holds between its `begin` and `end`."""
+    return PLACE.sub(lambda place: place[1] + _table(place[2]) + place[3], text)
+
+
+def _table(name: str) -> str:
+    return speed_markdown(json.loads((RESULTS / name).read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
