@@ -50,9 +50,9 @@ class LinearClock:
         return rows / 100
 
 
-def budgets_of(schedule: Schedule | None) -> dict[str, Any]:
+def budgets_of(schedule: Schedule | None, prompt: Prompt = PROMPT) -> dict[str, Any]:
     """What each kind of budget would have to be to afford `schedule` exactly, by the account and not by the planner."""
-    cost, vanilla = account(SHAPE, PROMPT, schedule), account(SHAPE, PROMPT)
+    cost, vanilla = account(SHAPE, prompt, schedule), account(SHAPE, prompt)
     return {
         "tokens": cost.average_tokens,
         "kv_bytes": cost.kv_bytes,
@@ -127,6 +127,20 @@ def test_a_profile_gives_the_least_loss_of_all(kind: str) -> None:
         assert predicted_loss(profile, found.schedule) == pytest.approx(least)
         assert found.spent <= limit * (1 + 1e-12)
         assert found.spent == pytest.approx(min(value for value, loss in spent if loss <= least + 1e-12))
+
+
+@pytest.mark.parametrize("fixed", [{"lam": 0.5}, {"profile": Profile.from_dict(PROFILE)}], ids=["lam", "profile"])
+def test_where_ranking_is_dear_it_is_part_of_the_budget(fixed: dict[str, Any]) -> None:
+    wordy = Prompt(6, 300)  # ranking 300 rows of text costs more than dropping a token or two saves
+    ways = [equal(0.5, stages) for stages in range(2, 9)] if "lam" in fixed else list(all_schedules(fixed["profile"]))
+    spent = [budgets_of(schedule, wordy)["percent full"] for schedule in ways]
+    for limit in (value * (1 + share) for value in spent for share in (-1e-9, 1e-9)):
+        if limit < min(spent):
+            continue
+        found = plan(SHAPE, wordy, Budget(percent=limit), **fixed)
+        assert budgets_of(found.schedule, wordy)["percent full"] <= limit
+        if "lam" in fixed:
+            assert found.spent == pytest.approx(max(value for value in spent if value <= limit), rel=1e-12)
 
 
 def all_schedules(profile: Profile) -> Iterator[Schedule]:
