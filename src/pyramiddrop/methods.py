@@ -1,4 +1,7 @@
-"""The front door: a method is a schedule, a scorer and a few rules; it goes on a model and comes off again."""
+"""The front door: a method is a schedule, a scorer and a few rules; it goes on a model and comes off again.
+
+The adapter is imported where a model is at hand: whoever only asks what a method costs need not wait for Transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from pyramiddrop.hf import Attachment, GivenMasks, Rules, anatomy, attachment_of
 from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import AttentionScorer, RandomScorer, Scorer, UniformScorer
 from pyramiddrop.trace import Trace
+
+if TYPE_CHECKING:
+    from pyramiddrop.hf import Attachment, GivenMasks
 
 FILE_NAME = "pyramiddrop.json"
 
@@ -71,6 +76,8 @@ class Method:
                 mask is no (batch, length) bool tensor.
             RuntimeError: on entering, where the model has a method already.
         """
+        from pyramiddrop.hf import GivenMasks
+
         return Applied(model, self, GivenMasks(visual_mask, query_mask))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -261,6 +268,8 @@ def apply(model: nn.Module, method: Method) -> Trace:
         ValueError: where the model family is not supported or the schedule does not fit its depth.
         RuntimeError: where the model has a method already.
     """
+    from pyramiddrop.hf import GivenMasks
+
     return _attach(model, method, GivenMasks()).trace
 
 
@@ -270,6 +279,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         RuntimeError: where none is applied.
     """
+    from pyramiddrop.hf import attachment_of
+
     attachment = attachment_of(model)
     if attachment is None:
         raise RuntimeError("no pyramiddrop method is applied to this model")
@@ -277,6 +288,8 @@ def remove(model: nn.Module) -> None:
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
+    from pyramiddrop.hf import Attachment, Rules, anatomy
+
     parts = anatomy(model)
     rules = Rules(
         schedule=method.schedule(len(parts.layers)),
