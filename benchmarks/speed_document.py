@@ -1,4 +1,4 @@
-"""Fills the tables of docs/speed.md from the files in benchmarks/results; see there which command made each file.
+"""Makes the tables and the picture of docs/speed.md from benchmarks/results; see there which command made each file.
 
 python benchmarks/speed_document.py
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from pyramiddrop.report.speed_plot import draw_speed
 from pyramiddrop.report.speed_tables import speed_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +25,14 @@ def filled(text: str) -> str:
 
 
 def _table(name: str) -> str:
-    return speed_markdown(json.loads((RESULTS / name).read_text(encoding="utf-8")))
+    return speed_markdown(_record(name))
+
+
+def _record(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return record
 
 
 if __name__ == "__main__":
     DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_speed(_record("prefill-cpu.json")).savefig(ROOT / "docs" / "images" / "speed.png", facecolor="white")
