@@ -57,6 +57,8 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
+# Older Transformers make the angles of the rotation by a matrix product, which is counted by PyTorch and not by us.
+ROTARY = 1e-4
 MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 
 
@@ -116,7 +118,8 @@ def test_a_text_model_with_grouped_queries_is_what_the_counter_says(method: Meth
     visual[:, 5:45] = True
     given = {} if method is None else {"visual_mask": visual}
     cost = predicted(model, Prompt(40, 20), method)
-    assert cost.full.total == pytest.approx(counted(model, {"inputs_embeds": torch.randn(1, 60, 64)}, method, **given))
+    flops = counted(model, {"inputs_embeds": torch.randn(1, 60, 64)}, method, **given)
+    assert cost.full.total == pytest.approx(flops, rel=ROTARY)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,8 @@ def test_a_mixture_counts_the_active_experts(model_of: Any) -> None:
     torch.manual_seed(0)
     model = model_of().eval()
     cost = predicted(model, Prompt(40, 20))
-    assert cost.full.total == pytest.approx(counted(model, {"input_ids": torch.randint(1, 200, (1, 60))}))
+    flops = counted(model, {"input_ids": torch.randint(1, 200, (1, 60))})
+    assert cost.full.total == pytest.approx(flops, rel=ROTARY)
 
 
 @pytest.mark.parametrize("merged", [8, 12])
