@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,25 +153,24 @@ def _core(model: nn.Module) -> PreTrainedModel:
     """The outermost Transformers model: `model` itself, or what PEFT, DDP and others have wrapped."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            if module.config.model_type not in FAMILIES:
-                raise UnsupportedModelError(
-                    f"model family {module.config.model_type!r} ({type(module).__name__}) is not supported; "
-                    f"supported are {', '.join(FAMILIES)}"
-                )
-            return module
+            return _supported("model family", module, FAMILIES)
     raise UnsupportedModelError(f"{type(model).__name__} holds no Transformers model")
 
 
 def _text_model(core: PreTrainedModel) -> PreTrainedModel:
     for module in core.modules():
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
-            if module.config.model_type not in TEXT_MODELS:
-                raise UnsupportedModelError(
-                    f"text model {module.config.model_type!r} ({type(module).__name__}) is not supported; "
-                    f"supported are {', '.join(TEXT_MODELS)}"
-                )
-            return module
+            return _supported("text model", module, TEXT_MODELS)
     raise UnsupportedModelError(f"{type(core).__name__} has no decoder with layers and token embeddings")
+
+
+def _supported(kind: str, module: PreTrainedModel, known: Collection[str]) -> PreTrainedModel:
+    name = module.config.model_type
+    if name not in known:
+        raise UnsupportedModelError(
+            f"{kind} {name!r} ({type(module).__name__}) is not supported; supported are {', '.join(known)}"
+        )
+    return module
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

@@ -93,7 +93,7 @@ class CacheMemory:
         positions: "original" or "compact".
         slots: stage number -> its slots, for stages at which something was dropped.
         wide: the same for a static cache's whole width, where it is one.
-        shift: stage number -> (B,) how far positions were renumbered (`positions="compact"` only).
+        shift: stage number -> (B, 1) how far positions were renumbered (`positions="compact"` only).
     """
 
     layers: tuple[int, ...]
