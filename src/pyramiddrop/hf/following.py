@@ -42,13 +42,16 @@ class Following:
             hidden: (B, N, D), for device and dtype.
             kwargs: of the text model, for the full length.
         """
-        source, mask, cache = kwargs["position_embeddings"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         width = cache.layers[index].max_cache_len if cache is not None and cache.is_compileable else None
-        followed = dict(kwargs)
-        followed["attention_mask"] = self._once(
-            ("mask", stage, width), mask, lambda: self._mask(mask, kept, slots, width)
-        )
+        own = self._once(("mask", stage, width), mask, lambda: self._mask(mask, kept, slots, width))
+        if own is mask and kept is None and not self.compact:
+            return (
+                kwargs  # a step of decoding that needs nothing: slots have no filler, positions are the original ones
+            )
+        followed = {**kwargs, "attention_mask": own}
         if kept is not None or self.compact:
+            source = kwargs["position_embeddings"][0]
             followed |= self._once(("positions", stage), source, lambda: self.positions(stage, kept, hidden, kwargs))
         if kept is not None:
             for name in _per_token(kwargs, self.length):

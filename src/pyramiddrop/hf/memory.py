@@ -84,6 +84,12 @@ class Slots:
         return Slots(torch.cat([before.columns, rows + past], 1), both, past + length)
 
 
+def static_width(cache: Any, index: int) -> int | None:
+    """Slots of layer `index` where the cache is a static one, else None."""
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return layer.max_cache_len if layer is not None and layer.is_compileable else None
+
+
 @dataclass
 class CacheMemory:
     """Lives on the cache object, so that it is copied, passed on and forgotten with it.

@@ -66,6 +66,7 @@ class Run:
             self._ranking = Ranking(plan, rules.schedule, rules.scorer, self._following, self._earlier)
         self._kept: dict[int, Kept | None] = {0: None}
         self._scores: dict[int, Tensor] = {}
+        self._held: dict[int, Slots | None] = {}
         self._labels = labels
         self.shift_labels: Tensor | None = None
         if plan is not None and labels is not None:
@@ -136,7 +137,9 @@ class Run:
         if self.memory is not None:
             if self._ranking is not None:
                 return self.memory.slots.get(stage)
-            return self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
+            if stage not in self._held:
+                self._held[stage] = self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
+            return self._held[stage]
         kept = self._kept.get(stage)
         return None if kept is None else Slots(kept.rows, kept.valid, self.length)
 
