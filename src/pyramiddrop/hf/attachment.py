@@ -87,7 +87,7 @@ class Attachment:
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
         for index, layer in enumerate(self.anatomy.layers):
-            hook = partial(self._before_layer, index, _parameters(layer)[0])
+            hook = partial(self._before_layer, self.rules.schedule.stage_of(index), index, _parameters(layer)[0])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         setattr(text, _MARK, self)
         if generator is not None:
@@ -119,15 +119,17 @@ class Attachment:
         return (), {**call, _RUN: run}
 
     def _before_layer(
-        self, index: int, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+        self, stage: int, index: int, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
         if _RUN not in kwargs:
             return None
         run: Run | None = kwargs.pop(_RUN)
         if run is None:
             return args, kwargs
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden, call = run.enter(index, layer, call.pop("hidden_states"), call)
+        if len(args) != 1:
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            args = (kwargs.pop("hidden_states"),)
+        hidden, call = run.enter(stage, index, layer, args[0], kwargs)
         return (hidden,), call  # positional: reentrant gradient checkpointing needs it so
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramiddrop.hf.families import Anatomy
 from pyramiddrop.hf.masks import follow_mask
-from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.memory import Slots, static_width
 from pyramiddrop.hf.rows import Kept, take_positions, take_rows
 
 Kwargs = dict[str, Any]
@@ -42,13 +42,10 @@ class Following:
             hidden: (B, N, D), for device and dtype.
             kwargs: of the text model, for the full length.
         """
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        width = cache.layers[index].max_cache_len if cache is not None and cache.is_compileable else None
+        mask, width = kwargs.get("attention_mask"), static_width(kwargs.get("past_key_values"), index)
         own = self._once(("mask", stage, width), mask, lambda: self._mask(mask, kept, slots, width))
         if own is mask and kept is None and not self.compact:
-            return (
-                kwargs  # a step of decoding that needs nothing: slots have no filler, positions are the original ones
-            )
+            return kwargs  # a step of decoding to which the missing slots make no difference
         followed = {**kwargs, "attention_mask": own}
         if kept is not None or self.compact:
             source = kwargs["position_embeddings"][0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.families import Anatomy
 from pyramiddrop.hf.following import Following, Kwargs
-from pyramiddrop.hf.memory import CacheMemory, Slots
+from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, scatter_rows, take_rows
@@ -74,9 +74,8 @@ class Run:
 
     # ---- before a decoder layer ------------------------------------------------------------------------------------
 
-    def enter(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
-        """What decoder layer `index` gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
-        stage = self.rules.schedule.stage_of(index)
+    def enter(self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
+        """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
         if self._ranking is not None:
             hidden = self._drop(self._ranking, stage, index, layer, hidden, kwargs)
         kept, slots = self._kept.get(stage), self._slots(stage)
@@ -127,8 +126,8 @@ class Run:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
             self.memory.attach(cache)
         earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
-        width = cache.layers[index].max_cache_len if cache.is_compileable else None
-        self.memory.hold(stage, earlier.extended(kept.rows, kept.valid, self.past, self.length), width)
+        slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
+        self.memory.hold(stage, slots, static_width(cache, index))
         if self.rules.positions == "compact":
             self.memory.shift[stage] = self._following.new_shift(stage, kept, position_ids)
 
