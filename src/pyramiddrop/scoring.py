@@ -1,4 +1,4 @@
-"""Which tokens matter: one small class per scorer, and the registry that names them."""
+"""Which tokens matter: one small class per scorer."""
 
 from __future__ import annotations
 
@@ -84,9 +84,6 @@ def _hashed(numbers: Tensor) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
     return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
-
-
-SCORERS: dict[str, type] = {"attention": AttentionScorer, "random": RandomScorer, "uniform": UniformScorer}
 
 
 def attention_received(

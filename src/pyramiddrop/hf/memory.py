@@ -28,6 +28,11 @@ class Slots:
     valid: Tensor | None
     length: int
 
+    @property
+    def alive(self) -> Tensor:
+        """(B, n) bool, which slots are no filler."""
+        return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
+
     def until(self, length: int) -> Slots:
         """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
 
@@ -64,24 +69,15 @@ class Slots:
         does not recompile. Which of the later slots are filled already, the model's own mask tells."""
         grown = self.until(width)
         missing = width - grown.columns.shape[1]
-        valid = torch.ones_like(grown.columns, dtype=torch.bool) if grown.valid is None else grown.valid
-        columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, valid))
+        columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
         return Slots(columns, valid, width)
 
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
-        before = self.until(past)
-        if before.valid is None and valid is None:
-            both = None
-        else:
-            both = torch.cat(
-                [
-                    torch.ones_like(part, dtype=torch.bool) if mask is None else mask
-                    for part, mask in ((before.columns, before.valid), (rows, valid))
-                ],
-                1,
-            )
-        return Slots(torch.cat([before.columns, rows + past], 1), both, past + length)
+        before, added = self.until(past), Slots(rows + past, valid, past + length)
+        filled = before.valid is None and added.valid is None
+        both = None if filled else torch.cat([before.alive, added.alive], 1)
+        return Slots(torch.cat([before.columns, added.columns], 1), both, added.length)
 
 
 def static_width(cache: Any, index: int) -> int | None:

@@ -111,9 +111,8 @@ class Ranking:
                 f"a further image on top of a {type(cache).__name__} is not supported, for its keys cannot be read "
                 "back; use a DynamicCache or a StaticCache"
             )
-        held = torch.ones_like(before.columns, dtype=torch.bool) if before.valid is None else before.valid
         columns = torch.cat([before.columns, rows + past], 1)
-        return torch.cat([cached, keys], 2), columns, torch.cat([held, alive], 1)
+        return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
 
     def _visible(self, mask: Tensor | None, columns: Tensor, alive: Tensor) -> Tensor:
         """(B, 1 or H, Q, K) which `columns` the query tokens see, by the text model's own full-length `mask`."""
