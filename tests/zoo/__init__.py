@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from zoo import (
+    llava_like,
+    qwen_like,
+)
 from zoo.pieces import Answer, Member, make_batch, make_rows
 
-MEMBERS: dict[str, Member] = {}
+MEMBERS: dict[str, Member] = {member.name: member for members in (llava_like.MEMBERS,) for member in members}
 
 __all__ = ["MEMBERS", "Answer", "Member", "make_batch", "make_rows"]

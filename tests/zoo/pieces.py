@@ -66,8 +66,13 @@ class Member:
     cannot: Mapping[str, str] = field(default_factory=dict)
 
 
+def without_types(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """The `finish` of families whose forward takes no mm_token_type_ids."""
+    return {name: tensor for name, tensor in inputs.items() if name != "mm_token_type_ids"}
+
+
 def make_rows(member: Member, model: PreTrainedModel, specs: Sequence[Sequence[object]], seed: int = 1) -> list[Row]:
-    """Rows of random content. A spec lists segments: 5 is five text tokens, Answer(5) supervised ones, "image", "video".
+    """Rows of random content. A spec lists segments: 5 is five text tokens, Answer(5) supervised ones, "image" one.
 
     The content of a row depends on the seed and the row's number alone.
     """
