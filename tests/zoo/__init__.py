@@ -8,6 +8,10 @@ from zoo import (
 )
 from zoo.pieces import Answer, Member, make_batch, make_rows
 
-MEMBERS: dict[str, Member] = {member.name: member for members in (llava_like.MEMBERS,) for member in members}
+_FILES = (
+    llava_like,
+    qwen_like,
+)
+MEMBERS: dict[str, Member] = {member.name: member for file in _FILES for member in file.MEMBERS}
 
 __all__ = ["MEMBERS", "Answer", "Member", "make_batch", "make_rows"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from zoo.pieces import LAST_TEXT
 
@@ -30,10 +31,10 @@ TEXT: dict[str, Any] = {
 }
 
 
-def tiny(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def drawn(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     """A float32 model in eval mode whose scores are well separated and that generates ordinary text alone, for ever."""
     torch.manual_seed(seed)
-    model = model_class(config)
+    model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             _draw(parameter)
