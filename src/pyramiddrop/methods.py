@@ -84,8 +84,7 @@ class Method:
         """Write `pyramiddrop.json` into `directory`, beside a checkpoint."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        settings = {"method": type(self).__name__, **asdict(self)}
-        (path / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        (path / FILE_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -100,22 +99,40 @@ class Method:
             settings = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no JSON: {error}") from error
+        return cls.from_settings(settings, str(path))
+
+    @classmethod
+    def from_settings(cls, settings: Any, source: str) -> Self:
+        """The method that `settings` describe, as `pyramiddrop.json` does: its name under "method", and its arguments.
+
+        Args:
+            settings: what JSON gave.
+            source: where it came from; errors begin with it.
+
+        Raises:
+            ValueError: where it describes another method, or what no method has.
+        """
         if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold a JSON object; got {settings!r}")
+            raise ValueError(f"{source} must hold a JSON object; got {settings!r}")
+        settings = dict(settings)
         name = settings.pop("method", None)
         found = METHODS.get(name)
         if found is None or not issubclass(found, cls):
             expected = ", ".join(METHODS) if cls is Method else cls.__name__
-            raise ValueError(f"{path} holds method {name!r}; expected {expected}")
+            raise ValueError(f"{source} holds method {name!r}; expected {expected}")
         fixed = {key: settings.pop(key) for key in found._fixed() if key in settings}
         try:
             method = found(**settings)
         except TypeError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{source}: {error}") from error
         wrong = {key: value for key, value in fixed.items() if getattr(method, key) != value}
         if wrong:
-            raise ValueError(f"{path}: {name} does not take {wrong}")
+            raise ValueError(f"{source}: {name} does not take {wrong}")
         return method
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` takes: plain values that JSON can hold."""
+        return {"method": type(self).__name__, **asdict(self)}
 
     @classmethod
     def _fixed(cls) -> list[str]:
