@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from zoo import (
+    glm_like,
     llava_like,
     qwen_like,
+    tiled,
 )
 from zoo.pieces import Answer, Member, make_batch, make_rows
 
 _FILES = (
+    glm_like,
     llava_like,
     qwen_like,
+    tiled,
 )
 MEMBERS: dict[str, Member] = {member.name: member for file in _FILES for member in file.MEMBERS}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from zoo.pieces import Inputs, Piece
+from zoo.pieces import FIRST_TEXT, LAST_TEXT, Inputs, Piece
 from zoo.weights import END, IMAGE, START, VIDEO
 
 Grid = tuple[int, int, int]
@@ -17,6 +17,11 @@ VIDEO_GRIDS: tuple[Grid, ...] = ((3, 4, 4), (2, 4, 6))
 def framed(token: int, kind: int, count: int) -> Piece:
     """So many visual tokens between a start and an end token."""
     return Piece([START] + [token] * count + [END], [0] + [kind] * count + [0], {})
+
+
+def timestamp(generator: torch.Generator) -> list[int]:
+    """Three tokens of text."""
+    return torch.randint(FIRST_TEXT, LAST_TEXT, (3,), generator=generator).tolist()
 
 
 def patches(generator: torch.Generator, grid: Grid, patch: int, pixels: str, thw: str, depth: int = 2) -> Inputs:

@@ -28,8 +28,8 @@ from transformers import (
     VideoLlama3ForConditionalGeneration,
 )
 
-from zoo.grids import VIDEO_GRIDS, framed, image, patches, video
-from zoo.pieces import FIRST_TEXT, LAST_TEXT, Member, Piece, without_types
+from zoo.grids import VIDEO_GRIDS, framed, image, patches, timestamp, video
+from zoo.pieces import Member, Piece, without_types
 from zoo.weights import END, IMAGE, START, TEXT, VIDEO, drawn
 
 PATCH = 4
@@ -191,11 +191,6 @@ def frames_video(model: PreTrainedModel, generator: torch.Generator, number: int
     return piece
 
 
-def timestamp(generator: torch.Generator) -> list[int]:
-    """Three tokens of text."""
-    return torch.randint(FIRST_TEXT, LAST_TEXT, (3,), generator=generator).tolist()
-
-
 def unmerged_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
     """VideoLLaMA3: each patch of an image is a token, with nothing around them."""
     grid = ((1, 4, 3), (1, 2, 5), (1, 3, 3))[number % 3]
@@ -215,12 +210,8 @@ def compressed_video(model: PreTrainedModel, generator: torch.Generator, number:
         piece.ids += timestamp(generator) + [VIDEO] * count
         piece.types += [0, 0, 0] + [2] * count
     piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw", depth=1)
-    return piece_with(piece, video_merge_sizes=torch.tensor([2]), video_compression_mask=kept.flatten())
-
-
-def piece_with(piece: Piece, **tensors: torch.Tensor) -> Piece:
-    """The piece with more tensors."""
-    piece.tensors |= tensors
+    piece.tensors["video_merge_sizes"] = torch.tensor([2])
+    piece.tensors["video_compression_mask"] = kept.flatten()
     return piece
 
 
