@@ -1,46 +1,37 @@
-"""A vision tower, a projector, and a text model with one-dimensional RoPE: LLaVA and its many relatives."""
+"""A vision tower, a projector, and a text model with one-dimensional RoPE: LLaVA and those made after it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from transformers import (
     CLIPVisionConfig,
+    ConvNextConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
+    Qwen2Config,
+    SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from zoo.pieces import Member, Piece, without_types
+from zoo.vision import FRAMES, IMAGE, SIDE, TOWER, VIDEO, clip, noise, square
 from zoo.weights import TEXT, drawn
 
-IMAGE, VIDEO = 199, 198
-START, END = 197, 196
-SIDE = 28  # pixels on a side of what a vision tower sees
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 SIZES = ((28, 56), (40, 56), (56, 20))  # of the first, second, third image: 2, 4 (unpadded) and 2 crops beside the base
-TOWER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": SIDE // 4,
-}
-
-
-def noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Pixels."""
-    return torch.randn(shape, generator=generator)
-
-
-def one_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
-    """An image of one size: 16 tokens."""
-    return Piece([IMAGE] * 16, [1] * 16, {"pixel_values": noise(generator, 1, 3, SIDE, SIDE)})
 
 
 def crops_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
@@ -57,10 +48,9 @@ def crops_image(model: PreTrainedModel, generator: torch.Generator, number: int)
 
 def llava(seed: int) -> PreTrainedModel:
     """LLaVA-1.5: Llama without GQA."""
-    text = LlamaConfig(**TEXT | {"num_key_value_heads": 4})
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
-        text_config=text,
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT | {"num_key_value_heads": 4}),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         image_seq_length=16,
@@ -71,7 +61,7 @@ def llava(seed: int) -> PreTrainedModel:
 def llava_next(seed: int) -> PreTrainedModel:
     """LLaVA-NeXT: images of several crops."""
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
+        vision_config=CLIPVisionConfig(**TOWER),
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
@@ -80,7 +70,74 @@ def llava_next(seed: int) -> PreTrainedModel:
     return drawn(lambda: LlavaNextForConditionalGeneration(config), seed)
 
 
+def llava_next_video(seed: int) -> PreTrainedModel:
+    """LLaVA-NeXT-Video: frames are pooled to 2 x 2 tokens."""
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return drawn(lambda: LlavaNextVideoForConditionalGeneration(config), seed)
+
+
+def llava_onevision(seed: int) -> PreTrainedModel:
+    """LLaVA-OneVision: SigLIP and Qwen2; a newline ends a video of 2 x 2 tokens a frame."""
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return drawn(lambda: LlavaOnevisionForConditionalGeneration(config), seed)
+
+
+def vipllava(seed: int) -> PreTrainedModel:
+    """VipLLaVA: the features of several layers of the tower side by side."""
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT | {"num_key_value_heads": 4}),
+        image_token_index=IMAGE,
+        vision_feature_layer=(-1, -2),
+        image_seq_length=16,
+    )
+    return drawn(lambda: VipLlavaForConditionalGeneration(config), seed)
+
+
+def video_llava(seed: int) -> PreTrainedModel:
+    """Video-LLaVA: a tower each for images and videos; a frame keeps its class token."""
+    config = VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT | {"num_key_value_heads": 4}),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-1,
+    )
+    return drawn(lambda: VideoLlavaForConditionalGeneration(config), seed)
+
+
+def fast_vlm(seed: int) -> PreTrainedModel:
+    """FastVLM: a convolutional tower (its own needs timm; ConvNeXt has the same kind of output)."""
+    tower = ConvNextConfig(
+        num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], patch_size=4, image_size=32, hidden_size=32
+    )
+    config = FastVlmConfig(
+        vision_config=tower, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE, image_seq_length=16
+    )
+    model = drawn(lambda: FastVlmForConditionalGeneration(config), seed)
+    model.model.vision_tower._supports_sdpa = True  # says the wrapper of timm, whose place it takes
+    return model
+
+
 MEMBERS = [
-    Member("llava", llava, one_image, finish=without_types),
+    Member("llava", llava, square(SIDE, 16), finish=without_types),
     Member("llava_next", llava_next, crops_image, finish=without_types),
+    Member("llava_next_video", llava_next_video, crops_image, clip(SIDE, 4 * FRAMES), without_types),
+    Member("llava_onevision", llava_onevision, crops_image, clip(SIDE, 4 * FRAMES + 1), without_types),
+    Member("vipllava", vipllava, square(SIDE, 16), finish=without_types),
+    Member("video_llava", video_llava, square(SIDE, 16), clip(SIDE, 17 * FRAMES), without_types),
+    Member("fast_vlm", fast_vlm, square(32, 16), finish=without_types),
 ]
