@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
 import torch
 from transformers import (
     CLIPVisionConfig,
     ConvNextConfig,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    Granite4VisionConfig,
+    Granite4VisionForConditionalGeneration,
+    Granite4VisionTextConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,6 +30,8 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PerceptionLMConfig,
+    PerceptionLMForConditionalGeneration,
     PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
@@ -27,14 +42,18 @@ from transformers import (
 )
 
 from zoo.pieces import Member, Piece, without_types
-from zoo.vision import FRAMES, IMAGE, SIDE, TOWER, VIDEO, clip, noise, square
+from zoo.vision import END, FRAMES, IMAGE, SIDE, START, TOWER, VIDEO, clip, noise, square
 from zoo.weights import TEXT, drawn
 
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 SIZES = ((28, 56), (40, 56), (56, 20))  # of the first, second, third image: 2, 4 (unpadded) and 2 crops beside the base
 
+Parts = Callable[[Any], Sequence[torch.Tensor]]  # from what get_image_features returns to the features of each image
 
-def crops_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+
+def crops_image(
+    model: PreTrainedModel, generator: torch.Generator, number: int, parts: Parts = attrgetter("pooler_output")
+) -> Piece:
     """An image cut into crops and unpadded; as many placeholders as the model makes features."""
     height, width = SIZES[number % len(SIZES)]
     crops = 1 + -(-height // SIDE) * -(-width // SIDE)
@@ -42,7 +61,7 @@ def crops_image(model: PreTrainedModel, generator: torch.Generator, number: int)
     pixels[:, :crops] = noise(generator, 1, crops, 3, SIDE, SIDE)
     tensors = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
     with torch.no_grad():
-        count = len(torch.cat(list(model.get_image_features(**tensors, return_dict=True).pooler_output)))
+        count = len(torch.cat(list(parts(model.get_image_features(**tensors, return_dict=True)))))
     return Piece([IMAGE] * count, [1] * count, tensors)
 
 
@@ -132,6 +151,88 @@ def fast_vlm(seed: int) -> PreTrainedModel:
     return model
 
 
+def perception_lm(seed: int) -> PreTrainedModel:
+    """Perception LM: images as tiles, pooled 2 x 2 (its own tower needs timm; CLIP has the same kind of output)."""
+    tower = CLIPVisionConfig(**TOWER | {"image_size": 56}, model_args={"embed_dim": TOWER["hidden_size"]})
+    config = PerceptionLMConfig(
+        vision_config=tower,
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        projector_pooling_ratio=2,
+    )
+    return drawn(lambda: PerceptionLMForConditionalGeneration(config), seed)
+
+
+def tile_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+    """An image of one tile of 16 tokens."""
+    return Piece([IMAGE] * 16, [1] * 16, {"pixel_values": noise(generator, 1, 1, 3, 56, 56)})
+
+
+def deepseek_vl(seed: int) -> PreTrainedModel:
+    """DeepSeek-VL: SigLIP and Llama with tied embeddings."""
+    config = DeepseekVLConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        tie_word_embeddings=True,
+    )
+    return drawn(lambda: DeepseekVLForConditionalGeneration(config), seed)
+
+
+def janus(seed: int) -> PreTrainedModel:
+    """Janus, the half that understands images."""
+    tower = JanusVisionConfig(
+        **{name: value for name, value in TOWER.items() if name != "intermediate_size"},
+        mlp_ratio=2.0,
+        projection_dim=64,
+        num_image_tokens=16,
+    )
+    painter = JanusVQVAEConfig(
+        num_embeddings=16,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        projection_dim=64,
+        image_token_embed_dim=64,
+    )
+    config = JanusConfig(text_config=LlamaConfig(**TEXT), vision_config=tower, vq_config=painter, image_token_id=IMAGE)
+    return drawn(lambda: JanusForConditionalGeneration(config), seed)
+
+
+def granite4_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+    """As LLaVA-NeXT's, with 2 x 2 tokens a crop."""
+    return crops_image(model, generator, number, lambda features: features.deepstack_features[0][1])
+
+
+def granite4_vision(seed: int) -> PreTrainedModel:
+    """Granite 4 Vision: features are added to the hidden states before each of the first five layers."""
+    config = Granite4VisionConfig(
+        vision_config=CLIPVisionConfig(**TOWER | {"hidden_size": 64}),
+        text_config=Granite4VisionTextConfig(
+            **TEXT,
+            embedding_multiplier=2.0,
+            logits_scaling=1.5,
+            residual_multiplier=0.8,
+            attention_multiplier=0.2,
+        ),
+        qformer_config={
+            "num_hidden_layers": 1,
+            "intermediate_size": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2, 3, 4],
+        projector_dropout=0.0,
+    )
+    return drawn(lambda: Granite4VisionForConditionalGeneration(config), seed)
+
+
 MEMBERS = [
     Member("llava", llava, square(SIDE, 16), finish=without_types),
     Member("llava_next", llava_next, crops_image, finish=without_types),
@@ -140,4 +241,8 @@ MEMBERS = [
     Member("vipllava", vipllava, square(SIDE, 16), finish=without_types),
     Member("video_llava", video_llava, square(SIDE, 16), clip(SIDE, 17 * FRAMES), without_types),
     Member("fast_vlm", fast_vlm, square(32, 16), finish=without_types),
+    Member("perception_lm", perception_lm, tile_image, clip(56, 16 * FRAMES), without_types),
+    Member("deepseek_vl", deepseek_vl, square(SIDE, 16), finish=without_types),
+    Member("janus", janus, square(SIDE, 16, (START,), (END,)), finish=without_types),
+    Member("granite4_vision", granite4_vision, granite4_image, finish=without_types),
 ]
