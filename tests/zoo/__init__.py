@@ -5,6 +5,7 @@ from __future__ import annotations
 from zoo import (
     glm_like,
     llava_like,
+    mla,
     qwen_like,
     tiled,
 )
@@ -13,6 +14,7 @@ from zoo.pieces import Answer, Member, make_batch, make_rows
 _FILES = (
     glm_like,
     llava_like,
+    mla,
     qwen_like,
     tiled,
 )

@@ -45,3 +45,15 @@ def video(model: PreTrainedModel, generator: torch.Generator, number: int, patch
     piece = framed(VIDEO, 2, grid[0] * grid[1] * grid[2] // 4)
     piece.tensors = patches(generator, grid, patch, "pixel_values_videos", "video_grid_thw", depth)
     return piece
+
+
+def frames_video(model: PreTrainedModel, generator: torch.Generator, number: int, patch: int, depth: int = 2) -> Piece:
+    """A video whose frames stand one by one, each behind its timestamp and between start and end."""
+    grid = VIDEO_GRIDS[number % len(VIDEO_GRIDS)]
+    piece = Piece([], [], {})
+    for _ in range(grid[0]):
+        frame = framed(VIDEO, 2, grid[1] * grid[2] // 4)
+        piece.ids += timestamp(generator) + frame.ids
+        piece.types += [0, 0, 0, *frame.types]
+    piece.tensors = patches(generator, grid, patch, "pixel_values_videos", "video_grid_thw", depth)
+    return piece

@@ -28,7 +28,7 @@ from transformers import (
     VideoLlama3ForConditionalGeneration,
 )
 
-from zoo.grids import VIDEO_GRIDS, framed, image, patches, timestamp, video
+from zoo.grids import VIDEO_GRIDS, frames_video, image, patches, timestamp, video
 from zoo.pieces import Member, Piece, without_types
 from zoo.weights import END, IMAGE, START, TEXT, VIDEO, drawn
 
@@ -179,18 +179,6 @@ def timed_video(rate: str, model: PreTrainedModel, generator: torch.Generator, n
     return piece
 
 
-def frames_video(model: PreTrainedModel, generator: torch.Generator, number: int, depth: int = 2) -> Piece:
-    """A video whose frames stand one by one, each behind its timestamp and between start and end."""
-    grid = VIDEO_GRIDS[number % len(VIDEO_GRIDS)]
-    piece = Piece([], [], {})
-    for _ in range(grid[0]):
-        frame = framed(VIDEO, 2, grid[1] * grid[2] // 4)
-        piece.ids += timestamp(generator) + frame.ids
-        piece.types += [0, 0, 0, *frame.types]
-    piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw", depth)
-    return piece
-
-
 def unmerged_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
     """VideoLLaMA3: each patch of an image is a token, with nothing around them."""
     grid = ((1, 4, 3), (1, 2, 5), (1, 3, 3))[number % 3]
@@ -218,8 +206,8 @@ def compressed_video(model: PreTrainedModel, generator: torch.Generator, number:
 MEMBERS = [
     Member("qwen2_5_vl", build_qwen2_5_vl, partial(image, patch=PATCH), partial(timed_video, "second_per_grid_ts")),
     Member("qwen2_vl", build_qwen2_vl, partial(image, patch=PATCH), partial(video, patch=PATCH)),
-    Member("qwen3_vl", build_qwen3_vl, partial(image, patch=PATCH), frames_video),
-    Member("qwen3_vl_moe", build_qwen3_vl_moe, partial(image, patch=PATCH), frames_video),
+    Member("qwen3_vl", build_qwen3_vl, partial(image, patch=PATCH), partial(frames_video, patch=PATCH)),
+    Member("qwen3_vl_moe", build_qwen3_vl_moe, partial(image, patch=PATCH), partial(frames_video, patch=PATCH)),
     Member(
         "qwen2_5_omni_thinker",
         build_qwen2_5_omni,
@@ -235,6 +223,11 @@ MEMBERS = [
         without_types,
     ),
     Member("video_llama_3", build_video_llama_3, unmerged_image, compressed_video, without_types),
-    Member("cosmos3_edge", build_cosmos3_edge, partial(image, patch=PATCH, depth=1), partial(frames_video, depth=1)),
-    Member("cosmos3_omni", build_cosmos3_omni, partial(image, patch=PATCH), frames_video),
+    Member(
+        "cosmos3_edge",
+        build_cosmos3_edge,
+        partial(image, patch=PATCH, depth=1),
+        partial(frames_video, patch=PATCH, depth=1),
+    ),
+    Member("cosmos3_omni", build_cosmos3_omni, partial(image, patch=PATCH), partial(frames_video, patch=PATCH)),
 ]
