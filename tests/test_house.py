@@ -12,7 +12,7 @@ PACKAGE = Path(pyramiddrop.__file__).parent
 FLOORS = (
     ("schedule", "scoring", "selection", "trace", "cost", "planning"),
     ("hf",),
-    ("methods",),
+    ("methods", "saving"),
     ("assets", "inference"),
     ("training", "evaluation", "report", "speed"),
     ("cli",),

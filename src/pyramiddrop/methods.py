@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from pyramiddrop.saving import stay, travel
 from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import AttentionScorer, RandomScorer, Scorer, UniformScorer
 from pyramiddrop.trace import Trace
@@ -281,13 +282,17 @@ class Applied:
 def apply(model: nn.Module, method: Method) -> Trace:
     """Apply `method` to `model` until `remove(model)`; returns the trace, which each prefill fills anew.
 
+    While it is applied, the model's `save_pretrained` writes the method's `pyramiddrop.json`, too.
+
     Raises:
         ValueError: where the model family is not supported or the schedule does not fit its depth.
         RuntimeError: where the model has a method already.
     """
     from pyramiddrop.hf import GivenMasks
 
-    return _attach(model, method, GivenMasks()).trace
+    attachment = _attach(model, method, GivenMasks())
+    travel(attachment.anatomy.wrappers, method)
+    return attachment.trace
 
 
 def remove(model: nn.Module) -> None:
@@ -302,6 +307,7 @@ def remove(model: nn.Module) -> None:
     if attachment is None:
         raise RuntimeError("no pyramiddrop method is applied to this model")
     attachment.detach()
+    stay(attachment.anatomy.wrappers)
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:

@@ -1,0 +1,51 @@
+"""Owns that a method travels with its model: `save_pretrained` of a patched model writes `pyramiddrop.json`, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from pyramiddrop.methods import Method
+
+
+class SaveWithMethod:
+    """Stands in for a patched model's `save_pretrained`.
+
+    What calls that function keeps the method without knowing of it: every trainer's checkpoints, LoRA merged into its
+    base, `push_to_hub`. A deep copy of the model saves itself, not its original.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self.model, self.method = model, method
+        kind: Any = type(model)
+        self.__wrapped__ = kind.save_pretrained
+
+    def __call__(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        model: Any = self.model
+        result = self.__wrapped__(model, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.method.save_pretrained(save_directory)
+        if push_to_hub:  # after the file is there, and by the way that saves once more, through here
+            model.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_of_hub(kwargs))
+        return result
+
+
+def travel(modules: Iterable[nn.Module], method: Method) -> None:
+    """Let each of `modules` that can save itself write `method` beside its weights."""
+    for module in modules:
+        if hasattr(type(module), "save_pretrained"):
+            module.__dict__["save_pretrained"] = SaveWithMethod(module, method)
+
+
+def stay(modules: Iterable[nn.Module]) -> None:
+    """Undo `travel`."""
+    for module in modules:
+        module.__dict__.pop("save_pretrained", None)
+
+
+def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in ("commit_message", "private", "token", "revision") if name in kwargs}

@@ -1,0 +1,223 @@
+"""Owns a whole training: from what a user asks for to a folder that `generate`, `bench` and others take as a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
+from pyramiddrop.inference.choice import MethodOptions, choose_method
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.methods import Method, apply
+from pyramiddrop.training.collate import AnswerCollator
+from pyramiddrop.training.dataset import Report, load_samples
+from pyramiddrop.training.every_rank import BlankImage
+from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
+from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What was asked for; None takes the recipe's or the library's word.
+
+    Attributes:
+        model: folder or hub name of a checkpoint.
+        data, images: see `load_samples`.
+        output: folder for checkpoints, logs and, at the end, the trained model.
+        recipe: "projector", "all" or "lora".
+        method: what drops tokens; without any option the method saved beside the checkpoint, or PyramidDrop.
+        batch: samples a step, over all devices and accumulated ones.
+        device_batch: samples that a device runs at once.
+        steps: ends training early, or, with `epochs`, whichever is given.
+        logits: see `Method`.
+        skip_broken: leave broken samples out instead of stopping at the first.
+        resume: go on from the last whole checkpoint in `output`.
+        save_every, log_every: steps; None saves at the end alone.
+        chat_template: a file that replaces the checkpoint's.
+    """
+
+    model: str
+    data: str
+    output: Path
+    images: Path | None = None
+    recipe: str = "all"
+    method: MethodOptions = field(default_factory=MethodOptions)
+    epochs: float = 1.0
+    steps: int | None = None
+    batch: int | None = None
+    device_batch: int = 1
+    learning_rate: float | None = None
+    max_length: int | None = None
+    logits: str = "kept"
+    checkpointing: bool = True
+    skip_broken: bool = False
+    resume: bool = False
+    save_every: int | None = None
+    log_every: int = 10
+    seed: int = 0
+    workers: int = 0
+    dtype: str | None = None
+    chat_template: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training that can run. `method` is None for vanilla."""
+
+    options: TrainOptions
+    trainer: ConversationTrainer
+    method: Method | None
+    report: Report
+
+    def run(self) -> dict[str, float]:
+        """Train, save the trained model into `options.output`, and return the trainer's figures.
+
+        LoRA is merged into its base, so that the folder holds a whole model; its checkpoints hold the adapters.
+        """
+        trainer = self.trainer
+        resumed = last_whole_checkpoint(self.options.output) if self.options.resume else None
+        figures: dict[str, float] = trainer.train(resume_from_checkpoint=resumed).metrics
+        trainer.save_state()
+        if self.options.recipe == "lora":
+            self._save_merged()
+        else:
+            trainer.save_model()
+        return figures
+
+    def _save_merged(self) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.trainer.is_world_process_zero():
+            model.merge_and_unload().save_pretrained(self.options.output)
+            self.trainer.processing_class.save_pretrained(self.options.output)
+
+
+def prepare_training(options: TrainOptions, progress: Callable[[str], None] = lambda step: None) -> TrainingJob:
+    """Check what was asked for, from what is cheap to what is not: settings, data, weights.
+
+    Args:
+        progress: told what comes next.
+
+    Raises:
+        InputError: for anything that was asked for and cannot be done.
+    """
+    recipe = find_recipe(options.recipe)
+    _check_output(options)
+    method = choose_method(options.method, options.model, decoder_layers(read_config(options.model)))
+    arguments = training_arguments(options, recipe)
+    processor = _processor(options)
+    collator = AnswerCollator(processor)
+    progress(f"checking {options.data}")
+    table, report = load_samples(options.data, collator, options.images, options.max_length, options.skip_broken)
+    progress(f"loading {options.model}")
+    set_seed(options.seed)
+    model = _load_weights(options, recipe)
+    if method is not None:
+        method = replace(method, logits=options.logits)
+        apply(model, method)
+    if arguments.world_size > 1:
+        BlankImage(model, blank_pixels(processor))
+    trainer = ConversationTrainer(
+        model=prepare_weights(model, recipe),
+        args=arguments,
+        data_collator=collator,
+        train_dataset=table,
+        processing_class=processor,
+        callbacks=[MethodCallback(method)] if method is not None else None,
+    )
+    return TrainingJob(options, trainer, method, report)
+
+
+def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
+    """The trainer's settings: the recipe's where nothing was asked for.
+
+    Raises:
+        InputError: where the batch cannot be shared out evenly.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = options.batch or recipe.batch
+    if batch % (ranks * options.device_batch):
+        raise InputError(
+            f"--batch {batch} is no multiple of {options.device_batch} samples on each of {ranks} devices; change "
+            "--batch or --device-batch"
+        )
+    cuda = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(options.output),
+        num_train_epochs=options.epochs,
+        max_steps=options.steps or -1,
+        per_device_train_batch_size=options.device_batch,
+        gradient_accumulation_steps=batch // (ranks * options.device_batch),
+        learning_rate=options.learning_rate or recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=0.0,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        gradient_checkpointing=options.checkpointing,
+        max_length=None,  # a cut sample could lose its images' places: too long ones are broken instead
+        packing=False,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_num_workers=options.workers,
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        report_to=["tensorboard"],
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 500,
+        seed=options.seed,
+    )
+
+
+def blank_pixels(processor: Any) -> dict[str, torch.Tensor]:
+    """A model's arguments for one blank image."""
+    side = 2 * 28  # of any size: the processor makes of it what the model takes
+    inputs = processor(images=[Image.new("RGB", (side, side))], text=[processor.image_token], return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name not in processor.tokenizer.model_input_names}
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end (a trainer writes its state last), or None."""
+    states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states if _readable(path)}
+    return str(steps[max(steps)]) if steps else None
+
+
+def _readable(state: Path) -> bool:
+    return state.read_text(encoding="utf-8").rstrip().endswith("}")
+
+
+def _check_output(options: TrainOptions) -> None:
+    there = last_whole_checkpoint(options.output) is not None
+    if options.resume and not there:
+        raise InputError(f"nothing to resume: {options.output} holds no whole checkpoint (--save-every writes them)")
+    if there and not options.resume:
+        raise InputError(f"{options.output} holds checkpoints already; give --resume, or another --output")
+
+
+def _processor(options: TrainOptions) -> Any:
+    with user_input(f"cannot load the processor of {options.model}", (OSError, ValueError, ImportError)):
+        processor = load_processor(options.model)
+    if options.chat_template is not None:
+        with user_input(f"cannot read {options.chat_template}", (OSError, ValueError)):
+            processor.chat_template = options.chat_template.read_text(encoding="utf-8")
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(f"{options.model} has no chat template; give one: --chat-template FILE")
+    return processor
+
+
+def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
+    """In float32 where they are trained; a frozen language model takes what suits the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = pick_dtype(device, options.dtype) if options.dtype or recipe.language != "all" else torch.float32
+    with user_input(f"cannot load the weights of {options.model}", (OSError, ValueError)):
+        return AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype)

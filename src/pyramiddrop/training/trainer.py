@@ -1,0 +1,65 @@
+"""Owns the trainer: TRL's SFTTrainer with the method on the model, an order of samples that can be resumed, and a file
+that travels with every checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig, SFTTrainer
+
+from pyramiddrop.methods import Method
+
+
+class MethodCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
+
+    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
+    that were put around it later, and sharded weights.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, whose head sees supervised rows alone; ordered so that a resumed run sees the same batches."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SeededLengths(grouped, list(dataset[self.args.length_column_name]), self.args.seed)
+
+
+class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
+    """Samples of like length together, in an order that depends on the seed and the epoch alone.
+
+    Transformers' own sampler draws from the global generator: ranks would have to be lucky to agree, and a run that was
+    resumed in its second epoch would see other batches than one that was not.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+__all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]
