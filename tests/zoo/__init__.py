@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from zoo import (
+    deepstack,
+    gemma_like,
     glm_like,
     llava_like,
     mla,
@@ -12,7 +14,9 @@ from zoo import (
 from zoo.pieces import Answer, Member, make_batch, make_rows
 
 _FILES = (
+    deepstack,
     glm_like,
+    gemma_like,
     llava_like,
     mla,
     qwen_like,
