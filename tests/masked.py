@@ -49,7 +49,7 @@ class Oracle:
     Attributes:
         prompt: what the next forward at `prompt.start` ranks; a test may set it anew for a further turn.
         alive: per stage (the first drops nothing) the columns so far that its layers see, (B, columns).
-        kept: per stage that drops, per sample of the prompt: the visual columns of the prompt that stay.
+        kept: per stage that drops, per row (a sample has one for each beam): the visual columns that stay.
     """
 
     rule: Rule
@@ -113,10 +113,9 @@ class Oracle:
                 for group in self.groups(sample):
                     self.choose_from(group, mine, scores, self.rule.keep[stage - 1], sample)
         self.alive[stage] = alive
-        own = alive[::beams, prompt.start : prompt.start + prompt.visual.shape[1]]
-        self.kept.append(
-            [(row & eye).nonzero()[:, 0] + prompt.start for row, eye in zip(own, prompt.visual, strict=True)]
-        )
+        own = alive[:, prompt.start : prompt.start + prompt.visual.shape[1]]
+        visual = prompt.visual.repeat_interleave(beams, dim=0)
+        self.kept.append([(row & eye).nonzero()[:, 0] + prompt.start for row, eye in zip(own, visual, strict=True)])
 
     def groups(self, sample: int) -> list[list[int]]:
         """The visual columns of a sample that compete with each other."""

@@ -1,0 +1,50 @@
+"""`make conformance`: run every check on every member and write the page; or only on the members that are named."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from conformance.checks import CHECKS
+from conformance.outcome import FAILED, Outcome, outcome
+from conformance.page import PAGE, render
+from zoo import MEMBERS
+
+
+def prove_all(members: list[str], console: Console) -> dict[tuple[str, str], Outcome]:
+    """All checks on these members; what fails is told at once."""
+    outcomes = {}
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(members) * len(CHECKS))
+        for member in members:
+            progress.update(task, description=member)
+            for check in CHECKS:
+                found = outcomes[member, check] = outcome(MEMBERS[member], CHECKS[check])
+                if found.status == FAILED:
+                    console.print(f"[red]{member}: {check}: {found.why}", highlight=False)
+                progress.advance(task)
+    return outcomes
+
+
+def main(names: list[str]) -> int:
+    """The exit status: 1 where a check fails."""
+    warnings.simplefilter("ignore")
+    console = Console()
+    outcomes = prove_all(names or list(MEMBERS), console)
+    counts = Counter(found.status for found in outcomes.values())
+    console.print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    if not names:
+        packages = ("transformers", "torch")
+        PAGE.write_text(render(outcomes, " and ".join(f"{name} {version(name)}" for name in packages)))
+        console.print(f"written: {PAGE.relative_to(PAGE.parents[1])}")
+    return 1 if counts[FAILED] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
