@@ -13,6 +13,7 @@ from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.generate import SeveralImages, generate
 from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.terminal import OneLineErrors
+from pyramiddrop.cli.train import train
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -25,6 +26,7 @@ app.command(cls=SeveralImages)(generate)
 app.command()(cost)
 app.command()(plan)
 app.command(cls=SeveralImages)(bench)
+app.command()(train)
 
 
 def _show_version(asked: bool) -> None:

@@ -47,6 +47,16 @@ class AnswerCollator:
             labels[row, ~answer_mask(offsets[row], one.answers, expansions[row])] = IGNORED_LABEL
         return {**inputs, "labels": labels}
 
+    @property
+    def ends_answers(self) -> bool:
+        """Whether an answer ends with a token of the vocabulary's added ones, so that the model learns to stop."""
+        content = [{"type": "text", "text": "a"}]
+        turns = [{"role": role, "content": content} for role in ("user", "assistant", "user", "assistant")]
+        batch = self([{"messages": turns, "images": []}])
+        answers = batch["labels"][0][batch["labels"][0] != IGNORED_LABEL].tolist()
+        added = set(self.processor.tokenizer.get_added_vocab().values())
+        return any(token in added for token in answers)
+
     def length(self, sample: Sample) -> int:
         """The tokens of a sample, its visual ones included.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from pyramiddrop.training.dataset import Report, load_samples
 from pyramiddrop.training.every_rank import BlankImage
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig
+
+BROKEN_LIST = "broken.txt"
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,24 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training that can run. `method` is None for vanilla."""
+    """A training that can run.
+
+    Attributes:
+        method: None for vanilla.
+        report: on the data.
+        remarks: what the user should know, a line each.
+    """
 
     options: TrainOptions
     trainer: ConversationTrainer
     method: Method | None
     report: Report
+    remarks: Sequence[str] = ()
+
+    @property
+    def broken_list(self) -> Path:
+        """The file that lists every broken sample, where there is one."""
+        return self.options.output / BROKEN_LIST
 
     def run(self) -> dict[str, float]:
         """Train, save the trained model into `options.output`, and return the trainer's figures.
@@ -133,7 +147,10 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
         processing_class=processor,
         callbacks=[MethodCallback(method)] if method is not None else None,
     )
-    return TrainingJob(options, trainer, method, report)
+    if report.broken and trainer.is_world_process_zero():
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / BROKEN_LIST).write_text("\n".join(report.broken) + "\n", encoding="utf-8")
+    return TrainingJob(options, trainer, method, report, _remarks(collator))
 
 
 def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
@@ -176,6 +193,15 @@ def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
         save_steps=options.save_every or 500,
         seed=options.seed,
     )
+
+
+def _remarks(collator: AnswerCollator) -> list[str]:
+    if collator.ends_answers:
+        return []
+    return [
+        "the chat template ends no answer with an end-of-text token, so that the model will not learn to stop; "
+        "--chat-template takes one that does"
+    ]
 
 
 def blank_pixels(processor: Any) -> dict[str, torch.Tensor]:
