@@ -1,0 +1,29 @@
+"""The vLLM plugin: visual tokens dropped inside the language model that vLLM serves, each stage with its own KV blocks.
+
+vLLM finds `register` by the entry point `vllm.general_plugins`. An engine drops where its architecture is one of those
+that are registered here; `hf_overrides` names it, so that a missing plugin is an error and not a model that drops
+nothing:
+
+>>> from vllm import LLM
+>>> from pyramiddrop import PyramidDrop
+>>> from pyramiddrop.vllm import hf_overrides
+>>> llm = LLM("llava-hf/llava-1.5-7b-hf", hf_overrides=hf_overrides("llava-hf/llava-1.5-7b-hf", PyramidDrop(lam=0.5)))
+"""
+
+from pyramiddrop.vllm.options import hf_overrides as hf_overrides
+
+
+def register() -> None:
+    """Make the architectures of this plugin known to vLLM; called by vLLM in each of its processes.
+
+    Raises:
+        RuntimeError: for a version of vLLM that this plugin does not know.
+    """
+    from pyramiddrop.vllm.versions import check_version
+
+    check_version()
+    from pyramiddrop.vllm.architectures import register_architectures
+    from pyramiddrop.vllm.params import guard_requests
+
+    register_architectures()
+    guard_requests()

@@ -1,0 +1,20 @@
+"""Owns the registration with vLLM: architectures by name, and the hook for their configuration."""
+
+from __future__ import annotations
+
+from vllm import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+from pyramiddrop.vllm.names import ARCHITECTURES, dropping
+
+
+def register_architectures() -> None:
+    """Register every dropping architecture; a second call changes nothing."""
+    from pyramiddrop.vllm.soundness import StagedConfig
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture in ARCHITECTURES:
+        name = dropping(architecture)
+        if name not in known:
+            ModelRegistry.register_model(name, f"pyramiddrop.vllm.models:{name}")
+        MODELS_CONFIG_MAP[name] = StagedConfig

@@ -1,0 +1,120 @@
+"""Owns what the attention of a later stage is told: fewer rows, shorter sequences, other slots."""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
+
+from pyramiddrop.vllm.batch import Batch
+from pyramiddrop.vllm.kv_cache import StageSpec
+
+
+def join_stage(attention: Any, stage: int, batch: Batch) -> None:
+    """Turn vLLM's `Attention` layer into one of `stage`: its own KV-cache group, and from stage 1 on its own metadata.
+
+    Raises:
+        ValueError: for attention over anything but all earlier tokens.
+    """
+    if attention.sliding_window is not None or attention.attn_backend.is_mla():
+        raise ValueError("pyramiddrop serves full attention only; the model has sliding windows or latent attention")
+    original = attention.get_kv_cache_spec
+
+    def get_kv_cache_spec(self: Any, vllm_config: Any) -> StageSpec:
+        return StageSpec.of(original(vllm_config), stage)
+
+    attention.get_kv_cache_spec = types.MethodType(get_kv_cache_spec, attention)
+    attention.pyramiddrop_batch = batch
+    if stage:
+        attention.attn_backend = _stage_backend(attention.attn_backend, stage)
+
+
+@cache
+def _stage_backend(backend: Any, stage: int) -> Any:
+    """`backend` with a metadata builder for `stage`; one class for all layers, by which vLLM groups them."""
+    base: Any = backend.get_builder_cls()
+
+    class StageBuilder(base):
+        supports_update_block_table = False
+
+        def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **options: Any):
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device, **options)
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self._batch: Batch = layer.pyramiddrop_batch
+            # A captured graph of decoding reads the lengths here, and so every step leaves them here.
+            self._lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+            **options: Any,
+        ) -> Any:
+            staged = self._staged(common_attn_metadata)
+            return super().build(common_prefix_len, staged, fast_build, **options)
+
+        def _staged(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+            lengths = self._lengths[: len(common.seq_lens)]
+            lengths.copy_(common.seq_lens)
+            common = common.replace(seq_lens=lengths)
+            step = self._batch.step
+            if step is None or not step.misses:
+                return common
+            common = _shorter(common, step.missing(stage))
+            if not step.visits:
+                _write_slots(common, common.slot_mapping, self.kv_cache_spec.block_size)
+                return common
+            common = _fewer_rows(common, step.rows(stage))
+            _write_slots(common, common.slot_mapping, self.kv_cache_spec.block_size)
+            step.slots.update(dict.fromkeys(self.layer_names, common.slot_mapping))
+            return common
+
+    return subclass_attention_backend(f"PyramidDropStage{stage}", backend, StageBuilder)
+
+
+def _shorter(common: CommonAttentionMetadata, missing: Tensor) -> CommonAttentionMetadata:
+    """Sequences less the tokens that the stage misses; `missing` (R,) int32, requests of padding miss none."""
+    common.seq_lens[: len(missing)] -= missing.to(common.seq_lens.device, non_blocking=True)
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is not None:
+        bound = bound.clone()
+        bound[: len(missing)] -= missing
+    return common.replace(
+        seq_lens_cpu_upper_bound=bound,
+        positions=None,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+def _fewer_rows(common: CommonAttentionMetadata, rows: list[int]) -> CommonAttentionMetadata:
+    """Queries are the `rows` of each request; such a step is never padded."""
+    device = common.query_start_loc.device
+    starts = torch.tensor([0, *rows]).cumsum(0).to(common.query_start_loc_cpu.dtype)
+    total = sum(rows)
+    return common.replace(
+        query_start_loc=starts.to(device, non_blocking=True),
+        query_start_loc_cpu=starts,
+        num_actual_tokens=total,
+        max_query_len=max(rows),
+        slot_mapping=torch.empty(total, dtype=common.slot_mapping.dtype, device=device),
+    )
+
+
+def _write_slots(common: CommonAttentionMetadata, out: Tensor, block_size: int) -> None:
+    """The slots of all rows into `out`, in place: the step's forward context, or a graph, reads that very buffer.
+
+    A request's rows are the last of its sequence. No value is read back from the device.
+    """
+    starts, lengths = common.query_start_loc.long(), common.seq_lens.long()
+    total = int(common.query_start_loc_cpu[-1])
+    counts = starts[1:] - starts[:-1]
+    owners = torch.arange(len(counts), device=starts.device).repeat_interleave(counts, output_size=total)
+    places = torch.arange(total, device=starts.device) + (lengths - starts[1:])[owners]
+    blocks = common.block_table_tensor[owners, places // block_size]
+    out[:total] = blocks.to(out.dtype) * block_size + places % block_size

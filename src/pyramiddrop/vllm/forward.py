@@ -1,0 +1,156 @@
+"""Owns the forward of a step that computes a visual prompt: the layers one by one, a gather at each stage end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+
+from pyramiddrop.vllm.batch import Batch, Entry, Step, Waiting
+from pyramiddrop.vllm.ranking import Survivors
+from pyramiddrop.vllm.rules import Rules
+
+
+class _Visit:
+    """One visual prompt of which the step computes a part.
+
+    A part that is not the last runs through stage 0 alone and leaves its rows; the last one takes them up.
+    """
+
+    def __init__(self, entry: Entry, rules: Rules, batch: Batch, device: torch.device) -> None:
+        assert entry.prompt is not None
+        self.request, self.finishes = entry.request, entry.finishes
+        self._batch = batch
+        self._earlier = batch.waiting.pop(entry.request, None)
+        if entry.computed != (0 if self._earlier is None else len(self._earlier.hidden)):
+            raise RuntimeError(
+                f"pyramiddrop: of {entry.computed} earlier tokens of {entry.request} not all rows are left"
+            )
+        self.survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)
+        self._ranking: Tensor | None = None
+        self._scores: Tensor | None = None
+
+    def rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
+        """Score by `layer`, the last one before the end of `stage` - 1, on what it receives: (n, D)."""
+        if stage == 1 and self._earlier is not None:
+            assert self._earlier.ranking is not None
+            hidden = torch.cat([self._earlier.ranking, hidden])
+            positions = torch.cat([self._earlier.positions, positions], -1)
+        if not self.finishes:
+            self._ranking = hidden
+        elif self.survivors.drops(stage):
+            self._scores = self.survivors.scores(stage, layer, hidden, positions)
+
+    def end_stage(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (n, D) and positions (..., n) with which `stage` begins, before its first `layer`."""
+        if stage == 1 and self._earlier is not None:
+            hidden = torch.cat([self._earlier.hidden, hidden])
+            positions = torch.cat([self._earlier.positions, positions], -1)
+            self._earlier = None
+        if not self.finishes:
+            if stage == 1:
+                self._batch.waiting[self.request] = Waiting(hidden, positions, self._ranking)
+            return hidden[:0], positions[..., :0]
+        if not self.survivors.drops(stage):
+            return hidden, positions
+        scores = self._scores if self._scores is not None else self.survivors.scores(stage, layer, hidden, positions)
+        self._scores = None
+        rows = self.survivors.choose(stage, scores)
+        return hidden[rows], positions[..., rows]
+
+
+class StagedForward:
+    """The rows of one step on their way through the layers.
+
+    The step is cut into spans: a visit is one, and so are all requests between two visits, which nothing is asked of.
+    """
+
+    def __init__(self, rules: Rules, batch: Batch, step: Step, device: torch.device) -> None:
+        self._rules, self._step = rules, step
+        self._first = {stage.layer: number for number, stage in enumerate(rules.schedule.stages, 1)}
+        self._visits: list[_Visit | None] = []
+        self._scheduled: list[int] = []
+        for entry in step.entries:
+            visit = _Visit(entry, rules, batch, device) if entry.visits else None
+            if visit is None and self._visits and self._visits[-1] is None:
+                self._scheduled[-1] += entry.scheduled
+            else:
+                self._visits.append(visit)
+                self._scheduled.append(entry.scheduled)
+        self._lengths = list(self._scheduled)
+
+    def run(self, text: Any, positions: Tensor, embeds: Tensor, deepstack: Mapping[int, Tensor]) -> Tensor:
+        """(T, D) hidden states after the last norm, of which vLLM reads the last row of every request.
+
+        Args:
+            text: vLLM's text model: its `layers` and `norm`.
+            positions: (T,) or (3, T).
+            embeds: (T, D), padded or not.
+            deepstack: layer -> (T, D) to be added after it (Qwen3-VL); layers of stage 0 only.
+        """
+        tokens = sum(self._scheduled)
+        hidden, positions = embeds[:tokens], positions[..., :tokens]
+        residual: Tensor | None = None
+        for index, layer in enumerate(text.layers):
+            if index in self._first:
+                hidden, positions = self._end_stage(index, layer, _whole(hidden, residual), positions)
+                residual = None
+                self._use_slots(text.layers[index:], self._first[index])
+            if self._rules.rank_layer == "last" and index + 1 in self._first:
+                self._rank_ahead(self._first[index + 1], layer, _whole(hidden, residual), positions)
+            hidden, residual = layer(positions, hidden, residual)
+            if index in deepstack:
+                hidden = hidden + deepstack[index][:tokens]
+        hidden, _ = text.norm(hidden, residual)
+        return self._given_back(hidden, embeds)
+
+    def _end_stage(self, index: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        stage = self._first[index]
+        spans = [
+            (rows, places) if visit is None else visit.end_stage(stage, layer, rows, places)
+            for visit, rows, places in self._spans(hidden, positions)
+        ]
+        self._lengths = [len(rows) for rows, _ in spans]
+        if sum(self._lengths) != sum(self._step.rows(stage)):
+            raise RuntimeError("pyramiddrop: the rows of a stage are not those that its KV cache was told of")
+        return torch.cat([rows for rows, _ in spans]), torch.cat([places for _, places in spans], -1)
+
+    def _rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
+        for visit, rows, places in self._spans(hidden, positions):
+            if visit is not None:
+                visit.rank_ahead(stage, layer, rows, places)
+
+    def _spans(self, hidden: Tensor, positions: Tensor) -> Any:
+        return zip(
+            self._visits, torch.split(hidden, self._lengths), torch.split(positions, self._lengths, dim=-1), strict=True
+        )
+
+    def _use_slots(self, layers: Any, stage: int) -> None:
+        """Let the layers of `stage` write their keys and values where its metadata builder said."""
+        context = get_forward_context()
+        for layer in layers:
+            name = layer.self_attn.attn.layer_name
+            if name in self._step.slots:
+                context.slot_mapping[name] = self._step.slots[name]
+
+    def _given_back(self, hidden: Tensor, embeds: Tensor) -> Tensor:
+        out = embeds.new_zeros(len(embeds), hidden.shape[-1])
+        start = 0
+        for visit, rows, scheduled in zip(
+            self._visits, torch.split(hidden, self._lengths), self._scheduled, strict=True
+        ):
+            end = start + scheduled
+            if visit is None:
+                out[start:end] = rows
+            elif visit.finishes:
+                out[end - 1] = rows[-1]
+            start = end
+        return out
+
+
+def _whole(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """vLLM carries the residual stream in two parts."""
+    return hidden if residual is None else hidden + residual

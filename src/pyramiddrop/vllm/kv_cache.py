@@ -1,0 +1,83 @@
+"""Owns the KV memory of a stage: its own group of blocks, with blocks for the tokens that it really holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+
+class StageManager(FullAttentionManager):
+    """Allocates blocks for a request's tokens less those that the stage misses.
+
+    Attributes:
+        dropped: request id -> tokens that each stage misses; the scheduler's, which keeps it.
+    """
+
+    dropped: Mapping[str, Sequence[int]]
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **options: Any,
+    ) -> int:
+        blocks: int = super().get_num_blocks_to_allocate(
+            request_id,
+            self._held(request_id, num_tokens),
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            self._held(request_id, num_tokens_main_model),
+            **options,
+        )
+        return blocks
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
+        blocks: list[Any] = super().allocate_new_blocks(
+            request_id, self._held(request_id, num_tokens), self._held(request_id, num_tokens_main_model)
+        )
+        return blocks
+
+    def _held(self, request_id: str, tokens: int) -> int:
+        # A prompt that is computed in parts has no rows here before its last one.
+        stage: int = self.kv_cache_spec.stage
+        return max(0, tokens - self.dropped[request_id][stage])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec(FullAttentionSpec):
+    """The KV cache of one layer in `stage`. Layers of stage 0 carry it, too.
+
+    A plain FullAttentionSpec would take the layers of later stages into its own group without a word. The class stands
+    in a module of its own right, for workers send it to the engine's core.
+    """
+
+    stage: int = 0
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, stage: int) -> Self:
+        """`spec` of a layer, as that of a layer in `stage`."""
+        values = {entry.name: getattr(spec, entry.name) for entry in fields(FullAttentionSpec)}
+        return cls(**values, stage=stage)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        # vLLM asks whether specs go together by trying: an AssertionError is its "no".
+        assert all(spec == specs[0] for spec in specs), "layers of different stages hold different tokens"
+        return specs[0]
+
+    def is_uniform_with_collection(self, specs: Mapping[str, KVCacheSpec]) -> bool:
+        return all(isinstance(spec, StageSpec) and spec.stage == self.stage for spec in specs.values())
+
+
+KVCacheSpecRegistry._ensure_registered()  # or vLLM takes its own specs for registered as soon as there is this one
+register_kv_cache_spec(manager_class=StageManager)(StageSpec)

@@ -1,0 +1,50 @@
+"""Owns the description of a step for vLLM's second model runner (a GPU's), by the hook that a model has there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
+from pyramiddrop.vllm.rules import Rules
+
+
+class StagedModelState(DefaultModelState):
+    """vLLM's state of a decoder, and the visual prompt of every request that the worker knows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._rules: Rules = self.model.pyramiddrop_rules
+        self._batch: Batch = self.model.pyramiddrop_batch
+        self._prompts: dict[str, VisualPrompt | None] = {}
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        self._prompts[new_req_data.req_id] = read_prompt(
+            new_req_data.mm_features, len(new_req_data.prompt_token_ids), self._rules
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self._prompts.pop(req_id, None)
+        self._batch.forget(req_id)
+
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **options: Any) -> dict[str, Any]:
+        if all(request in self._prompts for request in input_batch.req_ids):
+            self._batch.begin(
+                Entry(request, self._prompts[request], int(computed), int(scheduled))
+                for request, computed, scheduled in zip(
+                    input_batch.req_ids,
+                    input_batch.num_computed_tokens_np,
+                    input_batch.num_scheduled_tokens,
+                    strict=False,
+                )
+            )
+        else:  # a batch of vLLM's own making, to warm up or to capture
+            self._batch.step = None
+        metadata: dict[str, Any] = super().prepare_attn(input_batch, *args, **options)
+        return metadata

@@ -1,0 +1,33 @@
+"""Owns the names under which the plugin is asked for: of its architectures, and of its settings."""
+
+from __future__ import annotations
+
+#: Stands before the name of the architecture that is served.
+PREFIX = "PyramidDrop"
+#: The key of the settings, in `hf_overrides` and in `additional_config`.
+KEY = "pyramiddrop"
+
+#: Architectures that can be served, and the module and class of vLLM that serve them without dropping.
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": ("llava", "LlavaForConditionalGeneration"),
+    "LlavaNextForConditionalGeneration": ("llava_next", "LlavaNextForConditionalGeneration"),
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+    "InternVLChatModel": ("internvl", "InternVLChatModel"),
+}
+
+
+def dropping(architecture: str) -> str:
+    """The name of the architecture that serves `architecture` and drops.
+
+    Raises:
+        ValueError: where the plugin has none.
+    """
+    if architecture.startswith(PREFIX):
+        return architecture
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"pyramiddrop cannot serve {architecture} with dropping; it can serve {', '.join(ARCHITECTURES)}"
+        )
+    return PREFIX + architecture

@@ -1,0 +1,29 @@
+"""Owns how an engine is asked to drop: the `hf_overrides` for a checkpoint and a method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramiddrop.methods import Method
+from pyramiddrop.vllm.names import KEY, dropping
+
+
+def hf_overrides(model: str, method: Method | None = None, revision: str | None = None) -> dict[str, Any]:
+    """What `LLM(..., hf_overrides=...)` takes to serve `model` with dropping.
+
+    Args:
+        model: folder or hub name of a checkpoint; its config.json alone is read.
+        method: None takes the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
+        revision: of the checkpoint on the hub.
+
+    Raises:
+        ValueError: where no config.json can be read, or the plugin does not serve its architecture.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    named = config.get("architectures") or []
+    if not named:
+        raise ValueError(f"{model}: config.json names no architecture, or there is none")
+    settings = {} if method is None else {KEY: method.settings()}
+    return {"architectures": [dropping(named[0])], **settings}

@@ -1,0 +1,69 @@
+"""Owns what a prompt alone decides: its visual tokens, and how many of them each stage keeps.
+
+The scheduler, which counts blocks, and the workers, which write them, both work it out from the same prompt, so that
+nothing has to be told from one to the other, and nothing is left over when a request is preempted or aborted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.vllm.rules import Rules
+
+VISUAL = ("image", "video")
+
+
+@dataclass(frozen=True)
+class VisualPrompt:
+    """A prompt of which some stage drops tokens.
+
+    Attributes:
+        length: its tokens.
+        columns: (N,) long, ascending, where its visual tokens stand.
+        groups: (N,) long, the group that each belongs to: all one, or one an image.
+        quota: for each stage end the number of tokens of each group that stay.
+        dropped: for each stage, stage 0 too, the tokens that its layers miss.
+    """
+
+    length: int
+    columns: Tensor
+    groups: Tensor
+    quota: tuple[tuple[int, ...], ...]
+    dropped: tuple[int, ...]
+
+
+def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> VisualPrompt | None:
+    """The visual side of a prompt of `length` tokens, or None where no stage drops any of it.
+
+    Args:
+        features: vLLM's `mm_features` of the request.
+        length: tokens of the prompt, without what was generated.
+        rules: of the engine.
+    """
+    spans = _spans(features)
+    sizes = [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
+    quota = tuple(tuple(stage.count(size) for size in sizes) for stage in rules.schedule.stages)
+    dropped = (0, *(sum(sizes) - sum(kept) for kept in quota))
+    if not any(dropped):
+        return None
+    columns = torch.cat(spans)
+    owners = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([len(span) for span in spans]))
+    columns, order = columns.sort()
+    groups = owners[order] if rules.per_image else torch.zeros_like(columns)
+    return VisualPrompt(length, columns, groups, quota, dropped)
+
+
+def _spans(features: Sequence[Any] | None) -> list[Tensor]:
+    """For each image or video the columns of its visual tokens; separators between them are text."""
+    spans = []
+    for feature in features or ():
+        if feature.modality in VISUAL:
+            place = feature.mm_position
+            columns = torch.arange(place.offset, place.offset + place.length)
+            spans.append(columns if place.is_embed is None else columns[torch.as_tensor(place.is_embed, device="cpu")])
+    return spans

@@ -1,0 +1,111 @@
+"""Owns the choice at a stage end inside vLLM: one request's rows in, the rows that stay out; the core decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+
+from pyramiddrop.scoring import Evidence, attention_received
+from pyramiddrop.selection import compact, select
+from pyramiddrop.vllm.prompts import VisualPrompt
+from pyramiddrop.vllm.rules import Rules
+
+
+class Survivors:
+    """The rows of one request that are still there, from the first drop of its prompt to the last.
+
+    Attributes:
+        asking: the row of the prompt's last token, whose attention ranks. It is never dropped.
+    """
+
+    def __init__(self, prompt: VisualPrompt, length: int, rules: Rules, device: torch.device) -> None:
+        """`length` rows: the prompt's, and those of tokens that were generated before a preemption."""
+        self._prompt, self._rules = prompt, rules
+        self.asking, self._length = prompt.length - 1, length
+        columns = prompt.columns.to(device, non_blocking=True)
+        self._visual = torch.zeros(1, length, dtype=torch.bool, device=device)
+        self._visual[0, columns] = True
+        self._groups = torch.zeros(1, length, dtype=torch.long, device=device)
+        self._groups[0, columns] = prompt.groups.to(device, non_blocking=True)
+        self._ordinal = (self._visual.long().cumsum(1) - 1).clamp(min=0)
+
+    def drops(self, stage: int) -> bool:
+        """Whether the end before `stage` drops anything."""
+        return self._prompt.dropped[stage] > self._prompt.dropped[stage - 1]
+
+    def scores(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+        """(1, N) float32 for the end before `stage`.
+
+        Args:
+            layer: vLLM's decoder layer that ranks.
+            hidden: (N, D), what it receives.
+            positions: (N,) or (3, N).
+        """
+        return self._rules.scorer(
+            Evidence(
+                visual=self._visual,
+                ordinal=self._ordinal,
+                groups=self._groups,
+                quota=self._quota(stage),
+                hidden=hidden[None],
+                attention=lambda: attention_from(layer, hidden, positions, self.asking),
+            )
+        )
+
+    def choose(self, stage: int, scores: Tensor) -> Tensor:
+        """(n,) long, ascending: the rows that stay; from now on they are the rows that are there."""
+        protected = torch.zeros_like(self._visual)
+        protected[0, self.asking] = True
+        scores = scores.masked_fill(protected, float("inf"))
+        stays = select(scores, self._visual, self._groups, self._quota(stage)) | ~self._visual
+        gone = self._prompt.dropped[stage] - self._prompt.dropped[stage - 1]
+        self._length -= gone
+        self.asking -= gone  # all visual tokens of a prompt stand before its last token, or are it
+        rows, _ = compact(stays, self._length, ragged=False)
+        self._visual, self._groups, self._ordinal = (
+            state.gather(1, rows) for state in (self._visual, self._groups, self._ordinal)
+        )
+        return rows[0]
+
+    def _quota(self, stage: int) -> Tensor:
+        return torch.tensor([self._prompt.quota[stage - 1]]).to(self._visual.device, non_blocking=True)
+
+
+def attention_from(layer: Any, hidden: Tensor, positions: Tensor, asking: int) -> Tensor:
+    """(1, N) float32: the attention that each row receives in `layer` from the row `asking`, mean over all heads.
+
+    Rows after `asking` were generated later; they are not seen, and receive none.
+    """
+    queries, keys = project(layer, hidden[: asking + 1], positions[..., : asking + 1])
+    received = attention_received(
+        queries[None, -1:].transpose(1, 2),
+        keys[None].transpose(1, 2),
+        torch.ones(1, 1, 1, asking + 1, dtype=torch.bool, device=hidden.device),
+        torch.ones(1, 1, device=hidden.device),
+        layer.self_attn.scaling,
+    )
+    if get_tensor_model_parallel_world_size() > 1:
+        # Gathered and then added, for all ranks to add in the same order: they must agree to the last bit.
+        received = tensor_model_parallel_all_gather(received, dim=0).mean(0, keepdim=True)
+    return torch.nn.functional.pad(received, (0, len(hidden) - asking - 1))
+
+
+def project(layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, H, d) queries and (N, Hkv, d) keys of this rank in `layer`, rotated, of `hidden` (N, D)."""
+    attention = layer.self_attn
+    packed, _ = attention.qkv_proj(layer.input_layernorm(hidden))
+    queries, keys, _ = packed.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    if hasattr(attention, "q_norm"):
+        queries, keys = _normed(attention.q_norm, queries), _normed(attention.k_norm, keys)
+    queries, keys = attention.rotary_emb(positions.contiguous(), queries.contiguous(), keys.contiguous())
+    width = attention.head_dim
+    return queries.view(len(hidden), -1, width), keys.view(len(hidden), -1, width)
+
+
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    """Normed head by head, as Qwen3 does."""
+    heads: Tensor = norm(states.view(*states.shape[:-1], -1, norm.weight.shape[-1]))
+    return heads.flatten(-2)

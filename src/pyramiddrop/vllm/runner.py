@@ -1,0 +1,55 @@
+"""Owns the description of a step for vLLM's first model runner (the CPU's), which has no hook of its own for it."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
+from pyramiddrop.vllm.rules import Rules
+
+_build = GPUModelRunner._build_attention_metadata
+
+
+@wraps(_build)
+def _described(self: GPUModelRunner, *args: Any, **options: Any) -> Any:
+    batch: Batch | None = getattr(self.get_model(), "pyramiddrop_batch", None)
+    if batch is not None:
+        scheduled = options.get("num_scheduled_tokens")  # a dummy run schedules nothing
+        if scheduled is None:
+            batch.step = None
+        else:
+            _begin(self, batch, scheduled)
+    return _build(self, *args, **options)
+
+
+def describe_steps() -> None:
+    """Let the runner tell a model that drops what each step is; other models are not touched."""
+    GPUModelRunner._build_attention_metadata = _described
+
+
+def _begin(runner: GPUModelRunner, batch: Batch, scheduled: dict[str, int]) -> None:
+    for request in batch.waiting.keys() - runner.requests.keys():
+        batch.forget(request)
+    rules: Rules = runner.get_model().pyramiddrop_rules
+    held = runner.input_batch
+    batch.begin(
+        Entry(
+            request=request,
+            prompt=_prompt(runner.requests[request], rules),
+            computed=int(held.num_computed_tokens_cpu[row]),
+            scheduled=scheduled[request],
+        )
+        for row, request in enumerate(held.req_ids)
+    )
+
+
+def _prompt(state: Any, rules: Rules) -> VisualPrompt | None:
+    """Read once for each request, and kept with what the runner knows of it."""
+    if not hasattr(state, "pyramiddrop_prompt"):
+        state.pyramiddrop_prompt = read_prompt(state.mm_features, state.num_prompt_tokens, rules)
+    prompt: VisualPrompt | None = state.pyramiddrop_prompt
+    return prompt

@@ -1,0 +1,99 @@
+"""Owns what an engine that drops may not be combined with: refused at start, or switched off with a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from pyramiddrop.vllm.names import KEY
+from pyramiddrop.vllm.rules import rules_of, settle
+
+logger = init_logger(__name__)
+
+SCHEDULER = "pyramiddrop.vllm.scheduling.staged_scheduler"
+# Of a budget of fewer tokens there is no way to cut a prompt without leaving one token over; see scheduling.py.
+LEAST_BUDGET = 4
+
+
+class StagedConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for the configuration of an architecture: called before an engine is built."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Settle the method, refuse what is unsound, switch off what vLLM has on by default.
+
+        Raises:
+            ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
+        """
+        settle(vllm_config)
+        refused = list(unsound(vllm_config))
+        if refused:
+            raise ValueError(f"pyramiddrop cannot be served with {'; nor with '.join(refused)}")
+        _switch_off(vllm_config)
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        rules = rules_of(vllm_config)
+        logger.info(
+            "pyramiddrop: %s; drops before layers %s, keeps %s",
+            vllm_config.additional_config[KEY],
+            list(rules.schedule.layers),
+            list(rules.schedule.keep),
+        )
+
+
+def unsound(vllm_config: Any) -> Iterator[str]:
+    """What is asked for and cannot be, and why."""
+    yield from _unsound_features(vllm_config)
+    yield from _unsound_parallelism(vllm_config.parallel_config)
+    yield from _unsound_scheduling(vllm_config)
+
+
+def _unsound_features(vllm_config: Any) -> Iterator[str]:
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding (a draft is not made of what the stages hold)"
+    if vllm_config.lora_config is not None:
+        yield "LoRA (its map of tokens to adapters counts every token in every layer)"
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV connectors or KV offloading (they move blocks by the length of the prompt)"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield "--kv-sharing-fast-prefill (it picks rows of the whole prompt in later layers)"
+    if vllm_config.model_config.runner_type != "generate":
+        yield f"--runner {vllm_config.model_config.runner_type} (it reads rows that are dropped)"
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None and multimodal.is_multimodal_pruning_enabled():
+        yield "--video-pruning-rate (tokens would be dropped twice, by two counts)"
+
+
+def _unsound_parallelism(parallel: Any) -> Iterator[str]:
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallelism (a stage's rows do not cross from rank to rank)"
+    if parallel.data_parallel_size > 1:
+        yield "data parallelism in one engine (run one server for each replica)"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism (it deals out slots by the length of the prompt)"
+    if parallel.use_ubatching:
+        yield "microbatches (--enable-dbo, --ubatch-size)"
+
+
+def _unsound_scheduling(vllm_config: Any) -> Iterator[str]:
+    scheduler = vllm_config.scheduler_config
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield "--disable-hybrid-kv-cache-manager (each stage has a KV group of its own)"
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        yield f"--scheduler-cls {scheduler.scheduler_cls}"
+    if scheduler.max_num_batched_tokens < LEAST_BUDGET:
+        yield f"--max-num-batched-tokens below {LEAST_BUDGET}"
+    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+        yield "cudagraph_mode FULL (a step with a picture runs in Python; use FULL_AND_PIECEWISE or FULL_DECODE_ONLY)"
+
+
+def _switch_off(vllm_config: Any) -> None:
+    if vllm_config.cache_config.enable_prefix_caching:
+        logger.warning(
+            "pyramiddrop: prefix caching is switched off, for what a later layer holds of a picture depends on the "
+            "question after it"
+        )
+        vllm_config.cache_config.enable_prefix_caching = False
