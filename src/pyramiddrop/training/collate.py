@@ -38,7 +38,7 @@ class AnswerCollator:
             the processor makes of the images.
         """
         written = [self.writer.write(plain_messages(row["messages"])) for row in rows]
-        pictures = [[open_image(image) for image in row["images"]] for row in rows]
+        pictures = [[open_image(image) for image in listed(row["images"])] for row in rows]
         inputs = dict(self._encode(written, pictures))
         offsets = inputs.pop("offset_mapping")
         expansions = inputs.pop("text_replacement_offsets", None) or [[] for _ in rows]
@@ -85,6 +85,13 @@ class AnswerCollator:
         """Whether the tokenizer adds its special tokens; not where the template wrote the first of them itself."""
         first = self.processor.tokenizer.bos_token
         return first is None or not written.text.startswith(first)
+
+
+def listed(images: Any) -> Sequence[Any]:
+    """Images as a list; a table may hold a single one, or none."""
+    if images is None:
+        return []
+    return images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import datasets
 
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.training.collate import AnswerCollator
-from pyramiddrop.training.samples import BrokenSampleError, Sample, read_sample
+from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, read_sample
 
 LENGTH = "length"
 
@@ -48,23 +48,20 @@ def load_samples(
     """
     name, records = _read(source)
     folder = images or (Path(source).parent if Path(source).is_file() else None)
-    report, good, rows = Report(), [], []
+    report, good = Report(), {}
     for index, record in enumerate(records):
         try:
             sample = read_sample(record, folder)
-            length = _checked_length(sample, collator, max_length)
+            good[index] = sample, _checked_length(sample, collator, max_length)
         except BrokenSampleError as error:
             broken = f"{name}[{index}]: {error}"
             if not skip_broken:
                 raise InputError(broken) from error
             report.broken.append(broken)
-            continue
-        good.append(index)
-        rows.append((sample, length))
     report.good = len(good)
     if not good:
         raise InputError(f"{name} holds no sample to train on" + (f"; {report.broken[0]}" if report.broken else ""))
-    return _table(records, good, rows), report
+    return _table(records, good), report
 
 
 def _checked_length(sample: Sample, collator: AnswerCollator, max_length: int | None) -> int:
@@ -74,19 +71,26 @@ def _checked_length(sample: Sample, collator: AnswerCollator, max_length: int | 
     return length
 
 
-def _table(records: Any, good: Sequence[int], rows: Sequence[tuple[Sample, int]]) -> datasets.Dataset:
+def _table(records: Any, good: Mapping[int, tuple[Sample, int]]) -> datasets.Dataset:
     """Names of image files are copied into the table; pictures stay where they are, and are decoded when asked for."""
-    columns: dict[str, list[Any]] = {
-        "messages": [sample.messages for sample, _ in rows],
-        LENGTH: [length for _, length in rows],
-    }
-    if isinstance(records, datasets.Dataset) and not all(_are_files(sample.images) for sample, _ in rows):
-        own = [name for name in ("images", "image") if name in records.column_names][:1]
-        table = records.select(good).select_columns(own)
-        for name, values in columns.items():
-            table = table.add_column(name, values)
-        return table.rename_columns({"image": "images"} if own == ["image"] else {})
-    return datasets.Dataset.from_dict({**columns, "images": [sample.images for sample, _ in rows]})
+    if isinstance(records, datasets.Dataset) and not all(_are_files(sample.images) for sample, _ in good.values()):
+        own = next(name for name in ("images", "image") if name in records.column_names)
+        table = records.select_columns([own]).rename_columns({own: "images"} if own == "image" else {})
+        nothing = (None, None)
+        table = table.add_column("messages", [_messages(good.get(index)) for index in range(len(records))])
+        table = table.add_column(LENGTH, [good.get(index, nothing)[1] for index in range(len(records))])
+        return table.select(list(good))
+    return datasets.Dataset.from_dict(
+        {
+            "messages": [sample.messages for sample, _ in good.values()],
+            "images": [sample.images for sample, _ in good.values()],
+            LENGTH: [length for _, length in good.values()],
+        }
+    )
+
+
+def _messages(entry: tuple[Sample, int] | None) -> list[Message] | None:
+    return None if entry is None else entry[0].messages
 
 
 def _are_files(images: Sequence[Any]) -> bool:

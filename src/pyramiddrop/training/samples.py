@@ -125,7 +125,7 @@ def _images_of(record: Mapping[str, Any]) -> Sequence[Any]:
     given = record.get("images") if record.get("images") is not None else record.get("image")
     if given is None:
         return []
-    return [given] if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence) else given
+    return given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
 
 
 def _located(image: Any, folder: Path | None) -> Any:
