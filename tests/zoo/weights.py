@@ -45,7 +45,9 @@ def drawn(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
 
 
 def _draw(parameter: Tensor) -> None:
-    if parameter.dim() > 1:
+    if parameter.dim() == 3 and parameter.shape[1] == 1:  # a convolution in time, channel by channel: few inputs
+        parameter.normal_(0, 0.5)
+    elif parameter.dim() > 1:
         parameter.normal_(0, 0.12)
     else:  # norms and biases, about what their modules set them to
         parameter.add_(torch.randn_like(parameter), alpha=0.1)

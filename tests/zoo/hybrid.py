@@ -1,0 +1,169 @@
+"""Families whose text models mix attention with recurrent or convolutional layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Lfm3VlConfig,
+    Lfm3VlForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
+
+from zoo.grids import frames_video, image
+from zoo.pieces import Member, Piece, without_types
+from zoo.weights import END, IMAGE, START, TEXT, VIDEO, drawn
+
+PATCH = 4
+THUMBNAIL = 194
+IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+LINEAR: dict[str, Any] = {
+    "head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 64,
+}
+
+
+def build_qwen3_5(seed: int) -> PreTrainedModel:
+    """Qwen3.5: three layers of gated delta rule, then one of gated attention with partial M-RoPE."""
+    config = Qwen3_5Config(text_config=TEXT | LINEAR, vision_config=QWEN_VISION, **IDS)
+    return drawn(lambda: _with_long_memory(Qwen3_5ForConditionalGeneration(config)), seed)
+
+
+def build_qwen3_5_moe(seed: int) -> PreTrainedModel:
+    """Qwen3.5-MoE: the same with experts."""
+    text = {name: value for name, value in TEXT.items() if name != "intermediate_size"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    config = Qwen3_5MoeConfig(
+        text_config=text | LINEAR | experts | {"shared_expert_intermediate_size": 48},
+        vision_config=QWEN_VISION,
+        **IDS,
+    )
+    return drawn(lambda: _with_long_memory(Qwen3_5MoeForConditionalGeneration(config)), seed)
+
+
+def _with_long_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Slow decay: a state of one token alone may nearly vanish, and the norm behind it would amplify rounding."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.uniform_(-4, -2)
+    return model
+
+
+def build_lfm2_vl(seed: int) -> PreTrainedModel:
+    """LFM2-VL: short convolutions between layers of attention."""
+    types = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "full_attention"]
+    config = Lfm2VlConfig(
+        text_config=TEXT
+        | {
+            "model_type": "lfm2",
+            "layer_types": types,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": PATCH,
+            "num_patches": 64,
+            "vision_use_head": False,
+        },
+        image_token_id=IMAGE,
+        projector_hidden_size=64,
+        tie_word_embeddings=False,
+    )
+    return drawn(lambda: Lfm2VlForConditionalGeneration(config), seed)
+
+
+def build_lfm3_vl(seed: int) -> PreTrainedModel:
+    """LFM3-VL: convolutions, sliding layers and full ones, with gates, norms on both sides and a RoPE for each type."""
+    config = Lfm3VlConfig(
+        text_config=TEXT
+        | {
+            "model_type": "lfm3",
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "conv", "full_attention", "conv"] * 2,
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "patch_size": PATCH,
+            "layer_types": ["conv", "full_attention"],
+        },
+        projector_hidden_size=64,
+        tie_word_embeddings=False,
+        **IDS,
+    )
+    return drawn(lambda: Lfm3VlForConditionalGeneration(config), seed)
+
+
+def lfm2_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+    """Tiles, each behind its place, and a thumbnail; or the whole alone. Patches are padded to the most of any tile."""
+    shapes = (((6, 8),), ((4, 4), (4, 4), (4, 6)), ((6, 4),))[number % 3]
+    piece, pixels = Piece([START], [0], {}), torch.zeros(len(shapes), 48, 3 * PATCH * PATCH)
+    for place, (height, width) in enumerate(shapes):
+        pixels[place, : height * width] = torch.randn(height * width, pixels.shape[-1], generator=generator)
+        last = place == len(shapes) - 1
+        before = [] if len(shapes) == 1 else [THUMBNAIL if last else 160 + place]
+        piece.ids += before + [IMAGE] * (height * width // 4)
+        piece.types += [0] * len(before) + [1] * (height * width // 4)
+    piece.ids.append(END)
+    piece.types.append(0)
+    counts = torch.tensor([height * width for height, width in shapes])
+    piece.tensors = {
+        "pixel_values": pixels,
+        "spatial_shapes": torch.tensor(shapes),
+        "pixel_attention_mask": (torch.arange(48) < counts[:, None]).long(),
+    }
+    return piece
+
+
+_image, _video = partial(image, patch=PATCH), partial(frames_video, patch=PATCH)
+
+MEMBERS = [
+    Member("qwen3_5", build_qwen3_5, _image, _video),
+    Member("qwen3_5_moe", build_qwen3_5_moe, _image, _video),
+    Member("lfm2_vl", build_lfm2_vl, lfm2_image, finish=without_types),
+    Member("lfm3_vl", build_lfm3_vl, _image, _video, without_types),
+]
