@@ -49,13 +49,13 @@ class AnswerCollator:
 
     @property
     def ends_answers(self) -> bool:
-        """Whether an answer ends with a token of the vocabulary's added ones, so that the model learns to stop."""
+        """Whether the template puts a special token into an answer, so that the model learns to stop."""
         content = [{"type": "text", "text": "a"}]
         turns = [{"role": role, "content": content} for role in ("user", "assistant", "user", "assistant")]
         batch = self([{"messages": turns, "images": []}])
         answers = batch["labels"][0][batch["labels"][0] != IGNORED_LABEL].tolist()
-        added = set(self.processor.tokenizer.get_added_vocab().values())
-        return any(token in added for token in answers)
+        tokenizer = self.processor.tokenizer
+        return bool(set(answers) & set(tokenizer.get_added_vocab().values()) - set(tokenizer("a")["input_ids"]))
 
     def length(self, sample: Sample) -> int:
         """The tokens of a sample, its visual ones included.
