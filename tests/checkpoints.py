@@ -31,8 +31,13 @@ def save_checkpoint(
     """Write a checkpoint of `family` ("llava" or "next") into `folder`, and return the folder."""
     model = tiny_model(family, layers=layers)
     model.save_pretrained(folder)
-    _processor(model, family, chat_template).save_pretrained(folder)
+    save_processor(folder, model, family, chat_template)
     return folder
+
+
+def save_processor(folder: Path, model: Any, family: str, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write the processor of a `model` of `tiny.py` into `folder`."""
+    _processor(model, family, chat_template).save_pretrained(folder)
 
 
 def save_picture(path: Path, width: int = 90, height: int = 60) -> Path:
