@@ -81,6 +81,7 @@ def test_visual_tokens_are_typed_and_filled(member: Member, model: PreTrainedMod
 
 
 def test_attention_implementations_agree(member: Member, model: PreTrainedModel) -> None:
+    needs(member, "sdpa")
     before = model.config._attn_implementation
     for spec in content(member):
         inputs = make_batch(member, model, [spec])

@@ -11,6 +11,8 @@ from zoo import (
     mla,
     qwen_like,
     tiled,
+    token_image,
+    uneven,
 )
 from zoo.pieces import Answer, Member, make_batch, make_rows
 
@@ -23,6 +25,8 @@ _FILES = (
     mla,
     qwen_like,
     tiled,
+    token_image,
+    uneven,
 )
 MEMBERS: dict[str, Member] = {member.name: member for file in _FILES for member in file.MEMBERS}
 
