@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zoo import (
+    chunked,
     deepstack,
     gemma_like,
     glm_like,
@@ -15,8 +16,10 @@ from zoo import (
     uneven,
 )
 from zoo.pieces import Answer, Member, make_batch, make_rows
+from zoo.unsupported import UNSUPPORTED
 
 _FILES = (
+    chunked,
     deepstack,
     glm_like,
     gemma_like,
@@ -30,4 +33,4 @@ _FILES = (
 )
 MEMBERS: dict[str, Member] = {member.name: member for file in _FILES for member in file.MEMBERS}
 
-__all__ = ["MEMBERS", "Answer", "Member", "make_batch", "make_rows"]
+__all__ = ["MEMBERS", "UNSUPPORTED", "Answer", "Member", "make_batch", "make_rows"]
