@@ -22,27 +22,31 @@ class _Visit:
 
     def __init__(self, entry: Entry, rules: Rules, batch: Batch, device: torch.device) -> None:
         assert entry.prompt is not None
-        self.request, self.finishes = entry.request, entry.finishes
-        self._batch = batch
+        self._request, self._batch = entry.request, batch
         self._earlier = batch.waiting.pop(entry.request, None)
         if entry.computed != (0 if self._earlier is None else len(self._earlier.hidden)):
-            raise RuntimeError(
-                f"pyramiddrop: of {entry.computed} earlier tokens of {entry.request} not all rows are left"
-            )
-        self.survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)
+            raise RuntimeError(f"pyramiddrop: of {entry.computed} earlier tokens of {entry.request} not all rows are left")
+        self._survivors: Survivors | None = None
+        if entry.finishes:
+            self._survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)
         self._ranking: Tensor | None = None
         self._scores: Tensor | None = None
 
+    @property
+    def finishes(self) -> bool:
+        """Whether this part is the prompt's last."""
+        return self._survivors is not None
+
     def rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
-        """Score by `layer`, the last one before the end of `stage` - 1, on what it receives: (n, D)."""
+        """Score by `layer`, the last one before `stage`, on what it receives: (n, D)."""
         if stage == 1 and self._earlier is not None:
             assert self._earlier.ranking is not None
             hidden = torch.cat([self._earlier.ranking, hidden])
             positions = torch.cat([self._earlier.positions, positions], -1)
-        if not self.finishes:
+        if self._survivors is None:
             self._ranking = hidden
-        elif self.survivors.drops(stage):
-            self._scores = self.survivors.scores(stage, layer, hidden, positions)
+        elif self._survivors.drops(stage):
+            self._scores = self._survivors.scores(stage, layer, hidden, positions)
 
     def end_stage(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The rows (n, D) and positions (..., n) with which `stage` begins, before its first `layer`."""
@@ -50,15 +54,18 @@ class _Visit:
             hidden = torch.cat([self._earlier.hidden, hidden])
             positions = torch.cat([self._earlier.positions, positions], -1)
             self._earlier = None
-        if not self.finishes:
+        survivors = self._survivors
+        if survivors is None:
             if stage == 1:
-                self._batch.waiting[self.request] = Waiting(hidden, positions, self._ranking)
+                # Copies: these may be views of the batch, and of buffers that the next step writes to.
+                ranking = None if self._ranking is None else self._ranking.clone()
+                self._batch.waiting[self._request] = Waiting(hidden.clone(), positions.clone(), ranking)
             return hidden[:0], positions[..., :0]
-        if not self.survivors.drops(stage):
+        if not survivors.drops(stage):
             return hidden, positions
-        scores = self._scores if self._scores is not None else self.survivors.scores(stage, layer, hidden, positions)
+        scores = self._scores if self._scores is not None else survivors.scores(stage, layer, hidden, positions)
         self._scores = None
-        rows = self.survivors.choose(stage, scores)
+        rows = survivors.choose(stage, scores)
         return hidden[rows], positions[..., rows]
 
 
