@@ -103,7 +103,7 @@ def test_dropping_matters(name: str) -> None:
     """Each stage changes what comes out: otherwise no comparison with the oracle would say anything."""
     subject = subject_of(MEMBERS[name])
     batch = subject.batch([[5, "image", 7]])
-    layers, keep = list(subject.setup.layers), list(subject.setup.keep)
+    layers, keep = subject.setup.rule().layers, subject.setup.rule().keep
     outputs = [logits_of(subject, Rule(layers[:stages], keep[:stages]), batch) for stages in range(len(layers) + 1)]
     for fewer, more in pairwise(outputs):
         assert (fewer[0, -1] - more[0, -1]).abs().max() > 1e-3

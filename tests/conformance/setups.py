@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from reference import Rule
 from zoo import Member
@@ -15,21 +15,25 @@ class Setup:
 
     Attributes:
         layers: before which tokens are dropped.
-        keep: the share of the original visual tokens that stays after each drop.
-        fastv: the layer of the check with one early drop.
+        last: the same with rank_layer="last", where the layer before ranks.
+        fastv: the layer of the check with one early drop; the layer before it ranks.
         impossible: check -> why the untouched model cannot do it, where the zoo does not say so.
         refused: check -> words of the error by which the library refuses it; "*" stands for every check.
+        removed: whether masking is no oracle, because a later layer is not of attention alone: then rows are taken out.
     """
 
     layers: tuple[int, ...] = (2, 4, 6)
-    keep: tuple[float, ...] = (0.5, 0.25, 0.125)
+    last: tuple[int, ...] = (2, 4, 6)
     fastv: int = 2
     impossible: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    removed: bool = False
 
     def rule(self, rank_layer: str = "next", per_image: bool = False) -> Rule:
-        """The staged rule."""
-        return Rule(self.layers, self.keep, rank_layer=rank_layer, per_image=per_image)
+        """The staged rule: each stage halves what is left."""
+        layers = self.last if rank_layer == "last" else self.layers
+        keep = [0.5**stage for stage in range(1, len(layers) + 1)]
+        return Rule(layers, keep, rank_layer=rank_layer, per_image=per_image)
 
     @property
     def fastv_rule(self) -> Rule:
@@ -41,8 +45,44 @@ class Setup:
         return self.refused.get(check, self.refused.get("*"))
 
 
-# Members that are not here run with the rule above and are refused nothing.
-SETUPS: dict[str, Setup] = {}
+NO_GRID = {"new image": "`generate` needs the grids of earlier images too, and takes only those of new tokens"}
+WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4)  # three sliding layers, then one that sees all and can rank
+GRIDS = Setup(impossible=NO_GRID)
+DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
+
+# Members that are not here run with the rule above, are refused nothing, and can do all but what the zoo says.
+SETUPS: dict[str, Setup] = {
+    "aya_vision": WINDOWED,
+    "cohere2_vision": WINDOWED,
+    "cohere_compass": replace(WINDOWED, impossible=NO_GRID),
+    "cosmos3_omni": GRIDS,
+    "ernie4_5_vl_moe": GRIDS,
+    "exaone4_5": WINDOWED,
+    "gemma3": WINDOWED,
+    "gemma3n": WINDOWED,
+    "gemma4": WINDOWED,
+    "gemma4-edge": WINDOWED,
+    "gemma4-moe": WINDOWED,
+    "gemma4_unified": WINDOWED,
+    "glm46v": GRIDS,
+    "glm4v": GRIDS,
+    "glm4v_moe": GRIDS,
+    "glm_ocr": GRIDS,
+    "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
+    "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
+    "minimax_m3_vl": Setup(refused={"*": "layers of type 'minimax_m3_sparse' are not known"}),
+    "muse_glimmer": WINDOWED,
+    "paddleocr_vl": GRIDS,
+    "paligemma-2": Setup(layers=(1, 3, 5)),  # every other layer sees all
+    "qwen2_5_vl": GRIDS,
+    "qwen2_vl": GRIDS,
+    "qwen3_5": DELTA,
+    "qwen3_5_moe": DELTA,
+    "qwen3_vl": GRIDS,
+    "qwen3_vl_moe": GRIDS,
+    "step3p7": WINDOWED,
+    "unlimited_ocr": Setup(refused={"*": "layers of type 'reference_sliding_attention' are not known"}),
+}
 
 # One member for every kind of text model: what the fast tests run on.
 FAST = ("llava", "llava_next", "qwen2_vl", "qwen3_vl")
