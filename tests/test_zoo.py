@@ -49,7 +49,7 @@ def content(member: Member) -> list[list[object]]:
         specs.append([3, "image", "image", 6])
     if member.video:
         specs.append([4, "video", 6])
-        if "images" not in member.cannot:
+        if not {"images", "mixed"} & member.cannot.keys():
             specs.append([4, "image", 3, "video", 6])
     return specs
 
