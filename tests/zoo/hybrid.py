@@ -11,6 +11,8 @@ from transformers import (
     Lfm2VlForConditionalGeneration,
     Lfm3VlConfig,
     Lfm3VlForConditionalGeneration,
+    NemotronH_Omni_Reasoning_V3,
+    NemotronH_Omni_Reasoning_V3_Config,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -138,6 +140,54 @@ def build_lfm3_vl(seed: int) -> PreTrainedModel:
     return drawn(lambda: Lfm3VlForConditionalGeneration(config), seed)
 
 
+def build_nemotron_h_omni(seed: int) -> PreTrainedModel:
+    """Nemotron-H Omni: a layer is either Mamba-2, attention without RoPE, experts, or an MLP."""
+    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
+    config = NemotronH_Omni_Reasoning_V3_Config(
+        text_config=text
+        | {
+            "model_type": "nemotron_h",
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2,
+            "head_dim": 16,
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 48,
+        },
+        vision_config={
+            "model_type": "radio",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "mlp_ratio": 2.0,
+            "patch_size": PATCH,
+            "image_size": 8 * PATCH,
+            "max_img_size": 8 * PATCH,
+            "num_cls_tokens": 1,
+            "num_registers": 1,
+            "summary_idxs": [0],
+            "video_temporal_patch_size": 2,
+        },
+        projector_hidden_size=64,
+        vision_hidden_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=180,
+    )
+    return drawn(lambda: NemotronH_Omni_Reasoning_V3(config), seed)
+
+
+def nemotron_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+    """An image between start and end; a grid without time."""
+    piece = image(model, generator, number, patch=PATCH, depth=1)
+    piece.tensors["image_grid_hw"] = piece.tensors.pop("image_grid_thw")[:, 1:]
+    return piece
+
+
 def lfm2_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
     """Tiles, each behind its place, and a thumbnail; or the whole alone. Patches are padded to the most of any tile."""
     shapes = (((6, 8),), ((4, 4), (4, 4), (4, 6)), ((6, 4),))[number % 3]
@@ -166,4 +216,6 @@ MEMBERS = [
     Member("qwen3_5_moe", build_qwen3_5_moe, _image, _video),
     Member("lfm2_vl", build_lfm2_vl, lfm2_image, finish=without_types),
     Member("lfm3_vl", build_lfm3_vl, _image, _video, without_types),
+    # No video: the model joins the features of a video as a list of tensors, though they are one.
+    Member("nemotron_h_omni", build_nemotron_h_omni, nemotron_image, finish=without_types),
 ]

@@ -38,7 +38,7 @@ def drawn(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             _draw(parameter)
-        _silence(model.get_output_embeddings())
+        _silence(_head(model))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -51,6 +51,12 @@ def _draw(parameter: Tensor) -> None:
         parameter.normal_(0, 0.12)
     else:  # norms and biases, about what their modules set them to
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def _head(model: PreTrainedModel) -> torch.nn.Module:
+    """The output embedding; that of the language model inside where the outer class does not tell."""
+    head = model.get_output_embeddings()
+    return model.language_model.get_output_embeddings() if head is None else head
 
 
 def _silence(head: torch.nn.Module) -> None:
