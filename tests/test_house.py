@@ -13,6 +13,7 @@ FLOORS = (
     ("schedule", "scoring", "selection", "trace", "cost", "planning"),
     ("hf",),
     ("methods", "saving"),
+    ("vllm",),
     ("assets", "inference"),
     ("training", "evaluation", "report", "speed"),
     ("cli",),
@@ -68,6 +69,12 @@ def test_the_core_knows_no_models() -> None:
         path for path in modules() if home(path) in CORE and any(n.split(".")[0] in outside for n in imported(path))
     ]
     assert guilty == []
+
+
+def test_the_vllm_plugin_and_the_transformers_adapter_do_not_meet() -> None:
+    floor_of_vllm = {*CORE, "methods", "vllm"}
+    assert all(parts_used(path) <= floor_of_vllm for path in modules() if home(path) == "vllm")
+    assert not any("vllm" in parts_used(path) for path in modules() if home(path) == "hf")
 
 
 def test_every_module_says_what_it_owns() -> None:

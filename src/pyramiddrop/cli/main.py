@@ -12,6 +12,7 @@ from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.generate import SeveralImages, generate
 from pyramiddrop.cli.plan import plan
+from pyramiddrop.cli.serve import PASSED_ON, serve
 from pyramiddrop.cli.terminal import OneLineErrors
 from pyramiddrop.cli.train import train
 
@@ -26,6 +27,7 @@ app.command(cls=SeveralImages)(generate)
 app.command()(cost)
 app.command()(plan)
 app.command(cls=SeveralImages)(bench)
+app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
 
 

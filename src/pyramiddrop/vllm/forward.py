@@ -25,7 +25,9 @@ class _Visit:
         self._request, self._batch = entry.request, batch
         self._earlier = batch.waiting.pop(entry.request, None)
         if entry.computed != (0 if self._earlier is None else len(self._earlier.hidden)):
-            raise RuntimeError(f"pyramiddrop: of {entry.computed} earlier tokens of {entry.request} not all rows are left")
+            raise RuntimeError(
+                f"pyramiddrop: rows of the {entry.computed} earlier tokens of {entry.request} are missing"
+            )
         self._survivors: Survivors | None = None
         if entry.finishes:
             self._survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)

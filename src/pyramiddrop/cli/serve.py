@@ -1,0 +1,65 @@
+"""Owns the verb `serve`: vLLM's OpenAI server, with dropping."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyramiddrop.cli.terminal import remarks
+
+if TYPE_CHECKING:
+    from pyramiddrop.inference.serving import Launch
+
+#: What Typer does not know is vLLM's.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a checkpoint.")],
+    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
+    lam: Annotated[float | None, typer.Option(help="λ: the share that each drop leaves of what was there.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Cut the model's layers into so many equal stages.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.")] = None,
+    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")
+    ] = None,
+    only_show: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command, and start nothing.")] = False,
+) -> None:
+    """Serve a checkpoint with vLLM's OpenAI server, dropping visual tokens inside the language model.
+
+    Every other option is vLLM's own, e.g. --port 8000 --tensor-parallel-size 2. Without any option of a method: the one
+    saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
+    """
+    from pyramiddrop.inference.choice import MethodOptions
+    from pyramiddrop.inference.serving import check_vllm, prepare_launch
+
+    launch = prepare_launch(model, MethodOptions(method, lam, stages, layers, layer, keep), context.args)
+    _say(launch)
+    if only_show:
+        print(shlex.join(launch.command))
+        return
+    check_vllm()
+    sys.stdout.flush()
+    os.execv(launch.command[0], launch.command)
+
+
+def _say(launch: Launch) -> None:
+    from pyramiddrop.report.units import arrow, share, size
+
+    saving = launch.saving
+    if saving is None:
+        remarks().print(f"{launch.method}: the cost model does not know this text model", soft_wrap=True)
+        return
+    kept = arrow(list(dict.fromkeys(saving.pruned.visual_by_layer)))
+    remarks().print(
+        f"{launch.method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
+        f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
+        f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of {size(saving.vanilla.kv_bytes)})",
+        soft_wrap=True,
+    )

@@ -1,0 +1,34 @@
+"""The engine that these tests run: vLLM on a CPU, in an environment of its own (`.ci/vllm`). Where vLLM is not
+installed, what needs it is skipped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read by vLLM when it is imported, and by the processes that it starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the tests look into the scheduler; those of processes set it to 1
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-1.5's build: 8 layers, 16 visual tokens a picture."""
+    return _saved(tmp_path_factory, "llava")
+
+
+@pytest.fixture(scope="session")
+def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-NeXT's build: pictures of different sizes have different numbers of tokens."""
+    return _saved(tmp_path_factory, "next")
+
+
+def _saved(factory: pytest.TempPathFactory, family: str) -> Path:
+    from served import save_served
+
+    return save_served(factory.mktemp(family), family)

@@ -1,0 +1,168 @@
+"""What the tests of serving share: tiny checkpoints that vLLM can load, mixed requests, the engine driven step by
+step, and the answers of the `hf` adapter to the same requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from checkpoints import save_processor
+from pyramiddrop import Method
+from pyramiddrop.vllm import hf_overrides
+from tiny import tiny_model
+
+#: Heads of 32, the least that vLLM's attention on a CPU takes.
+WIDE_ENOUGH = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "limit_mm_per_prompt": {"image": 3},
+    "seed": 0,
+}
+Watch = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request: words with `<image>` among them, its pictures, and how many tokens to answer."""
+
+    prompt: str
+    images: tuple[Image.Image, ...]
+    tokens: int
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """As vLLM takes it."""
+        return {"prompt": self.prompt} | ({"multi_modal_data": {"image": list(self.images)}} if self.images else {})
+
+
+def questions(count: int = 16, seed: int = 0, tokens: tuple[int, int] = (8, 40)) -> list[Question]:
+    """Mixed: of each four two have one picture, one has none, one has two; sizes, words and lengths are random."""
+    draw = random.Random(seed)
+    return [_question(draw, (1, 1, 0, 2)[number % 4], tokens) for number in range(count)]
+
+
+def _question(draw: random.Random, pictures: int, tokens: tuple[int, int]) -> Question:
+    parts = [_words(draw, 1, 30)]
+    for _ in range(pictures):
+        parts += ["<image>", _words(draw, 1, 25)]
+    images = tuple(picture(draw.randrange(2**31), draw.randint(20, 90), draw.randint(20, 90)) for _ in range(pictures))
+    return Question(" ".join(parts), images, draw.randint(*tokens))
+
+
+def _words(draw: random.Random, least: int, most: int) -> str:
+    return " ".join(f"w{draw.randrange(4, 190)}" for _ in range(draw.randint(least, most)))
+
+
+def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    """A picture of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def save_served(folder: Path, family: str = "llava", layers: int = 8) -> Path:
+    """A tiny random checkpoint of `family` with the weight names of the published ones."""
+    model = tiny_model(family, layers=layers, **WIDE_ENOUGH)
+    model.save_pretrained(folder)
+    save_processor(folder, model, family)
+    weights = load_file(folder / "model.safetensors")
+    tower, published = "vision_tower.", "vision_tower.vision_model."
+    save_file(
+        {
+            name.replace(tower, published, 1)
+            if name.startswith(tower) and not name.startswith(published)
+            else name: value
+            for name, value in weights.items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+@torch.inference_mode()
+def expected(folder: Path, asked: Sequence[Question], method: Method | None) -> list[list[int]]:
+    """What Transformers answers, one request at a time, under `method` by the `hf` adapter; None drops nothing."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def answers() -> list[list[int]]:
+        return [_answer(model, processor, question) for question in asked]
+
+    if method is None:
+        return answers()
+    with method(model):
+        return answers()
+
+
+def _answer(model: Any, processor: Any, question: Question) -> list[int]:
+    inputs = processor(text=question.prompt, images=list(question.images) or None, return_tensors="pt")
+    ids = model.generate(
+        **inputs, do_sample=False, max_new_tokens=question.tokens, min_new_tokens=question.tokens, pad_token_id=0
+    )
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def engine(folder: Path, method: Method | None, **options: Any) -> Iterator[Any]:
+    """vLLM's `LLM` in this process, dropping under `method`; None is plain vLLM, without the plugin's architecture."""
+    from vllm import LLM
+
+    overrides = {} if method is None else {"hf_overrides": hf_overrides(str(folder), method)}
+    plain = {"enable_prefix_caching": False} if method is None else {}
+    llm = LLM(str(folder), **(ENGINE | plain | overrides | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def sampling(tokens: int, **options: Any) -> Any:
+    """Greedy, exactly `tokens` of them."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **options)
+
+
+def answers(llm: Any, asked: Sequence[Question], every: int = 0, watch: Watch | None = None) -> list[list[int]]:
+    """Ask all of `asked`: at once, or one more after `every` steps. `watch` sees the scheduler after each step."""
+    core = llm.llm_engine
+    done: dict[str, list[int]] = {}
+    waiting = list(enumerate(asked))
+    step = 0
+    while waiting or core.has_unfinished_requests():
+        while waiting and (every == 0 or step % every == 0):
+            number, question = waiting.pop(0)
+            core.add_request(str(number), question.inputs, sampling(question.tokens))
+            if every:
+                break
+        for output in core.step():
+            if output.finished:
+                done[output.request_id] = list(output.outputs[0].token_ids)
+        if watch is not None:
+            watch(scheduler(llm))
+        step += 1
+    return [done[str(number)] for number in range(len(asked))]
+
+
+def scheduler(llm: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def blocks_in_use(of: Any) -> int:
+    """KV blocks that requests hold, over all groups."""
+    pool = of.kv_cache_manager.block_pool
+    return int(pool.num_gpu_blocks - pool.get_num_free_blocks() - 1)  # the null block is never free

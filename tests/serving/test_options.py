@@ -1,0 +1,90 @@
+"""How an engine is asked to drop, as far as no vLLM is needed for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyramiddrop import FastV, PyramidDrop, RandomDrop
+from pyramiddrop.vllm import hf_overrides, rules
+from pyramiddrop.vllm.rules import rules_of, settle
+
+
+def checkpoint(folder: Path, architecture: str | None = "LlavaForConditionalGeneration") -> str:
+    config = {"model_type": "llava"} | ({"architectures": [architecture]} if architecture else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def configuration(overrides: Any = None, additional: Any = None, layers: int = 8) -> Any:
+    """As much of vLLM's configuration as the settings are read from."""
+    hf_config = SimpleNamespace() if overrides is None else SimpleNamespace(pyramiddrop=overrides)
+    text = SimpleNamespace(num_hidden_layers=layers)
+    model = SimpleNamespace(hf_config=hf_config, hf_text_config=text, model="nowhere", revision=None)
+    return SimpleNamespace(model_config=model, additional_config=additional or {})
+
+
+@pytest.fixture(autouse=True)
+def no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_saved", lambda model_config: None)
+
+
+def test_overrides_name_the_architecture_and_the_method(tmp_path: Path) -> None:
+    overrides = hf_overrides(checkpoint(tmp_path), PyramidDrop(lam=0.6))
+    assert overrides["architectures"] == ["PyramidDropLlavaForConditionalGeneration"]
+    assert overrides["pyramiddrop"]["lam"] == 0.6
+    assert hf_overrides(checkpoint(tmp_path)) == {"architectures": overrides["architectures"]}
+    json.dumps(overrides)
+
+
+def test_an_architecture_that_is_not_served_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot serve LlamaForCausalLM"):
+        hf_overrides(checkpoint(tmp_path, "LlamaForCausalLM"))
+    with pytest.raises(ValueError, match="names no architecture"):
+        hf_overrides(checkpoint(tmp_path, None))
+
+
+def settled(config: Any) -> Any:
+    settle(config)
+    return rules_of(config)
+
+
+def test_without_settings_the_paper_s_method_is_served() -> None:
+    assert settled(configuration()).schedule == PyramidDrop().schedule(8)
+
+
+def test_settings_come_from_overrides_from_additional_config_or_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled(configuration({"lam": 0.6})).schedule.keep == pytest.approx((0.6, 0.36, 0.216))
+    assert settled(configuration(None, {"pyramiddrop": {"stages": 2}})).schedule.layers == (4,)
+    monkeypatch.setattr(rules, "_saved", lambda model_config: FastV(layer=3).settings())
+    assert settled(configuration()).rank_layer == "last"
+    assert settled(configuration({"lam": 0.6})).rank_layer == "next"
+
+
+def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
+    config = configuration(PyramidDrop(layers=[2, 5], keep=[0.5, 0.2]).settings(), {"other": 1})
+    settle(config)
+    sent = json.loads(json.dumps(config.additional_config))
+    assert sent["other"] == 1
+    assert rules_of(configuration(None, sent)).schedule.layers == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "additional", "message"),
+    [
+        ({"lam": 2}, None, "lam must be a number"),
+        ({"layer": 2}, None, r"hf_overrides\['pyramiddrop'\]: .*layer"),
+        ("0.5", None, "must hold a JSON object"),
+        ({"lam": 0.5}, {"pyramiddrop": {"lam": 0.6}}, "differ"),
+        ({"layers": [3, 9], "keep": [0.5, 0.2]}, None, "layers must be in 1..7"),
+        (PyramidDrop(positions="compact").settings(), None, "positions='compact' cannot be served"),
+        (RandomDrop(seed=None).settings(), None, "give it a seed"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused(overrides: Any, additional: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settle(configuration(overrides, additional))
