@@ -1,0 +1,102 @@
+"""`pyramiddrop serve`: what vLLM is told, and what is said of it; the server itself is tested in tests/serving."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramiddrop import FastV, PyramidDrop
+from pyramiddrop.cli.main import app
+from pyramiddrop.inference import serving
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        app(["serve", *arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    code, out, err = run(capsys, *arguments, "--show-command")
+    assert code == 0, err
+    return shlex.split(out)
+
+
+def overrides(words: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(words[words.index("--hf-overrides") + 1])
+    return settings
+
+
+def test_the_command_names_the_dropping_architecture_and_the_method(
+    llava_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(capsys, str(llava_folder), "--lam", "0.6", "--stages", "2")
+    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llava_folder)]
+    told = overrides(words)
+    assert told["architectures"] == ["PyramidDropLlavaForConditionalGeneration"]
+    assert told["pyramiddrop"] == json.loads(json.dumps(PyramidDrop(lam=0.6, stages=2).settings()))
+
+
+def test_other_options_are_vllm_s(llava_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(
+        capsys,
+        str(llava_folder),
+        "--port",
+        "8123",
+        "--lam=0.5",
+        "--enforce-eager",
+        "--hf-overrides",
+        '{"rope_theta": 5}',
+    )
+    assert words[-3:] == ["--port", "8123", "--enforce-eager"]
+    assert overrides(words)["rope_theta"] == 5
+    assert words.count("--hf-overrides") == 1
+
+
+def test_the_method_beside_the_checkpoint_is_served(
+    llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((llava_folder / "config.json").read_text())
+    FastV(layer=3, keep=0.25).save_pretrained(tmp_path)
+    assert overrides(command(capsys, str(tmp_path)))["pyramiddrop"]["layer"] == 3
+
+
+def test_it_says_what_it_saves(llava_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, str(llava_folder), "--keep", "0.5,0.25", "--layers", "2,4", "--show-command")
+    # 8 layers: 2 of 16 + 64 rows, 2 of 8 + 64, 4 of 4 + 64.
+    assert "16 visual tokens (16 → 8 → 4) and 64 others" in err
+    assert f"{(2 * 80 + 2 * 72 + 4 * 68) / (8 * 80):.0%}".replace("%", " %") + " of its KV cache" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "vanilla"], "start vLLM itself"),
+        (["--lam", "2"], "lam must be a number"),
+        (["--layers", "9", "--keep", "0.5"], "layers must be in 1..7"),
+        (["--hf-overrides", "{"], "takes a JSON object"),
+        (["--hf-overrides"], "takes a JSON object"),
+        (["--hf-overrides", '{"architectures": ["Other"]}'], "which are set here"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    llava_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, str(llava_folder), *arguments, "--show-command")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_without_vllm_nothing_starts(
+    llava_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    code, _, err = run(capsys, str(llava_folder))
+    assert code == 2
+    assert "pip install 'pyramiddrop[vllm]'" in err
