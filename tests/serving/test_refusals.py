@@ -1,0 +1,148 @@
+"""What would be unsound is refused at start or switched off; what a request may not ask, before it is in the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
+
+import vllm
+from served import ENGINE, answers, engine, expected, questions, sampling
+
+from pyramiddrop import PyramidDrop
+from pyramiddrop.vllm import hf_overrides, register
+from pyramiddrop.vllm.soundness import SCHEDULER, unsound
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plugin() -> None:
+    register()
+
+
+def configured(folder: Path, method: PyramidDrop | None = None, **options: Any) -> Any:
+    """vLLM's configuration, as it is checked before an engine is built."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = ENGINE | {"hf_overrides": hf_overrides(str(folder), method or PyramidDrop())} | options
+    return EngineArgs(model=str(folder), **arguments).create_engine_config()
+
+
+def test_prefix_caching_is_switched_off(llava: Path) -> None:
+    assert not configured(llava, enable_prefix_caching=True).cache_config.enable_prefix_caching
+    assert not configured(llava).cache_config.enable_prefix_caching
+
+
+def test_the_scheduler_and_the_settings_reach_the_engine(llava: Path) -> None:
+    config = configured(llava, PyramidDrop(lam=0.6))
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+    assert config.additional_config["pyramiddrop"]["lam"] == 0.6
+
+
+def test_the_method_beside_the_checkpoint_is_read(llava: Path, tmp_path: Path) -> None:
+    for file in llava.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    PyramidDrop(lam=0.7).save_pretrained(tmp_path)
+    overrides = {"architectures": ["PyramidDropLlavaForConditionalGeneration"]}
+    assert configured(tmp_path, hf_overrides=overrides).additional_config["pyramiddrop"]["lam"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative",
+        ),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"max_num_batched_tokens": 3, "max_num_seqs": 2}, "--max-num-batched-tokens below 4"),
+    ],
+    ids=["lora", "speculation", "pipeline", "one group", "scheduler", "fast prefill", "connector", "budget"],
+)
+def test_what_is_unsound_is_refused_at_start(llava: Path, options: dict[str, Any], named: str) -> None:
+    if "kv_transfer_config" in options:
+        from vllm.config import KVTransferConfig
+
+        options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
+    with pytest.raises(ValueError, match=rf"pyramiddrop cannot be served with .*{named}"):
+        configured(llava, **options)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "named"),
+    [
+        ("parallel_config", "data_parallel_size", 2, "data parallelism"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config", "ubatch_size", 2, "microbatches"),
+        ("model_config", "runner_type", "pooling", "--runner pooling"),
+    ],
+)
+def test_what_a_cpu_cannot_be_asked_for_is_refused_too(
+    llava: Path, part: str, name: str, value: Any, named: str
+) -> None:
+    config = configured(llava)
+    assert not list(unsound(config))
+    object.__setattr__(getattr(config, part), name, value)
+    assert named in "; ".join(unsound(config))
+
+
+def test_full_graphs_of_mixed_batches_are_refused(llava: Path) -> None:
+    from vllm.config.compilation import CUDAGraphMode
+
+    config = configured(llava)
+    for mode in CUDAGraphMode:
+        config.compilation_config.cudagraph_mode = mode
+        assert any("cudagraph_mode FULL" in reason for reason in unsound(config)) == (mode == CUDAGraphMode.FULL)
+
+
+def test_twofold_pruning_of_videos_is_refused(llava: Path) -> None:
+    config = configured(llava)
+    config.model_config.multimodal_config.video_pruning_rate = 0.5
+    assert any("--video-pruning-rate" in reason for reason in unsound(config))
+
+
+@pytest.mark.parametrize("installed", ["0.31.2", "0.34.0", "1.0"])
+def test_other_versions_of_vllm_are_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", installed)
+    with pytest.raises(RuntimeError, match=f"0.32 and 0.33; {installed} is installed"):
+        register()
+
+
+def test_without_the_plugin_the_architecture_is_unknown(llava: Path) -> None:
+    """A missing plugin must not be a model that drops nothing."""
+    from vllm import ModelRegistry
+
+    name = "PyramidDropLlavaForConditionalGeneration"
+    assert name in ModelRegistry.get_supported_archs()
+    held = ModelRegistry.models.pop(name)
+    try:
+        with pytest.raises(ValueError, match="not supported"):
+            configured(llava)
+    finally:
+        ModelRegistry.models[name] = held
+
+
+def test_prompt_logprobs_are_refused_and_the_engine_goes_on(llava: Path) -> None:
+    method, asked = PyramidDrop(lam=0.5), questions(4)
+    with engine(llava, method) as llm:
+        with pytest.raises(ValueError, match="prompt_logprobs"):
+            llm.generate([asked[0].inputs], sampling(4, prompt_logprobs=1), use_tqdm=False)
+        with pytest.raises(ValueError, match="streaming input"):
+            llm.llm_engine.input_processor.process_inputs(
+                "0", asked[2].inputs, sampling(4), ("generate",), resumable=True
+            )
+        assert answers(llm, asked) == expected(llava, asked, method)
+
+
+def test_plain_engines_are_not_touched(llava: Path) -> None:
+    with engine(llava, None) as llm:
+        [output] = llm.generate([questions(4)[2].inputs], sampling(4, prompt_logprobs=1), use_tqdm=False)
+    assert output.prompt_logprobs
