@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyramiddrop.hf import UnsupportedModelError as UnsupportedModelError
+    from pyramiddrop.inference.loading import load as load
     from pyramiddrop.methods import METHODS as METHODS
     from pyramiddrop.methods import FastV as FastV
     from pyramiddrop.methods import Method as Method
@@ -34,6 +35,7 @@ _HOMES = {
     "UniformDrop": "pyramiddrop.methods",
     "UnsupportedModelError": "pyramiddrop.hf",
     "apply": "pyramiddrop.methods",
+    "load": "pyramiddrop.inference.loading",
     "remove": "pyramiddrop.methods",
 }
 __all__ = list(_HOMES)
