@@ -17,6 +17,7 @@ from transformers import (
     Glm4vMoeForConditionalGeneration,
     Glm46VConfig,
     Glm46VForConditionalGeneration,
+    GlmgaConfig,
     GlmOcrConfig,
     GlmOcrForConditionalGeneration,
     HunYuanVLConfig,
@@ -25,6 +26,7 @@ from transformers import (
     HyperCLOVAXVisionV2ForConditionalGeneration,
     PaddleOCRVLConfig,
     PaddleOCRVLForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -81,10 +83,10 @@ def build_glm4v_moe(seed: int) -> PreTrainedModel:
     return drawn(lambda: Glm4vMoeForConditionalGeneration(config), seed)
 
 
-def build_glm46v(seed: int) -> PreTrainedModel:
-    """GLM-4.6V: the layers of GLM-4.1V."""
+def build_glm46v(seed: int, config_class: type[PretrainedConfig] = Glm46VConfig) -> PreTrainedModel:
+    """GLM-4.6V, and what shares its class: the layers of GLM-4.1V."""
     text = _plain_text() | {"model_type": "glm4v_text", "rope_parameters": dict(HALF_MROPE)}
-    config = Glm46VConfig(text_config=text, vision_config=VISION | {"model_type": "glm4v_vision"}, **IDS)
+    config = config_class(text_config=text, vision_config=VISION | {"model_type": "glm4v_vision"}, **IDS)
     return drawn(lambda: Glm46VForConditionalGeneration(config), seed)
 
 
@@ -231,6 +233,7 @@ MEMBERS = [
     Member("glm4v", build_glm4v, _image, glm_video, cannot=GLM_CANNOT),
     Member("glm4v_moe", build_glm4v_moe, _image, glm_video, cannot=GLM_CANNOT),
     Member("glm46v", build_glm46v, _image, glm_video, cannot=GLM_CANNOT),
+    Member("glmga", partial(build_glm46v, config_class=GlmgaConfig), _image, glm_video, cannot=GLM_CANNOT),
     Member("glm_ocr", build_glm_ocr, _image, glm_video, cannot=GLM_CANNOT),
     Member("paddleocr_vl", build_paddleocr_vl, square_patches_image),
     Member(

@@ -18,6 +18,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
+    Qwen4ExpConfig,
+    Qwen4ExpForConditionalGeneration,
 )
 
 from zoo.grids import frames_video, image
@@ -75,6 +77,28 @@ def build_qwen3_5_moe(seed: int) -> PreTrainedModel:
         **IDS,
     )
     return drawn(lambda: _with_long_memory(Qwen3_5MoeForConditionalGeneration(config)), seed)
+
+
+def build_qwen4_exp(seed: int) -> PreTrainedModel:
+    """Qwen4-Exp: four residual streams side by side; an indexer chooses the keys of a query in every fourth layer."""
+    text = {name: value for name, value in TEXT.items() if name != "intermediate_size"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    index = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    config = Qwen4ExpConfig(
+        text_config=text
+        | LINEAR
+        | experts
+        | index
+        | {
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+            "shared_expert_intermediate_size": 48,
+            "hc_lowrank": 8,
+        },
+        vision_config=QWEN_VISION,
+        **IDS,
+    )
+    return drawn(lambda: _with_long_memory(Qwen4ExpForConditionalGeneration(config)), seed)
 
 
 def _with_long_memory(model: PreTrainedModel) -> PreTrainedModel:
@@ -214,6 +238,7 @@ _image, _video = partial(image, patch=PATCH), partial(frames_video, patch=PATCH)
 MEMBERS = [
     Member("qwen3_5", build_qwen3_5, _image, _video),
     Member("qwen3_5_moe", build_qwen3_5_moe, _image, _video),
+    Member("qwen4_exp", build_qwen4_exp, _image, _video),
     Member("lfm2_vl", build_lfm2_vl, lfm2_image, finish=without_types),
     Member("lfm3_vl", build_lfm3_vl, _image, _video, without_types),
     # No video: the model joins the features of a video as a list of tensors, though they are one.
