@@ -53,8 +53,13 @@ class Method:
         _check_choice("logits", self.logits, ("full", "kept"))
         _check_choice("per_image", self.per_image, (False, True))
 
-    def schedule(self, num_layers: int) -> Schedule:
-        """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit."""
+    def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
+        """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit.
+
+        Args:
+            allowed: layers before which the model at hand can drop, where not all will do (sliding windows, recurrent
+                layers). Stages whose layers the user did not give move to the nearest of them.
+        """
         raise NotImplementedError
 
     def scorer(self) -> Scorer:
@@ -147,7 +152,8 @@ class StagedMethod(Method):
 
     Attributes:
         lam: λ; after drop k the share λ^k of the original visual tokens stays. Not used where `keep` is given.
-        stages: number of equal stages of the model's layers. Not used where `layers` or `keep` is given.
+        stages: number of equal stages of the model's layers; where a model cannot drop before every layer, the stages
+            end at the nearest at which it can. Not used where `layers` or `keep` is given.
         layers: 0-based layers before which tokens are dropped.
         keep: the share of the ORIGINAL visual tokens that stays after each drop.
     """
@@ -170,9 +176,9 @@ class StagedMethod(Method):
         keep = self._keep_ratios()
         Schedule.of(range(1, len(keep) + 1) if self.layers is None else self.layers, keep)
 
-    def schedule(self, num_layers: int) -> Schedule:
+    def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         keep = self._keep_ratios()
-        layers = equal_stage_layers(num_layers, len(keep) + 1) if self.layers is None else self.layers
+        layers = equal_stage_layers(num_layers, len(keep) + 1, allowed) if self.layers is None else self.layers
         schedule = Schedule.of(layers, keep)
         schedule.check_depth(num_layers)
         return schedule
@@ -213,7 +219,7 @@ class FastV(Method):
         except ValueError as error:
             raise ValueError(f"FastV(layer={self.layer!r}, keep={self.keep!r}): {error}") from error
 
-    def schedule(self, num_layers: int) -> Schedule:
+    def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         schedule = Schedule((Stage(self.layer, self.keep),))
         schedule.check_depth(num_layers)
         return schedule
@@ -311,12 +317,13 @@ def remove(model: nn.Module) -> None:
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
-    from pyramiddrop.hf import Attachment, Rules, anatomy
+    from pyramiddrop.hf import Attachment, Rules, anatomy, drop_layers
 
-    parts = anatomy(model)
+    parts, scorer = anatomy(model), method.scorer()
+    allowed = drop_layers(parts, method.rank_layer, isinstance(scorer, AttentionScorer))
     rules = Rules(
-        schedule=method.schedule(len(parts.layers)),
-        scorer=method.scorer(),
+        schedule=method.schedule(len(parts.layers), allowed),
+        scorer=scorer,
         positions=method.positions,
         rank_layer=method.rank_layer,
         per_image=method.per_image,

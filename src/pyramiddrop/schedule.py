@@ -78,11 +78,30 @@ class Schedule:
         return sum(stage.layer <= layer for stage in self.stages)
 
 
-def equal_stage_layers(num_layers: int, stages: int) -> list[int]:
-    """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24."""
+def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | None = None) -> list[int]:
+    """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24.
+
+    Args:
+        allowed: ascending, the layers before which this model can drop; each stage ends at the nearest one that the
+            stages behind it leave, of two as near at the lower. None: at all of them.
+
+    Raises:
+        ValueError: where there are fewer layers than stages.
+    """
     if not 2 <= stages <= num_layers:
         raise ValueError(f"stages must be between 2 and the model's {num_layers} layers; got {stages}")
-    return [num_layers * stage // stages for stage in range(1, stages)]
+    equal = [num_layers * stage // stages for stage in range(1, stages)]
+    if allowed is None:
+        return equal
+    if len(allowed) < len(equal):
+        raise ValueError(f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}")
+    left, chosen = list(allowed), list[int]()
+    for drop in range(len(equal), 0, -1):
+        candidates = left[drop - 1 :]  # the stages before need a layer each
+        nearest = min(candidates, key=lambda layer: (abs(layer - equal[drop - 1]), layer))
+        chosen.insert(0, nearest)
+        left = left[: left.index(nearest)]
+    return chosen
 
 
 def powers(lam: float, drops: int) -> list[float]:

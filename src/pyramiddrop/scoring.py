@@ -87,7 +87,13 @@ def _hashed(numbers: Tensor) -> Tensor:
 
 
 def attention_received(
-    queries: Tensor, keys: Tensor, visible: Tensor, weights: Tensor, scale: float, softcap: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    visible: Tensor,
+    weights: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention that each key receives from the query tokens: softmax over ALL keys in fp32, mean over the heads.
 
@@ -98,6 +104,7 @@ def attention_received(
         weights: (B, Q), how much each query token counts; they are normalised to sum to 1 for each sample.
         scale: of the dot products.
         softcap: where the model caps its logits: cap * tanh(logits / cap).
+        sinks: (H,), where the model's softmax counts one more logit a head, which belongs to no key.
 
     Returns:
         (B, K) float32. No S x S matrix is built: memory is B * H * Q * K.
@@ -109,7 +116,9 @@ def attention_received(
         logits = torch.tanh(logits / softcap) * softcap
     hidden = visible.float() if visible.is_floating_point() else torch.where(visible, 0.0, float("-inf"))
     logits = logits + hidden
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)], -1)
     # A padded query may see nothing: its row is NaN, and weighs nothing.
-    received = logits.softmax(-1).mean(1).nan_to_num()
+    received = logits.softmax(-1).mean(1).nan_to_num()[..., : keys.shape[2]]
     weights = weights.float()
     return torch.einsum("bqk,bq->bk", received, weights) / weights.sum(1, keepdim=True).clamp(min=1)

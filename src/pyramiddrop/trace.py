@@ -55,7 +55,7 @@ class Trace:
         visual_columns: list[Tensor],
         lengths: list[int],
         ranked: Sequence[int],
-        shape: DecoderShape,
+        shape: DecoderShape | None,
     ) -> None:
         """Forget the prefill before; called by the adapter when a new one starts."""
         self.stages = []
@@ -70,10 +70,12 @@ class Trace:
         """What this prefill cost (all samples together), against the same prefill without dropping.
 
         Raises:
-            RuntimeError: before the first prefill.
+            RuntimeError: before the first prefill, and for a text model that the cost model does not know.
         """
-        if self._shape is None:
+        if not self.lengths:
             raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
+        if self._shape is None:
+            raise RuntimeError("the cost model does not know this model's text model")
         shape, batch = self._shape, len(self.visual_columns)
         vanilla = [self.lengths[0]] * len(self.lengths)
         return Cost(

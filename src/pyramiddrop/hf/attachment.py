@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pyramiddrop.hf.families import Anatomy, check_compact_positions
+from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.following import Kwargs
+from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_layers
 from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
+from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
 from pyramiddrop.hf.run import Rules, Run
 from pyramiddrop.scoring import AttentionScorer
@@ -72,9 +74,12 @@ class Attachment:
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
         if rules.positions == "compact":
-            check_compact_positions(parts.text)
+            check_compact_positions(parts)
+        attends = isinstance(rules.scorer, AttentionScorer)
+        check_layers(parts, rules.schedule.layers, rules.rank_layer, attends)
+        check_attention(parts, rules.schedule.layers[0])
         self.anatomy, self.rules, self.given = parts, rules, given
-        self.trace = Trace()
+        self.trace, self._projector = Trace(), Projector()
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -85,6 +90,7 @@ class Attachment:
             if takes_any:
                 hook = partial(self._before_model, names)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
         for index, layer in enumerate(self.anatomy.layers):
             hook = partial(self._before_layer, self.rules.schedule.stage_of(index), index, _parameters(layer)[0])
@@ -118,6 +124,12 @@ class Attachment:
             call["shift_labels"] = run.shift_labels
         return (), {**call, _RUN: run}
 
+    def _before_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        run: Run | None = kwargs.get(_RUN)
+        return None if run is None else (args, run.take_deepstack(kwargs))
+
     def _before_layer(
         self, stage: int, index: int, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
@@ -128,7 +140,7 @@ class Attachment:
             return args, kwargs
         if len(args) != 1:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            args = (kwargs.pop("hidden_states"),)
+            args = (kwargs.pop(names[0]),)
         hidden, call = run.enter(stage, index, layer, args[0], kwargs)
         return (hidden,), call  # positional: reentrant gradient checkpointing needs it so
 
@@ -168,7 +180,10 @@ class Attachment:
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         labels = call.get("labels") if self.rules.logits == "kept" else None
         trace = self.trace if first else None
-        return Run(self.anatomy, self.rules, past, tokens.shape[1], dropping, memory, labels, trace)
+        mask = call.get("attention_mask")
+        padding = mask if isinstance(mask, Tensor) and mask.shape == (len(tokens), past + tokens.shape[1]) else None
+        length = tokens.shape[1]
+        return Run(self.anatomy, self.rules, past, length, dropping, memory, labels, trace, padding, self._projector)
 
     def _plan(self, call: Kwargs, past: int, generation: _Generation | None) -> Plan | None:
         """The plan of this forward where it is a prefill, else None."""
@@ -199,7 +214,7 @@ class Attachment:
         ranked = [rows for rows, stage in zip(lengths, plan.stages, strict=False) if attends and stage.drops]
         columns = [row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()]
         per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
-        self.trace.begin(columns, per_layer, ranked, self.anatomy.shape)
+        self.trace.begin(columns, per_layer, ranked, self.anatomy.sizes)
         if not plan.drops:
             rows = torch.arange(plan.length).expand_as(plan.visual)
             for stage in plan.stages:

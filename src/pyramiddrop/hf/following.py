@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.families import Anatomy
-from pyramiddrop.hf.masks import follow_mask
+from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.memory import Slots, static_width
 from pyramiddrop.hf.rows import Kept, take_positions, take_rows
 
@@ -26,11 +26,23 @@ class Following:
         past: columns before this call.
         length: columns of this call.
         shift: stage -> (B, 1), how far earlier calls renumbered positions on the stage's cache.
+        first: the first layer before which tokens are dropped.
+        padding: (B, past + length) the call's own 2-D attention mask, or None.
     """
 
-    def __init__(self, anatomy: Anatomy, positions: str, past: int, length: int, shift: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        positions: str,
+        past: int,
+        length: int,
+        shift: Mapping[int, Tensor],
+        first: int,
+        padding: Tensor | None,
+    ) -> None:
         self.anatomy, self.compact = anatomy, positions == "compact"
         self.past, self.length, self.shift = past, length, shift
+        self.first, self.padding = first, padding
         self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
     def kwargs(self, stage: int, index: int, kept: Kept | None, slots: Slots, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
@@ -38,39 +50,80 @@ class Following:
 
         Args:
             kept: the rows of this call that are left, or None for all.
-            slots: what stands in the layer's KV cache once it has added them.
+            slots: what stands in the KV cache that the layer reads, once this call's rows are in it.
             hidden: (B, N, D), for device and dtype.
             kwargs: of the text model, for the full length.
         """
-        mask, width = kwargs.get("attention_mask"), static_width(kwargs.get("past_key_values"), index)
-        own = self._once(("mask", stage, width), mask, lambda: self._mask(mask, kept, slots, width))
+        mask = kwargs.get("attention_mask")
+        own = self._mask(stage, index, kept, slots, hidden.shape[1], kwargs)
         if own is mask and kept is None and not self.compact:
             return kwargs  # a step of decoding to which the missing slots make no difference
         followed = {**kwargs, "attention_mask": own}
         if kept is not None or self.compact:
-            source = kwargs["position_embeddings"][0]
-            followed |= self._once(("positions", stage), source, lambda: self.positions(stage, kept, hidden, kwargs))
-        if kept is not None:
-            for name in _per_token(kwargs, self.length):
-                followed[name] = self._once((name, stage), kwargs[name], partial(take_rows, kwargs[name], kept.rows))
+            followed |= self._followed(stage, kept, hidden, kwargs)
         return followed
 
-    def _mask(self, mask: Tensor | None, kept: Kept | None, slots: Slots, width: int | None) -> Tensor | None:
+    def _mask(
+        self, stage: int, index: int, kept: Kept | None, slots: Slots, count: int, kwargs: Kwargs
+    ) -> Tensor | None:
+        mask, span, source = kwargs.get("attention_mask"), self.anatomy.spans[index], self.anatomy.sources[index]
+        if span.kind == "recurrent":
+            recurrent: Tensor | None = self._once(
+                ("mask", stage, span), mask, lambda: follow_recurrent_mask(mask, kept)
+            )
+            return recurrent
+        cache = kwargs.get("past_key_values")
+        width = static_width(cache, source)
+        if span.windowed:
+            if width is not None:
+                raise ValueError(
+                    f"a StaticCache with layers that see a window (layer {index}) is not supported once visual tokens "
+                    "were dropped from it; use a DynamicCache"
+                )
+            slots = slots.handed_out(cache, source, count)
+        sight = Sight(span, self.anatomy.attention, self.past, self.length, width, self.trusts(index), self.padding)
+        key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
         rows = kept.rows if kept else None
-        return follow_mask(mask, rows, slots, self.past, self.length, self.anatomy.attention, width)
+        own: Tensor | None = self._once(key, mask, lambda: follow_mask(mask, rows, slots, count, sight))
+        return own
 
-    def positions(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """`position_ids` and `position_embeddings` of the rows in `kept`; renumbered on the cache of `stage`."""
-        ids, embeddings = kwargs["position_ids"], kwargs["position_embeddings"]
+    def trusts(self, index: int) -> bool:
+        """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
+        return not self.past or self.anatomy.first_of_kind[self.anatomy.spans[index]] < self.first
+
+    def _followed(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """`tokens`, of which layers of the same stage share what they share in `kwargs`."""
+        source = _first_tensor(kwargs.get("position_embeddings"))
+        positions: Kwargs = self._once(
+            ("positions", stage), source, lambda: self._positions(stage, kept, hidden, kwargs)
+        )
+        if kept is None:
+            return dict(positions)
+        return positions | {
+            name: self._once((name, stage), kwargs[name], partial(take_rows, kwargs[name], kept.rows))
+            for name in _per_token(kwargs, self.length)
+        }
+
+    def tokens(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` where asked for."""
+        rows = {
+            name: kwargs[name] if kept is None else take_rows(kwargs[name], kept.rows)
+            for name in _per_token(kwargs, self.length)
+        }
+        return self._positions(stage, kept, hidden, kwargs) | rows
+
+    def _positions(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """`position_ids` and `position_embeddings`, as far as the layer takes them."""
+        ids = kwargs.get("position_ids")
         if self.compact and (kept is not None or stage in self.shift):
+            assert ids is not None
             renumbered = ids - self.shift[stage].to(ids.device) if kept is None else self.renumbered(stage, kept, ids)
             return {"position_ids": renumbered, "position_embeddings": self.anatomy.rotary(hidden, renumbered)}
-        if kept is None:
-            return {"position_ids": ids, "position_embeddings": embeddings}
-        gathered = tuple(take_positions(table, kept.rows) for table in embeddings)
+        positions = {name: kwargs[name] for name in _POSITIONS if name in kwargs}
         # Flash attention would take the gaps between the ids for packed sequences; the embeddings hold all it needs.
-        flash = self.anatomy.attention.startswith("flash")
-        return {"position_ids": None if flash else take_positions(ids, kept.rows), "position_embeddings": gathered}
+        if kept is not None and self.anatomy.attention.startswith("flash"):
+            positions["position_ids"] = None
+        return positions if kept is None else {name: _taken(value, kept.rows) for name, value in positions.items()}
 
     def renumbered(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
         """(B, N) consecutive positions; a further turn goes on where the one before ended."""
@@ -96,8 +149,31 @@ class Following:
         return followers[-1][1]
 
 
+def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
+    """Rows (B, n) of what `Following.tokens` gave."""
+    return {
+        name: _taken(value, rows) if name in _POSITIONS else take_rows(value, rows) for name, value in tokens.items()
+    }
+
+
+_POSITIONS = ("position_ids", "position_embeddings")
+
+
+def _taken(positions: Any, rows: Tensor) -> Any:
+    """Rows of position ids or embeddings: a table, several of them, or None for layers without."""
+    if positions is None:
+        return None
+    if isinstance(positions, Tensor):
+        return take_positions(positions, rows)
+    return tuple(take_positions(table, rows) for table in positions)
+
+
+def _first_tensor(positions: Any) -> Any:
+    return positions[0] if isinstance(positions, tuple | list) else positions
+
+
 def _per_token(kwargs: Kwargs, length: int) -> list[str]:
     """Names of further tensors (B or 1, length, ...), e.g. token types; masks and positions have their own ways."""
-    own = ("attention_mask", "position_ids", "position_embeddings")
+    own = ("attention_mask", *_POSITIONS)
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in own}
     return [name for name, value in tensors.items() if value.dim() >= 2 and value.shape[1] == length]

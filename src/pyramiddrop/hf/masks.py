@@ -1,49 +1,121 @@
-"""Attention masks of pruned layers, always gathered from the mask that the text model made for the full sequence.
+"""Attention masks of pruned layers: gathered from the mask that the text model made for the full sequence.
 
-Never rebuilt from positions: Transformers would read the gaps between them as packed sequences.
+Where it made none, or measured it by a cache from which tokens were dropped, by the layer's own rule over ORIGINAL
+columns. Never by positions: Transformers would read the gaps between them as packed sequences.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyramiddrop.hf.memory import Slots
-from pyramiddrop.hf.rows import take_rows
+from pyramiddrop.hf.rows import Kept, take_rows
+from pyramiddrop.hf.spans import Span
 
 
-def follow_mask(
-    mask: Tensor | None, rows: Tensor | None, slots: Slots, past: int, length: int, attention: str, width: int | None
-) -> Tensor | None:
+@dataclass(frozen=True)
+class Sight:
+    """What a layer sees by its place in the model and in the call.
+
+    Attributes:
+        span: of the layer.
+        attention: name of the attention implementation.
+        past: columns before this call.
+        length: columns of this call.
+        width: slots of a static cache, or None for a growing one.
+        trusted: whether the model's own mask counts columns: it does unless tokens were dropped from the cache layer by
+            which the model measures it.
+        padding: (B, past + length) the call's own 2-D attention mask, or None.
+    """
+
+    span: Span
+    attention: str
+    past: int
+    length: int
+    width: int | None
+    trusted: bool
+    padding: Tensor | None
+
+    @property
+    def total(self) -> int:
+        return self.past + self.length
+
+    @property
+    def flash(self) -> bool:
+        return self.attention.startswith("flash")
+
+    def near(self) -> bool:
+        """Whether everything is within reach: then a window or a chunk makes no difference."""
+        padded = self.span.kind == "chunked" and self.padding is not None
+        return not self.span.windowed or (self.total <= self.span.size and not padded)
+
+
+def follow_mask(mask: Tensor | None, rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
     """The mask of a pruned layer.
 
     Args:
         mask: of the full sequence: (B, 1, length, W) bool or additive, (B, W) for flash kernels, or None where the
             kernel needs none.
-        rows: (B, N) the rows of this call that the layer computes, or None for all of them.
-        slots: what stands in the layer's KV cache once it has added this call's rows.
-        past: columns before this call.
-        length: columns of this call.
-        attention: name of the attention implementation.
-        width: slots of a static cache, or None for a growing one.
+        rows: (B, N) the rows of this call that the layer computes, or None for the last `count` of all.
+        slots: what the layer's KV cache hands out once it has added this call's rows.
+        count: rows that the layer computes.
+        sight: of the layer.
     """
-    if mask is None:
-        if slots.valid is None:
-            return None  # stays None, so that the kernel keeps its own causal path
-        slots = slots.until(past + length)
-        if attention.startswith("flash"):
-            return slots.valid
-        mask = causal(_query_columns(rows, slots, past, length), slots.columns, slots.valid)
-        return _padded(_filler_sees_itself(mask, rows, slots.valid), width)
-    written, slots = slots, slots.until(mask.shape[-1])
+    if mask is None or not sight.trusted:
+        return _ruled(rows, slots, count, sight)
+    written = slots
+    if sight.span.windowed:
+        offset = sight.total - mask.shape[-1]
+    else:
+        slots, offset = slots.until(mask.shape[-1]), 0
     if mask.dim() == 2:
         return hide(mask.gather(1, slots.columns), slots.valid)
     if rows is not None:
         mask = take_rows(mask.transpose(1, 2), rows).transpose(1, 2)
-    mask = take_columns(mask, slots.columns)
+    mask = take_columns(mask, (slots.columns - offset).clamp(min=0) if offset else slots.columns)
+    if offset:
+        mask = hide(mask, (slots.columns >= offset)[:, None, None])
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(_filler_sees_itself(mask, rows, written.valid), width)
+    return _padded(_filler_sees_itself(mask, rows, written.valid), sight.width)
+
+
+def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | None:
+    """The (B, N) mask of a recurrent layer, whose state padding and filler must not touch; None where there is none."""
+    if kept is None:
+        return mask
+    given = None if mask is None else mask.gather(1, kept.rows)
+    if kept.valid is None:
+        return given
+    return kept.valid.long() if given is None else hide(given, kept.valid)
+
+
+def _ruled(rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+    """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
+    slots = slots.until(sight.total)
+    valid = slots.valid
+    if sight.padding is not None:
+        shown = sight.padding.bool().gather(1, slots.columns)
+        valid = shown if valid is None else valid & shown
+    if valid is None and sight.near():
+        return None  # stays None, so that the kernel keeps its own causal path
+    if sight.flash:
+        return valid
+    queries = _query_columns(rows, slots, count, sight)
+    mask = causal(queries, slots.columns, valid)
+    if not sight.near():
+        mask = mask & sight.span.reaches(queries, slots.columns, _first_column(sight, len(queries), queries.device))
+    return _padded(_filler_sees_itself(mask, rows, slots.valid), sight.width)
+
+
+def _first_column(sight: Sight, batch: int, device: torch.device) -> Tensor:
+    """(B,) the first column of each sample that is no padding."""
+    if sight.padding is None:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+    return sight.padding.long().argmax(1)
 
 
 def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
@@ -77,10 +149,11 @@ def _hidden(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
 
 
-def _query_columns(rows: Tensor | None, slots: Slots, past: int, length: int) -> Tensor:
+def _query_columns(rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor:
     if rows is not None:
-        return rows + past
-    return torch.arange(past, past + length, device=slots.columns.device).expand(len(slots.columns), -1)
+        return rows + sight.past
+    last = torch.arange(sight.total - count, sight.total, device=slots.columns.device)
+    return last.expand(len(slots.columns), -1)
 
 
 def _padded(mask: Tensor, width: int | None) -> Tensor:

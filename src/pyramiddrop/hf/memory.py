@@ -72,6 +72,24 @@ class Slots:
         columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
         return Slots(columns, valid, width)
 
+    def handed_out(self, cache: Any, index: int, count: int) -> Slots:
+        """Those of these slots that layer `index` of a cache hands to a call of `count` rows: a cache layer with a
+        sliding window holds no more slots than its window, be they neighbours or far apart."""
+        layer = _cache_layer(cache, index)
+        before = self.columns.shape[1] - count
+        if layer is None or not layer.is_sliding or before < layer.sliding_window:
+            return self
+        first = before - (layer.sliding_window - 1)
+        return Slots(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
+
+    def among(self, columns: Tensor, valid: Tensor | None) -> Slots:
+        """The same slots, of which only those are no filler that hold one of the `columns` (B, n) that are `valid`."""
+        shown = torch.zeros(len(columns), self.length + 1, dtype=torch.bool, device=columns.device)
+        alive = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
+        shown = shown.scatter(1, columns.masked_fill(~alive, self.length), True)
+        shown[:, -1] = False
+        return Slots(self.columns, self.alive & shown.gather(1, self.columns), self.length)
+
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
         before, added = self.until(past), Slots(rows + past, valid, past + length)
@@ -82,8 +100,12 @@ class Slots:
 
 def static_width(cache: Any, index: int) -> int | None:
     """Slots of layer `index` where the cache is a static one, else None."""
-    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    return layer.max_cache_len if layer is not None and layer.is_compileable else None
+    layer = _cache_layer(cache, index)
+    return getattr(layer, "max_cache_len", None) if layer is not None and layer.is_compileable else None
+
+
+def _cache_layer(cache: Any, index: int) -> Any:
+    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
 
 
 @dataclass

@@ -68,6 +68,7 @@ class Plan:
         weights: (B, Q) float, 1 at a query token, 0 at padding.
         stages: one entry a stage.
         past: columns before this call.
+        reach: the columns from the first visual token to the last query token, in the sample where they are most.
     """
 
     visual: Tensor
@@ -79,6 +80,7 @@ class Plan:
     weights: Tensor
     stages: tuple[StagePlan, ...]
     past: int
+    reach: int
 
     @property
     def length(self) -> int:
@@ -116,7 +118,13 @@ def make_plan(request: Request, schedule: Schedule, per_image: bool) -> Plan:
         weights=weights,
         stages=tuple(_stages(schedule, tokens, held, queries.any(1), _row_counts(visual, valid), visual.shape[1])),
         past=request.past,
+        reach=_reach(visual, columns),
     )
+
+
+def _reach(visual: Tensor, queries: Tensor) -> int:
+    first = torch.where(visual.any(1), visual.long().argmax(1), visual.shape[1])
+    return max(0, int((queries.max(1).values - first).max()) + 1)
 
 
 def _stages(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.families import Anatomy
+from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.plan import Request
 
 IGNORED_LABEL = -100

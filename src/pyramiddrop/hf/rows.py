@@ -51,7 +51,8 @@ def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int
 
 def take_positions(table: Tensor, rows: Tensor) -> Tensor:
     """Gather position ids (..., B or 1, L) of an integer type, or position embeddings (..., B or 1, L, d)."""
-    return take_rows(table, rows, dim=table.dim() - (2 if table.is_floating_point() else 1))
+    embeddings = table.is_floating_point() or table.is_complex()
+    return take_rows(table, rows, dim=table.dim() - (2 if embeddings else 1))
 
 
 def _aligned(table: Tensor, dims: int, batch: int, column: int) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.hf.families import Anatomy
+from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
+from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, scatter_rows, take_rows
 from pyramiddrop.schedule import Schedule
@@ -43,6 +45,8 @@ class Run:
         memory: of the KV cache, or None where nothing was ever dropped from it.
         labels: (B, length), where the caller wants a loss on the rows that are left.
         trace: to be filled, or None.
+        padding: (B, past + length) the call's own 2-D attention mask, or None.
+        projector: of the attachment.
     """
 
     def __init__(
@@ -55,18 +59,24 @@ class Run:
         memory: CacheMemory | None = None,
         labels: Tensor | None = None,
         trace: Trace | None = None,
+        padding: Tensor | None = None,
+        projector: Projector | None = None,
     ) -> None:
-        self.rules, self.past, self.length = rules, past, length
+        self.anatomy, self.rules, self.past, self.length = anatomy, rules, past, length
         self.memory, self.trace = memory, trace
         # What the cache held before this call; `memory` grows while the call runs.
         self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
-        self._following = Following(anatomy, rules.positions, past, length, dict(memory.shift) if memory else {})
+        shift = dict(memory.shift) if memory else {}
+        first = rules.schedule.layers[0]
+        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding)
         self._ranking: Ranking | None = None
         if plan is not None:
-            self._ranking = Ranking(plan, rules.schedule, rules.scorer, self._following, self._earlier)
+            projector = projector or Projector()
+            self._ranking = Ranking(plan, rules.schedule, rules.scorer, self._following, self._earlier, projector)
+        self._deepstack: DeepStack | None = None
         self._kept: dict[int, Kept | None] = {0: None}
         self._scores: dict[int, Tensor] = {}
-        self._held: dict[int, Slots | None] = {}
+        self._held: dict[tuple[int, int], Slots | None] = {}
         self._labels = labels
         self.shift_labels: Tensor | None = None
         if plan is not None and labels is not None:
@@ -76,12 +86,23 @@ class Run:
 
     def enter(self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
         """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
+        if self._deepstack is not None:
+            hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
         if self._ranking is not None:
             hidden = self._drop(self._ranking, stage, index, layer, hidden, kwargs)
-        kept, slots = self._kept.get(stage), self._slots(stage)
+        kept, slots = self._kept.get(stage), self._slots(stage, self.anatomy.sources[index])
         if slots is None:
             return hidden, kwargs
+        if kept is not None and hidden.shape[1] < kept.rows.shape[1]:
+            kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
         return hidden, self._following.kwargs(stage, index, kept, slots, hidden, kwargs)
+
+    def take_deepstack(self, kwargs: Kwargs) -> Kwargs:
+        """The text model's `kwargs` without the visual features that it would add to layers after a drop: those are
+        added here, to the rows that are left."""
+        if self._ranking is not None:
+            self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
+        return kwargs
 
     def _drop(
         self, ranking: Ranking, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
@@ -116,12 +137,12 @@ class Run:
         self._kept[stage] = kept
         cache = kwargs.get("past_key_values")
         if kept is not None and cache is not None:
-            self._remember(stage, index, kept, cache, kwargs["position_ids"])
+            self._remember(stage, index, kept, cache, kwargs.get("position_ids"))
         if self.trace is not None:
             rows, _, visual = ranking.present(kept)
             self.trace.record(ending.layer, ending.keep, rows, visual, self.past)
 
-    def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor) -> None:
+    def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
         if self.memory is None:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
             self.memory.attach(cache)
@@ -129,25 +150,41 @@ class Run:
         slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
         self.memory.hold(stage, slots, static_width(cache, index))
         if self.rules.positions == "compact":
+            assert position_ids is not None
             self.memory.shift[stage] = self._following.new_shift(stage, kept, position_ids)
 
-    def _slots(self, stage: int) -> Slots | None:
-        """What stands in the KV cache of the stage's layers; None where that is every column."""
-        if self.memory is not None:
-            if self._ranking is not None:
-                return self.memory.slots.get(stage)
-            if stage not in self._held:
-                self._held[stage] = self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
-            return self._held[stage]
-        kept = self._kept.get(stage)
-        return None if kept is None else Slots(kept.rows, kept.valid, self.length)
+    def _slots(self, stage: int, source: int) -> Slots | None:
+        """What stands in the KV cache that a layer of `stage` reads, which is that of layer `source`; None where that
+        is every column, and all of them may be seen."""
+        if (stage, source) in self._held:
+            return self._held[stage, source]
+        own, held = self._cached(stage), self.rules.schedule.stage_of(source)
+        slots = own
+        if own is not None and held != stage:
+            total = self.past + self.length
+            own, all_columns = own.until(total), torch.arange(total, device=own.columns.device)
+            slots = self._cached(held) or Slots(all_columns.expand(len(own.columns), -1), None, total)
+            slots = slots.until(total).among(own.columns, own.valid)
+        if self._ranking is None or stage in self._kept:
+            self._held[stage, source] = slots
+        return slots
+
+    def _cached(self, stage: int) -> Slots | None:
+        """The slots of a stage's own KV cache, once it has added this call's rows; None where that is every column."""
+        if self.memory is None:
+            kept = self._kept.get(stage)
+            return None if kept is None else Slots(kept.rows, kept.valid, self.length)
+        if self._ranking is not None:
+            slots = self.memory.slots.get(stage)
+            return slots and slots.until(self.past + self.length)
+        return self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
 
     # ---- after the text model --------------------------------------------------------------------------------------
 
     def leave(self, output: Any) -> Any:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
         kept = self._kept.get(len(self.rules.schedule.stages))
-        if kept is None:
+        if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
         if isinstance(output, tuple):
             return (self._given_back(output[0], kept), *output[1:])
@@ -179,7 +216,7 @@ class Run:
     def _full_attention(self, index: int, weights: Tensor | None) -> Tensor | None:
         """(B, H, N, K) attention weights of layer `index` as (B, H, length, past + length)."""
         stage = self.rules.schedule.stage_of(index)
-        kept, slots = self._kept.get(stage), self._slots(stage)
+        kept, slots = self._kept.get(stage), self._slots(stage, index)
         if weights is None or kept is None or slots is None:
             return weights
         weights = scatter_rows(weights, kept.rows, kept.valid, self.length, dim=2)

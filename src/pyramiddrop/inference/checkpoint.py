@@ -40,11 +40,12 @@ def read_config(source: str | Path) -> Any:
         InputError: where there is no checkpoint, or its family is not one of those that are supported.
     """
     config = read_any_config(source)
-    known = [family for family in FAMILIES if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
-    if config.model_type not in known:
-        raise InputError(
-            f"model family {config.model_type!r} of {source} is not supported; supported are {', '.join(known)}"
-        )
+    family = config.model_type
+    if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise InputError(f"model family {family!r} of {source} is not supported: it is no image-text-to-text model")
+    refused = FAMILIES[family].refused if family in FAMILIES else ""
+    if refused:
+        raise InputError(f"model family {family!r} of {source} is not supported: {refused}")
     return config
 
 

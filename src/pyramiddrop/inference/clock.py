@@ -12,7 +12,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from pyramiddrop.cost import DecoderShape
-from pyramiddrop.hf.projections import project
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.scoring import attention_received
@@ -81,8 +80,14 @@ class LayerClock:
         visible = torch.ones(1, 1, 1, rows, dtype=torch.bool, device=self.device)
         weights = torch.ones(1, 1, device=self.device)
 
+        projector = Projector()
+
+        def arguments(some: torch.Tensor | None) -> dict[str, Any]:
+            own = positions if some is None else tuple(take_positions(table, some) for table in positions)
+            return {"position_embeddings": own}
+
         def rank() -> torch.Tensor:
-            seen = project(self._layer, hidden, positions, asking)
+            seen = projector.project(0, self._layer, hidden, asking, arguments)
             return attention_received(seen.queries, seen.keys, visible, weights, seen.scale).sort().indices
 
         return rank

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pyramiddrop import Method
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.hf.families import UnsupportedModelError, anatomy
+from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import user_input

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pyramiddrop.cost import kv_bytes, prefill_flops
-from pyramiddrop.hf.families import anatomy
+from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.trace import Trace
 
 

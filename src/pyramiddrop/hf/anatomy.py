@@ -1,0 +1,188 @@
+"""What a model is made of: its text model, its visual token ids, and whether staged dropping can work on it.
+
+Found by structure, so that a family needs an entry in `families` only for what cannot be seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pyramiddrop.cost import DecoderShape
+from pyramiddrop.hf.families import FAMILIES, Family
+from pyramiddrop.hf.shapes import TEXT_MODELS, decoder_shape
+from pyramiddrop.hf.spans import Span, UnknownLayerTypeError, spans_of
+
+_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or a setting of it, cannot work with staged dropping; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model that the adapter hooks.
+
+    Attributes:
+        wrappers: the modules from the model down to the one that holds the text model, outermost first; the first
+            that sees input_ids knows most (labels, pixel values).
+        generator: the module whose `generate` runs, or None.
+        text: the text model; its `layers` are the decoder layers.
+        visual_ids: ids of visual tokens in input_ids.
+        family: its entry.
+        config: of the whole model.
+        sizes: for the cost model, or None where it does not know the text model.
+        spans: how far each decoder layer sees.
+        sources: for each decoder layer the one whose keys it attends to: itself, or an earlier one that shares them.
+    """
+
+    wrappers: tuple[nn.Module, ...]
+    generator: nn.Module | None
+    text: PreTrainedModel
+    visual_ids: tuple[int, ...]
+    family: Family
+    config: PretrainedConfig
+    sizes: DecoderShape | None
+    spans: tuple[Span, ...]
+    sources: tuple[int, ...]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = self.text.layers
+        return layers
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that runs now ("sdpa", "eager", "flash_attention_2", ...)."""
+        return str(self.text.config._attn_implementation)
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes for the cost model.
+
+        Raises:
+            UnsupportedModelError: where it does not know the text model.
+        """
+        if self.sizes is None:
+            raise UnsupportedModelError(f"the cost model does not know the text model {self.text.config.model_type!r}")
+        return self.sizes
+
+    @cached_property
+    def first_of_kind(self) -> dict[Span, int]:
+        """The first layer of each span; the model reads from its cache how long that span's masks must be."""
+        return {span: self.spans.index(span) for span in self.spans}
+
+    def image_lengths(self, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+        """Tokens of each image of a call that has `visual_tokens` in all, or None where the family cannot tell."""
+        lengths = self.family.image_lengths
+        return lengths(self.config, call, visual_tokens) if lengths else None
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Position embeddings (cos, sin), (B, L, d) each, for `position_ids` (B, L)."""
+        with torch.no_grad():
+            cos, sin = self.text.rotary_emb(hidden, position_ids=position_ids)
+        return cos, sin
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Take `model` apart.
+
+    Raises:
+        UnsupportedModelError: where its family, its text model or a setting cannot work.
+    """
+    core = _core(model)
+    config, family = core.config, FAMILIES.get(core.config.model_type, Family())
+    if family.refused:
+        raise _unsupported(core, family.refused)
+    text = _text_model(core)
+    wrappers = tuple(module for module in model.modules() if _contains(module, text))
+    return Anatomy(
+        wrappers=wrappers,
+        generator=next((module for module in reversed(wrappers) if hasattr(type(module), "generate")), None),
+        text=text,
+        visual_ids=_visual_ids(core),
+        family=family,
+        config=config,
+        sizes=decoder_shape(text.config, text.dtype.itemsize) if text.config.model_type in TEXT_MODELS else None,
+        spans=_spans(core, text),
+        sources=_sources(text),
+    )
+
+
+def _core(model: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model: `model` itself, or what PEFT, DDP and others have wrapped."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} holds no Transformers model")
+
+
+def _text_model(core: PreTrainedModel) -> PreTrainedModel:
+    """The decoder: it has layers and token embeddings. Refused where staged dropping cannot work on it."""
+    if core.config.is_encoder_decoder:
+        raise _unsupported(core, "it is an encoder-decoder: its visual tokens do not pass through the decoder")
+    expected = core.config.get_text_config(decoder=True).model_type
+    for module in core.modules():
+        if not isinstance(module, PreTrainedModel) or module.config.model_type != expected:
+            continue
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
+            _check_text_model(core, module)
+            return module
+    raise _unsupported(core, "it has no decoder with `layers` and `embed_tokens`")
+
+
+def _check_text_model(core: PreTrainedModel, text: PreTrainedModel) -> None:
+    crossing = [name for name, _ in text.layers.named_modules() if "cross_attn" in name or "crossattention" in name]
+    if crossing or getattr(text.config, "cross_attention_layers", None):
+        raise _unsupported(core, "its text model looks at the image by cross-attention; no visual token is in the text")
+    if not _takes_any(text) or not hasattr(sys.modules[type(text.layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise _unsupported(core, f"{type(text).__name__} does not use Transformers' common attention interface")
+    if text.config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError("attention implementation 'flex_attention' is not supported; use 'sdpa' or 'eager'")
+
+
+def _unsupported(core: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{core.config.model_type!r} ({type(core).__name__}) is not supported: {reason}")
+
+
+def _takes_any(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return module is not part and any(inner is part for inner in module.modules())
+
+
+def _visual_ids(core: PreTrainedModel) -> tuple[int, ...]:
+    """Ids of image and video tokens, by the names that configurations use."""
+    found = [getattr(core.config, name, None) for name in _ID_NAMES]
+    mapping = next((module for module in core.modules() if hasattr(module, "image_token_id")), None)
+    if mapping is not None:  # of models whose images become tokens of a vocabulary of their own (Chameleon, Emu3)
+        found.append(mapping.image_token_id)
+    return tuple(sorted({int(number) for number in found if isinstance(number, int)}))
+
+
+def _spans(core: PreTrainedModel, text: PreTrainedModel) -> tuple[Span, ...]:
+    try:
+        return spans_of(text)
+    except UnknownLayerTypeError as error:
+        raise _unsupported(core, f"{error} are not known") from error
+
+
+def _sources(text: PreTrainedModel) -> tuple[int, ...]:
+    """Gemma 3n and 4: the last layers attend to the keys of the last layer of their own type that has some."""
+    count = len(text.layers)
+    own = count - (getattr(text.config, "num_kv_shared_layers", None) or 0)
+    types = getattr(text.config, "layer_types", None) or [""] * count
+    last = {layer_type: index for index, layer_type in enumerate(types[:own])}
+    return tuple(index if index < own else last[types[index]] for index in range(count))

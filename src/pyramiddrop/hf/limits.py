@@ -1,0 +1,74 @@
+"""Where a model lets tokens be dropped, and which settings of a method it refuses: checked before a hook is put on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+
+
+def drop_layers(anatomy: Anatomy, rank_layer: str, attends: bool) -> tuple[int, ...]:
+    """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
+
+    Args:
+        rank_layer: "next" or "last", of the method.
+        attends: whether the method ranks by attention; if not, any layer will do that has room before it.
+    """
+    shift, possible = _shift(rank_layer), _possible(anatomy, rank_layer, attends)
+    far = [layer for layer in possible if not anatomy.spans[layer - shift].windowed]
+    return tuple(far if far and attends else possible)
+
+
+def check_layers(anatomy: Anatomy, layers: tuple[int, ...], rank_layer: str, attends: bool) -> None:
+    """Raise UnsupportedModelError where a method drops before a layer at which this model does not allow it."""
+    possible = _possible(anatomy, rank_layer, attends)
+    wrong = [layer for layer in layers if layer not in possible]
+    if not wrong:
+        return
+    layer, ranking = wrong[0], wrong[0] - _shift(rank_layer)
+    if anatomy.sources[layer] != layer:
+        why = "it reuses the keys of an earlier layer"
+    elif attends and anatomy.spans[ranking].kind == "recurrent":
+        why = f"layer {ranking}, which would rank them, has no attention"
+    else:
+        why = "the model reads the length of its cache from a layer behind it"
+    raise UnsupportedModelError(
+        f"{type(anatomy.text).__name__} cannot drop visual tokens before layer {layer}: {why}. Allowed are layers "
+        f"{list(possible)}"
+    )
+
+
+def _possible(anatomy: Anatomy, rank_layer: str, attends: bool) -> list[int]:
+    attention = [index for index, span in enumerate(anatomy.spans) if span.kind != "recurrent"]
+    # The model asks its first attention layer how long the sequence is; layers that share keys have none of their own.
+    first, own = attention[0] + 1, sum(source == index for index, source in enumerate(anatomy.sources))
+    ranking = attention if attends else range(len(anatomy.spans))
+    return [index + _shift(rank_layer) for index in ranking if first <= index + _shift(rank_layer) < own]
+
+
+def _shift(rank_layer: str) -> int:
+    return 0 if rank_layer == "next" else 1
+
+
+def check_attention(anatomy: Anatomy, first: int) -> None:
+    """Raise UnsupportedModelError where a flash kernel would count windows by slots, from which tokens were dropped."""
+    windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
+    if windowed and anatomy.attention.startswith("flash"):
+        raise UnsupportedModelError(
+            f"{anatomy.attention} counts the window of layer {windowed[0]} in tokens that are left, not in those that "
+            'were there; use attn_implementation="sdpa"'
+        )
+
+
+def check_compact_positions(anatomy: Anatomy) -> None:
+    """Raise UnsupportedModelError where renumbering tokens 0..n-1 is not defined."""
+    rope: dict[str, Any] = getattr(anatomy.text.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        why = f"for {rope['rope_type']!r} RoPE, whose frequencies depend on the length"
+    elif "mrope_section" in rope:
+        why = "for positions of several axes (M-RoPE)"
+    elif not hasattr(anatomy.text, "rotary_emb") or any(isinstance(value, dict) for value in rope.values()):
+        why = f"for {type(anatomy.text).__name__}, whose layers do not share one rotary embedding"
+    else:
+        return
+    raise UnsupportedModelError(f'positions="compact" is undefined {why}; use positions="original"')
