@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from pyramiddrop.cost import DecoderShape
+from pyramiddrop.hf.projections import Projector
+from pyramiddrop.hf.rows import take_positions
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.scoring import attention_received
