@@ -137,9 +137,9 @@ def ovis2_image(model: PreTrainedModel, generator: torch.Generator, number: int)
     """The whole image, then its tiles in a grid; the model embeds the tokens between them from its visual table."""
     start, grid, column, row, end = INDICATORS
     tiles = tiles_of(number)
-    ids = [start, *[IMAGE] * 16, grid]
+    ids = [start, *[IMAGE] * 4, grid]
     for tile in range(tiles):
-        ids += [*[IMAGE] * 16, row if tile % 2 else column]
+        ids += [*[IMAGE] * 4, row if tile % 2 else column]
     ids.append(end)
     return Piece(ids, [1] * len(ids), {"pixel_values": noise(generator, tiles + 1, 3, SIDE, SIDE)})
 
@@ -248,7 +248,7 @@ def qianfan_ocr(seed: int) -> PreTrainedModel:
 def ovis2(seed: int) -> PreTrainedModel:
     """Ovis2: a tile is a softmax over a visual vocabulary."""
     config = Ovis2Config(
-        vision_config=TOWER | {"vocab_size": 37, "num_visual_indicator_tokens": 5},
+        vision_config=TOWER | {"vocab_size": 37, "num_visual_indicator_tokens": 5, "hidden_stride": 2},
         text_config=Qwen2Config(**TEXT),
         image_token_id=IMAGE,
         visual_indicator_token_ids=list(INDICATORS),
