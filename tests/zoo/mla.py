@@ -16,6 +16,8 @@ from transformers import (
     MiniMaxM3VLConfig,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    MistralLarge4Config,
+    MistralLarge4ForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -84,6 +86,35 @@ def build_mistral4(seed: int) -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     return drawn(lambda: Mistral3ForConditionalGeneration(config), seed)
+
+
+def build_mistral_large4(seed: int) -> PreTrainedModel:
+    """Mistral Large 4: an indexer chooses the keys of a query; some layers take the choice or keys of one before."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.0,
+    }
+    ranks = {name: value for name, value in RANKS.items() if name not in ("q_lora_rank", "first_k_dense_replace")}
+    config = MistralLarge4Config(
+        text_config=TEXT
+        | ranks
+        | {
+            "rope_parameters": rope,
+            "index_topk": 12,
+            "index_head_dim": 16,
+            "index_n_heads": 16,  # with few, many scores are exactly 0, and which of them are chosen is chance
+            "indexer_types": ["full", "shared"] * 4,
+            "kv_source_layers": [0, 1, 1, 3, 4, 5, 5, 7],
+        },
+        vision_config=TOWER | {"model_type": "pixtral", "image_size": 16 * PATCH, "head_dim": 16},
+        image_token_index=IMAGE,
+    )
+    return drawn(lambda: MistralLarge4ForConditionalGeneration(config), seed)
 
 
 def build_deepseek_ocr2(seed: int) -> PreTrainedModel:
@@ -195,6 +226,16 @@ MEMBERS = [
         pixtral_image,
         finish=without_types,
         cannot={"left_padding": "without position_ids, queries are scaled by their slot in the padded row"},
+    ),
+    Member(
+        "mistral_large4",
+        build_mistral_large4,
+        pixtral_image,
+        finish=without_types,
+        cannot={
+            "left_padding": "without position_ids, queries are scaled by their slot in the padded row",
+            "checkpointing": "gradients through keys and values that layers share are wrong when they are recomputed",
+        },
     ),
     Member("deepseek_ocr2", build_deepseek_ocr2, views_image, finish=without_types),
     Member(
