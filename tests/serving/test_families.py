@@ -1,0 +1,36 @@
+"""The families beyond LLaVA, against the masked reference: full length, dropped tokens masked, no adapter in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
+
+from qwen import FAMILIES, masked_answers, save_qwen, with_pictures
+from served import answers, engine, questions
+
+from pyramiddrop import PyramidDrop
+from reference import Rule
+
+RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
+METHOD = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
+ASKED = [with_pictures(question) for question in questions(8, seed=5, tokens=(6, 16))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qwen_vl(family: str, tmp_path: Path) -> None:
+    folder = save_qwen(tmp_path, family)
+    wanted = masked_answers(folder, ASKED, RULE)
+    with engine(folder, METHOD, max_num_batched_tokens=64) as llm:
+        assert answers(llm, ASKED, every=2) == wanted
+
+
+def test_qwen3_vl_drops_nothing_where_it_still_adds(tmp_path: Path) -> None:
+    folder = save_qwen(tmp_path, "qwen3_vl")
+    with (
+        pytest.raises(ValueError, match="adds visual features after its first 2 layers"),
+        engine(folder, PyramidDrop(layers=[1], keep=[0.5])),
+    ):
+        pass
