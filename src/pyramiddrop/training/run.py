@@ -22,7 +22,7 @@ from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples
 from pyramiddrop.training.every_rank import BlankImage
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
-from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig
+from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig, holds_whole_model
 
 BROKEN_LIST = "broken.txt"
 
@@ -245,5 +245,12 @@ def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
     """In float32 where they are trained; a frozen language model takes what suits the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(device, options.dtype) if options.dtype or recipe.language != "all" else torch.float32
-    with user_input(f"cannot load the weights of {options.model}", (OSError, ValueError)):
-        return AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype)
+    source = _weights_source(options)
+    with user_input(f"cannot load the weights of {source}", (OSError, ValueError)):
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+
+
+def _weights_source(options: TrainOptions) -> str:
+    """Where the weights are: in a resumed run in its checkpoint, if that holds a whole model."""
+    checkpoint = last_whole_checkpoint(options.output) if options.resume else None
+    return checkpoint if checkpoint is not None and holds_whole_model(checkpoint) else options.model

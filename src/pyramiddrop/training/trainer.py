@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pyramiddrop.methods import Method
@@ -31,8 +32,23 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
             self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
+def holds_whole_model(checkpoint: str | Path) -> bool:
+    """Whether `from_pretrained` can load the weights of a checkpoint: not those of adapters, nor sharded ones."""
+    return (Path(checkpoint) / CONFIG_NAME).is_file()
+
+
 class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, whose head sees supervised rows alone; ordered so that a resumed run sees the same batches."""
+    """TRL's trainer, ordered so that a resumed run sees the same batches.
+
+    To be resumed from a checkpoint that holds a whole model, it must be given the model loaded from there.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Transformers restores weights by the names that modules have. Families whose names on disk are others, LLaVA
+        for one, would silently go on from the weights that they began with; `from_pretrained` knows the names.
+        """
+        if self.is_fsdp_enabled or not holds_whole_model(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -1,0 +1,257 @@
+"""A whole training: what each recipe trains, a run that stopped and went on, and what is said about bad requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+from checkpoints import save_checkpoint, save_picture
+
+pytest.importorskip("trl")
+
+import pyramiddrop
+from pyramiddrop import Method, PyramidDrop
+from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference.choice import MethodOptions
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.training.recipes import RECIPES
+from pyramiddrop.training.run import TrainOptions, last_whole_checkpoint, prepare_training
+from pyramiddrop.training.trainer import SeededLengths
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of Transformers, about its own new names
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% for p in m['content'] if p['type'] == 'image' %}<image> {% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }} {% endfor %}"
+    "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose template ends its answers."""
+    return save_checkpoint(tmp_path_factory.mktemp("start"), chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve samples of different lengths: with one picture, with two, and with none."""
+    folder = tmp_path_factory.mktemp("data")
+    save_picture(folder / "a.png")
+    save_picture(folder / "b.png", 40, 90)
+    records: list[dict[str, Any]] = []
+    for number in range(12):
+        images = ["a.png", "b.png"][: number % 3]
+        question = "<image>" * len(images) + "\n" + " ".join(f"w{10 + number + word}" for word in range(2 + number))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"w{30 + number} w{31 + number}"}]
+        records.append({"conversations": turns} | ({"image": images} if images else {}))
+    path = folder / "train.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def options(start: Path, data: Path, tmp_path: Path) -> TrainOptions:
+    return TrainOptions(
+        model=str(start),
+        data=str(data),
+        output=tmp_path / "out",
+        method=MethodOptions(layers="2,4,6", keep="0.5,0.25,0.125"),
+        epochs=2,
+        batch=4,
+        device_batch=2,
+        learning_rate=1e-3,
+        log_every=1,
+    )
+
+
+def moved(before: Path, after: Any) -> set[str]:
+    """The parts of the model whose weights are not what they were."""
+    old = AutoModelForImageTextToText.from_pretrained(before).state_dict()
+    names = [name for name, value in after.state_dict().items() if not torch.equal(value, old[name])]
+    return {"head" if name.startswith("lm_head") else name.split(".")[1] for name in names}
+
+
+PARTS = {
+    "projector": {"multi_modal_projector"},
+    "all": {"multi_modal_projector", "language_model", "head"},
+    "lora": {"multi_modal_projector", "language_model"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe: str, options: TrainOptions, start: Path) -> None:
+    """What is trained; and the folder holds a whole model with its processor, method and log."""
+    job = prepare_training(replace(options, recipe=recipe, steps=2))
+    figures = job.run()
+    out = options.output
+    trained = pyramiddrop.load(out)
+    assert moved(start, trained) == PARTS[recipe]
+    method = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125], logits="kept")
+    assert Method.from_pretrained(out) == job.method == method
+    assert attachment_of(trained) is not None
+    assert figures["train_loss"] > 0
+    log = [entry for entry in job.trainer.state.log_history if "loss" in entry]
+    assert all({"loss", "mean_token_accuracy", "train_tokens_per_second"} <= entry.keys() for entry in log)
+    assert len(log) == 2
+    assert {"processor_config.json", "trainer_state.json"} <= {path.name for path in out.iterdir()}
+    assert list(out.rglob("events.out.tfevents.*"))
+
+
+def test_vanilla(options: TrainOptions) -> None:
+    job = prepare_training(replace(options, method=MethodOptions("vanilla"), steps=1))
+    assert attachment_of(job.trainer.model) is None
+    job.run()
+    assert not list(options.output.rglob("pyramiddrop.json"))
+
+
+def test_a_trained_model_is_trained_on_with_its_method(options: TrainOptions, tmp_path: Path) -> None:
+    prepare_training(replace(options, steps=1)).run()
+    again = replace(options, model=str(options.output), output=tmp_path / "again", method=MethodOptions(), steps=1)
+    assert prepare_training(again).method == Method.from_pretrained(options.output)
+
+
+def test_batches_hold_samples_of_like_length(options: TrainOptions) -> None:
+    """What a step sees together is sorted; the order is the seed's, another one in each epoch."""
+    sampler = SeededLengths(4, [5, 1, 9, 2, 8, 3, 7, 4, 6, 1, 2, 9] * 20, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)  # what else is random does not matter
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(240))
+    spread = [
+        max(sampler.lengths[i] for i in part) - min(sampler.lengths[i] for i in part) for part in batches(orders[0])
+    ]
+    assert sum(spread) / len(spread) < 1.5
+
+
+def batches(order: list[int]) -> list[list[int]]:
+    return [order[start : start + 4] for start in range(0, len(order), 4)]
+
+
+# --- Stopped and resumed --------------------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    """Pulls the plug after a step, before anything of it is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def curve(job: Any) -> list[tuple[float, ...]]:
+    log = [entry for entry in job.trainer.state.log_history if "loss" in entry]
+    return [(entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"]) for entry in log]
+
+
+@pytest.mark.parametrize("recipe", ["all", "lora"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe: str, options: TrainOptions, tmp_path: Path) -> None:
+    """Stopped in the second epoch; the last checkpoint was torn. LoRA's dropout draws on as well."""
+    options = replace(options, recipe=recipe, save_every=1)
+    whole = prepare_training(replace(options, output=tmp_path / "whole"))
+    whole.run()
+    stopped = prepare_training(options)
+    stopped.trainer.add_callback(Stop(6))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    (options.output / "checkpoint-5" / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(options.output) == str(options.output / "checkpoint-4")
+    torch.manual_seed(99)
+    resumed = prepare_training(replace(options, resume=True))
+    resumed.run()
+    assert curve(resumed) == curve(whole)
+    assert len(curve(whole)) == 6
+    one, two = (pyramiddrop.load(folder, None).state_dict() for folder in (tmp_path / "whole", options.output))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_the_command_survives_a_kill(options: TrainOptions, tmp_path: Path) -> None:
+    def command(folder: Path, *more: str) -> list[str]:
+        settings = ["--model", options.model, "--data", options.data, "--output", str(folder), "--save-every", "2"]
+        size = ["--batch", "4", "--device-batch", "2", "--epochs", "8", "--log-every", "1", "--learning-rate", "1e-3"]
+        return [sys.executable, "-m", "pyramiddrop", "train", *settings, *size, *more]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    killed = subprocess.Popen(
+        command(options.output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while last_whole_checkpoint(options.output) is None and killed.poll() is None:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    subprocess.run(command(options.output, "--resume"), check=True, capture_output=True)
+    curves = []
+    for folder in (tmp_path / "whole", options.output):
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        curves.append([(entry["step"], entry["loss"]) for entry in log if "loss" in entry])
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 24
+
+
+# --- What is refused, and what is said ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"recipe": "some"}, "recipe 'some' is not one of projector, all, lora"),
+        ({"batch": 3}, "--batch 3 is no multiple of 2 samples on each of 1 devices"),
+        ({"method": MethodOptions(layers="9", keep="0.5")}, "layers must be in 1..7"),
+        ({"method": MethodOptions("some")}, "method 'some' is not one of"),
+        ({"data": "missing.json"}, "no such file: missing.json"),
+        ({"model": "./nowhere"}, "no such folder"),
+        ({"resume": True}, "nothing to resume"),
+        ({"chat_template": Path("missing.jinja")}, "cannot read missing.jinja"),
+        ({"max_length": 10}, r"train\.json\[1\]: .* more than --max-length 10"),
+    ],
+)
+def test_requests_that_cannot_be_met(changes: dict[str, Any], reason: str, options: TrainOptions) -> None:
+    with pytest.raises(InputError, match=reason):
+        prepare_training(replace(options, **changes))
+
+
+def test_checkpoints_are_not_written_over(options: TrainOptions) -> None:
+    prepare_training(replace(options, steps=1, save_every=1)).run()
+    with pytest.raises(InputError, match="holds checkpoints already; give --resume"):
+        prepare_training(options)
+
+
+def test_a_checkpoint_without_a_template(options: TrainOptions, llava_folder: Path, tmp_path: Path) -> None:
+    bare = save_checkpoint(tmp_path / "bare", chat_template=None)
+    with pytest.raises(InputError, match="has no chat template; give one: --chat-template FILE"):
+        prepare_training(replace(options, model=str(bare)))
+    (tmp_path / "given.jinja").write_text(TEMPLATE)
+    job = prepare_training(replace(options, model=str(bare), chat_template=tmp_path / "given.jinja"))
+    assert job.remarks == []
+    unending = prepare_training(replace(options, model=str(llava_folder), output=tmp_path / "other"))
+    assert "will not learn to stop" in unending.remarks[0]
+
+
+def test_broken_samples_are_listed(options: TrainOptions, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data.parent, tmp_path / "data")
+    path = tmp_path / "data" / "train.json"
+    records = json.loads(path.read_text())
+    records[5]["image"] = ["gone.png", "a.png"]
+    path.write_text(json.dumps(records))
+    job = prepare_training(replace(options, data=str(path), skip_broken=True))
+    assert (job.report.good, len(job.report.broken)) == (11, 1)
+    assert job.broken_list.read_text().startswith("train.json[5]: no such picture")
