@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,10 @@ class Oracle:
             self.before = probabilities(layer, hidden, call)
         return (hidden,), call
 
+    def leave(self, text: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind the text model: all rows are there."""
+        return output
+
     # ---- a stage's end ---------------------------------------------------------------------------------------------
 
     def attention(self, stage: int, layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -133,17 +138,26 @@ class Oracle:
         alive[choose(living, scores, quota(len(group), keep), protected)] = True
 
 
+AnyOracle = TypeVar("AnyOracle", bound=Oracle)
+
+
 @contextmanager
 def masked(model: PreTrainedModel, rule: Rule, prompt: Prompt) -> Iterator[Oracle]:
     """For the time of a `with` block the model's text model runs eagerly and sees only what the rule leaves."""
-    text, oracle = text_model(model), Oracle(rule, prompt)
-    handles = [text.register_forward_pre_hook(oracle.begin, with_kwargs=True)]
+    with attached(model, Oracle(rule, prompt)) as oracle:
+        yield oracle
+
+
+@contextmanager
+def attached(model: PreTrainedModel, oracle: AnyOracle) -> Iterator[AnyOracle]:
+    """An oracle's hooks on the text model and its layers, under eager attention."""
+    text = text_model(model)
+    handles = [
+        text.register_forward_pre_hook(oracle.begin, with_kwargs=True),
+        text.register_forward_hook(oracle.leave),
+    ]
     for number, layer in enumerate(text.layers):
-
-        def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: Call, number: int = number) -> Any:
-            return oracle.enter(number, layer, args, kwargs)
-
-        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(partial(oracle.enter, number), with_kwargs=True))
     try:
         with eager(model):
             yield oracle

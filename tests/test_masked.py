@@ -10,7 +10,8 @@ import torch
 
 import reference
 from checks import CLOSE, generated, stacked
-from conformance.against import learn, same_gradients
+from conformance.against import same_gradients
+from conformance.expected import learn
 from conformance.setups import FAST
 from conformance.subject import Batch, Subject, subject_of
 from masked import eager, masked
@@ -116,6 +117,6 @@ def test_a_batch_is_its_rows(name: str) -> None:
         if subject.can("batch") and subject.can(f"{side}_padding"):
             batch = subject.batch(subject.mixed, side)
             together = logits_of(subject, rule, batch)
-            for number, single in enumerate(subject.singles(subject.mixed)):
+            for number, single in enumerate(subject.apart(batch)):
                 last = int(batch.valid[number].nonzero()[-1])
                 torch.testing.assert_close(together[number, last], logits_of(subject, rule, single)[0, -1], **CLOSE)

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checks import CLOSE, generated, method_of
-from conformance.against import learn, same_forward, same_generation, same_kept, same_output, same_training
+from conformance.against import same_forward, same_generation, same_kept, same_output, same_training
+from conformance.expected import Spoken, learn, oracle_generation, spoken
 from conformance.subject import Batch, Subject, subject_of
-from masked import masked
+from masked import Call, masked
 from pyramiddrop import FastV
 from reference import Rule
+from removed import removed
 from zoo import Member
 from zoo.pieces import IGNORED, Row
 
@@ -127,20 +129,20 @@ def footprint(model: PreTrainedModel) -> dict[str, Any]:
 @check("prefill", "a staged drop keeps the sets, and gives the logits, of the masked oracle")
 def prefill(subject: Subject) -> None:
     for batch in prefill_batches(subject):
-        same_forward(subject.model, subject.setup.rule(), batch)
+        same_forward(subject, subject.setup.rule(), batch)
 
 
 @check("last layer", 'the same with rank_layer="last": the stage\'s own last layer ranks')
 def rank_by_the_layer_before(subject: Subject) -> None:
     for batch in prefill_batches(subject):
-        same_forward(subject.model, subject.setup.rule(rank_layer="last"), batch)
+        same_forward(subject, subject.setup.rule(rank_layer="last"), batch)
 
 
 @check("FastV", "one early drop, ranked by the layer before it")
 def fastv(subject: Subject) -> None:
     method = FastV(layer=subject.setup.fastv, keep=0.5)
     for batch in prefill_batches(subject):
-        same_forward(subject.model, subject.setup.fastv_rule, batch, method)
+        same_forward(subject, subject.setup.fastv_rule, batch, method)
 
 
 def prefill_batches(subject: Subject) -> list[Batch]:
@@ -152,39 +154,39 @@ def prefill_batches(subject: Subject) -> list[Batch]:
 @check("generate", "greedy tokens with a KV cache, and what they are chosen from, are the oracle's", "generate")
 def greedy(subject: Subject) -> None:
     for specs in subject.prompts:
-        same_generation(subject.model, subject.setup.rule(), subject.batch(specs))
+        same_generation(subject, subject.setup.rule(), subject.batch(specs))
 
 
 @check("no cache", "use_cache=False ranks the prompt again at each step, by the prompt's own last token", "generate")
 def uncached(subject: Subject) -> None:
     for specs in subject.prompts:
-        same_generation(subject.model, subject.setup.rule(), subject.batch(specs), use_cache=False)
+        same_generation(subject, subject.setup.rule(), subject.batch(specs), use_cache=False)
 
 
 @check("beams", "beam search finds the oracle's sequences and scores", "generate", "beams")
 def beams(subject: Subject) -> None:
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     for specs in subject.prompts:
-        same_generation(subject.model, subject.setup.rule(), subject.batch(specs), **options)
+        same_generation(subject, subject.setup.rule(), subject.batch(specs), **options)
 
 
 @check("static cache", "a StaticCache gives the same tokens", "generate", "static_cache")
 def static_cache(subject: Subject) -> None:
     for specs in subject.prompts:
-        same_generation(subject.model, subject.setup.rule(), subject.batch(specs), ours=STATIC)
+        same_generation(subject, subject.setup.rule(), subject.batch(specs), ours=STATIC)
 
 
 @check("training", "loss and every gradient are the oracle's; several answers, rows without a label", "training")
 def training(subject: Subject) -> None:
     for specs in subject.lessons:
-        same_training(subject.model, subject.setup.rule(), subject.batch(specs, "right", labels=True))
+        same_training(subject, subject.setup.rule(), subject.batch(specs, "right", labels=True))
 
 
 @check("checkpointing", "gradient checkpointing, reentrant or not, changes neither", "training", "checkpointing")
 def checkpointing(subject: Subject) -> None:
     batch = subject.batch(subject.lessons[-1], "right", labels=True)
     for reentrant in (True, False):
-        same_training(subject.model, subject.setup.rule(), batch, {"use_reentrant": reentrant})
+        same_training(subject, subject.setup.rule(), batch, {"use_reentrant": reentrant})
         subject.model.gradient_checkpointing_disable()
 
 
@@ -198,14 +200,14 @@ def batch_is_singles(subject: Subject) -> None:
     with method_of(subject.setup.rule())(model) as trace:
         for side in ("left", "right"):
             if subject.can(f"{side}_padding"):
-                same_as_alone(subject, subject.batch(specs, side), subject.singles(specs), trace)
+                same_as_alone(subject, subject.batch(specs, side), trace)
 
 
-def same_as_alone(subject: Subject, batch: Batch, singles: Sequence[Batch], trace: Any) -> None:
+def same_as_alone(subject: Subject, batch: Batch, trace: Any) -> None:
     """Each row of a batch has the kept sets and the logits that it has alone."""
     together = subject.model(**batch.inputs).logits
     kept = [[columns.tolist() for columns in stage.kept] for stage in trace.stages]
-    for number, single in enumerate(singles):
+    for number, single in enumerate(subject.apart(batch)):
         alone = subject.model(**single.inputs).logits[0]
         offset = int(batch.valid[number].long().argmax())
         for stage, expected in zip(trace.stages, kept, strict=True):
@@ -226,17 +228,17 @@ def survivors(trace: Any, length: int) -> Tensor:
 def several_images(subject: Subject) -> None:
     for spec in ([4, "image", "image", 3], [2, "image", 3, "image", 1, "image", 4]):
         batch = subject.batch([spec])
-        same_forward(subject.model, subject.setup.rule(), batch)
+        same_forward(subject, subject.setup.rule(), batch)
         if subject.can("generate"):
-            same_generation(subject.model, subject.setup.rule(), batch)
+            same_generation(subject, subject.setup.rule(), batch)
 
 
 @check("per image", "per_image=True gives each image its own quota", "images")
 def per_image(subject: Subject) -> None:
     rule = subject.setup.rule(per_image=True)
-    same_forward(subject.model, rule, subject.batch([[2, "image", 3, "image", 1, "image", 4]]))
+    same_forward(subject, rule, subject.batch([[2, "image", 3, "image", 1, "image", 4]]))
     if subject.can("batch") and subject.can("left_padding"):
-        same_forward(subject.model, rule, subject.batch(subject.mixed))
+        same_forward(subject, rule, subject.batch(subject.mixed))
 
 
 @check("video", "the frames of a video are one pool; a video beside an image", "video")
@@ -244,9 +246,9 @@ def video(subject: Subject) -> None:
     specs = [[5, "video", 7], *([[3, "image", 2, "video", 4]] if subject.can("images") else [])]
     for spec in specs:
         batch = subject.batch([spec])
-        same_forward(subject.model, subject.setup.rule(), batch)
+        same_forward(subject, subject.setup.rule(), batch)
         if subject.can("generate"):
-            same_generation(subject.model, subject.setup.rule(), batch)
+            same_generation(subject, subject.setup.rule(), batch)
 
 
 @check("eager", "eager attention and SDPA agree with each other on sets, logits and tokens")
@@ -278,14 +280,12 @@ def second_image(subject: Subject) -> None:
 
 
 def converse(subject: Subject, further: Sequence[object]) -> None:
-    """Two turns on one cache; the oracle's cache holds the full length."""
+    """Two turns on one cache."""
     model, rule = subject.model, subject.setup.rule()
     first, more = subject.batch([[5, "image", 7]]), subject.batch([further], seed=2)
-    with masked(model, rule, first.prompt) as oracle:
-        said = generated(model, first.inputs, 3)
-        long = continued(subject, first, more, said.sequences)
-        oracle.prompt = more.prompt.later(said.past_key_values.get_seq_length(), long["input_ids"].shape[1])
-        expected = generated(model, long | {"past_key_values": said.past_key_values}, 3)
+    said = oracle_generation(subject, rule, first, 3, {})
+    whole, long = continued(subject, first, more, said.tokens[0].tolist())
+    expected = (oracle_of_all if subject.setup.removed else oracle_on_cache)(subject, first, more, whole, long)
     method = method_of(rule)
     with method(model):
         ours = generated(model, first.inputs, 3)
@@ -294,12 +294,27 @@ def converse(subject: Subject, further: Sequence[object]) -> None:
         output = generated(model, long | {"past_key_values": ours.past_key_values}, 3)
     same_output(output, expected)
     if more.prompt.visual.any():
-        same_kept(trace, oracle)
+        same_kept(trace, expected.kept)
 
 
-def continued(subject: Subject, first: Batch, more: Batch, said: Tensor) -> dict[str, Any]:
-    """The whole conversation for `generate`: all tokens so far, and the images of the new turn alone."""
-    answer = said[0, len(first.rows[0].ids) :].tolist()
+def oracle_on_cache(subject: Subject, first: Batch, more: Batch, whole: Call, long: Call) -> Spoken:
+    """Both turns on a cache that holds the full length."""
+    with masked(subject.model, subject.setup.rule(), first.prompt) as oracle:
+        cache = generated(subject.model, first.inputs, 3).past_key_values
+        oracle.prompt = more.prompt.later(cache.get_seq_length(), long["input_ids"].shape[1])
+        return spoken(generated(subject.model, long | {"past_key_values": cache}, 3), oracle)
+
+
+def oracle_of_all(subject: Subject, first: Batch, more: Batch, whole: Call, long: Call) -> Spoken:
+    """The whole conversation as one sequence, computed anew at each step, with each turn's own queries."""
+    length, new = long["input_ids"].shape[1], more.prompt.visual.shape[1]
+    second = more.prompt.later(length - new, length)
+    with removed(subject.model, subject.setup.rule(), first.prompt, second) as oracle:
+        return spoken(generated(subject.model, whole, 3, use_cache=False), oracle)
+
+
+def continued(subject: Subject, first: Batch, more: Batch, answer: list[int]) -> tuple[Call, Call]:
+    """The conversation so far as one prompt; and for `generate` on a cache: all tokens, the new turn's images alone."""
     old, new = first.rows[0], more.rows[0]
     row = Row(
         old.ids + answer + new.ids,
@@ -310,4 +325,4 @@ def continued(subject: Subject, first: Batch, more: Batch, said: Tensor) -> dict
     whole = subject.collate([row], [[0] * len(row.ids)]).inputs
     shape = whole["input_ids"].shape
     per_token = {name: tensor for name, tensor in whole.items() if tensor.shape == shape}
-    return per_token | {name: tensor for name, tensor in more.inputs.items() if name not in per_token}
+    return whole, per_token | {name: tensor for name, tensor in more.inputs.items() if name not in per_token}

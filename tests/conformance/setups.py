@@ -46,7 +46,10 @@ class Setup:
 
 
 NO_GRID = {"new image": "`generate` needs the grids of earlier images too, and takes only those of new tokens"}
-WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4)  # three sliding layers, then one that sees all and can rank
+WINDOW = {"static cache": "a StaticCache with layers that see a window"}
+WINDOWED = Setup(
+    layers=(3, 7), last=(4,), fastv=4, refused=WINDOW
+)  # three sliding layers, then one that sees all and can rank
 GRIDS = Setup(impossible=NO_GRID)
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
 
@@ -73,7 +76,9 @@ SETUPS: dict[str, Setup] = {
     "minimax_m3_vl": Setup(refused={"*": "layers of type 'minimax_m3_sparse' are not known"}),
     "muse_glimmer": WINDOWED,
     "paddleocr_vl": GRIDS,
-    "paligemma-2": Setup(layers=(1, 3, 5)),  # every other layer sees all
+    "paligemma-2": Setup(  # every other layer sees all
+        layers=(1, 3, 5), impossible={"eager": "Gemma 2 has no SDPA"}, refused=WINDOW
+    ),
     "qwen2_5_vl": GRIDS,
     "qwen2_vl": GRIDS,
     "qwen3_5": DELTA,

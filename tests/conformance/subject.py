@@ -28,12 +28,14 @@ class Batch:
     Attributes:
         inputs: of the model's forward.
         rows: before padding.
+        groups: the number of the image or video that each token of a row belongs to, 0 for text.
         prompt: who is visual and who asks, for the oracle.
         valid: (B, L) bool, False at padding.
     """
 
     inputs: dict[str, Any]
     rows: list[Row]
+    groups: list[list[int]]
     prompt: Prompt
     valid: Tensor
 
@@ -65,14 +67,13 @@ class Subject:
         protected = reference.predictors(answers) if labels else torch.zeros_like(visual)
         for sample, asking in enumerate(queries):
             protected[sample, asking] = True
-        return Batch(inputs, rows, Prompt(visual, queries, padded(groups, side), protected & visual), valid)
+        return Batch(inputs, rows, groups, Prompt(visual, queries, padded(groups, side), protected & visual), valid)
 
-    def singles(self, specs: Sequence[Spec], labels: bool = False) -> list[Batch]:
-        """The rows of `batch(specs)`, each alone."""
-        rows = make_rows(self.member, self.model, specs)
-        return [
-            self.collate([row], [numbered(spec, row)], labels=labels) for spec, row in zip(specs, rows, strict=True)
-        ]
+    def apart(self, batch: Batch) -> list[Batch]:
+        """The rows of a batch, each alone."""
+        labels = "labels" in batch.inputs
+        rows = zip(batch.rows, batch.groups, strict=True)
+        return [self.collate([row], [groups], labels=labels) for row, groups in rows]
 
     # ---- what the member is able to take ---------------------------------------------------------------------------
 
