@@ -34,7 +34,7 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
 
 def holds_whole_model(checkpoint: str | Path) -> bool:
     """Whether `from_pretrained` can load the weights of a checkpoint: not those of adapters, nor sharded ones."""
-    return (Path(checkpoint) / CONFIG_NAME).is_file()
+    return bool((Path(checkpoint) / CONFIG_NAME).is_file())
 
 
 class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
