@@ -3,6 +3,7 @@ step, and the answers of the `hf` adapter to the same requests."""
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ ENGINE: dict[str, Any] = {
     "max_num_seqs": 8,
     "block_size": 32,
     "limit_mm_per_prompt": {"image": 3},
+    "num_gpu_blocks_override": 256,
     "seed": 0,
 }
 Watch = Callable[[Any], None]
@@ -122,6 +124,7 @@ def engine(folder: Path, method: Method | None, **options: Any) -> Iterator[Any]
 
     overrides = {} if method is None else {"hf_overrides": hf_overrides(str(folder), method)}
     plain = {"enable_prefix_caching": False} if method is None else {}
+    gc.freeze()  # vLLM collects garbage many times as it starts, and all that is imported is walked each time
     llm = LLM(str(folder), **(ENGINE | plain | overrides | options))
     try:
         yield llm

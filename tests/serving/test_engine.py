@@ -198,7 +198,7 @@ def test_control_the_first_rows_stay(served: Any, halves: list[list[int]], monke
 def test_control_slots_of_the_full_length(
     served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_write_slots", lambda common, out, block_size: out.zero_())
+    monkeypatch.setattr(attention, "_write_slots", lambda common, block_size: common.slot_mapping.zero_())
     assert broken(served, halves)
 
 

@@ -66,12 +66,13 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             if step is None or not step.misses:
                 return common
             common = _shorter(common, step.missing(stage))
-            if not step.visits:
-                _write_slots(common, common.slot_mapping, self.kv_cache_spec.block_size)
-                return common
-            common = _fewer_rows(common, step.rows(stage))
-            _write_slots(common, common.slot_mapping, self.kv_cache_spec.block_size)
-            step.slots.update(dict.fromkeys(self.layer_names, common.slot_mapping))
+            if step.visits:
+                rows = step.rows(stage)
+                if not any(rows):
+                    return common  # these layers do not run
+                common = _fewer_rows(common, rows)
+                step.slots.update(dict.fromkeys(self.layer_names, common.slot_mapping))
+            _write_slots(common, self.kv_cache_spec.block_size)
             return common
 
     return subclass_attention_backend(f"PyramidDropStage{stage}", backend, StageBuilder)
@@ -93,21 +94,29 @@ def _shorter(common: CommonAttentionMetadata, missing: Tensor) -> CommonAttentio
 
 
 def _fewer_rows(common: CommonAttentionMetadata, rows: list[int]) -> CommonAttentionMetadata:
-    """Queries are the `rows` of each request; such a step is never padded."""
+    """Queries are the `rows` of each request; requests without any are left out. Such a step is never padded."""
     device = common.query_start_loc.device
-    starts = torch.tensor([0, *rows]).cumsum(0).to(common.query_start_loc_cpu.dtype)
-    total = sum(rows)
+    present = torch.tensor([request for request, count in enumerate(rows) if count])
+    here = present.to(device, non_blocking=True)
+    starts = torch.tensor([0, *(count for count in rows if count)]).cumsum(0).to(common.query_start_loc_cpu.dtype)
+    bound, prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
     return common.replace(
+        num_reqs=len(present),
         query_start_loc=starts.to(device, non_blocking=True),
         query_start_loc_cpu=starts,
-        num_actual_tokens=total,
+        seq_lens=common.seq_lens[here],
+        seq_lens_cpu_upper_bound=None if bound is None else bound[present],
+        is_prefilling=None if prefilling is None else prefilling[present],
+        req_idx=None if common.req_idx is None else common.req_idx[present.numpy()],
+        block_table_tensor=common.block_table_tensor[here],
+        num_actual_tokens=sum(rows),
         max_query_len=max(rows),
-        slot_mapping=torch.empty(total, dtype=common.slot_mapping.dtype, device=device),
+        slot_mapping=torch.empty(sum(rows), dtype=common.slot_mapping.dtype, device=device),
     )
 
 
-def _write_slots(common: CommonAttentionMetadata, out: Tensor, block_size: int) -> None:
-    """The slots of all rows into `out`, in place: the step's forward context, or a graph, reads that very buffer.
+def _write_slots(common: CommonAttentionMetadata, block_size: int) -> None:
+    """The slots of all rows, in place: the step's forward context, or a captured graph, reads that very buffer.
 
     A request's rows are the last of its sequence. No value is read back from the device.
     """
@@ -117,4 +126,4 @@ def _write_slots(common: CommonAttentionMetadata, out: Tensor, block_size: int) 
     owners = torch.arange(len(counts), device=starts.device).repeat_interleave(counts, output_size=total)
     places = torch.arange(total, device=starts.device) + (lengths - starts[1:])[owners]
     blocks = common.block_table_tensor[owners, places // block_size]
-    out[:total] = blocks.to(out.dtype) * block_size + places % block_size
+    common.slot_mapping[:total] = blocks.to(common.slot_mapping.dtype) * block_size + places % block_size

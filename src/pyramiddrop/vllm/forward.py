@@ -107,6 +107,8 @@ class StagedForward:
             if index in self._first:
                 hidden, positions = self._end_stage(index, layer, _whole(hidden, residual), positions)
                 residual = None
+                if not len(hidden):  # every request of the step waits for the rest of its prompt
+                    return torch.zeros_like(embeds)
                 self._use_slots(text.layers[index:], self._first[index])
             if self._rules.rank_layer == "last" and index + 1 in self._first:
                 self._rank_ahead(self._first[index + 1], layer, _whole(hidden, residual), positions)
