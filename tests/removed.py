@@ -31,7 +31,6 @@ class Remover(Oracle):
         self.prompt = self.prompts[0]
         super().begin(text, args, kwargs)
         self.ranking = True
-        assert len(self.alive[0]) == 1
 
     def enter(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[Any, ...], Call]:
         """Before a decoder layer: end a stage where one ends, and hand on what belongs to the rows that are left."""
@@ -46,6 +45,7 @@ class Remover(Oracle):
             for turn in self.prompts:
                 self.prompt = turn
                 self.drop(stage, spread(attention, before))
+            assert bool((self.alive[stage] == self.alive[stage][0]).all()), "rows are beams of one sample"
             self.kept = [*self.kept[: stage - 1], self.kept[-1]]  # the last turn's
             hidden = hidden[:, self.alive[stage][0][before]]
         call = taken(call, self.alive[stage][0])
@@ -56,7 +56,7 @@ class Remover(Oracle):
     def leave(self, text: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind the text model: zeros where rows were taken out."""
         rows = output.last_hidden_state
-        full = rows.new_zeros(1, self.survives.shape[1], rows.shape[2])
+        full = rows.new_zeros(len(rows), self.survives.shape[1], rows.shape[2])
         output.last_hidden_state = full.index_copy(1, self.survives[0].nonzero()[:, 0], rows)
         return output
 
@@ -87,8 +87,8 @@ def take(value: Any, alive: Tensor, mask: bool = False) -> Any:
 
 
 def spread(attention: Tensor, alive: Tensor) -> Tensor:
-    """(1, H, L, L) of the probabilities (1, H, N, N) among the N living of L columns."""
+    """(B, H, L, L) of the probabilities (B, H, N, N) among the N living of L columns."""
     columns = alive.nonzero()[:, 0]
-    full = attention.new_zeros(1, attention.shape[1], len(alive), len(alive))
+    full = attention.new_zeros(*attention.shape[:2], len(alive), len(alive))
     full[:, :, columns[:, None], columns] = attention
     return full

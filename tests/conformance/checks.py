@@ -157,7 +157,12 @@ def greedy(subject: Subject) -> None:
         same_generation(subject, subject.setup.rule(), subject.batch(specs))
 
 
-@check("no cache", "use_cache=False ranks the prompt again at each step, by the prompt's own last token", "generate")
+@check(
+    "no cache",
+    "use_cache=False ranks the prompt again at each step, by the prompt's own last token",
+    "generate",
+    "use_cache",
+)
 def uncached(subject: Subject) -> None:
     for specs in subject.prompts:
         same_generation(subject, subject.setup.rule(), subject.batch(specs), use_cache=False)
@@ -243,7 +248,10 @@ def per_image(subject: Subject) -> None:
 
 @check("video", "the frames of a video are one pool; a video beside an image", "video")
 def video(subject: Subject) -> None:
-    specs = [[5, "video", 7], *([[3, "image", 2, "video", 4]] if subject.can("images") else [])]
+    specs = [
+        [5, "video", 7],
+        *([[3, "image", 2, "video", 4]] if subject.can("images") and subject.can("mixed") else []),
+    ]
     for spec in specs:
         batch = subject.batch([spec])
         same_forward(subject, subject.setup.rule(), batch)
@@ -251,7 +259,7 @@ def video(subject: Subject) -> None:
             same_generation(subject, subject.setup.rule(), batch)
 
 
-@check("eager", "eager attention and SDPA agree with each other on sets, logits and tokens")
+@check("eager", "eager attention and SDPA agree with each other on sets, logits and tokens", "sdpa")
 def eager_is_sdpa(subject: Subject) -> None:
     batch = subject.batch(subject.prompts[-1])
     outputs = []
