@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: demo test test-all test-oldest lint format clean
+.PHONY: demo test test-all test-oldest conformance lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramiddrop demo
@@ -19,6 +19,10 @@ test-all: $(VENV)/.tested lint test-oldest
 # The fast tests on the oldest Transformers that is supported, in an environment of its own.
 test-oldest: $(OLDEST)/.tested
 	$(OLDEST)/bin/python -m pytest
+
+# Every check on every family, with a progress bar; writes docs/conformance.md.
+conformance: $(VENV)/.tested
+	PYTHONPATH=tests $(BIN)/python -m conformance
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from conformance.checks import CHECKS
-from conformance.outcome import IMPOSSIBLE, expected, prove
+from conformance.outcome import FAILED, IMPOSSIBLE, expected, prove
+from conformance.page import MARKS, PAGE
 from conformance.setups import FAST, SETUPS
 from zoo import MEMBERS
 
@@ -38,3 +39,29 @@ def test_the_tables_name_what_there_is() -> None:
     for setup in SETUPS.values():
         assert set(setup.refused) <= {*CHECKS, "*"}
         assert set(setup.impossible) <= set(CHECKS)
+
+
+# --- The committed page ---------------------------------------------------------------------------------------------
+
+
+def page_rows() -> list[list[str]]:
+    """The table of the page: its cells."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_lists_every_member_and_check() -> None:
+    head, _, *rows = page_rows()
+    assert head == ["family", *CHECKS]
+    assert [row[0].strip("`") for row in rows] == list(MEMBERS)
+
+
+def test_the_page_says_what_the_suite_expects() -> None:
+    """A cell may tell of a failure; else it stands as the suite has it, with the reasons below the table."""
+    for name, *cells in page_rows()[2:]:
+        for cell, check in zip(cells, CHECKS.values(), strict=True):
+            wanted = expected(MEMBERS[name.strip("`")], check)
+            assert cell.split()[0] in (MARKS[wanted.status], MARKS[FAILED]), f"{name}, {check.name}"
+            assert (
+                cell.startswith(MARKS[FAILED]) or f"{wanted.status}: {wanted.why}" in PAGE.read_text() or not wanted.why
+            )
