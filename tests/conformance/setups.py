@@ -18,7 +18,8 @@ class Setup:
         last: the same with rank_layer="last", where the layer before ranks.
         fastv: the layer of the check with one early drop; the layer before it ranks.
         impossible: check -> why the untouched model cannot do it, where the zoo does not say so.
-        refused: check -> words of the error by which the library refuses it; "*" stands for every check.
+        refused: check -> words of the error by which the library refuses it; "*" stands for every check
+            but "keep 1", in which nothing is dropped.
         removed: whether masking is no oracle, because a later layer is not of attention alone: then rows are taken out.
     """
 
@@ -42,7 +43,13 @@ class Setup:
 
     def refusal(self, check: str) -> str | None:
         """Words of the refusal that a check must meet, or None where it must pass."""
-        return self.refused.get(check, self.refused.get("*"))
+        return self.refused.get(check, self.refused.get("*") if check != "keep 1" else None)
+
+
+def unknown(layer_type: str) -> dict[str, str]:
+    """The refusal of a text model with layers of a kind of its own, whatever is asked of it."""
+    words = f"layers of type {layer_type!r} are not known"
+    return {"*": words, "keep 1": words}
 
 
 NO_GRID = {"new image": "`generate` needs the grids of earlier images too, and takes only those of new tokens"}
@@ -73,7 +80,9 @@ SETUPS: dict[str, Setup] = {
     "glm_ocr": GRIDS,
     "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
-    "minimax_m3_vl": Setup(refused={"*": "layers of type 'minimax_m3_sparse' are not known"}),
+    "llama4": replace(WINDOWED, refused={}),  # chunks instead of windows
+    "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"}),
+    "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
     "muse_glimmer": WINDOWED,
     "paddleocr_vl": GRIDS,
     "paligemma-2": Setup(layers=(1, 3, 5), refused=WINDOW),  # every other layer sees all
@@ -84,7 +93,7 @@ SETUPS: dict[str, Setup] = {
     "qwen3_vl": GRIDS,
     "qwen3_vl_moe": GRIDS,
     "step3p7": WINDOWED,
-    "unlimited_ocr": Setup(refused={"*": "layers of type 'reference_sliding_attention' are not known"}),
+    "unlimited_ocr": Setup(refused=unknown("reference_sliding_attention")),
 }
 
 # One member for every kind of text model: what the fast tests run on.
