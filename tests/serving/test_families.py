@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from qwen import FAMILIES, masked_answers, save_qwen, with_pictures
+from qwen import FAMILIES, films, masked_answers, save_qwen, with_pictures
 from served import answers, engine, questions
 
 from pyramiddrop import PyramidDrop
@@ -25,6 +25,15 @@ def test_qwen_vl(family: str, tmp_path: Path) -> None:
     wanted = masked_answers(folder, ASKED, RULE)
     with engine(folder, METHOD, max_num_batched_tokens=64) as llm:
         assert answers(llm, ASKED, every=2) == wanted
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos(family: str, tmp_path: Path) -> None:
+    """Frames of Qwen3-VL stand apart, with timestamps between them; all visual tokens of a prompt share one quota."""
+    folder, asked = save_qwen(tmp_path, family), films(3)
+    wanted = masked_answers(folder, asked, RULE)
+    with engine(folder, METHOD, limit_mm_per_prompt={"image": 1, "video": 1}, max_num_batched_tokens=24) as llm:
+        assert answers(llm, asked) == wanted
 
 
 def test_qwen3_vl_drops_nothing_where_it_still_adds(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.models.internvl import InternVLChatModel
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -97,10 +96,6 @@ class PyramidDropQwen2VLForConditionalGeneration(_Staged, Qwen2VLForConditionalG
 
 class PyramidDropQwen2_5_VLForConditionalGeneration(_Staged, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
-
-
-class PyramidDropInternVLChatModel(_Staged, InternVLChatModel):
-    """InternVL."""
 
 
 class PyramidDropQwen3VLForConditionalGeneration(_Staged, Qwen3VLForConditionalGeneration):

@@ -7,15 +7,14 @@ PREFIX = "PyramidDrop"
 #: The key of the settings, in `hf_overrides` and in `additional_config`.
 KEY = "pyramiddrop"
 
-#: Architectures that can be served, and the module and class of vLLM that serve them without dropping.
-ARCHITECTURES = {
-    "LlavaForConditionalGeneration": ("llava", "LlavaForConditionalGeneration"),
-    "LlavaNextForConditionalGeneration": ("llava_next", "LlavaNextForConditionalGeneration"),
-    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
-    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
-    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
-    "InternVLChatModel": ("internvl", "InternVLChatModel"),
-}
+#: Architectures that can be served. That of the same name with `PREFIX` stands in `models`.
+ARCHITECTURES = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
 
 
 def dropping(architecture: str) -> str:
