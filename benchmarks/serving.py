@@ -51,11 +51,11 @@ from transformers import (
 from pyramiddrop import PyramidDrop
 from pyramiddrop.vllm import hf_overrides
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS = 12, 768, 2048, 12
+LAYERS, HIDDEN, INTERMEDIATE, HEADS = 8, 512, 1408, 8
 VISUAL, WORDS, NEW = 576, 32, 24
 VOCABULARY, PAD, IMAGE = 512, 1, 0
-CONCURRENCY = {1: 6, 4: 12, 8: 16, 32: 48}  # and how many requests are measured
-PLENTY, BUDGET = 3 << 30, 512 << 20  # bytes of KV cache: to measure speed, and for how many requests fit
+CONCURRENCY = {1: 4, 4: 8, 8: 16, 32: 32}  # and how many requests are measured
+PLENTY, BUDGET = 1 << 30, 256 << 20  # bytes of KV cache: to measure speed, and for how many requests fit
 METHOD = PyramidDrop()
 
 
