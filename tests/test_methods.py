@@ -349,10 +349,20 @@ def test_unsupported_models_are_refused(make: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_sliding_windows_are_refused() -> None:
-    model = tiny_model("llava-mistral", sliding_window=16)
-    with pytest.raises(UnsupportedModelError, match="sliding"), PyramidDrop()(model):
-        pass
+@torch.no_grad()
+def test_a_ranking_layer_that_does_not_see_every_visual_token_is_refused() -> None:
+    """What it does not see would rank last, whatever it shows. 21 tokens back is where the image begins."""
+    model = tiny_model("llava-mistral", sliding_window=20)
+    inputs = make_batch(model, [[3, "image", 5]])
+    with PyramidDrop()(model), pytest.raises(ValueError, match=r"layer 2, .* sees 20 tokens, but they begin 21 tokens"):
+        model(**inputs)
+    with RandomDrop()(model) as trace:
+        model(**inputs)
+    assert len(trace.stages[0].kept[0]) == 8
+    model = tiny_model("llava-mistral", sliding_window=21)
+    with PyramidDrop()(model) as trace:
+        model(**inputs)
+    assert len(trace.stages[0].kept[0]) == 8
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyramiddrop.hf.groups import group_tokens
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.schedule import Schedule
 
@@ -25,7 +26,11 @@ def plan(
     schedule: Schedule = SCHEDULE,
 ) -> Plan:
     protected = queries if protected is None else protected
-    return make_plan(Request(visual, queries, protected, valid, lengths, 0), schedule, per_image)
+    grouping = "image" if per_image else "sample"
+    groups = group_tokens(
+        grouping, visual if valid is None else visual & valid, torch.zeros_like(visual), lengths, None
+    )
+    return make_plan(Request(visual, queries, protected, valid, groups, 0), schedule)
 
 
 def test_counts_and_lengths_of_a_ragged_batch() -> None:

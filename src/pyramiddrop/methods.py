@@ -34,7 +34,8 @@ class Method:
             each drop, as the official code does.
         rank_layer: "next": the layer before which tokens are dropped ranks them, by its own queries and keys of the
             undropped rows; "last": the layer before it does.
-        per_image: whether each image of a sample has its own quota, or all of them share one.
+        per_image: whether each image and each video of a sample has its own quota, or all of them share one.
+        per_frame: whether each image and each frame of a video has its own quota.
         logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
             logits and the loss for the rows that are left alone, which needs less memory.
 
@@ -45,6 +46,7 @@ class Method:
     positions: str = "original"
     rank_layer: str = "next"
     per_image: bool = False
+    per_frame: bool = False
     logits: str = "full"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class Method:
         _check_choice("rank_layer", self.rank_layer, ("next", "last"))
         _check_choice("logits", self.logits, ("full", "kept"))
         _check_choice("per_image", self.per_image, (False, True))
+        _check_choice("per_frame", self.per_frame, (False, True))
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit.
@@ -326,7 +329,7 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
         scorer=scorer,
         positions=method.positions,
         rank_layer=method.rank_layer,
-        per_image=method.per_image,
+        grouping="frame" if method.per_frame else "image" if method.per_image else "sample",
         logits=method.logits,
     )
     return Attachment(parts, rules, given)

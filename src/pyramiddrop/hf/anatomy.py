@@ -21,8 +21,6 @@ from pyramiddrop.hf.families import FAMILIES, Family
 from pyramiddrop.hf.shapes import TEXT_MODELS, decoder_shape
 from pyramiddrop.hf.spans import Span, UnknownLayerTypeError, spans_of
 
-_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
 
 class UnsupportedModelError(ValueError):
     """The model, or a setting of it, cannot work with staged dropping; the message says which and why."""
@@ -38,6 +36,7 @@ class Anatomy:
         generator: the module whose `generate` runs, or None.
         text: the text model; its `layers` are the decoder layers.
         visual_ids: ids of visual tokens in input_ids.
+        video_ids: those of them that belong to videos alone.
         family: its entry.
         config: of the whole model.
         sizes: for the cost model, or None where it does not know the text model.
@@ -49,6 +48,7 @@ class Anatomy:
     generator: nn.Module | None
     text: PreTrainedModel
     visual_ids: tuple[int, ...]
+    video_ids: tuple[int, ...]
     family: Family
     config: PretrainedConfig
     sizes: DecoderShape | None
@@ -77,12 +77,21 @@ class Anatomy:
         return self.sizes
 
     @cached_property
+    def longest(self) -> int | None:
+        """The columns up to which attention does not depend on how many rows a layer has, or None for any number.
+
+        Llama 4 scales queries by their row's number where that has reached `floor_scale`.
+        """
+        config = self.text.config
+        return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
+
+    @cached_property
     def first_of_kind(self) -> dict[Span, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
         return {span: self.spans.index(span) for span in self.spans}
 
     def image_lengths(self, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
-        """Tokens of each image of a call that has `visual_tokens` in all, or None where the family cannot tell."""
+        """Tokens of each image of a call that has so many of images in all, or None where the family cannot tell."""
         lengths = self.family.image_lengths
         return lengths(self.config, call, visual_tokens) if lengths else None
 
@@ -105,11 +114,13 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise _unsupported(core, family.refused)
     text = _text_model(core)
     wrappers = tuple(module for module in model.modules() if _contains(module, text))
+    images, videos = _image_ids(core), _ids(core.config, ("video_token_id", "video_token_index"))
     return Anatomy(
         wrappers=wrappers,
         generator=next((module for module in reversed(wrappers) if hasattr(type(module), "generate")), None),
         text=text,
-        visual_ids=_visual_ids(core),
+        visual_ids=tuple(sorted(images | videos)),
+        video_ids=tuple(sorted(videos - images)),
         family=family,
         config=config,
         sizes=decoder_shape(text.config, text.dtype.itemsize) if text.config.model_type in TEXT_MODELS else None,
@@ -163,13 +174,15 @@ def _contains(module: nn.Module, part: nn.Module) -> bool:
     return module is not part and any(inner is part for inner in module.modules())
 
 
-def _visual_ids(core: PreTrainedModel) -> tuple[int, ...]:
-    """Ids of image and video tokens, by the names that configurations use."""
-    found = [getattr(core.config, name, None) for name in _ID_NAMES]
-    mapping = next((module for module in core.modules() if hasattr(module, "image_token_id")), None)
-    if mapping is not None:  # of models whose images become tokens of a vocabulary of their own (Chameleon, Emu3)
-        found.append(mapping.image_token_id)
-    return tuple(sorted({int(number) for number in found if isinstance(number, int)}))
+def _image_ids(core: PreTrainedModel) -> set[int]:
+    """Ids of image tokens: in the configuration, or in a vocabulary of the images' own (Chameleon, Emu3)."""
+    vocabulary = next((module for module in core.modules() if hasattr(module, "image_token_id")), None)
+    return _ids(core.config, ("image_token_id", "image_token_index")) | _ids(vocabulary, ("image_token_id",))
+
+
+def _ids(holder: Any, names: tuple[str, ...]) -> set[int]:
+    found = (getattr(holder, name, None) for name in names)
+    return {number for number in found if isinstance(number, int)}
 
 
 def _spans(core: PreTrainedModel, text: PreTrainedModel) -> tuple[Span, ...]:

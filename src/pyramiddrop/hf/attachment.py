@@ -176,6 +176,7 @@ class Attachment:
             self._begin_trace(plan)
         if memory is None and (plan is None or not plan.drops):
             return None
+        self._check_length(past + (call_shape(call) or (0, 0))[1])
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         labels = call.get("labels") if self.rules.logits == "kept" else None
@@ -184,6 +185,14 @@ class Attachment:
         padding = mask if isinstance(mask, Tensor) and mask.shape == (len(tokens), past + tokens.shape[1]) else None
         length = tokens.shape[1]
         return Run(self.anatomy, self.rules, past, length, dropping, memory, labels, trace, padding, self._projector)
+
+    def _check_length(self, columns: int) -> None:
+        longest = self.anatomy.longest
+        if longest is not None and columns > longest:
+            raise ValueError(
+                f"{type(self.anatomy.text).__name__} scales the queries of sequences of more than {longest} tokens by "
+                f"row numbers, which dropping changes; this one has {columns}. Use shorter prompts, or no method"
+            )
 
     def _plan(self, call: Kwargs, past: int, generation: _Generation | None) -> Plan | None:
         """The plan of this forward where it is a prefill, else None."""
@@ -200,12 +209,13 @@ class Attachment:
         else:
             training = self.anatomy.text.training and generation is None
             guesses = generation.guesses(past, shape[1]) if generation else 0
-            request = read_request(call, self.anatomy, self.given, past, training, guesses)
+            grouping = self.rules.grouping
+            request = read_request(call, self.anatomy, self.given, past, training, guesses, grouping)
             if generation is not None:
                 generation.prompt = request
             if past and not request.visual.any():
                 return None  # text alone on top of a cache
-        return make_plan(request, self.rules.schedule, self.rules.per_image)
+        return make_plan(request, self.rules.schedule)
 
     def _begin_trace(self, plan: Plan) -> None:
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)

@@ -12,9 +12,11 @@ from torch import Tensor
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.memory import Slots, static_width
-from pyramiddrop.hf.rows import Kept, take_positions, take_rows
+from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
 
 Kwargs = dict[str, Any]
+
+_POSITIONS = ("position_ids", "position_embeddings")
 
 
 class Following:
@@ -45,17 +47,20 @@ class Following:
         self.first, self.padding = first, padding
         self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
-    def kwargs(self, stage: int, index: int, kept: Kept | None, slots: Slots, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+    def kwargs(
+        self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, hidden: Tensor, kwargs: Kwargs
+    ) -> Kwargs:
         """What layer `index`, with `stage` drops behind it, is called with.
 
         Args:
             kept: the rows of this call that are left, or None for all.
             slots: what stands in the KV cache that the layer reads, once this call's rows are in it.
-            hidden: (B, N, D), for device and dtype.
+            added: how many those are.
+            hidden: (B, N, D), what the layer computes.
             kwargs: of the text model, for the full length.
         """
         mask = kwargs.get("attention_mask")
-        own = self._mask(stage, index, kept, slots, hidden.shape[1], kwargs)
+        own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
         if own is mask and kept is None and not self.compact:
             return kwargs  # a step of decoding to which the missing slots make no difference
         followed = {**kwargs, "attention_mask": own}
@@ -64,7 +69,7 @@ class Following:
         return followed
 
     def _mask(
-        self, stage: int, index: int, kept: Kept | None, slots: Slots, count: int, kwargs: Kwargs
+        self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, count: int, kwargs: Kwargs
     ) -> Tensor | None:
         mask, span, source = kwargs.get("attention_mask"), self.anatomy.spans[index], self.anatomy.sources[index]
         if span.kind == "recurrent":
@@ -80,11 +85,10 @@ class Following:
                     f"a StaticCache with layers that see a window (layer {index}) is not supported once visual tokens "
                     "were dropped from it; use a DynamicCache"
                 )
-            slots = slots.handed_out(cache, source, count)
+            slots = slots.handed_out(cache, source, added)
         sight = Sight(span, self.anatomy.attention, self.past, self.length, width, self.trusts(index), self.padding)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
-        rows = kept.rows if kept else None
-        own: Tensor | None = self._once(key, mask, lambda: follow_mask(mask, rows, slots, count, sight))
+        own: Tensor | None = self._once(key, mask, lambda: follow_mask(mask, kept, slots, count, sight))
         return own
 
     def trusts(self, index: int) -> bool:
@@ -123,7 +127,7 @@ class Following:
         # Flash attention would take the gaps between the ids for packed sequences; the embeddings hold all it needs.
         if kept is not None and self.anatomy.attention.startswith("flash"):
             positions["position_ids"] = None
-        return positions if kept is None else {name: _taken(value, kept.rows) for name, value in positions.items()}
+        return positions if kept is None else take_tokens(positions, kept.rows)
 
     def renumbered(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
         """(B, N) consecutive positions; a further turn goes on where the one before ended."""
@@ -151,21 +155,15 @@ class Following:
 
 def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
     """Rows (B, n) of what `Following.tokens` gave."""
-    return {
-        name: _taken(value, rows) if name in _POSITIONS else take_rows(value, rows) for name, value in tokens.items()
-    }
+    take = {"position_ids": take_positions, "position_embeddings": _taken}
+    return {name: value if value is None else take.get(name, take_rows)(value, rows) for name, value in tokens.items()}
 
 
-_POSITIONS = ("position_ids", "position_embeddings")
-
-
-def _taken(positions: Any, rows: Tensor) -> Any:
-    """Rows of position ids or embeddings: a table, several of them, or None for layers without."""
-    if positions is None:
-        return None
-    if isinstance(positions, Tensor):
-        return take_positions(positions, rows)
-    return tuple(take_positions(table, rows) for table in positions)
+def _taken(embeddings: Any, rows: Tensor) -> Any:
+    """Rows of position embeddings: one table, or several."""
+    if isinstance(embeddings, Tensor):
+        return take_embeddings(embeddings, rows)
+    return tuple(take_embeddings(table, rows) for table in embeddings)
 
 
 def _first_tensor(positions: Any) -> Any:

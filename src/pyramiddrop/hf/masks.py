@@ -53,34 +53,33 @@ class Sight:
         return not self.span.windowed or (self.total <= self.span.size and not padded)
 
 
-def follow_mask(mask: Tensor | None, rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+def follow_mask(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
     """The mask of a pruned layer.
 
     Args:
         mask: of the full sequence: (B, 1, length, W) bool or additive, (B, W) for flash kernels, or None where the
             kernel needs none.
-        rows: (B, N) the rows of this call that the layer computes, or None for the last `count` of all.
+        kept: the rows of this call that the layer computes, or None for the last `count` of all.
         slots: what the layer's KV cache hands out once it has added this call's rows.
         count: rows that the layer computes.
         sight: of the layer.
     """
     if mask is None or not sight.trusted:
-        return _ruled(rows, slots, count, sight)
-    written = slots
+        return _ruled(kept, slots, count, sight)
     if sight.span.windowed:
         offset = sight.total - mask.shape[-1]
     else:
         slots, offset = slots.until(mask.shape[-1]), 0
     if mask.dim() == 2:
         return hide(mask.gather(1, slots.columns), slots.valid)
-    if rows is not None:
-        mask = take_rows(mask.transpose(1, 2), rows).transpose(1, 2)
+    if kept is not None:
+        mask = take_rows(mask.transpose(1, 2), kept.rows).transpose(1, 2)
     mask = take_columns(mask, (slots.columns - offset).clamp(min=0) if offset else slots.columns)
     if offset:
         mask = hide(mask, (slots.columns >= offset)[:, None, None])
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(_filler_sees_itself(mask, rows, written.valid), sight.width)
+    return _padded(_filler_sees_itself(mask, kept, slots, sight), sight.width)
 
 
 def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | None:
@@ -93,7 +92,7 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | No
     return kept.valid.long() if given is None else hide(given, kept.valid)
 
 
-def _ruled(rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+def _ruled(kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
     slots = slots.until(sight.total)
     valid = slots.valid
@@ -104,11 +103,11 @@ def _ruled(rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tenso
         return None  # stays None, so that the kernel keeps its own causal path
     if sight.flash:
         return valid
-    queries = _query_columns(rows, slots, count, sight)
+    queries = _query_columns(kept, slots, count, sight)
     mask = causal(queries, slots.columns, valid)
     if not sight.near():
         mask = mask & sight.span.reaches(queries, slots.columns, _first_column(sight, len(queries), queries.device))
-    return _padded(_filler_sees_itself(mask, rows, slots.valid), sight.width)
+    return _padded(_filler_sees_itself(mask, kept, slots, sight), sight.width)
 
 
 def _first_column(sight: Sight, batch: int, device: torch.device) -> Tensor:
@@ -135,23 +134,22 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
 
 
-def _filler_sees_itself(mask: Tensor, rows: Tensor | None, valid: Tensor | None) -> Tensor:
-    """Show each filler row its own slot, the last of those `valid` (B, n): a row that sees nothing can become NaN,
-    and a masked NaN is still NaN for everybody."""
-    if rows is not None and valid is not None:
-        filler = ~valid[:, None, -rows.shape[1] :]
-        own = mask.diagonal(offset=valid.shape[1] - rows.shape[1], dim1=-2, dim2=-1)
-        own.masked_fill_(filler, 0 if mask.is_floating_point() else True)
-    return mask
+def _filler_sees_itself(mask: Tensor, kept: Kept | None, slots: Slots, sight: Sight) -> Tensor:
+    """Show each filler row its own slot: a row that sees nothing can become NaN, and a masked NaN is still NaN for
+    everybody."""
+    if kept is None or kept.valid is None:
+        return mask
+    own = slots.columns[:, None] == (kept.rows + sight.past)[..., None]
+    return mask.masked_fill((own & ~kept.valid[..., None])[:, None], 0 if mask.is_floating_point() else True)
 
 
 def _hidden(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
 
 
-def _query_columns(rows: Tensor | None, slots: Slots, count: int, sight: Sight) -> Tensor:
-    if rows is not None:
-        return rows + sight.past
+def _query_columns(kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor:
+    if kept is not None:
+        return kept.rows + sight.past
     last = torch.arange(sight.total - count, sight.total, device=slots.columns.device)
     return last.expand(len(slots.columns), -1)
 

@@ -72,11 +72,11 @@ class Slots:
         columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
         return Slots(columns, valid, width)
 
-    def handed_out(self, cache: Any, index: int, count: int) -> Slots:
-        """Those of these slots that layer `index` of a cache hands to a call of `count` rows: a cache layer with a
-        sliding window holds no more slots than its window, be they neighbours or far apart."""
+    def handed_out(self, cache: Any, index: int, added: int) -> Slots:
+        """Those of these slots, the last `added` of this call, that layer `index` of a cache hands out: with a sliding
+        window it holds no more slots than that, be they neighbours or far apart."""
         layer = _cache_layer(cache, index)
-        before = self.columns.shape[1] - count
+        before = self.columns.shape[1] - added
         if layer is None or not layer.is_sliding or before < layer.sliding_window:
             return self
         first = before - (layer.sliding_window - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ class Request:
         queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
         protected: (B, L) bool, tokens that are never dropped, for something is read off their rows.
         valid: (B, L) bool, False at padding, or None where there is none.
-        image_lengths: tokens of each image of the batch in order, or None where unknown.
+        groups: (B, L) long, the group of each visual token: those that share a quota.
         past: columns that the KV cache holds already.
     """
 
@@ -29,7 +28,7 @@ class Request:
     queries: Tensor
     protected: Tensor
     valid: Tensor | None
-    image_lengths: Sequence[int] | None
+    groups: Tensor
     past: int
 
 
@@ -99,12 +98,13 @@ class Plan:
         return replace(self, **moved, stages=stages)
 
 
-def make_plan(request: Request, schedule: Schedule, per_image: bool) -> Plan:
+def make_plan(request: Request, schedule: Schedule) -> Plan:
     """Work out the counts of every stage from the masks of `request`."""
     valid = request.valid
     visual = request.visual if valid is None else request.visual & valid
     queries = request.queries if valid is None else request.queries & valid
-    groups, num_groups = _groups(visual, request.image_lengths) if per_image else (torch.zeros_like(visual).long(), 1)
+    groups = request.groups * visual
+    num_groups = int(groups.max()) + 1
     protected = visual & (request.protected | queries)
     tokens, held = (_count(mask, groups, num_groups) for mask in (visual, protected))
     columns, weights = _query_columns(queries)
@@ -161,19 +161,3 @@ def _query_columns(queries: Tensor) -> tuple[Tensor, Tensor]:
     most = max(1, int(queries.sum(1).max()))
     columns = (~queries).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
     return columns, queries.gather(1, columns).float()
-
-
-def _groups(visual: Tensor, image_lengths: Sequence[int] | None) -> tuple[Tensor, int]:
-    """(B, L) the image that each visual token belongs to, counted in its sample, and the largest count of images.
-
-    Where the lengths of the images are not known or do not fit, a run of visual tokens is one image.
-    """
-    if image_lengths is not None and sum(image_lengths) == int(visual.sum()):
-        image = torch.zeros_like(visual, dtype=torch.long)
-        image[visual] = torch.repeat_interleave(torch.arange(len(image_lengths)), torch.tensor(image_lengths))
-        first = image.masked_fill(~visual, len(image_lengths)).min(1, keepdim=True).values
-        groups = (image - first) * visual
-    else:
-        starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        groups = (starts.long().cumsum(1) - 1).clamp(min=0)
-    return groups, int(groups.max()) + 1

@@ -9,6 +9,7 @@ weights work.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pyramiddrop.hf.rows import take_rows
+from pyramiddrop.hf.rows import take_hidden, take_rows
 
 _STOP = "pyramiddrop_stop"
 _QUERIES, _VALUES = ("q_proj", "q_b_proj"), ("v_proj",)  # projections that the keys do not depend on
@@ -87,7 +88,7 @@ class Projector:
             NoAttentionError: where the layer does not reach the attention interface.
         """
         if self._splits.get(index, True):
-            asked = _run(_twin(layer), take_rows(hidden, asking), arguments(asking))
+            asked = _run(_twin(layer), take_hidden(hidden, asking), arguments(asking))
             keyed = _run(_twin(layer, (*_QUERIES, *_VALUES)), hidden, arguments(None))
             if self._splits.setdefault(index, _agree(keyed.keys, asked.keys, asking)):
                 return Projection(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
@@ -129,13 +130,14 @@ def _twin(module: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
     """A second object for the same weights, whose attention implementation is `_stop`; `module` is not touched.
 
     Made without the class's `__new__`, which sharding classes override; without an instance's own `forward`, which is
-    bound to the original.
+    bound to the original; and without hooks, whose owners are to see the layer's real calls alone.
     """
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
     if "config" in twin.__dict__:
         twin.__dict__["config"] = copy.copy(module.config)
         twin.__dict__["config"].__dict__["_attn_implementation_internal"] = _STOP
+    twin.__dict__.update({name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")})
     twin.__dict__["_modules"] = {name: _part(name, part, skipped) for name, part in module._modules.items()}
     return twin
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.groups import group_tokens, video_frames
 from pyramiddrop.hf.plan import Request
 
 IGNORED_LABEL = -100
@@ -48,7 +49,13 @@ def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def read_request(
-    call: Mapping[str, Any], anatomy: Anatomy, given: GivenMasks, past: int, training: bool, guesses: int
+    call: Mapping[str, Any],
+    anatomy: Anatomy,
+    given: GivenMasks,
+    past: int,
+    training: bool,
+    guesses: int,
+    grouping: str,
 ) -> Request:
     """The request of a prefill.
 
@@ -59,6 +66,7 @@ def read_request(
         past: columns in the KV cache.
         training: whether this is a training forward: then only labels (or a query mask) say who asks.
         guesses: columns at the end that are no prompt: candidates of assisted decoding.
+        grouping: "sample", "image" or "frame": which visual tokens share a quota.
 
     Raises:
         ValueError: for embeddings without a visual mask, and for masks that do not fit the call.
@@ -88,7 +96,7 @@ def read_request(
         query = protected
     elif query is None:
         query = _last_token(prompt.expand(shape) if valid is None else valid & prompt)
-    return Request(visual, query, protected | query, valid, anatomy.image_lengths(call, int(visual.sum())), past)
+    return Request(visual, query, protected | query, valid, _groups(call, anatomy, grouping, visual), past)
 
 
 def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
@@ -96,21 +104,36 @@ def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
     shape = call_shape(call)
     assert shape is not None
     new = shape[1] - prompt.visual.shape[1]
-    visual, queries, protected = (
-        torch.nn.functional.pad(mask, (0, new)) for mask in (prompt.visual, prompt.queries, prompt.protected)
+    visual, queries, protected, groups = (
+        torch.nn.functional.pad(table, (0, new))
+        for table in (prompt.visual, prompt.queries, prompt.protected, prompt.groups)
     )
     valid = _valid(call.get("attention_mask"), shape, prompt.past)
-    return replace(prompt, visual=visual, queries=queries, protected=protected, valid=valid)
+    return replace(prompt, visual=visual, queries=queries, protected=protected, groups=groups, valid=valid)
 
 
 def _visual_from_ids(call: Mapping[str, Any], anatomy: Anatomy) -> Tensor:
+    ids, types = call.get("input_ids"), call.get("mm_token_type_ids")
+    if ids is not None and anatomy.visual_ids:
+        return _among(ids, anatomy.visual_ids)
+    if types is not None and types.shape == call_shape(call):
+        typed: Tensor = types.cpu() > 0
+        return typed
+    raise ValueError(
+        "visual_mask is needed: this call has no ids of visual tokens (inputs_embeds, or a text model). Give a "
+        "(batch, length) bool mask: with method(model, visual_mask=mask)"
+    )
+
+
+def _among(ids: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    return torch.isin(ids.cpu(), torch.tensor(numbers))
+
+
+def _groups(call: Mapping[str, Any], anatomy: Anatomy, grouping: str, visual: Tensor) -> Tensor:
     ids = call.get("input_ids")
-    if ids is None or not anatomy.visual_ids:
-        raise ValueError(
-            "visual_mask is needed: this call has no ids of visual tokens (inputs_embeds, or a text model). Give a "
-            "(batch, length) bool mask: with method(model, visual_mask=mask)"
-        )
-    return torch.isin(ids.cpu(), torch.tensor(anatomy.visual_ids))
+    video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
+    lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))
+    return group_tokens(grouping, visual, video, lengths, video_frames(call))
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:

@@ -39,6 +39,11 @@ def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
     return source.gather(dim, _aligned(rows, tensor.dim(), dim - 1, dim).expand(shape))
 
 
+def take_hidden(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Gather `rows` (B, N) of hidden states (B, L, D), or (streams, B, L, D) of models with several (Gemma 3n)."""
+    return take_rows(hidden, rows, dim=hidden.dim() - 2)
+
+
 def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int, dim: int = 1) -> Tensor:
     """Undo `take_rows`: (B, N at `dim`, ...) back to `length` columns, with zeros where no valid row is."""
     rows = rows.to(tensor.device)
@@ -49,10 +54,14 @@ def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int
     return tensor.new_zeros(shape).scatter(dim, _aligned(rows, tensor.dim(), 0, dim).expand_as(tensor), tensor)
 
 
-def take_positions(table: Tensor, rows: Tensor) -> Tensor:
-    """Gather position ids (..., B or 1, L) of an integer type, or position embeddings (..., B or 1, L, d)."""
-    embeddings = table.is_floating_point() or table.is_complex()
-    return take_rows(table, rows, dim=table.dim() - (2 if embeddings else 1))
+def take_positions(ids: Tensor, rows: Tensor) -> Tensor:
+    """Gather position ids (..., B or 1, L), of one axis or several."""
+    return take_rows(ids, rows, dim=ids.dim() - 1)
+
+
+def take_embeddings(table: Tensor, rows: Tensor) -> Tensor:
+    """Gather position embeddings (..., B or 1, L, d), real or complex."""
+    return take_rows(table, rows, dim=table.dim() - 2)
 
 
 def _aligned(table: Tensor, dims: int, batch: int, column: int) -> Tensor:

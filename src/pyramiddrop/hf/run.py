@@ -15,7 +15,7 @@ from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
-from pyramiddrop.hf.rows import Kept, scatter_rows, take_rows
+from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_rows
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
 from pyramiddrop.trace import Trace
@@ -29,7 +29,7 @@ class Rules:
     scorer: Scorer
     positions: str
     rank_layer: str
-    per_image: bool
+    grouping: str
     logits: str
 
 
@@ -93,9 +93,11 @@ class Run:
         kept, slots = self._kept.get(stage), self._slots(stage, self.anatomy.sources[index])
         if slots is None:
             return hidden, kwargs
-        if kept is not None and hidden.shape[1] < kept.rows.shape[1]:
+        if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
             kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
-        return hidden, self._following.kwargs(stage, index, kept, slots, hidden, kwargs)
+        written = self._kept.get(self.rules.schedule.stage_of(self.anatomy.sources[index]))
+        added = self.length if written is None else written.rows.shape[1]
+        return hidden, self._following.kwargs(stage, index, kept, slots, added, hidden, kwargs)
 
     def take_deepstack(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` without the visual features that it would add to layers after a drop: those are
@@ -114,7 +116,7 @@ class Run:
                 self._end_stage(ranking, stage, index, layer, hidden, kwargs)
             kept = self._kept[stage]
             if stages[stage - 1].drops and kept is not None:
-                hidden = take_rows(hidden, kept.local)
+                hidden = take_hidden(hidden, kept.local)
         following = stage + 1
         ranks_ahead = self.rules.rank_layer == "last" and stage < len(stages) and stages[stage].layer == index + 1
         if ranks_ahead and stages[stage].drops and following not in self._kept:

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from pyramiddrop.cost import DecoderShape
 from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.rows import take_positions
+from pyramiddrop.hf.rows import take_embeddings
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.scoring import attention_received
@@ -85,7 +85,7 @@ class LayerClock:
         projector = Projector()
 
         def arguments(some: torch.Tensor | None) -> dict[str, Any]:
-            own = positions if some is None else tuple(take_positions(table, some) for table in positions)
+            own = positions if some is None else tuple(take_embeddings(table, some) for table in positions)
             return {"position_embeddings": own}
 
         def rank() -> torch.Tensor:
