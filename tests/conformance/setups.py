@@ -78,6 +78,7 @@ SETUPS: dict[str, Setup] = {
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
     "glm_ocr": GRIDS,
+    "glmga": GRIDS,
     "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
     "llama4": replace(WINDOWED, refused={}),  # chunks instead of windows
@@ -97,7 +98,16 @@ SETUPS: dict[str, Setup] = {
 }
 
 # One member for every kind of text model: what the fast tests run on.
-FAST = ("llava", "llava_next", "qwen2_vl", "qwen3_vl")
+FAST = (
+    "llava",  # plain
+    "llava_next",  # images of several sizes
+    "qwen2_vl",  # positions of three axes
+    "qwen3_vl",  # features added behind the first layers
+    "kimi_k25",  # latent attention
+    "cohere2_vision",  # windows, parallel blocks, layers without RoPE
+    "paligemma",  # a prompt that sees itself both ways
+    "lfm2_vl",  # convolutions
+)
 
 
 def setup_of(member: Member) -> Setup:
