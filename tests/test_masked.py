@@ -96,7 +96,8 @@ def test_keeping_all_is_the_untouched_model(name: str) -> None:
         with eager(subject.model):
             vanilla = subject.model(**batch.inputs).logits
         rule = Rule(subject.setup.layers, [1.0] * len(subject.setup.layers))
-        assert torch.equal(logits_of(subject, rule, batch), vanilla)
+        with masked(subject.model, rule, batch.prompt):
+            assert torch.equal(subject.model(**batch.inputs).logits, vanilla)
 
 
 @pytest.mark.parametrize("name", EVERY)
