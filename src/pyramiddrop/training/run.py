@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,12 +168,19 @@ def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
             "--batch or --device-batch"
         )
     cuda = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        # Checkpointing has two names, of which the oldest supported Transformers knows the deprecated one alone.
+        warnings.simplefilter("ignore", FutureWarning)
+        return _sft_config(options, recipe, batch // (ranks * options.device_batch), cuda)
+
+
+def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: bool) -> SFTConfig:
     return SFTConfig(
         output_dir=str(options.output),
         num_train_epochs=options.epochs,
         max_steps=options.steps or -1,
         per_device_train_batch_size=options.device_batch,
-        gradient_accumulation_steps=batch // (ranks * options.device_batch),
+        gradient_accumulation_steps=accumulated,
         learning_rate=options.learning_rate or recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
