@@ -1,6 +1,6 @@
 """Measures serving on vLLM's CPU engine: plain vLLM, then PyramidDrop; prints one JSON record.
 
-python benchmarks/serving.py > benchmarks/results/serving-cpu.json
+python benchmarks/serving.py > benchmarks/results/serving.json
 
 It needs the environment that `.ci/vllm` makes. The model is a random LLaVA of middle size. The engine runs in this
 process and on one thread, and the clock counts the CPU seconds of the process: other programs on the machine are not

@@ -1,4 +1,4 @@
-"""Makes the tables of docs/serving.md from benchmarks/results/serving-cpu.json, which benchmarks/serving.py measured.
+"""Makes the tables of docs/serving.md from benchmarks/results/serving.json, which benchmarks/serving.py measured.
 
 python benchmarks/serving_document.py
 """
@@ -15,8 +15,8 @@ from pyramiddrop.report.units import seconds, size
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "serving.md"
-RESULT = ROOT / "benchmarks" / "results" / "serving-cpu.json"
-PLACE = re.compile(r"(<!-- begin serving-cpu.json -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULT = ROOT / "benchmarks" / "results" / "serving.json"
+PLACE = re.compile(r"(<!-- begin serving.json -->\n).*?(<!-- end -->)", re.DOTALL)
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("answer tokens/s", "throughput", "{:.1f}".format),
     ("first token", "first_token", seconds),

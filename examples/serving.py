@@ -25,7 +25,7 @@ def main() -> None:
     words.add_argument("--lam", type=float, help="share that each drop leaves; without it nothing is dropped")
     asked = words.parse_args()
 
-    overrides = hf_overrides(asked.model, PyramidDrop(lam=asked.lam)) if asked.lam else None
+    overrides = hf_overrides(asked.model, PyramidDrop(lam=asked.lam)) if asked.lam else {}
     llm = LLM(asked.model, hf_overrides=overrides, max_model_len=4096)
     prompt = {
         "prompt": asked.prompt.replace("\\n", "\n"),
