@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from served import answers, blocks_in_use, engine, expected, questions, schedule
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.vllm import attention, forward, kv_cache, runner
-from pyramiddrop.vllm.batch import Entry
+from pyramiddrop.vllm.batch import Batch, Entry
 
 HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
 UNEVEN = PyramidDrop(layers=[1, 2, 7], keep=[0.7, 0.3, 0.3])  # neighbours, the last layer, an end that drops nothing
@@ -86,12 +87,22 @@ def test_preemption(llava: Path, halves: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("budget", [8, 24])
-def test_a_tight_token_budget_computes_prompts_in_parts(llava: Path, halves: list[list[int]], budget: int) -> None:
-    watch = Watch()
+def test_a_tight_token_budget_computes_prompts_in_parts(
+    llava: Path, halves: list[list[int]], budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, sizes = Watch(), set()
+    begin = Batch.begin
+
+    def watched(self: Batch, entries: Any) -> None:
+        begin(self, entries)
+        sizes.update(entry.scheduled for entry in self.step.entries if entry.visits)
+
+    monkeypatch.setattr(Batch, "begin", watched)
     with engine(llava, HALVES, max_num_batched_tokens=budget) as llm:
         assert answers(llm, ASKED, every=1, watch=watch) == halves
         assert nothing_left(llm)
     assert watch.parts, "no prompt was cut"
+    assert 1 not in sizes, "a part of one token would be replayed as a graph of decoding"
 
 
 def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
@@ -143,6 +154,28 @@ def test_an_image_that_ends_the_prompt_asks_for_itself(llava: Path) -> None:
     method = PyramidDrop(lam=0.3)
     with engine(llava, method, max_num_batched_tokens=15) as llm:
         assert answers(llm, asked, every=1) == expected(llava, asked, method)
+
+
+def test_steps_of_decoding_are_described_in_the_same_buffers(
+    llava: Path, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a captured graph of decoding reads: no CPU can capture one, but its addresses can be watched."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+
+    addresses: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    build = CPUAttentionMetadataBuilder.build
+
+    def watched(self: Any, prefix: int, common: Any, *args: Any) -> Any:
+        stage = self.kv_cache_spec.stage
+        if stage and self._batch.step is not None and not self._batch.step.visits:
+            read = (common.seq_lens, common.slot_mapping, common.query_start_loc, common.block_table_tensor)
+            addresses[stage].add(tuple(tensor.data_ptr() for tensor in read))
+        return build(self, prefix, common, *args)
+
+    monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", watched)
+    with engine(llava, HALVES) as llm:
+        assert answers(llm, ASKED, every=2) == halves
+    assert {stage: len(found) for stage, found in addresses.items()} == {1: 1, 2: 1, 3: 1}
 
 
 # Negative controls: each breaks one idea, and must be seen by the comparison above.
