@@ -65,7 +65,7 @@ def follow_mask(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int
         sight: of the layer.
     """
     if mask is None or not sight.trusted:
-        return _ruled(kept, slots, count, sight)
+        return _ruled(mask, kept, slots, count, sight)
     if sight.span.windowed:
         offset = sight.total - mask.shape[-1]
     else:
@@ -92,22 +92,25 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | No
     return kept.valid.long() if given is None else hide(given, kept.valid)
 
 
-def _ruled(kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+def _ruled(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
     slots = slots.until(sight.total)
     valid = slots.valid
     if sight.padding is not None:
         shown = sight.padding.bool().gather(1, slots.columns)
         valid = shown if valid is None else valid & shown
-    if valid is None and sight.near():
-        return None  # stays None, so that the kernel keeps its own causal path
     if sight.flash:
         return valid
+    # Without one, SDPA keeps its own causal path, which is right for a square and for one row alone; eager needs it.
+    if valid is None and sight.near() and sight.attention != "eager" and (count == 1 or not sight.past):
+        return None
     queries = _query_columns(kept, slots, count, sight)
-    mask = causal(queries, slots.columns, valid)
+    seen = causal(queries, slots.columns, valid)
     if not sight.near():
-        mask = mask & sight.span.reaches(queries, slots.columns, _first_column(sight, len(queries), queries.device))
-    return _padded(_filler_sees_itself(mask, kept, slots, sight), sight.width)
+        seen = seen & sight.span.reaches(queries, slots.columns, _first_column(sight, len(queries), queries.device))
+    if mask is not None and mask.is_floating_point():
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, _hidden(mask))
+    return _padded(_filler_sees_itself(seen, kept, slots, sight), sight.width)
 
 
 def _first_column(sight: Sight, batch: int, device: torch.device) -> Tensor:
