@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pyramiddrop.hf import UnsupportedModelError
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
@@ -96,23 +98,25 @@ class TrainingJob:
     def run(self) -> dict[str, float]:
         """Train, save the trained model into `options.output`, and return the trainer's figures.
 
-        LoRA is merged into its base, so that the folder holds a whole model; its checkpoints hold the adapters.
+        LoRA is merged into its base, so that the folder holds a whole model; its checkpoints hold the adapters, and so
+        does the folder where weights are sharded, for no process has them all.
         """
         trainer = self.trainer
         resumed = last_whole_checkpoint(self.options.output) if self.options.resume else None
         figures: dict[str, float] = trainer.train(resume_from_checkpoint=resumed).metrics
         trainer.save_state()
-        if self.options.recipe == "lora":
-            self._save_merged()
-        else:
-            trainer.save_model()
+        trainer.save_model()
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if self.options.recipe == "lora" and not sharded and trainer.is_world_process_zero():
+            self._merge()
         return figures
 
-    def _save_merged(self) -> None:
+    def _merge(self) -> None:
+        """Put the merged model in the place of the adapter that the trainer has saved."""
+        for path in self.options.output.glob("adapter_*"):
+            path.unlink()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if self.trainer.is_world_process_zero():
-            model.merge_and_unload().save_pretrained(self.options.output)
-            self.trainer.processing_class.save_pretrained(self.options.output)
+        model.merge_and_unload().save_pretrained(self.options.output)
 
 
 def prepare_training(options: TrainOptions, progress: Callable[[str], None] = lambda step: None) -> TrainingJob:
@@ -134,14 +138,15 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     table, report = load_samples(options.data, collator, options.images, options.max_length, options.skip_broken)
     progress(f"loading {options.model}")
     set_seed(options.seed)
-    model = _load_weights(options, recipe)
+    model = prepare_weights(_load_weights(options, recipe), recipe)
     if method is not None:
         method = replace(method, logits=options.logits)
-        apply(model, method)
+        with user_input(caught=(UnsupportedModelError,)):
+            apply(model, method)
     if arguments.world_size > 1:
         BlankImage(model, blank_pixels(processor))
     trainer = ConversationTrainer(
-        model=prepare_weights(model, recipe),
+        model=model,
         args=arguments,
         data_collator=collator,
         train_dataset=table,
@@ -181,7 +186,7 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         max_steps=options.steps or -1,
         per_device_train_batch_size=options.device_batch,
         gradient_accumulation_steps=accumulated,
-        learning_rate=options.learning_rate or recipe.learning_rate,
+        learning_rate=recipe.learning_rate if options.learning_rate is None else options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         weight_decay=0.0,
@@ -214,9 +219,8 @@ def _remarks(collator: AnswerCollator) -> list[str]:
 
 def blank_pixels(processor: Any) -> dict[str, torch.Tensor]:
     """A model's arguments for one blank image."""
-    side = 2 * 28  # of any size: the processor makes of it what the model takes
-    inputs = processor(images=[Image.new("RGB", (side, side))], text=[processor.image_token], return_tensors="pt")
-    return {name: value for name, value in inputs.items() if name not in processor.tokenizer.model_input_names}
+    any_size = (64, 64)  # the processor makes of it what the model takes
+    return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -227,7 +231,11 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def _readable(state: Path) -> bool:
-    return state.read_text(encoding="utf-8").rstrip().endswith("}")
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _check_output(options: TrainOptions) -> None:
