@@ -157,6 +157,7 @@ def answers(llm: Any, asked: Sequence[Question], every: int = 0, watch: Watch | 
         if watch is not None:
             watch(scheduler(llm))
         step += 1
+        assert step < 5000, "nothing goes on any more"
     return [done[str(number)] for number in range(len(asked))]
 
 

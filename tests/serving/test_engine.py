@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from served import answers, blocks_in_use, engine, expected, questions, scheduler
+from served import Question, answers, blocks_in_use, engine, expected, picture, questions, scheduler
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.vllm import attention, forward, kv_cache, runner
@@ -148,12 +148,23 @@ def test_keep_all_is_plain_vllm(llava: Path, vanilla: list[list[int]]) -> None:
 
 def test_an_image_that_ends_the_prompt_asks_for_itself(llava: Path) -> None:
     """The query is a visual token then: it stays, for the answer is read off its row."""
-    from served import Question, picture
-
     asked = [Question(f"w5 w{number} <image>", (picture(number),), 6) for number in range(20, 26)]
     method = PyramidDrop(lam=0.3)
     with engine(llava, method, max_num_batched_tokens=15) as llm:
         assert answers(llm, asked, every=1) == expected(llava, asked, method)
+
+
+def test_pictures_that_do_not_fit_into_the_encoder_s_cache_together(llava: Path) -> None:
+    """vLLM then cuts a prompt just before a picture: no part may end so that a single token is left there."""
+    words = [" ".join(f"w{number + place}" for place in range(number)) for number in range(1, 19)]
+    asked = [
+        Question(f"{text} <image> <image> w7 w8", (picture(number), picture(50 + number)), 4)
+        for number, text in enumerate(words)
+    ]
+    wanted = expected(llava, asked, HALVES)
+    with engine(llava, HALVES, max_num_batched_tokens=17, max_num_seqs=2) as llm:
+        assert answers(llm, asked) == wanted
+        assert nothing_left(llm)
 
 
 def test_steps_of_decoding_are_described_in_the_same_buffers(

@@ -41,13 +41,14 @@ class _Staged:
         """How many of `num_new_tokens` to take.
 
         A batch of one token each would be replayed as a CUDA graph of decoding, in which nothing is ranked: so of a
-        visual prompt, never one token is taken alone, and never one is left over.
+        visual prompt never one token is taken alone. For none to be left over, a part never ends one token before the
+        prompt's end, nor before a picture: there vLLM cuts, too, while the picture before is still in its cache.
         """
         new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
-        left = request.num_prompt_tokens - num_computed_tokens - new
-        if left + new <= 0 or not any(self.dropped[request.request_id]):
+        if num_computed_tokens >= request.num_prompt_tokens or not any(self.dropped[request.request_id]):
             return new
-        if left == 1:
+        cuts = [request.num_prompt_tokens, *(feature.mm_position.offset for feature in request.mm_features)]
+        if num_computed_tokens + new + 1 in cuts:
             new -= 1
         return new if new > 1 else 0
 
