@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as processes
 
 import training_ranks
-from training_ranks import CASES, WRAPPERS
+from training_ranks import CASES
 
 SECONDS = 240  # a step takes one; what takes longer hangs
 
@@ -43,7 +43,16 @@ def on_two_ranks(folder: Path, way: str, logits: str) -> dict[str, dict[str, Any
     return {case: torch.load(folder / f"{case}.pt") for case in CASES}
 
 
-@pytest.mark.parametrize(("way", "logits"), [(way, "full") for way in WRAPPERS] + [("ddp", "kept"), ("fsdp", "kept")])
+@pytest.mark.parametrize(
+    ("way", "logits"),
+    [
+        ("ddp", "full"),
+        ("fsdp", "kept"),
+        ("fsdp with checkpointing", "full"),
+        pytest.param("ddp", "kept", marks=pytest.mark.slow),
+        pytest.param("fsdp", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_are_one_process(way: str, logits: str, tmp_path: Path) -> None:
     found = on_two_ranks(tmp_path, way, logits)
     for case in CASES:
