@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.following import Kwargs
-from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_layers
+from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_further_image, check_layers
 from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
@@ -138,11 +138,13 @@ class Attachment:
         run: Run | None = kwargs.pop(_RUN)
         if run is None:
             return args, kwargs
-        if len(args) != 1:
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            args = (kwargs.pop(names[0]),)
-        hidden, call = run.enter(stage, index, layer, args[0], kwargs)
-        return (hidden,), call  # positional: reentrant gradient checkpointing needs it so
+        if len(args) == 1:
+            hidden, call = run.enter(stage, index, layer, args[0], kwargs)
+            return (hidden,), call
+        # What came by position goes on so: reentrant gradient checkpointing leads gradients to such arguments alone.
+        placed, named = names[1 : len(args)], {**kwargs, **dict(zip(names, args, strict=False))}
+        hidden, call = run.enter(stage, index, layer, named.pop(names[0]), named)
+        return (hidden, *(call[name] for name in placed)), {k: v for k, v in call.items() if k not in placed}
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
         run = kwargs.get(_RUN)
@@ -178,6 +180,8 @@ class Attachment:
             return None
         self._check_length(past + (call_shape(call) or (0, 0))[1])
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
+        if past and plan is not None and plan.drops:
+            check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         labels = call.get("labels") if self.rules.logits == "kept" else None
         trace = self.trace if first else None

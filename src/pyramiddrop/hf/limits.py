@@ -6,6 +6,9 @@ from typing import Any
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 
+#: Families whose image tokens see each other from both sides.
+TWO_WAY = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2")
+
 
 def drop_layers(anatomy: Anatomy, rank_layer: str, attends: bool) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
@@ -72,3 +75,15 @@ def check_compact_positions(anatomy: Anatomy) -> None:
     else:
         return
     raise UnsupportedModelError(f'positions="compact" is undefined {why}; use positions="original"')
+
+
+def check_further_image(anatomy: Anatomy, first: int) -> None:
+    """Raise ValueError where a further image comes on top of a cache by whose pruned layer the model counts the columns
+    of the image's two-way mask."""
+    late = [index for index in anatomy.first_of_kind.values() if index >= first]
+    if late and anatomy.config.model_type in TWO_WAY:
+        raise ValueError(
+            f"a further image on top of a pruned cache is not supported where tokens are dropped before layer {first}: "
+            f"{type(anatomy.text).__name__} makes its masks by layer {late[0]}. Drop first behind that layer, or give "
+            "the whole conversation without a cache"
+        )
