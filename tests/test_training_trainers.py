@@ -244,7 +244,7 @@ class PackedLinear(nn.Linear):
         super().__init__(source.in_features, source.out_features, source.bias is not None)
         if source.bias is not None:
             self.bias = source.bias
-        self.scale = float(source.weight.abs().max()) / 7
+        self.scale = source.weight.abs().max().item() / 7
         numbers = (source.weight / self.scale).round().clamp(-8, 7).to(torch.int8).flatten() + 8
         packed = (numbers[::2] * 16 + numbers[1::2]).to(torch.uint8)[:, None]
         self.weight = nn.Parameter(packed, requires_grad=False)

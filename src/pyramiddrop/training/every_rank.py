@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf import anatomy
+
+
+def blank_pixels(processor: Any) -> dict[str, Tensor]:
+    """A model's arguments for one blank image."""
+    any_size = (64, 64)  # the processor makes of it what the model takes
+    return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
 
 
 class BlankImage:
@@ -18,8 +24,9 @@ class BlankImage:
     ever; and DDP's ranks must all have a gradient for what any of them trains. LLaVA's own code does likewise.
 
     Args:
-        model: a vision-language model of Transformers, or what has wrapped one; to be given before it is sharded.
-        pixels: the model's arguments for one blank image: `pixel_values`, and e.g. `image_sizes`.
+        model: a vision-language model of Transformers, or what has wrapped one; to be given before it is sharded. The
+            hooks stay on it.
+        pixels: what `blank_pixels` makes.
     """
 
     def __init__(self, model: nn.Module, pixels: dict[str, Tensor]) -> None:
@@ -28,15 +35,8 @@ class BlankImage:
         self.core: Any = next(module for module in reversed(parts.wrappers) if hasattr(module, "get_image_features"))
         self._blank = False
         embeddings: Any = parts.text.get_input_embeddings()
-        self._handles: list[RemovableHandle] = [
-            self.core.register_forward_pre_hook(self._look, with_kwargs=True),
-            embeddings.register_forward_hook(self._add_nothing),
-        ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        self.core.register_forward_pre_hook(self._look, with_kwargs=True)
+        embeddings.register_forward_hook(self._add_nothing)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._blank = kwargs.get("pixel_values") is None and (self.core.training or torch.is_grad_enabled())

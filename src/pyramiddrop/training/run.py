@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,7 +22,7 @@ from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.methods import Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples
-from pyramiddrop.training.every_rank import BlankImage
+from pyramiddrop.training.every_rank import BlankImage, blank_pixels
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig, holds_whole_model
 
@@ -215,12 +214,6 @@ def _remarks(collator: AnswerCollator) -> list[str]:
         "the chat template ends no answer with an end-of-text token, so that the model will not learn to stop; "
         "--chat-template takes one that does"
     ]
-
-
-def blank_pixels(processor: Any) -> dict[str, torch.Tensor]:
-    """A model's arguments for one blank image."""
-    any_size = (64, 64)  # the processor makes of it what the model takes
-    return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
