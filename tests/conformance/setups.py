@@ -54,9 +54,9 @@ def unknown(layer_type: str) -> dict[str, str]:
 
 NO_GRID = {"new image": "`generate` needs the grids of earlier images too, and takes only those of new tokens"}
 WINDOW = {"static cache": "a StaticCache with layers that see a window"}
-WINDOWED = Setup(
-    layers=(3, 7), last=(4,), fastv=4, refused=WINDOW
-)  # three sliding layers, then one that sees all and can rank
+# Three layers with a window, then one that sees all and can rank.
+WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4, refused=WINDOW)
+TWO_WAY = replace(WINDOWED, refused=WINDOW | {"new image": "a further image on top of a pruned cache"})
 GRIDS = Setup(impossible=NO_GRID)
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
 
@@ -68,12 +68,12 @@ SETUPS: dict[str, Setup] = {
     "cosmos3_omni": GRIDS,
     "ernie4_5_vl_moe": GRIDS,
     "exaone4_5": WINDOWED,
-    "gemma3": WINDOWED,
+    "gemma3": TWO_WAY,
     "gemma3n": WINDOWED,
-    "gemma4": WINDOWED,
-    "gemma4-edge": WINDOWED,
-    "gemma4-moe": WINDOWED,
-    "gemma4_unified": WINDOWED,
+    "gemma4": TWO_WAY,
+    "gemma4-edge": TWO_WAY,
+    "gemma4-moe": TWO_WAY,
+    "gemma4_unified": TWO_WAY,
     "glm46v": GRIDS,
     "glm4v": GRIDS,
     "glm4v_moe": GRIDS,
@@ -83,6 +83,7 @@ SETUPS: dict[str, Setup] = {
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
     "llama4": replace(WINDOWED, refused={}),  # chunks instead of windows
     "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"}),
+    "mistral_large4": Setup(refused=unknown("indexed_attention")),
     "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
     "muse_glimmer": WINDOWED,
     "paddleocr_vl": GRIDS,
@@ -90,6 +91,7 @@ SETUPS: dict[str, Setup] = {
     "qwen2_5_vl": GRIDS,
     "qwen2_vl": GRIDS,
     "qwen3_5": DELTA,
+    "qwen4_exp": Setup(refused=unknown("indexed_attention")),
     "qwen3_5_moe": DELTA,
     "qwen3_vl": GRIDS,
     "qwen3_vl_moe": GRIDS,

@@ -287,13 +287,15 @@ CAPPED = {
 }
 AROUND = (NEWLINE, START), (END, NEWLINE)
 
+SHARED_KEYS = {"reentrant": "gradients of keys that later layers share are lost: the replay takes the first pass's"}
+
 MEMBERS = [
     Member("paligemma", paligemma, square(SIDE, 16), finish=prefixed, cannot=BOTH_WAYS),
     Member("paligemma-2", paligemma2, square(SIDE, 16), finish=prefixed, cannot=BOTH_WAYS | CAPPED),
     Member("gemma3", gemma3, square(2 * SIDE, 16, *AROUND), finish=typed),
-    Member("gemma3n", gemma3n, square(32, 16, *AROUND), finish=typed),
+    Member("gemma3n", gemma3n, square(32, 16, *AROUND), finish=typed, cannot=SHARED_KEYS),
     Member("gemma4", gemma4, gemma4_image, gemma4_video),
     Member("gemma4-moe", gemma4_moe, gemma4_image, gemma4_video),
-    Member("gemma4-edge", gemma4_edge, gemma4_image, gemma4_video),
+    Member("gemma4-edge", gemma4_edge, gemma4_image, gemma4_video, cannot=SHARED_KEYS),
     Member("gemma4_unified", gemma4_unified, unified_image, unified_video),
 ]
