@@ -55,9 +55,9 @@ class Member:
         video: the same for a video, or None where the family has none.
         finish: (model, inputs) -> the inputs with what the family's processor adds per token, e.g. token_type_ids.
         cannot: what the untouched model cannot do -> why. Keys: "batch", "right_padding", "left_padding", "generate",
-            "use_cache", "static_cache", "beams", "sdpa", "checkpointing", "reentrant" (checkpointing that is), "training",
-            "images" (several a row), "second_turn", "mixed" (images and videos in one batch), "video_beams" (of a prompt
-            with a video alone).
+            "use_cache", "static_cache", "beams", "sdpa", "checkpointing", "reentrant" (of the two kinds of
+            checkpointing), "training", "images" (several a row), "second_turn", "mixed" (images and videos in one
+            batch), "video_beams" (of a prompt with a video alone).
     """
 
     name: str
