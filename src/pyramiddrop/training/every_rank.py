@@ -39,7 +39,8 @@ class BlankImage:
         embeddings.register_forward_hook(self._add_nothing)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._blank = kwargs.get("pixel_values") is None and (self.core.training or torch.is_grad_enabled())
+        # With a cache it is a step of `generate`, or its prefill, where ranks go their own ways anyway.
+        self._blank = kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None
 
     def _add_nothing(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
         if not self._blank:
