@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an e
 
 import vllm
 from served import ENGINE, answers, engine, expected, questions, sampling
+from vllm.exceptions import VLLMValidationError
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.vllm import hf_overrides, register
@@ -133,9 +134,9 @@ def test_without_the_plugin_the_architecture_is_unknown(llava: Path) -> None:
 def test_prompt_logprobs_are_refused_and_the_engine_goes_on(llava: Path) -> None:
     method, asked = PyramidDrop(lam=0.5), questions(4)
     with engine(llava, method) as llm:
-        with pytest.raises(ValueError, match="prompt_logprobs"):
-            llm.generate([asked[0].inputs], sampling(4, prompt_logprobs=1), use_tqdm=False)
-        with pytest.raises(ValueError, match="streaming input"):
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+            llm.generate([asked[2].inputs], sampling(4, prompt_logprobs=1), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="streaming input"):
             llm.llm_engine.input_processor.process_inputs(
                 "0", asked[2].inputs, sampling(4), ("generate",), resumable=True
             )
