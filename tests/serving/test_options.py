@@ -65,6 +65,13 @@ def test_settings_come_from_overrides_from_additional_config_or_from_the_file(mo
     assert settled(configuration({"lam": 0.6})).rank_layer == "next"
 
 
+def test_what_is_settled_can_be_settled_again() -> None:
+    config = configuration({"lam": 0.6})
+    settle(config)
+    settle(config)
+    assert rules_of(config).schedule.keep == pytest.approx((0.6, 0.36, 0.216))
+
+
 def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
     config = configuration(PyramidDrop(layers=[2, 5], keep=[0.5, 0.2]).settings(), {"other": 1})
     settle(config)

@@ -53,18 +53,17 @@ def rules_of(vllm_config: Any) -> Rules:
 
 
 def _method(vllm_config: Any) -> Method:
-    overrides = getattr(vllm_config.model_config.hf_config, KEY, None)
-    additional = _additional(vllm_config).get(KEY)
-    if overrides is not None and additional is not None and overrides != additional:
-        raise ValueError(
-            f"hf_overrides[{KEY!r}] and additional_config[{KEY!r}] differ: {overrides!r} and {additional!r}"
-        )
-    if overrides is not None:
-        return _from(overrides, f"hf_overrides[{KEY!r}]")
-    if additional is not None:
-        return _from(additional, f"additional_config[{KEY!r}]")
-    saved = _saved(vllm_config.model_config)
-    return PyramidDrop() if saved is None else _from(saved, FILE_NAME)
+    sources = {
+        f"hf_overrides[{KEY!r}]": getattr(vllm_config.model_config.hf_config, KEY, None),
+        f"additional_config[{KEY!r}]": _additional(vllm_config).get(KEY),
+    }
+    methods = [_from(settings, source) for source, settings in sources.items() if settings is not None]
+    if not methods:
+        saved = _saved(vllm_config.model_config)
+        return PyramidDrop() if saved is None else _from(saved, FILE_NAME)
+    if any(method != methods[0] for method in methods):
+        raise ValueError(f"{' and '.join(sources)} differ: {' and '.join(map(str, methods))}")
+    return methods[0]
 
 
 def _from(settings: Any, source: str) -> Method:
