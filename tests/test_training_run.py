@@ -110,6 +110,16 @@ def test_recipes(recipe: str, options: TrainOptions, start: Path) -> None:
     assert list(out.rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions) -> None:
+    """A step of 1e-3 is less than bfloat16 can tell apart: trained weights would stand still."""
+    job = prepare_training(replace(options, recipe=recipe, dtype="bfloat16", steps=1))
+    kinds = {parameter.dtype for parameter in job.trainer.model.parameters() if parameter.requires_grad}
+    frozen = {parameter.dtype for parameter in job.trainer.model.parameters() if not parameter.requires_grad}
+    assert (kinds, frozen) == ({torch.float32}, {torch.bfloat16})
+    assert job.run()["train_loss"] > 0
+
+
 def test_vanilla(options: TrainOptions) -> None:
     job = prepare_training(replace(options, method=MethodOptions("vanilla"), steps=1))
     assert attachment_of(job.trainer.model) is None

@@ -49,7 +49,9 @@ def find_recipe(name: str) -> Recipe:
 
 
 def prepare_weights(model: nn.Module, recipe: Recipe) -> Any:
-    """Freeze what `recipe` does not train. Returns the model, wrapped by PEFT where the recipe is LoRA.
+    """Freeze what `recipe` does not train, and hold what it trains in float32: steps get lost in half precision.
+
+    Returns the model, wrapped by PEFT where the recipe is LoRA.
 
     Raises:
         InputError: where the model has no projector that is known by its name.
@@ -60,7 +62,11 @@ def prepare_weights(model: nn.Module, recipe: Recipe) -> Any:
     for name, parameter in model.named_parameters():
         vision = _within(name, VISION_TOWERS) and name not in projector
         parameter.requires_grad_(name in projector or (recipe.language == "all" and not vision))
-    return _with_lora(model) if recipe.language == "lora" else model
+    prepared = _with_lora(model) if recipe.language == "lora" else model
+    for parameter in prepared.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return prepared
 
 
 def _within(name: str, modules: Collection[str]) -> bool:

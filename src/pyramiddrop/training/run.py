@@ -189,7 +189,7 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         weight_decay=0.0,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=(cuda and torch.cuda.is_bf16_supported()) or options.dtype == "bfloat16",
         use_cpu=not cuda,
         gradient_checkpointing=options.checkpointing,
         max_length=None,  # a cut sample could lose its images' places: too long ones are broken instead
@@ -251,7 +251,7 @@ def _processor(options: TrainOptions) -> Any:
 
 
 def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
-    """In float32 where they are trained; a frozen language model takes what suits the device."""
+    """In what suits the device where the language model is frozen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(device, options.dtype) if options.dtype or recipe.language != "all" else torch.float32
     source = _weights_source(options)
