@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.hf.memory import Slots
@@ -67,3 +67,66 @@ def test_another_batch_cannot_continue_a_pruned_cache() -> None:
         cache.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="batch of 1; this call has a batch of 2"):
             model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
+
+
+# --- What a layer's cache hands out ---------------------------------------------------------------------------------
+
+
+def handed(cache: DynamicCache, index: int, held: Slots, added: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The columns that a cache layer really hands out once the last `added` slots are in it, and those told before."""
+    told = held.handed_out(cache, index, added)
+    assert told.length == held.length
+    new = held.columns[:, -added:].float()[:, None, :, None]
+    keys, _ = cache.update(new, new, index)
+    return keys[:, 0, :, 0].long().tolist(), told.columns.tolist()
+
+
+def sliding_cache(window: int = 4) -> DynamicCache:
+    """Layer 0 sees a window, layer 1 everything."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = MistralConfig(num_hidden_layers=2, sliding_window=window)
+    config.layer_types = kinds
+    return DynamicCache(config=config)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kept", [[0, 2, 3], [0, 2, 5, 8], [0, 1, 4, 6, 7, 9]])
+def test_a_sliding_layer_hands_out_its_last_slots(layer: int, kept: list[int]) -> None:
+    cache, held = sliding_cache(), slots([kept, kept], 10)
+    real, told = handed(cache, layer, held, len(kept))
+    assert real == told == [kept, kept], "a prefill sees all that it computes"
+    for length, added in ((11, 1), (12, 1), (15, 3), (16, 1)):
+        held = held.until(length)
+        real, told = handed(cache, layer, held, added)
+        assert real == told
+    assert len(told[0]) == (4 if layer == 0 else len(kept) + 6)
+
+
+def test_the_filler_of_a_sliding_layer_is_cut_alike() -> None:
+    cache = sliding_cache()
+    held = slots([[1, 2, 3, 5, 6, 7]], 8, [[False, False, False, False, True, True]])
+    handed(cache, 0, held, 6)
+    told = held.until(9).handed_out(cache, 0, 1)
+    assert told.columns.tolist() == [[5, 6, 7, 8]]
+    assert told.valid is not None
+    assert told.valid.tolist() == [[False, True, True, True]]
+
+
+def test_without_a_cache_all_slots_are_handed_out() -> None:
+    held = slots([[0, 3, 4]], 5)
+    assert held.handed_out(None, 0, 3) is held
+
+
+def test_of_an_earlier_layers_slots_those_are_shown_that_this_stage_has_kept() -> None:
+    """Layers that share keys: the source holds columns 0, 2, 3, 5 and 6; this stage has kept 0, 3 and 6."""
+    shown = slots([[0, 2, 3, 5, 6]], 7).among(torch.tensor([[0, 3, 6]]), None)
+    assert shown.columns.tolist() == [[0, 2, 3, 5, 6]]
+    assert shown.alive.tolist() == [[True, False, True, False, True]]
+    assert shown.length == 7
+
+
+def test_filler_on_either_side_shows_nothing() -> None:
+    source = slots([[4, 0, 3, 6], [0, 2, 3, 6]], 7, [[False, True, True, True], [True] * 4])
+    kept, valid = torch.tensor([[4, 3, 6], [2, 0, 6]]), torch.tensor([[True] * 3, [False, True, True]])
+    # Sample 0: slot 0 is filler of the source. Sample 1: column 2 is filler of the stage.
+    assert source.among(kept, valid).alive.tolist() == [[False, False, True, True], [True, False, False, True]]

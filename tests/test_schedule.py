@@ -91,6 +91,36 @@ def test_bad_stages(num_layers: int, stages: int) -> None:
         equal_stage_layers(num_layers, stages)
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "stages", "allowed", "expected"),
+    [
+        (32, 4, list(range(1, 32)), [8, 16, 24]),
+        (34, 4, [5, 11, 17, 23, 29], [5, 17, 23]),  # Gemma 3 4B; equal stages would end at 8, 17 and 25
+        (8, 3, [3, 7], [3, 7]),  # equal: 2 and 5
+        (16, 4, [6, 10], None),
+        (16, 4, [13, 14, 15], [13, 14, 15]),  # each as near as those behind it leave room for
+        (16, 4, [1, 2, 3], [1, 2, 3]),
+        (16, 3, [3, 7, 11, 15], [3, 11]),  # equal: 5 and 10; 3 and 7 are as near to 5, and the lower is taken
+        (16, 2, [6, 10], [6]),  # equal: 8, as near to both
+    ],
+)
+def test_stages_end_where_the_model_allows_it(
+    num_layers: int, stages: int, allowed: list[int], expected: list[int] | None
+) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match=r"4 stages need 3 layers to drop before; this model allows \[6, 10\]"):
+            equal_stage_layers(num_layers, stages, allowed)
+    else:
+        assert equal_stage_layers(num_layers, stages, allowed) == expected
+
+
+def test_every_layer_allowed_is_no_restriction() -> None:
+    for layers in range(4, 40):
+        for stages in range(2, 5):
+            free = equal_stage_layers(layers, stages)
+            assert equal_stage_layers(layers, stages, range(1, layers)) == free
+
+
 @pytest.mark.parametrize("lam", [0, -0.5, 1.5, float("nan")])
 def test_bad_lambda(lam: float) -> None:
     with pytest.raises(ValueError, match="lam"):

@@ -64,6 +64,27 @@ def test_a_softcap_flattens_the_logits() -> None:
     torch.testing.assert_close(received[0], torch.tensor([torch.tensor(81.0).tanh().item(), 0.0]).softmax(0))
 
 
+def test_sinks_take_a_share_that_no_key_gets() -> None:
+    """Two heads with logits 1 and 0; the first has a sink of 2, the second one that weighs nothing."""
+    queries, keys = torch.tensor([[[[1.0]], [[1.0]]]]), torch.tensor([[[[1.0], [0.0]]]])
+    visible = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    sinks = torch.tensor([2.0, float("-inf")])
+    received = attention_received(queries, keys, visible, torch.ones(1, 1), 1.0, sinks=sinks)
+    first = torch.tensor([1.0, 0.0, 2.0]).softmax(0)[:2]
+    second = torch.tensor([1.0, 0.0]).softmax(0)
+    torch.testing.assert_close(received[0], (first + second) / 2)
+
+
+def test_the_scale_comes_before_the_softcap_and_the_mask_behind_it() -> None:
+    """Logits 8 and 4 at scale 0.5, capped at 2, with a sink of 1 that is not capped; the third key is hidden."""
+    queries, keys = torch.tensor([[[[4.0]]]]), torch.tensor([[[[4.0], [2.0], [9.0]]]])
+    hidden = torch.tensor([[[[0.0, 0.0, torch.finfo(torch.float32).min]]]])
+    received = attention_received(queries, keys, hidden, torch.ones(1, 1), 0.5, softcap=2.0, sinks=torch.tensor([1.0]))
+    capped = torch.tensor([8.0, 4.0]).div(2).tanh() * 2
+    expected = torch.cat([capped, torch.tensor([1.0])]).softmax(0)
+    torch.testing.assert_close(received[0], torch.cat([expected[:2], torch.zeros(1)]))
+
+
 def test_scores_are_float32_for_half_precision_models() -> None:
     queries, keys = torch.randn(1, 1, 1, 4).bfloat16(), torch.randn(1, 1, 3, 4).bfloat16()
     received = attention_received(queries, keys, torch.ones(1, 1, 1, 3, dtype=torch.bool), torch.ones(1, 1), 1.0)
