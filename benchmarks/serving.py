@@ -1,4 +1,4 @@
-"""Measures serving on vLLM's CPU engine: plain vLLM, then PyramidDrop; prints one JSON record.
+"""Measures serving on vLLM's CPU engine: plain vLLM and PyramidDrop in turn; prints one JSON record.
 
 python benchmarks/serving.py > benchmarks/results/serving.json
 
@@ -26,7 +26,7 @@ from typing import Any
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -53,8 +53,10 @@ from pyramiddrop.vllm import hf_overrides
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS = 8, 512, 1408, 8
 VISUAL, WORDS, NEW = 576, 32, 24
+BLOCK = 32  # tokens
 VOCABULARY, PAD, IMAGE = 512, 1, 0
-CONCURRENCY = {1: 4, 4: 8, 8: 16, 32: 32}  # and how many requests are measured
+CONCURRENCY = {1: 3, 4: 8, 8: 16, 32: 32}  # and how many requests are measured
+ROUNDS = 2
 PLENTY, BUDGET = 1 << 30, 256 << 20  # bytes of KV cache: to measure speed, and for how many requests fit
 METHOD = PyramidDrop()
 
@@ -64,6 +66,7 @@ class Load:
     """One concurrency, one way. Seconds are CPU seconds of the process; medians over all requests.
 
     Attributes:
+        turn: of the rounds, in each of which both ways are measured.
         requests: measured.
         throughput: answer tokens a second.
         first_token: from sending a request to its first token, the queue included.
@@ -73,6 +76,7 @@ class Load:
 
     way: str
     concurrency: int
+    turn: int
     requests: int
     throughput: float
     first_token: float
@@ -85,14 +89,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = save_model(Path(name))
         loads, fits = [], {}
+        for turn in range(ROUNDS):
+            for way in ("vanilla", "PyramidDrop"):
+                llm = engine(folder, way, PLENTY)
+                run(llm, way, 2, 2)  # warms up
+                loads += [run(llm, way, clients, count, turn) for clients, count in CONCURRENCY.items()]
+                close(llm)
         for way in ("vanilla", "PyramidDrop"):
-            llm = engine(folder, way, PLENTY)
-            run(llm, way, 2, 2)  # warms up
-            loads += [run(llm, way, clients, count) for clients, count in CONCURRENCY.items()]
+            llm = engine(folder, way, BUDGET)
+            fits[way] = together(llm)
             close(llm)
-            small = engine(folder, way, BUDGET)
-            fits[way] = together(small)
-            close(small)
     json.dump(record(loads, fits), sys.stdout, indent=1)
     print()
 
@@ -100,6 +106,7 @@ def main() -> None:
 def engine(folder: Path, way: str, kv_bytes: int) -> Any:
     """vLLM in this process, with so many bytes of KV cache."""
     dropping = {"hf_overrides": hf_overrides(str(folder), METHOD)} if way != "vanilla" else {}
+    layers = LAYERS if way == "vanilla" else LAYERS // METHOD.stages  # a block holds tokens of one group's layers
     return vllm.LLM(
         str(folder),
         dtype="float32",
@@ -107,10 +114,10 @@ def engine(folder: Path, way: str, kv_bytes: int) -> Any:
         max_model_len=1024,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
-        block_size=32,
+        block_size=BLOCK,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        kv_cache_memory_bytes=kv_bytes,
+        num_gpu_blocks_override=kv_bytes // (layers * BLOCK * 2 * HIDDEN * 4),
         **dropping,
     )
 
@@ -121,10 +128,10 @@ def close(llm: Any) -> None:
     gc.collect()
 
 
-def run(llm: Any, way: str, clients: int, count: int) -> Load:
+def run(llm: Any, way: str, clients: int, count: int, turn: int = 0) -> Load:
     """`clients` send `count` requests in all, each its next one when its last one is answered."""
     core, manager = llm.llm_engine, scheduler(llm).kv_cache_manager
-    waiting = [prompt(100 * clients + number) for number in range(count)]
+    waiting = [prompt(1000 * turn + 100 * clients + number) for number in range(count)]
     sent: dict[str, float] = {}
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -144,6 +151,7 @@ def run(llm: Any, way: str, clients: int, count: int) -> Load:
     return Load(
         way,
         clients,
+        turn,
         count,
         throughput=count * NEW / total,
         first_token=statistics.median(first[name] - sent[name] for name in sent),
@@ -263,6 +271,7 @@ def record(loads: list[Load], fits: dict[str, int]) -> dict[str, Any]:
         "request": {"visual_tokens": VISUAL, "words": WORDS, "answer_tokens": NEW},
         "method": METHOD.settings(),
         "loads": [{name: _rounded(value) for name, value in asdict(load).items()} for load in loads],
+        "rounds": ROUNDS,
         "kv_budget_bytes": BUDGET,
         "requests_that_fit": fits,
     }

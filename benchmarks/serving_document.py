@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,22 @@ def _setting(record: dict[str, Any]) -> str:
         f"{request['visual_tokens']} visual tokens and {request['words']} words, answers of {request['answer_tokens']} "
         f"tokens; 4 equal stages, λ = 0.5. {record['machine']['kind']}, one thread; vLLM {versions['vllm']}, torch "
         f"{versions['torch']}. CPU seconds of the process, so that other programs do not count; medians over the "
-        "requests. The first token's time holds the time in the queue."
+        f"requests, then over {record['rounds']} rounds. The first token's time holds the time in the queue."
     )
 
 
 def _load_rows(loads: list[dict[str, Any]]) -> list[str]:
-    by_way = {(load["way"], load["concurrency"]): load for load in loads}
     rows = []
     for clients in dict.fromkeys(load["concurrency"] for load in loads):
-        vanilla, pruned = by_way["vanilla", clients], by_way["PyramidDrop", clients]
         for title, name, shown in ROWS:
-            before, after = vanilla[name], pruned[name]
+            before, after = (_median(loads, way, clients, name) for way in ("vanilla", "PyramidDrop"))
             rows.append(f"| {clients} | {title} | {shown(before)} | {shown(after)} | {after / before:.2f} |")
     return rows
+
+
+def _median(loads: list[dict[str, Any]], way: str, clients: int, name: str) -> float:
+    """Over the rounds."""
+    return statistics.median(load[name] for load in loads if (load["way"], load["concurrency"]) == (way, clients))
 
 
 if __name__ == "__main__":
