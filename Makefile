@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: demo test test-all test-oldest conformance lint format clean
+.PHONY: demo test test-all test-oldest conformance docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramiddrop demo
@@ -23,6 +23,10 @@ test-oldest: $(OLDEST)/.tested
 # Every check on every family, with a progress bar; writes docs/conformance.md.
 conformance: $(VENV)/.tested
 	PYTHONPATH=tests $(BIN)/python -m conformance
+
+# The page that is generated from what the library knows of model families.
+docs: $(VENV)/.tested
+	$(BIN)/pyramiddrop families --markdown > docs/families.md
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

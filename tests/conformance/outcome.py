@@ -9,7 +9,8 @@ import pytest
 
 from conformance.checks import Check
 from conformance.setups import setup_of
-from conformance.subject import subject_of
+from conformance.subject import Subject, subject_of
+from pyramiddrop import PyramidDrop, apply
 from zoo import Member
 
 PASSED, REFUSED, IMPOSSIBLE, FAILED = "passed", "refused", "not possible", "failed"
@@ -44,8 +45,14 @@ def prove(member: Member, check: Check) -> Outcome:
 
 def prove_refusal(member: Member, check: Check, words: str) -> None:
     """The library must refuse by name, in these words."""
+    run = attach if setup_of(member).hopeless else check.run  # what the oracle needs may be missing, too
     with pytest.raises((ValueError, NotImplementedError), match=re.escape(words)):
-        check.run(subject_of(member))
+        run(subject_of(member))
+
+
+def attach(subject: Subject) -> None:
+    """Put a method on the model."""
+    apply(subject.model, PyramidDrop())
 
 
 def outcome(member: Member, check: Check) -> Outcome:

@@ -41,6 +41,11 @@ class Setup:
         """FastV as a rule."""
         return Rule([self.fastv], [0.5], rank_layer="last")
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether the library refuses the member whatever is asked."""
+        return "keep 1" in self.refused
+
     def refusal(self, check: str) -> str | None:
         """Words of the refusal that a check must meet, or None where it must pass."""
         return self.refused.get(check, self.refused.get("*") if check != "keep 1" else None)
@@ -48,7 +53,11 @@ class Setup:
 
 def unknown(layer_type: str) -> dict[str, str]:
     """The refusal of a text model with layers of a kind of its own, whatever is asked of it."""
-    words = f"layers of type {layer_type!r} are not known"
+    return whatever(f"layers of type {layer_type!r} are not known")
+
+
+def whatever(words: str) -> dict[str, str]:
+    """The refusal of a member in these words, whatever is asked of it."""
     return {"*": words, "keep 1": words}
 
 
@@ -58,16 +67,19 @@ WINDOW = {"static cache": "a StaticCache with layers that see a window"}
 WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4, refused=WINDOW)
 TWO_WAY = replace(WINDOWED, refused=WINDOW | {"new image": "a further image on top of a pruned cache"})
 GRIDS = Setup(impossible=NO_GRID)
+# An image is several runs of tokens, and no call tells which of them are one image's.
+SPLIT = {"per image": "a call does not tell where an image ends"}
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
 
 # Members that are not here run with the rule above, are refused nothing, and can do all but what the zoo says.
 SETUPS: dict[str, Setup] = {
-    "aya_vision": WINDOWED,
-    "cohere2_vision": WINDOWED,
+    "aya_vision": replace(WINDOWED, refused=WINDOW | SPLIT),
+    "cohere2_vision": replace(WINDOWED, refused=WINDOW | SPLIT),
     "cohere_compass": replace(WINDOWED, impossible=NO_GRID),
     "cosmos3_omni": GRIDS,
     "ernie4_5_vl_moe": GRIDS,
     "exaone4_5": WINDOWED,
+    "fuyu": Setup(refused=SPLIT),
     "gemma3": TWO_WAY,
     "gemma3n": WINDOWED,
     "gemma4": TWO_WAY,
@@ -79,13 +91,19 @@ SETUPS: dict[str, Setup] = {
     "glm4v_moe": GRIDS,
     "glm_ocr": GRIDS,
     "glmga": GRIDS,
-    "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
+    "granite_docling": Setup(refused=SPLIT),
+    "idefics2": Setup(refused=SPLIT),
+    "idefics2-sliding": Setup(refused=SPLIT),
+    "idefics3": Setup(refused=SPLIT),
+    "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True, refused=SPLIT),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
-    "llama4": replace(WINDOWED, refused={}),  # chunks instead of windows
-    "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"}),
+    "llama4": replace(WINDOWED, refused=SPLIT),  # chunks instead of windows
+    "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"} | SPLIT),
     "mistral_large4": Setup(refused=unknown("indexed_attention")),
     "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
     "muse_glimmer": WINDOWED,
+    "nemotron_h_omni": Setup(refused=whatever("it has no decoder with `layers` and `embed_tokens`")),
+    "ovis2": Setup(refused=SPLIT),
     "paddleocr_vl": GRIDS,
     "paligemma-2": Setup(layers=(1, 3, 5), refused=WINDOW),  # every other layer sees all
     "qwen2_5_vl": GRIDS,
@@ -95,6 +113,7 @@ SETUPS: dict[str, Setup] = {
     "qwen3_5_moe": DELTA,
     "qwen3_vl": GRIDS,
     "qwen3_vl_moe": GRIDS,
+    "smolvlm": Setup(refused=SPLIT),
     "step3p7": WINDOWED,
     "unlimited_ocr": Setup(refused=unknown("reference_sliding_attention")),
 }

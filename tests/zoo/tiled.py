@@ -92,6 +92,14 @@ def idefics3_image(model: PreTrainedModel, generator: torch.Generator, number: i
     return piece
 
 
+def smolvlm_video(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
+    """Frames of 4 tokens, each behind its time; the model sees them as images."""
+    piece = joined([wrapped(4, [2 + frame, 9, START, GLOBAL], [START], kind=2) for frame in range(FRAMES)])
+    piece.tensors["pixel_values"] = noise(generator, FRAMES, 3, SIDE, SIDE)
+    piece.tensors["pixel_attention_mask"] = torch.ones(FRAMES, SIDE, SIDE, dtype=torch.long)
+    return piece
+
+
 def idefics2_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
     """An image of its own shape, padded with zeros, resampled to 16 tokens."""
     height, width = ((28, 28), (14, 28), (28, 21))[number % 3]
@@ -130,7 +138,7 @@ def internvl_video(model: PreTrainedModel, generator: torch.Generator, number: i
     """Frames of 4 tokens, each behind its number; the model sees them as images."""
     piece = joined([wrapped(4, [2 + frame, 9, START], [END, 3], kind=2) for frame in range(FRAMES)])
     piece.tensors["pixel_values"] = noise(generator, FRAMES, 3, SIDE, SIDE)
-    return piece
+    return piece.cut([4] * FRAMES)
 
 
 def ovis2_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
@@ -141,7 +149,8 @@ def ovis2_image(model: PreTrainedModel, generator: torch.Generator, number: int)
     for tile in range(tiles):
         ids += [*[IMAGE] * 4, row if tile % 2 else column]
     ids.append(end)
-    return Piece(ids, [1] * len(ids), {"pixel_values": noise(generator, tiles + 1, 3, SIDE, SIDE)})
+    types = [int(token == IMAGE) for token in ids]
+    return Piece(ids, types, {"pixel_values": noise(generator, tiles + 1, 3, SIDE, SIDE)})
 
 
 def aya_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
@@ -324,7 +333,7 @@ def aria(seed: int) -> PreTrainedModel:
 
 MEMBERS = [
     Member("idefics3", idefics3, idefics3_image, finish=rows_of_tiles(4)),
-    Member("smolvlm", smolvlm, idefics3_image, finish=rows_of_tiles(4)),
+    Member("smolvlm", smolvlm, idefics3_image, smolvlm_video, finish=rows_of_tiles(4)),
     Member("idefics2", idefics2, idefics2_image, finish=rows_of_tiles(16)),
     Member("idefics2-sliding", idefics2_sliding, idefics2_image, finish=rows_of_tiles(16)),
     Member("mistral3", mistral3, pixtral_image([LINE], [END]), finish=without_types),

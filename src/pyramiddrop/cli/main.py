@@ -10,6 +10,7 @@ import typer
 from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
+from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import SeveralImages, generate
 from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.serve import PASSED_ON, serve
@@ -29,6 +30,7 @@ app.command()(plan)
 app.command(cls=SeveralImages)(bench)
 app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
+app.command()(families)
 
 
 def _show_version(asked: bool) -> None:

@@ -91,9 +91,20 @@ class Anatomy:
         return {span: self.spans.index(span) for span in self.spans}
 
     def image_lengths(self, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
-        """Tokens of each image of a call that has so many of images in all, or None where the family cannot tell."""
+        """Tokens of each image of a call that has so many of images in all, or None: then a run of them is an image.
+
+        Raises:
+            ValueError: where an image is no run, and this call does not tell how long its images are.
+        """
         lengths = self.family.image_lengths
-        return lengths(self.config, call, visual_tokens) if lengths else None
+        found = lengths(self.config, call, visual_tokens) if lengths else None
+        if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
+            raise ValueError(
+                f"per_image=True: this call does not tell which visual tokens are one image's, and {self.family.split} "
+                f"stand between those of one image in {self.config.model_type!r}. Give the processor's arguments with "
+                "input_ids, or leave per_image=False"
+            )
+        return found
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Position embeddings (cos, sin), (B, L, d) each, for `position_ids` (B, L)."""
@@ -152,7 +163,7 @@ def _text_model(core: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_text_model(core: PreTrainedModel, text: PreTrainedModel) -> None:
-    crossing = [name for name, _ in text.layers.named_modules() if "cross_attn" in name or "crossattention" in name]
+    crossing = [name for name, _ in text.named_modules() if "cross_attn" in name or "crossattention" in name]
     if crossing or getattr(text.config, "cross_attention_layers", None):
         raise _unsupported(core, "its text model looks at the image by cross-attention; no visual token is in the text")
     if not _takes_any(text) or not hasattr(sys.modules[type(text.layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):

@@ -15,7 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.following import Kwargs
-from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_further_image, check_layers
+from pyramiddrop.hf.limits import (
+    check_attention,
+    check_compact_positions,
+    check_further_image,
+    check_grouping,
+    check_layers,
+)
 from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
@@ -78,6 +84,7 @@ class Attachment:
         attends = isinstance(rules.scorer, AttentionScorer)
         check_layers(parts, rules.schedule.layers, rules.rank_layer, attends)
         check_attention(parts, rules.schedule.layers[0])
+        check_grouping(parts, rules.grouping)
         self.anatomy, self.rules, self.given = parts, rules, given
         self.trace, self._projector = Trace(), Projector()
         self._handles: list[RemovableHandle] = []

@@ -130,6 +130,8 @@ def _among(ids: Tensor, numbers: tuple[int, ...]) -> Tensor:
 
 
 def _groups(call: Mapping[str, Any], anatomy: Anatomy, grouping: str, visual: Tensor) -> Tensor:
+    if grouping == "sample":
+        return torch.zeros_like(visual, dtype=torch.long)
     ids = call.get("input_ids")
     video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
     lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))

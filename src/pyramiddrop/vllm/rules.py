@@ -86,6 +86,8 @@ def _check(method: Method) -> None:
             f"positions={method.positions!r} cannot be served: vLLM counts the positions of decoding itself; "
             'use positions="original"'
         )
+    if method.per_frame:
+        raise ValueError("per_frame=True cannot be served; use per_image=True")
     if isinstance(method, RandomDrop) and method.seed is None:
         raise ValueError("RandomDrop(seed=None) cannot be served: each worker would draw other tokens; give it a seed")
 

@@ -1,0 +1,34 @@
+"""Owns the verb `families`: which model families work, which are refused and why, and how that is known."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pyramiddrop.cli.terminal import results
+
+
+def families(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model type, or the folder of a checkpoint: all about it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
+) -> None:
+    """List the model families: text model, modalities, status, limits, and how each was tested."""
+    from pyramiddrop.inference.families import all_families, find_family
+    from pyramiddrop.report.family_tables import families_page, families_summary, families_table, family_in_full
+
+    entries = all_families() if model is None else [find_family(model)]
+    if as_json:
+        found = [entry.as_dict() for entry in entries]
+        print(json.dumps({"families": found} if model is None else found[0], indent=2))
+    elif markdown:
+        print(families_page(entries), end="")
+    elif model is not None:
+        results().print(family_in_full(entries[0]))
+    else:
+        results().print(families_table(entries))
+        results().print(f"\n{families_summary(entries)}", soft_wrap=True)

@@ -1,0 +1,72 @@
+"""How many visual tokens each image of a call has, for families that tell: one function a kind of family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from pyramiddrop.hf.anyres import token_count
+
+#: (configuration, call, visual tokens of images in it) -> tokens of each image in order, or None where it cannot tell.
+ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], int], Sequence[int] | None]
+
+
+def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+    """Every image has the same number."""
+    encoded, pixels = _encoded_lengths(call), call.get("pixel_values")
+    if encoded is not None or pixels is None or visual_tokens % len(pixels):
+        return encoded
+    return [visual_tokens // len(pixels)] * len(pixels)
+
+
+def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+    """LLaVA-NeXT: the base crop, and the unpadded grid with one newline token a row."""
+    encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
+    if encoded is not None or sizes is None:
+        return encoded
+    return [_anyres_length(config, int(height), int(width)) for height, width in sizes]
+
+
+def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+    """Mistral 3: a token for each square of merged patches; rows of them stand apart."""
+    sizes, side = call.get("image_sizes"), config.vision_config.patch_size * config.spatial_merge_size
+    return None if sizes is None else [(int(height) // side) * (int(width) // side) for height, width in sizes]
+
+
+def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+    """Molmo 2: the whole image and its crops, as two grids in rows that stand apart; or a video's frames."""
+    images, videos = call.get("image_grids"), call.get("video_grids")
+    if images is not None:
+        return [int(high * wide + rows * columns) for high, wide, rows, columns in images]
+    return None if videos is None else [int(frames * rows * columns) for frames, rows, columns in videos]
+
+
+def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+    """Step 3.7: local views, of which the call tells how many, and the whole image."""
+    counts = call.get("num_local_patches")
+    if counts is None:
+        return None
+    counts = [int(count) for count in counts]
+    whole = (config.vision_config.image_size // config.vision_config.patch_size // 4) ** 2
+    local = (visual_tokens - whole * len(counts)) // max(sum(counts), 1)
+    return [whole + local * count for count in counts]
+
+
+def _encoded_lengths(call: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each image where `generate` has already encoded them (Transformers 5.2x hands them to the forward)."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    return None if encoded is None else [len(features) for features in encoded.pooler_output]
+
+
+def _anyres_length(config: PretrainedConfig, height: int, width: int) -> int:
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    tiles_high, tiles_wide = get_anyres_image_grid_shape(
+        (height, width), config.image_grid_pinpoints, vision.image_size
+    )
+    class_token = config.vision_feature_select_strategy == "full"
+    return token_count((tiles_high * side, tiles_wide * side), side, height, width, class_token)

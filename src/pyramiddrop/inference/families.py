@@ -1,0 +1,94 @@
+"""Owns what is told of model families: the entries, and the families of this Transformers that have none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pyramiddrop.hf.families import FAMILIES, Family
+from pyramiddrop.inference.errors import InputError, user_input
+
+PROVEN, REFUSED, BY_STRUCTURE = "proven", "refused", "by structure"
+TESTED = {
+    PROVEN: "conformance",
+    REFUSED: "refusal",
+    BY_STRUCTURE: "not proven",
+}
+SAYS = {
+    PROVEN: "a tiny random checkpoint passes the conformance suite",
+    REFUSED: "applying any method raises UnsupportedModelError, and leaves no hook behind",
+    BY_STRUCTURE: "Transformers has the family, this library has no entry: its parts are looked for when a method is "
+    "applied, which works or is refused by name; nothing is proven",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One family.
+
+    Attributes:
+        model_type: its name in Transformers.
+        family: what is known of it; empty where it has no entry.
+        known: whether it has one.
+    """
+
+    model_type: str
+    family: Family
+    known: bool = True
+
+    @property
+    def status(self) -> str:
+        """PROVEN, REFUSED or BY_STRUCTURE."""
+        if not self.known:
+            return BY_STRUCTURE
+        return REFUSED if self.family.refused else PROVEN
+
+    @property
+    def limits(self) -> list[str]:
+        """In sentences: why it is refused, or what does not go on it."""
+        return [self.family.refused] if self.family.refused else [limit.says for limit in self.family.limits]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "family": self.model_type,
+            "text_models": list(self.family.text),
+            "modalities": list(self.family.modalities) if self.known else [],
+            "status": self.status,
+            "refused": self.family.refused or None,
+            "limits": [asdict(limit) for limit in self.family.limits],
+            "tested": TESTED[self.status],
+        }
+
+
+def all_families() -> list[Entry]:
+    """Those with an entry by name: proven, then refused; then what else Transformers makes text of images with."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    known = [Entry(name, FAMILIES[name]) for name in sorted(FAMILIES)]
+    other = [Entry(name, Family(), known=False) for name in sorted(set(NAMES) - set(FAMILIES))]
+    return sorted(known, key=lambda entry: entry.status == REFUSED) + other
+
+
+def find_family(model: str) -> Entry:
+    """The family of a model type, or of the checkpoint in a folder.
+
+    Raises:
+        InputError: where there is none of that name.
+    """
+    folder = Path(model)
+    name = _model_type(folder) if folder.is_dir() else model
+    entries = {entry.model_type: entry for entry in all_families()}
+    if name in entries:
+        return entries[name]
+    near = get_close_matches(name, entries, 3)
+    advice = f"did you mean {', '.join(near)}?" if near else "`pyramiddrop families` lists them"
+    raise InputError(f"{name!r} is no family of vision-language models known here, and {model!r} no folder; {advice}")
+
+
+def _model_type(folder: Path) -> str:
+    with user_input(f"no model type in {folder / 'config.json'}", (OSError, ValueError, KeyError, TypeError)):
+        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])

@@ -1,0 +1,181 @@
+"""What is told of model families is what the zoo proves, what the engine refuses, and what the page says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError, apply
+from pyramiddrop.cli.main import app
+from pyramiddrop.hf import families as told
+from pyramiddrop.hf.anatomy import Anatomy, anatomy
+from pyramiddrop.hf.families import FAMILIES, Limit
+from pyramiddrop.hf.limits import check_compact_positions, check_grouping
+from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
+from zoo import MEMBERS, UNSUPPORTED
+
+DOCS = Path(__file__).parents[1] / "docs"
+METHODS = (PyramidDrop(), PyramidDrop(layers=[1], keep=[0.5]), FastV(layer=1), RandomDrop(), UniformDrop())
+
+REFUSED_MEMBERS = [name for name in MEMBERS if FAMILIES[name.split("-")[0]].refused]
+BUILT: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: lambda name=name: MEMBERS[name].build(0) for name in REFUSED_MEMBERS},  # type: ignore[misc]
+    **UNSUPPORTED,
+}
+
+
+def run(*words: str) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(app, ["families", *words])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def members_of(family: str) -> list[str]:
+    """A family's members of the zoo."""
+    return [name for name in MEMBERS if name.split("-")[0] == family]
+
+
+@cache
+def parts_of(member: str) -> Anatomy:
+    """A member's parts; its model is not run."""
+    return anatomy(MEMBERS[member].build(0))
+
+
+PROVEN_FAMILIES = [name for name in FAMILIES if not FAMILIES[name].refused]
+
+# --- The entries and the zoo ----------------------------------------------------------------------------------------
+
+
+def test_every_member_has_an_entry_and_every_proven_entry_a_member() -> None:
+    assert {name.split("-")[0] for name in MEMBERS} <= set(FAMILIES)
+    assert [name for name in PROVEN_FAMILIES if not members_of(name)] == []
+    assert [name for name in UNSUPPORTED if not FAMILIES[name].refused] == []
+
+
+def test_every_family_of_transformers_is_listed() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    entries = all_families()
+    assert set(NAMES) <= {entry.model_type for entry in entries}
+    assert {entry.model_type for entry in entries if entry.status == BY_STRUCTURE} == set(NAMES) - set(FAMILIES)
+    assert {entry.model_type for entry in entries if entry.status == PROVEN} == set(PROVEN_FAMILIES)
+
+
+@pytest.mark.parametrize("family", PROVEN_FAMILIES)
+def test_an_entry_says_what_the_engine_does(family: str) -> None:
+    entry, members = FAMILIES[family], [parts_of(name) for name in members_of(family)]
+    assert {parts.config.model_type for parts in members} == {family}
+    assert {parts.text.config.model_type for parts in members} == set(entry.text)
+    assert ("video" in entry.modalities) == any(MEMBERS[name].video for name in members_of(family))
+    kinds = [{span.kind for span in parts.spans} for parts in members]
+    mixed = any({"sliding", "full"} <= kind for kind in kinds)
+
+    def tells(*limits: Limit) -> bool:
+        return any(limit in entry.limits for limit in limits)
+
+    assert tells(told.AXES, told.OWN_ROPE, told.DYNAMIC_ROPE) == any(
+        refuses(lambda parts=parts: check_compact_positions(parts)) for parts in members
+    )
+    assert tells(told.WINDOWS) == mixed
+    assert tells(told.ALL_WINDOWED) == any(kind == {"sliding"} for kind in kinds)
+    assert tells(told.CHUNKS) == any("chunked" in kind for kind in kinds)
+    assert tells(told.RECURRENT) == any("recurrent" in kind for kind in kinds)
+    assert tells(told.SHARED) == any(list(parts.sources) != list(range(len(parts.layers))) for parts in members)
+    assert tells(told.FLOOR) == any(parts.longest for parts in members)
+    assert tells(told.SPLIT) == refuses(lambda: check_grouping(members[0], "image"))
+    assert tells(told.SPLIT, told.FRAMES) == refuses(lambda: check_grouping(members[0], "frame")) or (
+        "video" not in entry.modalities
+    )
+
+
+def refuses(check: Callable[[], object]) -> bool:
+    """Whether it raises UnsupportedModelError."""
+    try:
+        check()
+    except UnsupportedModelError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_refused_family_is_refused_by_name_and_never_half_patched(name: str) -> None:
+    model = BUILT[name]()
+    family = model.config.model_type
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    for method in METHODS:
+        with pytest.raises(UnsupportedModelError, match=f"'{family}' .* is not supported: ") as caught:
+            apply(model, method)
+        assert FAMILIES[family].refused in str(caught.value)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+
+
+def test_what_is_refused_by_name_is_mostly_seen_by_structure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only these need their entry: nothing in the model shows it."""
+    for name in BUILT:
+        monkeypatch.delitem(FAMILIES, name)
+    assert {name for name, build in BUILT.items() if not refuses(lambda build=build: anatomy(build()))} == {  # type: ignore[misc]
+        "blip-2",
+        "kosmos-2",
+    }
+
+
+@pytest.mark.parametrize(("family", "grouping"), [("smolvlm", "image"), ("llama4", "frame"), ("internvl", "frame")])
+def test_a_quota_of_each_image_is_refused_where_no_call_tells_them_apart(family: str, grouping: str) -> None:
+    model = MEMBERS[family].build(0)
+    advice = "Use per_image=True" if family == "internvl" else f"Leave per_{grouping}=False"
+    with pytest.raises(UnsupportedModelError, match=f"per_{grouping}=True is not supported for '{family}'.*{advice}"):
+        apply(model, FastV(layer=4, per_image=grouping == "image", per_frame=grouping == "frame"))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# --- The command and the page ---------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    page = (DOCS / "families.md").read_text("utf-8")
+    assert page == run("--markdown"), "run `make docs`"
+
+
+def test_json_table_and_page_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    listed, table = json.loads(run("--json"))["families"], run().splitlines()
+    page = [line for line in (DOCS / "families.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    assert [entry["family"] for entry in listed] == [entry.model_type for entry in all_families()]
+    assert [entry["family"] for entry in listed] == [line.split()[0] for line in table[1 : len(listed) + 1]]
+    named = [entry for entry in listed if entry["status"] != BY_STRUCTURE]
+    assert [entry["family"] for entry in named] == [line.split("`")[1] for line in page]
+    for entry, row in zip(named, page, strict=True):
+        assert f"| {entry['status']} |" in row
+        assert (entry["refused"] or ", ".join(dict.fromkeys(limit["name"] for limit in entry["limits"]))) in row
+
+
+def test_one_family_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    assert run("gemma3") == run(str(tmp_path))
+    assert all(limit.says in run("gemma3") for limit in FAMILIES["gemma3"].limits)
+    assert FAMILIES["mllama"].refused in run("mllama")
+    assert json.loads(run("mllama", "--json"))["status"] == REFUSED
+    assert "nothing is proven" in run("shieldgemma2")
+
+
+@pytest.mark.parametrize(("words", "message"), [("lava", "did you mean llava"), ("xyz", "lists them")])
+def test_what_is_no_family_is_one_line(words: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["families", words])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(not (DOCS / "conformance.md").exists(), reason="make conformance has not written its page yet")
+def test_no_family_is_called_proven_that_fails_a_check() -> None:
+    lines = [line for line in (DOCS / "conformance.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    failing = {line.split("`")[1].split("-")[0] for line in lines if "✗" in line}
+    assert failing & set(PROVEN_FAMILIES) == set()
