@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe: str, options: T
     resumed.run()
     assert curve(resumed) == curve(whole)
     assert len(curve(whole)) == 6
+    seen = [entry["num_input_tokens_seen"] for entry in whole.trainer.state.log_history if "loss" in entry]
+    sizes = [after - before for before, after in pairwise([0, *seen])]
+    assert sizes[:3] != sizes[3:]  # the epochs have orders of their own, or the stop would prove little
     one, two = (pyramiddrop.load(folder, None).state_dict() for folder in (tmp_path / "whole", options.output))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
