@@ -259,6 +259,20 @@ def video(subject: Subject) -> None:
             same_generation(subject, subject.setup.rule(), batch)
 
 
+@check("per frame", "per_frame=True gives each image and each frame of a video its own quota", "video")
+def per_frame(subject: Subject) -> None:
+    rule = subject.setup.rule(per_image=True)  # of what the batch numbers
+    method = method_of(rule, per_image=False, per_frame=True)
+    specs: list[list[object]] = [[5, "video", 7]]
+    if subject.can("images") and subject.can("mixed"):
+        specs.append([3, "image", 2, "video", 4])
+    batches = [subject.batch([spec], by_frame=True) for spec in specs]
+    if subject.can("batch") and subject.can("left_padding"):
+        batches.append(subject.batch([[2, "video", 3], [9, "video", 1], [7]], by_frame=True))
+    for batch in batches:
+        same_forward(subject, rule, batch, method)
+
+
 @check("eager", "eager attention and SDPA agree with each other on sets, logits and tokens", "sdpa")
 def eager_is_sdpa(subject: Subject) -> None:
     batch = subject.batch(subject.prompts[-1])

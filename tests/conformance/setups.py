@@ -68,7 +68,9 @@ WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4, refused=WINDOW)
 TWO_WAY = replace(WINDOWED, refused=WINDOW | {"new image": "a further image on top of a pruned cache"})
 GRIDS = Setup(impossible=NO_GRID)
 # An image is several runs of tokens, and no call tells which of them are one image's.
-SPLIT = {"per image": "a call does not tell where an image ends"}
+SPLIT = dict.fromkeys(("per image", "per frame"), "a call does not tell where an image ends")
+# Frames of a video are images to the model.
+FRAMES = Setup(refused={"per frame": "per_frame=True is not supported for"})
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
 
 # Members that are not here run with the rule above, are refused nothing, and can do all but what the zoo says.
@@ -95,12 +97,15 @@ SETUPS: dict[str, Setup] = {
     "idefics2": Setup(refused=SPLIT),
     "idefics2-sliding": Setup(refused=SPLIT),
     "idefics3": Setup(refused=SPLIT),
+    "internvl": FRAMES,
     "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True, refused=SPLIT),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
     "llama4": replace(WINDOWED, refused=SPLIT),  # chunks instead of windows
     "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"} | SPLIT),
     "mistral_large4": Setup(refused=unknown("indexed_attention")),
     "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
+    "molmo2": FRAMES,
+    "molmo2-olmo": FRAMES,
     "muse_glimmer": WINDOWED,
     "nemotron_h_omni": Setup(refused=whatever("it has no decoder with `layers` and `embed_tokens`")),
     "ovis2": Setup(refused=SPLIT),

@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         inputs: of the model's forward.
         rows: before padding.
-        groups: the number of the image or video that each token of a row belongs to, 0 for text.
+        groups: the number of the image or video, or frame, that each token of a row belongs to, 0 for text.
         prompt: who is visual and who asks, for the oracle.
         valid: (B, L) bool, False at padding.
     """
@@ -52,10 +52,17 @@ class Subject:
         """Whether the untouched model can do it."""
         return ability not in self.member.cannot
 
-    def batch(self, specs: Sequence[Spec], side: str = "left", labels: bool = False, seed: int = 1) -> Batch:
-        """A batch made of specs; with labels a training batch, in which the answers ask."""
+    def batch(
+        self, specs: Sequence[Spec], side: str = "left", labels: bool = False, seed: int = 1, by_frame: bool = False
+    ) -> Batch:
+        """A batch made of specs; with labels a training batch, in which the answers ask.
+
+        Args:
+            by_frame: whether each frame of a video counts as a group, as images do.
+        """
         rows = make_rows(self.member, self.model, specs, seed)
-        return self.collate(rows, [numbered(spec, row) for spec, row in zip(specs, rows, strict=True)], side, labels)
+        groups = [numbered(spec, row, by_frame) for spec, row in zip(specs, rows, strict=True)]
+        return self.collate(rows, groups, side, labels)
 
     def collate(self, rows: list[Row], groups: list[list[int]], side: str = "left", labels: bool = False) -> Batch:
         """A batch of these rows; `groups` tells the image of every token."""
@@ -108,16 +115,19 @@ class Subject:
         return ["image", 2, "image"] if self.can("images") else ["image", 6]
 
 
-def numbered(spec: Spec, row: Row) -> list[int]:
-    """The number of the image or video, from 1, that each token of a row belongs to; 0 for text."""
+def numbered(spec: Spec, row: Row, by_frame: bool = False) -> list[int]:
+    """The number of the image or video, or of the frame, from 1, that each token of a row belongs to; 0 for text."""
     numbers: list[int] = []
-    pieces = iter(enumerate(row.pieces, start=1))
+    pieces, first = iter(row.pieces), 1
     for segment in spec:
-        number, length = 0, int(segment) if isinstance(segment, int) else 0
         if isinstance(segment, str):
-            number, piece = next(pieces)
-            length = len(piece.ids)
-        numbers += [number] * length
+            piece = next(pieces)
+            frames = piece.frames if by_frame and piece.frames else [0] * len(piece.ids)
+            numbers += [first + frame for frame in frames]
+            first += max(frames) + 1
+        else:
+            assert isinstance(segment, int)
+            numbers += [0] * int(segment)
     return numbers
 
 

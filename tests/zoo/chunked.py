@@ -65,7 +65,7 @@ def molmo2_video(model: PreTrainedModel, generator: torch.Generator, number: int
         video_token_pooling=windows(FRAMES),
         video_grids=torch.tensor([[FRAMES, 2, 2]]),
     )
-    return piece
+    return piece.cut([4] * FRAMES)
 
 
 def molmo2_inputs(model: PreTrainedModel, inputs: Inputs) -> Inputs:

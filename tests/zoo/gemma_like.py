@@ -108,7 +108,7 @@ def gemma4_video(
         video_position_ids=torch.cat([frame["places"] for frame in frames]),
         num_frames_per_video=torch.tensor([FRAMES]),
     )
-    return piece
+    return piece.cut([6] * FRAMES)
 
 
 def unified_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:

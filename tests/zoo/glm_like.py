@@ -186,7 +186,7 @@ def glm_video(model: PreTrainedModel, generator: torch.Generator, number: int) -
     piece.ids.append(VIDEO_END)
     piece.types.append(0)
     piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw")
-    return piece
+    return piece.cut([grid[1] * grid[2] // 4] * grid[0])
 
 
 def square_patches_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
@@ -202,7 +202,7 @@ def paired_frames_video(model: PreTrainedModel, generator: torch.Generator, numb
     piece = framed(VIDEO, 2, grid[0] * grid[1] * grid[2] // 8)
     piece.ids[0], piece.ids[-1] = VIDEO_START, VIDEO_END
     piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw", depth=1)
-    return piece
+    return piece.cut([grid[1] * grid[2] // 4] * (grid[0] // 2))
 
 
 def rows_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:

@@ -44,7 +44,7 @@ def video(model: PreTrainedModel, generator: torch.Generator, number: int, patch
     grid = VIDEO_GRIDS[number % len(VIDEO_GRIDS)]
     piece = framed(VIDEO, 2, grid[0] * grid[1] * grid[2] // 4)
     piece.tensors = patches(generator, grid, patch, "pixel_values_videos", "video_grid_thw", depth)
-    return piece
+    return piece.cut([grid[1] * grid[2] // 4] * grid[0])
 
 
 def frames_video(model: PreTrainedModel, generator: torch.Generator, number: int, patch: int, depth: int = 2) -> Piece:
@@ -56,4 +56,4 @@ def frames_video(model: PreTrainedModel, generator: torch.Generator, number: int
         piece.ids += timestamp(generator) + frame.ids
         piece.types += [0, 0, 0, *frame.types]
     piece.tensors = patches(generator, grid, patch, "pixel_values_videos", "video_grid_thw", depth)
-    return piece
+    return piece.cut([grid[1] * grid[2] // 4] * grid[0])

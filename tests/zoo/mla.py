@@ -186,7 +186,7 @@ def kimi_video(model: PreTrainedModel, generator: torch.Generator, number: int) 
         piece.types += [0, 0, 0, *part.types]
         pixels.append(torch.randn(grid[1] * grid[2], 3, PATCH, PATCH, generator=generator))
     piece.tensors = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(chunks)}
-    return piece
+    return piece.cut([4] * len(chunks))
 
 
 def _media(token: int, kind: int, count: int) -> Piece:

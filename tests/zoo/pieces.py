@@ -27,11 +27,20 @@ class Piece:
         ids: its tokens, with the start and end tokens, timestamps and newlines that the family's processor writes.
         types: 1 at visual tokens of an image, 2 at those of a video, 0 at text around them (mm_token_type_ids).
         tensors: what the model's forward takes beside; joined along dimension 0 over the batch, in order.
+        frames: of a video, the frame of each visual token, from 0; empty: it is an image.
     """
 
     ids: list[int]
     types: list[int]
     tensors: Inputs
+    frames: list[int] = field(default_factory=list)
+
+    def cut(self, counts: Sequence[int]) -> Piece:
+        """Tell the frame of each token of a video, whose frames have so many visual tokens."""
+        frames = iter([frame for frame, count in enumerate(counts) for _ in range(count)])
+        self.frames = [next(frames) if kind else 0 for kind in self.types]
+        assert next(frames, None) is None, "more tokens of frames than there are"
+        return self
 
 
 @dataclass

@@ -200,7 +200,7 @@ def compressed_video(model: PreTrainedModel, generator: torch.Generator, number:
     piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw", depth=1)
     piece.tensors["video_merge_sizes"] = torch.tensor([2])
     piece.tensors["video_compression_mask"] = kept.flatten()
-    return piece
+    return piece.cut(kept.sum(1).tolist())
 
 
 MEMBERS = [

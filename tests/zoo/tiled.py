@@ -97,7 +97,7 @@ def smolvlm_video(model: PreTrainedModel, generator: torch.Generator, number: in
     piece = joined([wrapped(4, [2 + frame, 9, START, GLOBAL], [START], kind=2) for frame in range(FRAMES)])
     piece.tensors["pixel_values"] = noise(generator, FRAMES, 3, SIDE, SIDE)
     piece.tensors["pixel_attention_mask"] = torch.ones(FRAMES, SIDE, SIDE, dtype=torch.long)
-    return piece
+    return piece.cut([4] * FRAMES)
 
 
 def idefics2_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:

@@ -126,7 +126,7 @@ def separated_video(model: PreTrainedModel, generator: torch.Generator, number: 
         piece.ids += timestamp(generator) + [VIDEO] * count + [END if frame == grid[0] - 1 else SEPARATOR]
         piece.types += [0, 0, 0] + [2] * count + [0]
     piece.tensors = patches(generator, grid, PATCH, "pixel_values_videos", "video_grid_thw")
-    return piece
+    return piece.cut([count] * grid[0])
 
 
 def step_image(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:

@@ -60,6 +60,6 @@ def clip(side: int, count: int) -> Maker:
     def video(model: PreTrainedModel, generator: torch.Generator, number: int) -> Piece:
         piece = wrapped(count, [], [], VIDEO, 2)
         piece.tensors["pixel_values_videos"] = noise(generator, 1, FRAMES, 3, side, side)
-        return piece
+        return piece.cut([count // FRAMES] * (FRAMES - 1) + [count - count // FRAMES * (FRAMES - 1)])
 
     return video
