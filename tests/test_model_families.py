@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -18,7 +19,9 @@ from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES, Limit
 from pyramiddrop.hf.limits import check_compact_positions, check_grouping
 from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
-from zoo import MEMBERS, UNSUPPORTED
+from pyramiddrop.trace import Trace
+from zoo import MEMBERS, UNSUPPORTED, make_batch
+from zoo.vision import IMAGE
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = (PyramidDrop(), PyramidDrop(layers=[1], keep=[0.5]), FastV(layer=1), RandomDrop(), UniformDrop())
@@ -179,3 +182,54 @@ def test_no_family_is_called_proven_that_fails_a_check() -> None:
     lines = [line for line in (DOCS / "conformance.md").read_text("utf-8").splitlines() if line.startswith("| `")]
     failing = {line.split("`")[1].split("-")[0] for line in lines if "✗" in line}
     assert failing & set(PROVEN_FAMILIES) == set()
+
+
+# --- Images of several runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mistral3", "mistral3-mistral4", "lighton_ocr", "molmo2", "step3p7", "llava_next"])
+def test_a_forward_generation_and_beams_find_the_same_images(name: str) -> None:
+    """Transformers hands pixels to a forward, but features that are already made to those of a generation."""
+    member, model = MEMBERS[name], MEMBERS[name].build(0)
+    row = [2, "image", 3, "image", 1, "image", 4]
+    inputs = make_batch(member, model, [row] if "left_padding" in member.cannot else [row, [5, "image", 2, "image", 7]])
+    with PyramidDrop(per_image=True, layers=[3, 7])(model) as trace, torch.no_grad():
+        model(**inputs)
+        expected = kept(trace)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert kept(trace) == expected
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=2)
+        assert kept(trace) in (expected, [[columns for columns in stage for _ in range(2)] for stage in expected])
+
+
+def test_a_video_of_molmo_2_has_one_quota() -> None:
+    member, model = MEMBERS["molmo2"], MEMBERS["molmo2"].build(0)
+    inputs = make_batch(member, model, [[3, "video", 2, "video", 4]])
+    found = []
+    with PyramidDrop(per_image=True, layers=[3], keep=[0.5])(model) as trace, torch.no_grad():
+        for run_once in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False)):
+            run_once()
+            found.append(kept(trace))
+    columns = trace.visual_columns[0].tolist()
+    middle = columns[len(columns) // 2]  # both videos have as many tokens
+    assert found[0] == found[1]
+    assert [sum(column < middle for column in found[0][0][0]), len(found[0][0][0])] == [
+        len(columns) // 4,
+        len(columns) // 2,
+    ]
+
+
+def kept(trace: Trace) -> list[list[list[int]]]:
+    """By stage and sample."""
+    return [[columns.tolist() for columns in stage.kept] for stage in trace.stages]
+
+
+def test_a_call_that_does_not_tell_its_images_is_refused() -> None:
+    member, model = MEMBERS["mistral3"], MEMBERS["mistral3"].build(0)
+    inputs = make_batch(member, model, [[3, "image", 4]])
+    embeds, visual = model.get_input_embeddings()(inputs["input_ids"]), inputs["input_ids"] == IMAGE
+    with (
+        PyramidDrop(per_image=True)(model, visual_mask=visual),
+        pytest.raises(ValueError, match="does not tell which visual tokens are one image's, and breaks of rows stand"),
+    ):
+        model(inputs_embeds=embeds.detach())

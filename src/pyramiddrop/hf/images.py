@@ -31,32 +31,40 @@ def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tok
 
 def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
     """Mistral 3: a token for each square of merged patches; rows of them stand apart."""
-    sizes, side = call.get("image_sizes"), config.vision_config.patch_size * config.spatial_merge_size
-    return None if sizes is None else [(int(height) // side) * (int(width) // side) for height, width in sizes]
+    encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
+    if encoded is not None or sizes is None:
+        return encoded
+    side = config.vision_config.patch_size * config.spatial_merge_size
+    return [(int(height) // side) * (int(width) // side) for height, width in sizes]
 
 
 def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
     """Molmo 2: the whole image and its crops, as two grids in rows that stand apart; or a video's frames."""
-    images, videos = call.get("image_grids"), call.get("video_grids")
+    encoded, images, videos = _encoded_lengths(call), call.get("image_grids"), call.get("video_grids")
+    if encoded is not None:
+        return encoded
     if images is not None:
         return [int(high * wide + rows * columns) for high, wide, rows, columns in images]
-    return None if videos is None else [int(frames * rows * columns) for frames, rows, columns in videos]
+    if videos is not None:
+        return [int(frames * rows * columns) for frames, rows, columns in videos]
+    return _encoded_lengths(call, "video")
 
 
 def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
     """Step 3.7: local views, of which the call tells how many, and the whole image."""
-    counts = call.get("num_local_patches")
-    if counts is None:
-        return None
+    encoded, counts = _encoded_lengths(call), call.get("num_local_patches")
+    if encoded is not None or counts is None:
+        return encoded
     counts = [int(count) for count in counts]
     whole = (config.vision_config.image_size // config.vision_config.patch_size // 4) ** 2
     local = (visual_tokens - whole * len(counts)) // max(sum(counts), 1)
     return [whole + local * count for count in counts]
 
 
-def _encoded_lengths(call: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each image where `generate` has already encoded them (Transformers 5.2x hands them to the forward)."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+def _encoded_lengths(call: Mapping[str, Any], modality: str = "image") -> list[int] | None:
+    """Tokens of each image or video where `generate` has already encoded them (Transformers 5.2x hands the features,
+    and not what they were made of, to the forward)."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get(modality)
     return None if encoded is None else [len(features) for features in encoded.pooler_output]
 
 
