@@ -23,7 +23,13 @@ from pyramiddrop.vllm import hf_overrides
 from tiny import tiny_model
 
 #: Heads of 32, the least that vLLM's attention on a CPU takes.
-WIDE_ENOUGH = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE_ENOUGH = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from served import Question, answers, blocks_in_use, engine, expected, picture, questions, scheduler
+from served import Question, answers, blocks_in_use, engine, expected, picture, questions, save_served, scheduler
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.vllm import attention, forward, kv_cache, runner
@@ -136,6 +136,20 @@ def test_llava_next(llava_next: Path) -> None:
     with engine(llava_next, HALVES, max_num_batched_tokens=64) as llm:
         assert answers(llm, asked, every=2) == expected(llava_next, asked, HALVES)
         assert nothing_left(llm)
+
+
+@pytest.mark.parametrize("family", ["llava-mistral", "llava-qwen2", "llava-qwen3"])
+def test_other_text_models(tmp_path: Path, family: str) -> None:
+    folder, asked = save_served(tmp_path, family), questions(6, seed=3)
+    with engine(folder, HALVES, max_num_batched_tokens=40) as llm:
+        assert answers(llm, asked, every=2) == expected(folder, asked, HALVES)
+
+
+@pytest.mark.slow
+def test_compiled(llava: Path, halves: list[list[int]]) -> None:
+    """Steps without a picture's prompt run the compiled forward, as vLLM's default is."""
+    with engine(llava, HALVES, enforce_eager=False) as llm:
+        assert answers(llm, ASKED, every=2) == halves
 
 
 def test_keep_all_is_plain_vllm(llava: Path, vanilla: list[list[int]]) -> None:
