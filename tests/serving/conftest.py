@@ -4,16 +4,16 @@ installed, what needs it is skipped."""
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-# Read by vLLM when it is imported, and by the processes that it starts.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the tests look into the scheduler; those of processes set it to 1
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if find_spec("vllm") is not None:  # read when vLLM is imported, and by the processes that it starts
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tests look into the scheduler; those of processes set it to 1
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 @pytest.fixture(scope="session")
