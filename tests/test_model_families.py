@@ -20,7 +20,7 @@ from pyramiddrop.hf.families import FAMILIES, Limit
 from pyramiddrop.hf.limits import check_compact_positions, check_grouping
 from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
 from pyramiddrop.trace import Trace
-from zoo import MEMBERS, UNSUPPORTED, make_batch
+from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
 from zoo.vision import IMAGE
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -185,6 +185,30 @@ def test_no_family_is_called_proven_that_fails_a_check() -> None:
 
 
 # --- Images of several runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PROVEN_FAMILIES)
+def test_images_side_by_side_are_told_apart_or_the_entry_says_so(family: str) -> None:
+    entry = FAMILIES[family]
+    if entry.split or entry.image_lengths:
+        return
+    for name in members_of(family):
+        model = MEMBERS[name].build(0)
+        types = make_rows(MEMBERS[name], model, [["image", "image"]])[0].types
+        runs = sum(kind > before for kind, before in zip(types, [0, *types], strict=False))
+        assert (runs < 2) == (told.ADJACENT in entry.limits)
+
+
+@pytest.mark.parametrize("per", ["per_image", "per_frame"])
+def test_the_frames_of_a_video_are_the_same_in_generate(per: str) -> None:
+    """Its grids are not handed on; timestamps stand between the frames."""
+    member, model = MEMBERS["cohere_compass"], MEMBERS["cohere_compass"].build(0)
+    inputs = make_batch(member, model, [[5, "video", 4], [2, "video", 3, "video", 1]])
+    with PyramidDrop(layers=[3, 7], **{per: True})(model) as trace, torch.no_grad():
+        model(**inputs)
+        expected = kept(trace)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert kept(trace) == expected
 
 
 @pytest.mark.parametrize("name", ["mistral3", "mistral3-mistral4", "lighton_ocr", "molmo2", "step3p7", "llava_next"])

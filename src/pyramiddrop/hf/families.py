@@ -88,6 +88,9 @@ FLOOR = Limit(
 )
 SPLIT = Limit("no per_image", "per_image=True and per_frame=True are refused: a call does not tell where an image ends")
 FRAMES = Limit("no per_frame", "per_frame=True is refused, for frames of a video are images here; use per_image=True")
+ADJACENT = Limit(
+    "adjacent images", "images side by side, without a token of text between them, count as one under per_image=True"
+)
 CROPS = Limit("crops", "with pan and scan on, each crop counts as an image under per_image=True")
 
 TILES = "tokens that name its tiles"
@@ -111,15 +114,15 @@ FAMILIES: dict[str, Family] = {
     # ---- LLaVA and its kin
     "llava": _LLAVA,
     "llava_next": Family(("llama",), image_lengths=anyres_lengths),
-    "llava_next_video": Family(("llama",), VIDEO),
-    "llava_onevision": Family(("qwen2",), VIDEO),
+    "llava_next_video": Family(("llama",), VIDEO, (ADJACENT,)),
+    "llava_onevision": Family(("qwen2",), VIDEO, (ADJACENT,)),
     "vipllava": _LLAVA,
-    "video_llava": Family(("llama",), VIDEO),
+    "video_llava": Family(("llama",), VIDEO, (ADJACENT,)),
     "fast_vlm": Family(("qwen2",), image_lengths=equal_lengths),
-    "perception_lm": Family(("llama",), VIDEO),
+    "perception_lm": Family(("llama",), VIDEO, (ADJACENT,)),
     "deepseek_vl": _LLAVA,
     "janus": _LLAVA,
-    "granite4_vision": Family(("granite4_vision_text",)),
+    "granite4_vision": Family(("granite4_vision_text",), limits=(ADJACENT,)),
     # ---- Qwen
     "qwen2_vl": Family(("qwen2_vl_text",), VIDEO, _QWEN),
     "qwen2_5_vl": Family(("qwen2_5_vl_text",), VIDEO, _QWEN),
@@ -130,7 +133,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(("qwen3_5_text",), VIDEO, (AXES, RECURRENT)),
     "qwen3_5_moe": Family(("qwen3_5_moe_text",), VIDEO, (AXES, RECURRENT)),
     "qwen4_exp": Family(("qwen4_exp_text",), VIDEO, refused=_unknown("indexed_attention")),
-    "video_llama_3": Family(("qwen2",), VIDEO),
+    "video_llama_3": Family(("qwen2",), VIDEO, (ADJACENT,)),
     "cosmos3_edge": Family(("cosmos3_edge_text",), VIDEO, _QWEN),
     "cosmos3_omni": Family(("qwen3_vl_text",), VIDEO, _QWEN),
     # ---- images in tiles or rows
@@ -151,7 +154,7 @@ FAMILIES: dict[str, Family] = {
     "ovis2": Family(("qwen2",), limits=(SPLIT,), split="indicators of tiles"),
     "got_ocr2": Family(("qwen2",)),
     "aria": Family(("aria_text",), image_lengths=equal_lengths),
-    "phi4_multimodal": Family(("phi4_multimodal",)),
+    "phi4_multimodal": Family(("phi4_multimodal",), limits=(ADJACENT,)),
     "fuyu": Family(("persimmon",), limits=(SPLIT,), split="a newline behind each row"),
     # ---- Gemma
     "paligemma": Family(("gemma", "gemma2"), limits=(WINDOWS, STATIC), image_lengths=equal_lengths),
@@ -173,7 +176,7 @@ FAMILIES: dict[str, Family] = {
     "muse_glimmer": Family(("muse_glimmer_text",), VIDEO, (WINDOWS, STATIC)),
     # ---- latent attention
     "kimi_k25": Family(("deepseek_v3",), VIDEO),
-    "deepseek_ocr2": Family(("deepseek_ocr2_text",)),
+    "deepseek_ocr2": Family(("deepseek_ocr2_text",), limits=(ADJACENT,)),
     "mistral_large4": Family(("mistral_large4_text",), refused=_unknown("indexed_attention")),
     "minimax_m3_vl": Family(("minimax_m3_vl_text",), VIDEO, refused=_unknown("minimax_m3_sparse")),
     "unlimited_ocr": Family(("unlimited_ocr_text",), refused=_unknown("reference_sliding_attention")),

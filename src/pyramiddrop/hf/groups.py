@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,20 @@ def video_frames(call: Mapping[str, Any]) -> list[int] | None:
     return None
 
 
+def video_lengths(call: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each video where `generate` has already encoded them, and hands over neither grids nor pixels."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get("video")
+    features = getattr(encoded, "pooler_output", None)
+    return None if features is None else [len(each) for each in features]
+
+
 def group_tokens(
-    grouping: str, visual: Tensor, video: Tensor, image_lengths: Sequence[int] | None, frames: Sequence[int] | None
+    grouping: str,
+    visual: Tensor,
+    video: Tensor,
+    image_lengths: Sequence[int] | None,
+    frames: Sequence[int] | None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """The group of each visual token, counted in its sample from 0 and ascending along the row.
 
@@ -30,6 +43,7 @@ def group_tokens(
         video: (B, L) bool, which of them belong to videos.
         image_lengths: tokens of each image of the batch in order; None, or what does not fit: a run of tokens is one.
         frames: of each video of the batch in order, or None where unknown.
+        lengths: tokens of each video of the batch in order; None, or what does not fit: unknown.
 
     Returns:
         (B, L) long, 0 at text.
@@ -41,7 +55,7 @@ def group_tokens(
         return torch.zeros_like(visual, dtype=torch.long)
     video = video & visual
     number = _images(visual & ~video, image_lengths)
-    number = torch.where(video, number.max() + 1 + _videos(video, frames, grouping == "frame"), number)
+    number = torch.where(video, number.max() + 1 + _videos(video, frames, lengths, grouping == "frame"), number)
     return _counted_along(number, visual)
 
 
@@ -54,10 +68,15 @@ def _images(image: Tensor, lengths: Sequence[int] | None) -> Tensor:
     return numbers
 
 
-def _videos(video: Tensor, frames: Sequence[int] | None, by_frame: bool) -> Tensor:
+def _videos(video: Tensor, frames: Sequence[int] | None, lengths: Sequence[int] | None, by_frame: bool) -> Tensor:
     """(B, L) the number of the video, or of the frame, that each of its tokens belongs to, through the batch."""
     runs = _runs(video)
     count = int(runs.max()) + 1 if video.any() else 0
+    if frames is None and lengths is not None and sum(lengths) == int(video.sum()):
+        if not by_frame:
+            return _images(video, lengths)
+        if _apart(video, runs, lengths):
+            return runs
     if not count or (not by_frame and (frames is None or count != sum(frames))):
         return runs
     if frames is not None and count == sum(frames):  # a run is a frame: timestamps stand between
@@ -78,6 +97,13 @@ def _videos(video: Tensor, frames: Sequence[int] | None, by_frame: bool) -> Tens
         numbers[inside] = first + _even(int(inside.sum()), of_video)
         first += of_video
     return numbers
+
+
+def _apart(video: Tensor, runs: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether each video of so many tokens is several runs of equal length: its frames, with timestamps between."""
+    owner, of_run = _images(video, lengths)[video].tolist(), runs[video].tolist()
+    sizes = [Counter(run for run, whose in zip(of_run, owner, strict=True) if whose == mine) for mine in set(owner)]
+    return all(len(each) > 1 and len(set(each.values())) == 1 for each in sizes)
 
 
 def _even(tokens: int, frames: int) -> Tensor:

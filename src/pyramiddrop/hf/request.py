@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.groups import group_tokens, video_frames
+from pyramiddrop.hf.groups import group_tokens, video_frames, video_lengths
 from pyramiddrop.hf.plan import Request
 
 IGNORED_LABEL = -100
@@ -135,7 +135,7 @@ def _groups(call: Mapping[str, Any], anatomy: Anatomy, grouping: str, visual: Te
     ids = call.get("input_ids")
     video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
     lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))
-    return group_tokens(grouping, visual, video, lengths, video_frames(call))
+    return group_tokens(grouping, visual, video, lengths, video_frames(call), video_lengths(call))
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
