@@ -199,10 +199,11 @@ def test_images_side_by_side_are_told_apart_or_the_entry_says_so(family: str) ->
         assert (runs < 2) == (told.ADJACENT in entry.limits)
 
 
+@pytest.mark.parametrize("name", ["cohere_compass", "gemma4", "muse_glimmer"])
 @pytest.mark.parametrize("per", ["per_image", "per_frame"])
-def test_the_frames_of_a_video_are_the_same_in_generate(per: str) -> None:
+def test_the_frames_of_a_video_are_the_same_in_generate(per: str, name: str) -> None:
     """Its grids are not handed on; timestamps stand between the frames."""
-    member, model = MEMBERS["cohere_compass"], MEMBERS["cohere_compass"].build(0)
+    member, model = MEMBERS[name], MEMBERS[name].build(0)
     inputs = make_batch(member, model, [[5, "video", 4], [2, "video", 3, "video", 1]])
     with PyramidDrop(layers=[3, 7], **{per: True})(model) as trace, torch.no_grad():
         model(**inputs)

@@ -12,7 +12,11 @@ from torch import Tensor
 
 def video_frames(call: Mapping[str, Any]) -> list[int] | None:
     """Frames of each video of a call, in order (as the language model counts them), or None where it does not tell."""
-    grids, pixels = call.get("video_grid_thw"), call.get("pixel_values_videos")
+    grids, pixels, counts = (
+        call.get(name) for name in ("video_grid_thw", "pixel_values_videos", "num_frames_per_video")
+    )
+    if counts is not None:
+        return [int(frames) for frames in counts]
     if grids is not None:
         return [int(frames) for frames in grids[:, 0]]
     if pixels is not None and pixels.dim() >= 4:
