@@ -54,6 +54,7 @@ def test_lengths_go_on_through_the_batch_and_groups_start_anew_in_each_row() -> 
 
 def test_a_run_ends_with_its_row() -> None:
     assert groups("image", ["..ii", "ii.i"]) == ["..00", "00.1"]
+    assert groups("frame", ["..vv", "vv.v"], None, [1, 1, 1]) == ["..00", "00.1"]
 
 
 def test_a_video_is_a_group_though_timestamps_stand_between_its_frames() -> None:
@@ -89,6 +90,7 @@ def test_a_newline_behind_the_last_frame_belongs_to_it() -> None:
 
 def test_a_video_of_one_frame() -> None:
     assert groups("frame", [".vvv.vv."], None, [1, 1]) == [".000.11."]
+    assert groups("frame", [".vv.vvvv."], None, [1, 2]) == [".00.1122."]
 
 
 def test_videos_of_a_batch_without_gaps() -> None:

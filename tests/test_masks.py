@@ -219,13 +219,13 @@ def test_a_mask_that_counts_slots_is_not_believed(span: Span, padded: bool, ragg
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_windowed_cache_hands_out_its_last_columns_and_its_mask_is_as_wide(ragged: bool) -> None:
     """The model's mask counts the last columns; the cache holds the last slots, which go further back."""
-    span = Span("sliding", 4)
+    span = Span("sliding", 6)
     for seed in range(8):
         case = step(span, seed, ragged=ragged)
-        case.slots = Slots(
-            case.slots.columns[:, -4:], None if case.slots.valid is None else case.slots.valid[:, -4:], 13
-        )
-        found = follow_mask(case.full()[..., -4:], None, case.slots, 1, case.sight())
+        held = case.slots
+        case.slots = Slots(held.columns[:, -6:], None if held.valid is None else held.valid[:, -6:], 13)
+        assert bool((case.slots.columns < 7).any()), "nothing further back than the mask"
+        found = follow_mask(case.full()[..., -6:], None, case.slots, 1, case.sight())
         assert found is not None
         case.check(found)
 

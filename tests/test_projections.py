@@ -138,8 +138,9 @@ def test_families(name: str, layers: tuple[int, ...]) -> None:
             case.check(index, projector)
 
 
-def test_softcap_and_sinks_come_from_the_layer() -> None:
+def test_scale_softcap_and_sinks_come_from_the_layer() -> None:
     case = llava_case()
+    case.layers[2].self_attn.scaling = 0.3
     attention = type(case.layers[2].self_attn)
 
     def capped(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,7 @@ def test_softcap_and_sinks_come_from_the_layer() -> None:
 
     case.layers[2].self_attn.__class__ = type("Capped", (attention,), {"forward": capped})
     found = case.project(2, torch.tensor([[1], [1]]))
-    assert found.softcap == 30.0
+    assert (found.scale, found.softcap) == (0.3, 30.0)
     assert found.sinks is not None
     assert found.sinks.tolist() == [1.0] * 4
 
@@ -281,18 +282,24 @@ def test_hooks_on_layers_and_attention_see_real_calls_alone() -> None:
 
 def test_an_instances_own_forward_is_not_bypassed_in_the_model_and_not_run_in_the_twin() -> None:
     """As accelerate wraps a module's forward to move weights."""
-    case, calls = llava_case(), list[int]()
+    case, calls = llava_case(), list[str]()
     layer = case.layers[3]
-    own = layer.forward
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return own(*args, **kwargs)
+    def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append("forward")
+            return own(*args, **kwargs)
 
-    layer.forward = wrapped
-    case.check(3)
+        return forward
+
+    for module in (layer, layer.self_attn):
+        module.forward = wrapped(module.forward)
+    with untouched(case.model):
+        case.check(3)
     assert not calls
-    assert layer.forward is wrapped
+    with torch.no_grad():
+        case.model(**case.inputs)
+    assert len(calls) == 2
 
 
 def test_projecting_twice_gives_the_same_bits() -> None:
