@@ -171,7 +171,8 @@ def uncached(subject: Subject) -> None:
 @check("beams", "beam search finds the oracle's sequences and scores", "generate", "beams")
 def beams(subject: Subject) -> None:
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
-    for specs in subject.prompts:
+    prompts = subject.prompts if subject.can("image_beams") else [subject.prompts[0]]
+    for specs in prompts:
         same_generation(subject, subject.setup.rule(), subject.batch(specs), **options)
 
 

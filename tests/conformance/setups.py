@@ -71,6 +71,9 @@ GRIDS = Setup(impossible=NO_GRID)
 SPLIT = dict.fromkeys(("per image", "per frame"), "a call does not tell where an image ends")
 # Frames of a video are images to the model.
 FRAMES = Setup(refused={"per frame": "per_frame=True is not supported for"})
+LATENT = Setup(refused={"new image": "its keys cannot be read back"})
+# The layer before ranks.
+NARROW = dict.fromkeys(("last layer", "FastV"), "layer 1, which ranks the visual tokens, sees 16 tokens")
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
 
 # Members that are not here run with the rule above, are refused nothing, and can do all but what the zoo says.
@@ -95,13 +98,15 @@ SETUPS: dict[str, Setup] = {
     "glmga": GRIDS,
     "granite_docling": Setup(refused=SPLIT),
     "idefics2": Setup(refused=SPLIT),
-    "idefics2-sliding": Setup(refused=SPLIT),
+    "idefics2-sliding": Setup(refused={"*": "layer 2, which ranks the visual tokens, sees 16 tokens"} | NARROW | SPLIT),
     "idefics3": Setup(refused=SPLIT),
     "internvl": FRAMES,
     "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True, refused=SPLIT),  # convolutions between
-    "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True),
-    "llama4": replace(WINDOWED, refused=SPLIT),  # chunks instead of windows
+    "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True, refused=WINDOW),
+    "llama4": replace(WINDOWED, refused=WINDOW | SPLIT),  # chunks instead of windows
     "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"} | SPLIT),
+    "kimi_k25": LATENT,
+    "mistral3-mistral4": LATENT,
     "mistral_large4": Setup(refused=unknown("indexed_attention")),
     "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
     "molmo2": FRAMES,

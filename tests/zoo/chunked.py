@@ -162,7 +162,10 @@ def molmo2_olmo(seed: int) -> PreTrainedModel:
     return molmo2(seed, qk_norm_type="olmo", norm_after=True)
 
 
-LLAMA4 = {"beams": "generate encodes the images once and does not repeat Llama 4's features for the beams"}
+LLAMA4 = {
+    "beams": "generate encodes the images once and does not repeat Llama 4's features for the beams",
+    "reentrant": "no gradient reaches the vision tower, whose first layer gets nothing that needs one",
+}
 LONG = {"left_padding": "queries are scaled by their slots, padding included"}
 MOLMO2 = {"mixed": "the forward takes images or videos, not both"}
 

@@ -225,6 +225,7 @@ def moe_types(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 GLM_CANNOT = {
     "mixed": "the placeholders of a video's frames are counted as an image's",
     "video_beams": "beam search repeats a video by its own placeholder, which is not in the text",
+    "image_beams": "beam search gives the beams of a row with two images other images than the row's",
 }
 
 _image, _video = partial(image, patch=PATCH), partial(video, patch=PATCH)

@@ -233,6 +233,8 @@ def granite4_vision(seed: int) -> PreTrainedModel:
     return drawn(lambda: Granite4VisionForConditionalGeneration(config), seed)
 
 
+GRANITE4 = {"image_beams": "beam search gives the beams of a row with two images other images than the row's"}
+
 MEMBERS = [
     Member("llava", llava, square(SIDE, 16), finish=without_types),
     Member("llava_next", llava_next, crops_image, finish=without_types),
@@ -244,5 +246,5 @@ MEMBERS = [
     Member("perception_lm", perception_lm, tile_image, clip(56, 16 * FRAMES), without_types),
     Member("deepseek_vl", deepseek_vl, square(SIDE, 16), finish=without_types),
     Member("janus", janus, square(SIDE, 16, (START,), (END,)), finish=without_types),
-    Member("granite4_vision", granite4_vision, granite4_image, finish=without_types),
+    Member("granite4_vision", granite4_vision, granite4_image, finish=without_types, cannot=GRANITE4),
 ]

@@ -66,7 +66,7 @@ class Member:
         cannot: what the untouched model cannot do -> why. Keys: "batch", "right_padding", "left_padding", "generate",
             "use_cache", "static_cache", "beams", "sdpa", "checkpointing", "reentrant" (of the two kinds of
             checkpointing), "training", "images" (several a row), "second_turn", "mixed" (images and videos in one
-            batch), "video_beams" (of a prompt with a video alone).
+            batch), "video_beams" (of a prompt with a video alone), "image_beams" (of a row with two images).
     """
 
     name: str

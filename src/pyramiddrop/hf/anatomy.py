@@ -128,7 +128,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     images, videos = _image_ids(core), _ids(core.config, ("video_token_id", "video_token_index"))
     return Anatomy(
         wrappers=wrappers,
-        generator=next((module for module in reversed(wrappers) if hasattr(type(module), "generate")), None),
+        generator=next((module for module in wrappers if _generates(module)), None),
         text=text,
         visual_ids=tuple(sorted(images | videos)),
         video_ids=tuple(sorted(videos - images)),
@@ -179,6 +179,11 @@ def _unsupported(core: PreTrainedModel, reason: str) -> UnsupportedModelError:
 def _takes_any(module: nn.Module) -> bool:
     parameters = inspect.signature(module.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _generates(module: nn.Module) -> bool:
+    """Whether it is a Transformers model with a `generate` of its own; what is wrapped around one calls that."""
+    return isinstance(module, PreTrainedModel) and hasattr(type(module), "generate")
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

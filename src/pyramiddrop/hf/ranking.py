@@ -124,10 +124,10 @@ class Ranking:
         before = self.earlier.get(self.schedule.stage_of(index), Slots(rows[:, :0], None, 0)).until(past)
         before = before.handed_out(cache, index, 0)
         cached = cache.layers[index].keys[:, :, : before.columns.shape[1]].to(keys.device)
-        if cached.shape[2] != before.columns.shape[1]:
+        if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
             raise ValueError(
-                f"a further image on top of a {type(cache).__name__} is not supported, for its keys cannot be read "
-                "back; use a DynamicCache or a StaticCache"
+                f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
+                "read back: use a DynamicCache or a StaticCache; a model with latent attention keeps no keys in either"
             )
         columns = torch.cat([before.columns, rows + past], 1)
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
