@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_dtype
 from pyramiddrop.inference.choice import MethodOptions, choose_method
+from pyramiddrop.inference.comparison import compare
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_inputs, open_picture
 from pyramiddrop.inference.timing import time_prefills
 from pyramiddrop.inference.usage import usage, vanilla_usage
 from pyramiddrop.report import units
+from pyramiddrop.report.tables import usage_line
 
 
 @pytest.mark.parametrize(
@@ -111,3 +115,17 @@ def test_units() -> None:
     assert units.seconds(1.234) == "1.23 s"
     assert units.share(0.5349) == "53 %"
     assert units.arrow([64, 32, 16]) == "64 → 32 → 16"
+    assert units.flops(float("nan")) == units.share(float("nan")) == "not known"
+
+
+def test_a_text_model_of_unknown_sizes_still_answers(
+    llava_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["pyramiddrop.hf.anatomy"], "TEXT_MODELS", ())
+    checkpoint = load_checkpoint(llava_folder, "cpu", "float32")
+    inputs = build_inputs(checkpoint.processor, [open_picture(picture)], "What?")
+    found = compare(checkpoint, inputs, PyramidDrop(), 2, runs=1)
+    assert found.pruned.usage.tokens_by_stage == [16, 8, 4, 2]
+    assert found.as_dict()["flops_ratio"] is found.as_dict()["pruned"]["kv_bytes"] is None
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert "not known" in usage_line(found.pruned.usage, found.vanilla.usage)

@@ -50,6 +50,11 @@ class Trace:
         """How many visual tokens each sample brought."""
         return [len(columns) for columns in self.visual_columns]
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether `cost` knows the sizes of the model of the last prefill."""
+        return self._shape is not None
+
     def begin(
         self,
         visual_columns: list[Tensor],

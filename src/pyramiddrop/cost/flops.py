@@ -18,9 +18,10 @@ def layer_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
 
 
 def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
-    """Ranking `rows` rows by attention: their keys, the queries, and the products of both."""
+    """Ranking `rows` rows by attention: their keys, the asking rows' queries, keys and values, and the products of
+    queries and keys."""
     keys = 2 * rows * shape.hidden * shape.kv_heads * shape.head_dim
-    asking = 2 * queries * shape.hidden * shape.heads * shape.head_dim
+    asking = 2 * queries * shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     return keys + asking + 2 * queries * rows * shape.heads * shape.head_dim
 
 

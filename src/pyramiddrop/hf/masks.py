@@ -96,7 +96,7 @@ def _ruled(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sig
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
     slots = slots.until(sight.total)
     valid = slots.valid
-    if sight.padding is not None:
+    if mask is not None and sight.padding is not None:  # where it makes no mask, the model has seen no padding
         shown = sight.padding.bool().gather(1, slots.columns)
         valid = shown if valid is None else valid & shown
     if sight.flash:

@@ -6,20 +6,39 @@ from typing import Any
 
 from pyramiddrop.cost import DecoderShape, Experts, ModelShape, VisionShape
 
-#: Text models made of grouped-query attention over all rows and gated MLPs, dense or mixtures of experts.
+#: Text models made of grouped-query attention and gated MLPs, dense or mixtures of experts. A layer with a window is
+#: counted like one without.
 TEXT_MODELS = (
+    "chameleon",
+    "cohere2",
+    "cohere_compass_text",
+    "emu3_text_model",
+    "exaone4",
     "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4v_text",
+    "glm_ocr_text",
+    "granite4_vision_text",
+    "granite_docling_text",
+    "hunyuan_vl_text",
+    "hyperclovax",
     "llama",
     "mistral",
     "mixtral",
+    "molmo2_text",
+    "paddleocr_vl_text",
+    "phi4_multimodal",
     "qwen2",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
     "qwen2_moe",
     "qwen2_vl_text",
-    "qwen2_5_vl_text",
     "qwen3",
     "qwen3_moe",
-    "qwen3_vl_text",
+    "qwen3_omni_moe_text",
     "qwen3_vl_moe_text",
+    "qwen3_vl_text",
 )
 LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")

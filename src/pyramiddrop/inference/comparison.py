@@ -10,7 +10,7 @@ from pyramiddrop import Method
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.timing import PrefillTime, time_prefills
-from pyramiddrop.inference.usage import Usage, usage, vanilla_usage
+from pyramiddrop.inference.usage import Usage, known, usage, vanilla_usage
 from pyramiddrop.trace import Trace
 
 
@@ -51,8 +51,8 @@ class Comparison:
         return {
             "vanilla": outcome_dict(self.vanilla),
             "pruned": outcome_dict(self.pruned),
-            "flops_ratio": self.flops_ratio,
-            "kv_ratio": self.kv_ratio,
+            "flops_ratio": known(self.flops_ratio),
+            "kv_ratio": known(self.kv_ratio),
             "prefill_ratio": self.time_ratio,
             "prefill_runs": self.runs,
         }
@@ -86,4 +86,5 @@ def outcome_dict(outcome: Outcome) -> dict[str, Any]:
 
 def usage_dict(used: Usage) -> dict[str, Any]:
     """Plain numbers of one prefill."""
-    return {**asdict(used), "stages": [asdict(stage) for stage in used.stages]}
+    account = {"flops": known(used.flops), "kv_bytes": known(used.kv_bytes)}
+    return {**asdict(used), "stages": [asdict(stage) for stage in used.stages], **account}

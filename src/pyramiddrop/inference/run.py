@@ -9,7 +9,7 @@ from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.comparison import Comparison, compare, usage_dict
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.request import Ready
-from pyramiddrop.inference.usage import Usage, usage, vanilla_usage
+from pyramiddrop.inference.usage import Usage, known, usage, vanilla_usage
 from pyramiddrop.trace import Trace
 
 
@@ -41,10 +41,10 @@ class Run:
             "method": {"name": self.method, **(asdict(self.ready.method) if self.ready.method else {})},
             "answer": self.answer,
             **usage_dict(self.usage),
-            "vanilla_flops": self.vanilla.flops,
-            "vanilla_kv_bytes": self.vanilla.kv_bytes,
-            "flops_ratio": self.usage.flops / self.vanilla.flops,
-            "kv_ratio": self.usage.kv_bytes / self.vanilla.kv_bytes,
+            "vanilla_flops": known(self.vanilla.flops),
+            "vanilla_kv_bytes": known(self.vanilla.kv_bytes),
+            "flops_ratio": known(self.usage.flops / self.vanilla.flops),
+            "kv_ratio": known(self.usage.kv_bytes / self.vanilla.kv_bytes),
             "comparison": self.comparison.as_dict() if self.comparison else None,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ class Usage:
         stages: the drops; none without a method.
         flops: of the decoder's layers, predicted by the cost model; a multiply-add is 2.
         kv_bytes: of the cache after the prefill.
+
+    Both are NaN for a text model that the cost model does not know.
     """
 
     visual_tokens: int
     stages: tuple[StageUse, ...]
-    flops: int
-    kv_bytes: int
+    flops: float
+    kv_bytes: float
 
     @property
     def tokens_by_stage(self) -> list[int]:
@@ -46,19 +49,24 @@ class Usage:
 
 def usage(trace: Trace) -> Usage:
     """The account of the last prefill (of a single sample) in `trace`."""
-    cost = trace.cost()
     stages = tuple(StageUse(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
+    if not trace.has_sizes:
+        return Usage(trace.visual_tokens[0], stages, math.nan, math.nan)
+    cost = trace.cost()
     return Usage(trace.visual_tokens[0], stages, cost.flops, cost.kv_bytes)
 
 
 def vanilla_usage(model: Any, inputs: Mapping[str, Any]) -> Usage:
-    """The account of a prefill of `inputs` (a single sample) in which nothing is dropped.
-
-    Raises:
-        UnsupportedModelError: for a model family whose sizes are not known.
-    """
+    """The account of a prefill of `inputs` (a single sample) in which nothing is dropped."""
     parts = anatomy(model)
     ids = inputs["input_ids"]
-    lengths = [ids.shape[1]] * parts.shape.layers
     visual = int(torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device)).sum())
-    return Usage(visual, (), prefill_flops(parts.shape, lengths), kv_bytes(parts.shape, lengths))
+    if parts.sizes is None:
+        return Usage(visual, (), math.nan, math.nan)
+    lengths = [ids.shape[1]] * parts.sizes.layers
+    return Usage(visual, (), prefill_flops(parts.sizes, lengths), kv_bytes(parts.sizes, lengths))
+
+
+def known(number: float) -> float | None:
+    """The number, or None where it is not known: JSON has no NaN."""
+    return None if math.isnan(number) else number

@@ -1,8 +1,11 @@
-"""Owns how quantities are written for people: FLOPs, bytes, seconds and shares, to three digits."""
+"""Owns how quantities are written for people: FLOPs, bytes, seconds and shares, to three digits; NaN is not known."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+UNKNOWN = "not known"
 
 
 def flops(value: float) -> str:
@@ -22,6 +25,8 @@ def seconds(value: float) -> str:
 
 def share(value: float) -> str:
     """`54 %`"""
+    if math.isnan(value):
+        return UNKNOWN
     return f"{value * 100:.0f} %"
 
 
@@ -31,6 +36,8 @@ def arrow(counts: Sequence[int]) -> str:
 
 
 def _scaled(value: float, base: int, names: Sequence[str]) -> str:
+    if math.isnan(value):
+        return UNKNOWN
     power = 0
     while value >= base and power < len(names) - 1:
         value, power = value / base, power + 1
