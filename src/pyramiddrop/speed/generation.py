@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pyramiddrop.hf.families import Anatomy
+from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import in_turn
 from pyramiddrop.speed.clock import Clock, Spread
