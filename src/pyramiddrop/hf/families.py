@@ -93,7 +93,7 @@ ADJACENT = Limit(
 )
 CONTIGUOUS = Limit(
     "frames in generate",
-    "per_frame=True works in a forward; `generate` does not hand on how many frames a video has, so that there the call "
+    "per_frame=True works in a forward; `generate` does not hand on how many frames a video has, and there the call "
     "is refused: use per_image=True",
 )
 CROPS = Limit("crops", "with pan and scan on, each crop counts as an image under per_image=True")
