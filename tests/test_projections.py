@@ -120,9 +120,7 @@ def test_text_models_of_llava(family: str) -> None:
         ("gemma3", (0, 3)),  # two sorts of rotary embeddings
         ("lfm2_vl", (2, 5)),  # convolutions between
         ("llama4", (3,)),
-        pytest.param(
-            "llama4", (0,), marks=pytest.mark.xfail(reason="complex rotary embeddings of zeros without strides")
-        ),
+        ("llama4", (0,)),
     ],
 )
 def test_families(name: str, layers: tuple[int, ...]) -> None:

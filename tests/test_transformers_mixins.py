@@ -220,7 +220,6 @@ def test_signatures_of_forward_stay(model: PreTrainedModel) -> None:
         assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
 
 
-@pytest.mark.xfail(reason="the patched one also shows `self`")
 def test_the_signature_of_generate_stays(model: PreTrainedModel) -> None:
     before = inspect.signature(model.generate)
     with KEEP_ALL(model):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ class Generate:
 
     def __init__(self, attachment: Attachment, generator: Any) -> None:
         self.attachment, self.generator = attachment, generator
-        self.__wrapped__ = type(generator).generate
+        self.__wrapped__ = MethodType(type(generator).generate, generator)  # what it looks like to `inspect`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.generator.generation_config

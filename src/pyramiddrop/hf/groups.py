@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 
-def video_frames(call: Mapping[str, Any]) -> list[int] | None:
-    """Frames of each video of a call, in order (as the language model counts them), or None where it does not tell."""
+def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
+    """Frames of each video of a call, in order (as the language model counts them), or None where it does not tell.
+
+    Args:
+        merged: frames of a grid that the model makes one of (ERNIE 4.5 VL: 2).
+    """
     grids, pixels, counts = (
         call.get(name) for name in ("video_grid_thw", "pixel_values_videos", "num_frames_per_video")
     )
     if counts is not None:
         return [int(frames) for frames in counts]
     if grids is not None:
-        return [int(frames) for frames in grids[:, 0]]
+        return [max(1, int(frames) // merged) for frames in grids[:, 0]]
     if pixels is not None and pixels.dim() >= 4:
         return [pixels.shape[1]] * len(pixels)
     return None
@@ -113,7 +117,7 @@ def _apart(video: Tensor, runs: Tensor, lengths: Sequence[int]) -> bool:
 def _even(tokens: int, frames: int) -> Tensor:
     """(tokens,) the frame of each token of a video without gaps; a newline may end it."""
     size, rest = divmod(tokens, frames)
-    if rest > 1:
+    if rest > 1 or not size:
         raise ValueError(
             f"per_frame=True: {tokens} tokens of a video of {frames} frames cannot be told apart; use per_image=True"
         )

@@ -123,7 +123,7 @@ class _Zeros(nn.Module):
         self.width = width
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], self.width)
+        return hidden.new_zeros(*hidden.shape[:-1], self.width)
 
 
 def _twin(module: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:

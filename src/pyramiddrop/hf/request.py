@@ -135,7 +135,8 @@ def _groups(call: Mapping[str, Any], anatomy: Anatomy, grouping: str, visual: Te
     ids = call.get("input_ids")
     video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
     lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))
-    return group_tokens(grouping, visual, video, lengths, video_frames(call), video_lengths(call))
+    merged = getattr(getattr(anatomy.config, "vision_config", None), "temporal_merge_size", 1)
+    return group_tokens(grouping, visual, video, lengths, video_frames(call, merged), video_lengths(call))
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
