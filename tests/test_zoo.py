@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from conformance.setups import FAST
 from zoo import MEMBERS, Answer, Member, make_batch, make_rows
 from zoo.pieces import IGNORED, Inputs, Row, collate
 
@@ -23,7 +24,7 @@ def model_of(name: str) -> PreTrainedModel:
     return MEMBERS[name].build(0)
 
 
-@pytest.fixture(params=MEMBERS)
+@pytest.fixture(params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MEMBERS])
 def member(request: pytest.FixtureRequest) -> Member:
     """Each member in turn."""
     return MEMBERS[request.param]
