@@ -85,6 +85,11 @@ class Anatomy:
         config = self.text.config
         return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
+    @property
+    def merged_frames(self) -> int:
+        """Frames of a video's grid that the model makes one of."""
+        return int(getattr(getattr(self.config, "vision_config", None), "temporal_merge_size", 1))
+
     @cached_property
     def first_of_kind(self) -> dict[Span, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""

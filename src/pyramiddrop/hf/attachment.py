@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.following import Kwargs
+from pyramiddrop.hf.groups import video_frames
 from pyramiddrop.hf.limits import (
     check_attention,
     check_compact_positions,
@@ -42,11 +43,15 @@ class _Generation:
     Attributes:
         tokens: length of the ids or embeddings that `generate` was given: all columns so far, or the new ones alone.
         columns: all columns so far, where its attention mask tells.
+        rows: of that batch; the forwards have more where there are beams.
+        frames: of each video that it was given.
         prompt: the request of the first forward.
     """
 
     tokens: int | None
     columns: int | None
+    rows: int
+    frames: list[int] | None
     prompt: Request | None = None
 
     def guesses(self, past: int, length: int) -> int:
@@ -221,8 +226,9 @@ class Attachment:
         else:
             training = self.anatomy.text.training and generation is None
             guesses = generation.guesses(past, shape[1]) if generation else 0
+            frames, beams = (generation.frames, max(1, shape[0] // generation.rows)) if generation else (None, 1)
             grouping = self.rules.grouping
-            request = read_request(call, self.anatomy, self.given, past, training, guesses, grouping)
+            request = read_request(call, self.anatomy, self.given, past, training, guesses, grouping, frames, beams)
             if generation is not None:
                 generation.prompt = request
             if past and not request.visual.any():
@@ -257,7 +263,8 @@ class Generate:
                 "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
                 "of the whole prompt. Leave it unset"
             )
-        generation = _Generation(*_prompt_lengths(args, kwargs))
+        frames = video_frames(kwargs, self.attachment.anatomy.merged_frames)
+        generation = _Generation(*_prompt_lengths(args, kwargs), frames)
         token = _generations.set({**_generations.get(), id(self.attachment): generation})
         try:
             return type(self.generator).generate(self.generator, *args, **kwargs)
@@ -265,12 +272,13 @@ class Generate:
             _generations.reset(token)
 
 
-def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None]:
-    """Lengths of the tokens and of the attention mask that `generate` was given."""
+def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None, int]:
+    """Lengths of the tokens and of the attention mask that `generate` was given, and its rows."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    tokens = next((value.shape[1] for value in given if isinstance(value, Tensor)), None)
+    tokens = next((value for value in given if isinstance(value, Tensor)), None)
     mask = kwargs.get("attention_mask")
-    return tokens, None if mask is None else mask.shape[1]
+    length, rows = (None, 1) if tokens is None else (tokens.shape[1], len(tokens))
+    return length, None if mask is None else mask.shape[1], rows
 
 
 def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:

@@ -28,6 +28,24 @@ def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
     return None
 
 
+def frames_of_beams(frames: Sequence[int], video: Tensor, beams: int) -> list[int]:
+    """`frames` of each video in the order of a batch in which `generate` has repeated each row `beams` times.
+
+    Args:
+        video: (B, L) bool, the batch's video tokens.
+    """
+    starts = video & ~torch.nn.functional.pad(video, (1, 0))[:, :-1]
+    runs = starts.sum(1).tolist()[::beams]
+    alone = sum(runs) == len(frames)  # a video is one run of tokens; else each of its frames is
+    given, repeated = iter(frames), list[int]()
+    for count in runs:
+        mine: list[int] = []
+        while (len(mine) if alone else sum(mine)) < count and (of_video := next(given, None)) is not None:
+            mine.append(of_video)
+        repeated += mine * beams
+    return repeated
+
+
 def video_lengths(call: Mapping[str, Any]) -> list[int] | None:
     """Tokens of each video where `generate` has already encoded them, and hands over neither grids nor pixels."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("video")

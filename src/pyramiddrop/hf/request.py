@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.groups import group_tokens, video_frames, video_lengths
+from pyramiddrop.hf.groups import frames_of_beams, group_tokens, video_frames, video_lengths
 from pyramiddrop.hf.plan import Request
 
 IGNORED_LABEL = -100
@@ -56,6 +56,8 @@ def read_request(
     training: bool,
     guesses: int,
     grouping: str,
+    given_frames: Sequence[int] | None = None,
+    beams: int = 1,
 ) -> Request:
     """The request of a prefill.
 
@@ -67,6 +69,8 @@ def read_request(
         training: whether this is a training forward: then only labels (or a query mask) say who asks.
         guesses: columns at the end that are no prompt: candidates of assisted decoding.
         grouping: "sample", "image" or "frame": which visual tokens share a quota.
+        given_frames: of each video that `generate` was given; its forwards are not told.
+        beams: how often `generate` has repeated each row.
 
     Raises:
         ValueError: for embeddings without a visual mask, and for masks that do not fit the call.
@@ -96,7 +100,8 @@ def read_request(
         query = protected
     elif query is None:
         query = _last_token(prompt.expand(shape) if valid is None else valid & prompt)
-    return Request(visual, query, protected | query, valid, _groups(call, anatomy, grouping, visual), past)
+    groups = _groups(call, anatomy, grouping, visual, given_frames, beams)
+    return Request(visual, query, protected | query, valid, groups, past)
 
 
 def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
@@ -129,14 +134,23 @@ def _among(ids: Tensor, numbers: tuple[int, ...]) -> Tensor:
     return torch.isin(ids.cpu(), torch.tensor(numbers))
 
 
-def _groups(call: Mapping[str, Any], anatomy: Anatomy, grouping: str, visual: Tensor) -> Tensor:
+def _groups(
+    call: Mapping[str, Any],
+    anatomy: Anatomy,
+    grouping: str,
+    visual: Tensor,
+    given_frames: Sequence[int] | None,
+    beams: int,
+) -> Tensor:
     if grouping == "sample":
         return torch.zeros_like(visual, dtype=torch.long)
     ids = call.get("input_ids")
     video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
     lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))
-    merged = getattr(getattr(anatomy.config, "vision_config", None), "temporal_merge_size", 1)
-    return group_tokens(grouping, visual, video, lengths, video_frames(call, merged), video_lengths(call))
+    frames = video_frames(call, anatomy.merged_frames)
+    if frames is None and given_frames is not None:
+        frames = frames_of_beams(given_frames, video, beams)
+    return group_tokens(grouping, visual, video, lengths, frames, video_lengths(call))
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
