@@ -272,6 +272,12 @@ def per_frame(subject: Subject) -> None:
         batches.append(subject.batch([[2, "video", 3], [9, "video", 1], [7]], by_frame=True))
     for batch in batches:
         same_forward(subject, rule, batch, method)
+    if subject.can("generate"):
+        with method(subject.model) as forward, torch.no_grad():
+            subject.model(**batches[-1].inputs)
+        with method(subject.model) as trace:  # whose forwards are not told how many frames a video has
+            generated(subject.model, batches[-1].inputs, 1)
+        same_kept(trace, [stage.kept for stage in forward.stages])
 
 
 @check("eager", "eager attention and SDPA agree with each other on sets, logits and tokens", "sdpa")

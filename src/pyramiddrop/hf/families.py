@@ -91,11 +91,6 @@ FRAMES = Limit("no per_frame", "per_frame=True is refused, for frames of a video
 ADJACENT = Limit(
     "adjacent images", "images side by side, without a token of text between them, count as one under per_image=True"
 )
-CONTIGUOUS = Limit(
-    "frames in generate",
-    "per_frame=True works in a forward; `generate` does not hand on how many frames a video has, and there the call "
-    "is refused: use per_image=True",
-)
 CROPS = Limit("crops", "with pan and scan on, each crop counts as an image under per_image=True")
 
 TILES = "tokens that name its tiles"
@@ -119,22 +114,22 @@ FAMILIES: dict[str, Family] = {
     # ---- LLaVA and its kin
     "llava": _LLAVA,
     "llava_next": Family(("llama",), image_lengths=anyres_lengths),
-    "llava_next_video": Family(("llama",), VIDEO, (ADJACENT, CONTIGUOUS)),
-    "llava_onevision": Family(("qwen2",), VIDEO, (ADJACENT, CONTIGUOUS)),
+    "llava_next_video": Family(("llama",), VIDEO, (ADJACENT,)),
+    "llava_onevision": Family(("qwen2",), VIDEO, (ADJACENT,)),
     "vipllava": _LLAVA,
-    "video_llava": Family(("llama",), VIDEO, (ADJACENT, CONTIGUOUS)),
+    "video_llava": Family(("llama",), VIDEO, (ADJACENT,)),
     "fast_vlm": Family(("qwen2",), image_lengths=equal_lengths),
     "perception_lm": Family(("llama",), VIDEO, (ADJACENT,)),
     "deepseek_vl": _LLAVA,
     "janus": _LLAVA,
     "granite4_vision": Family(("granite4_vision_text",), limits=(ADJACENT,)),
     # ---- Qwen
-    "qwen2_vl": Family(("qwen2_vl_text",), VIDEO, (AXES, CONTIGUOUS)),
-    "qwen2_5_vl": Family(("qwen2_5_vl_text",), VIDEO, (AXES, CONTIGUOUS)),
+    "qwen2_vl": Family(("qwen2_vl_text",), VIDEO, (AXES,)),
+    "qwen2_5_vl": Family(("qwen2_5_vl_text",), VIDEO, (AXES,)),
     "qwen3_vl": Family(("qwen3_vl_text",), VIDEO, _QWEN),
     "qwen3_vl_moe": Family(("qwen3_vl_moe_text",), VIDEO, _QWEN),
-    "qwen2_5_omni_thinker": Family(("qwen2_5_omni_text",), VIDEO, (AXES, CONTIGUOUS)),
-    "qwen3_omni_moe_thinker": Family(("qwen3_omni_moe_text",), VIDEO, (AXES, CONTIGUOUS)),
+    "qwen2_5_omni_thinker": Family(("qwen2_5_omni_text",), VIDEO, (AXES,)),
+    "qwen3_omni_moe_thinker": Family(("qwen3_omni_moe_text",), VIDEO, (AXES,)),
     "qwen3_5": Family(("qwen3_5_text",), VIDEO, (AXES, RECURRENT)),
     "qwen3_5_moe": Family(("qwen3_5_moe_text",), VIDEO, (AXES, RECURRENT)),
     "qwen4_exp": Family(("qwen4_exp_text",), VIDEO, refused=_unknown("indexed_attention")),
@@ -174,13 +169,13 @@ FAMILIES: dict[str, Family] = {
     "glmga": Family(("glm4v_text",), VIDEO, (AXES,)),
     "glm_ocr": Family(("glm_ocr_text",), VIDEO, (AXES,)),
     "paddleocr_vl": Family(("paddleocr_vl_text",), limits=(AXES,)),
-    "ernie4_5_vl_moe": Family(("ernie4_5_vl_moe_text",), VIDEO, (AXES, CONTIGUOUS)),
+    "ernie4_5_vl_moe": Family(("ernie4_5_vl_moe_text",), VIDEO, (AXES,)),
     "hunyuan_vl": Family(("hunyuan_vl_text",), limits=(DYNAMIC_ROPE,)),
-    "exaone4_5": Family(("exaone4",), VIDEO, (WINDOWS, STATIC, CONTIGUOUS)),
-    "hyperclovax_vision_v2": Family(("hyperclovax",), VIDEO, (CONTIGUOUS,)),
+    "exaone4_5": Family(("exaone4",), VIDEO, (WINDOWS, STATIC)),
+    "hyperclovax_vision_v2": Family(("hyperclovax",), VIDEO),
     "muse_glimmer": Family(("muse_glimmer_text",), VIDEO, (WINDOWS, STATIC)),
     # ---- latent attention
-    "kimi_k25": Family(("deepseek_v3",), VIDEO, (CONTIGUOUS,)),
+    "kimi_k25": Family(("deepseek_v3",), VIDEO),
     "deepseek_ocr2": Family(("deepseek_ocr2_text",), limits=(ADJACENT,)),
     "mistral_large4": Family(("mistral_large4_text",), refused=_unknown("indexed_attention")),
     "minimax_m3_vl": Family(("minimax_m3_vl_text",), VIDEO, refused=_unknown("minimax_m3_sparse")),
