@@ -213,7 +213,7 @@ def test_pictures_that_cannot_be_read(llava_folder: Path, picture: Path, tmp_pat
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ('{"model_type": "qwen2_vl"}', "model family 'qwen2_vl'"),
+        ('{"model_type": "mllama"}', "cross-attention"),
         ('{"model_type": "llama"}', "model family 'llama'"),
         ('{"model_type": "nonsense"}', "nonsense"),
         ("{", "config"),
@@ -246,14 +246,17 @@ def test_checkpoints_that_are_damaged(
 
 
 @pytest.mark.parametrize("method", ["pyramiddrop", "vanilla"])
-def test_a_text_model_that_is_not_supported(tmp_path: Path, llava_folder: Path, picture: Path, method: str) -> None:
-    folder = shutil.copytree(llava_folder, tmp_path / "gemma")
+def test_a_text_model_that_is_not_supported(
+    tmp_path: Path, llava_folder: Path, picture: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(llava_folder, tmp_path / "qwen2")
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+    config["text_config"] |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.delitem(sys.modules["pyramiddrop.hf.spans"]._KINDS, "full_attention")
     result = run("--model", folder, "--image", picture, *PROMPT, "--method", method)
     assert result.exit_code == 2
-    assert "error: text model 'gemma'" in result.stderr
+    assert "is not supported: layers of type 'full_attention' are not known" in result.stderr
 
 
 def test_an_unexpected_error_keeps_its_traceback(
