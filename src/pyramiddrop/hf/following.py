@@ -86,10 +86,15 @@ class Following:
                     "were dropped from it; use a DynamicCache"
                 )
             slots = slots.handed_out(cache, source, added)
-        sight = Sight(span, self.anatomy.attention, self.past, self.length, width, self.trusts(index), self.padding)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
-        own: Tensor | None = self._once(key, mask, lambda: follow_mask(mask, kept, slots, count, sight))
+        own: Tensor | None = self._once(
+            key, mask, lambda: follow_mask(mask, kept, slots, count, self._sight(index, width))
+        )
         return own
+
+    def _sight(self, index: int, width: int | None) -> Sight:
+        span, attention = self.anatomy.spans[index], self.anatomy.attention
+        return Sight(span, attention, self.past, self.length, width, self.trusts(index), self.padding)
 
     def trusts(self, index: int) -> bool:
         """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
