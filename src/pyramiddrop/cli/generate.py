@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Stages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
@@ -35,13 +36,11 @@ def generate(
         str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")
     ] = None,
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.")] = None,
-    lam: Annotated[float | None, typer.Option(help="λ: the share that each drop leaves of what was there.")] = None,
-    stages: Annotated[int | None, typer.Option(help="Cut the model's layers into so many equal stages.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.")] = None,
-    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.")] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")
-    ] = None,
+    lam: Lam = None,
+    stages: Stages = None,
+    layers: Layers = None,
+    layer: Layer = None,
+    keep: Keep = None,
     positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,

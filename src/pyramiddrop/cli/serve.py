@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Stages
 from pyramiddrop.cli.terminal import remarks
 
 if TYPE_CHECKING:
@@ -22,13 +23,11 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of a checkpoint.")],
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
-    lam: Annotated[float | None, typer.Option(help="λ: the share that each drop leaves of what was there.")] = None,
-    stages: Annotated[int | None, typer.Option(help="Cut the model's layers into so many equal stages.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.")] = None,
-    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.")] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")
-    ] = None,
+    lam: Lam = None,
+    stages: Stages = None,
+    layers: Layers = None,
+    layer: Layer = None,
+    keep: Keep = None,
     only_show: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command, and start nothing.")] = False,
 ) -> None:
     """Serve a checkpoint with vLLM's OpenAI server, dropping visual tokens inside the language model.

@@ -1,0 +1,13 @@
+"""Owns the options that say how much is dropped and where, as `generate` and `serve` take them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Lam = Annotated[float | None, typer.Option(help="λ: the share that each drop leaves of what was there.")]
+Stages = Annotated[int | None, typer.Option(help="Cut the model's layers into so many equal stages.")]
+Layers = Annotated[str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.")]
+Layer = Annotated[int | None, typer.Option(help="fastv: drop before this layer.")]
+Keep = Annotated[str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")]
