@@ -90,14 +90,20 @@ class Run:
             hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
         if self._ranking is not None:
             hidden = self._drop(self._ranking, stage, index, layer, hidden, kwargs)
-        kept, slots = self._kept.get(stage), self._slots(stage, self.anatomy.sources[index])
+        source = self.anatomy.sources[index]
+        kept, slots = self._kept.get(stage), self._slots(stage, source)
         if slots is None:
             return hidden, kwargs
         if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
             kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
-        written = self._kept.get(self.rules.schedule.stage_of(self.anatomy.sources[index]))
-        added = self.length if written is None else written.rows.shape[1]
-        return hidden, self._following.kwargs(stage, index, kept, slots, added, hidden, kwargs)
+        return hidden, self._following.kwargs(
+            stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs
+        )
+
+    def _written(self, stage: int, index: int, source: int) -> int:
+        """How many rows of this call layer `source` has written, whose cache layer `index` reads."""
+        kept = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
+        return self.length if kept is None else kept.rows.shape[1]
 
     def take_deepstack(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` without the visual features that it would add to layers after a drop: those are
