@@ -4,27 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyramiddrop.cost import Cost, DecoderShape, kv_bytes, prefill_flops
 
 
+class Ranked(NamedTuple):
+    """What a stage end ranked: (B, N) rows, which of them are visual tokens, and their scores."""
+
+    rows: Tensor
+    visual: Tensor
+    scores: Tensor
+
+
 @dataclass
 class StageTrace:
-    """One stage end. `kept` is worked out when it is read, so that recording costs the prefill nothing."""
+    """One stage end. What it tells is worked out when it is read, so that recording costs the prefill nothing."""
 
     layer: int
     keep: float
     _rows: Tensor
     _visual: Tensor
     _offset: int
+    _columns: Sequence[Tensor] = ()
+    _ranked: Ranked | None = None
 
     @property
     def kept(self) -> list[Tensor]:
         """For each sample a LongTensor on the CPU: the sorted original columns of the visual tokens that stayed."""
         rows, visual = self._rows.cpu(), self._visual.cpu()
         return [(row[mask].sort().values + self._offset) for row, mask in zip(rows, visual, strict=True)]
+
+    @property
+    def scores(self) -> list[Tensor] | None:
+        """For each sample float32 on the CPU: the score of each visual token, in the order of `visual_columns`.
+
+        NaN at tokens that were gone before this stage ranked; None where it ranked nothing, for nothing was to be
+        dropped.
+        """
+        if self._ranked is None:
+            return None
+        rows, visual, scores = (table.cpu() for table in self._ranked)
+        found = []
+        for row, mask, values, columns in zip(rows, visual, scores.float(), self._columns, strict=True):
+            places = torch.searchsorted(columns, row[mask] + self._offset)
+            found.append(torch.full((len(columns),), float("nan")).index_put((places,), values[mask]))
+        return found
 
 
 @dataclass
@@ -67,9 +95,11 @@ class Trace:
         self.visual_columns, self.lengths = visual_columns, lengths
         self._ranked, self._shape = ranked, shape
 
-    def record(self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int) -> None:
+    def record(
+        self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int, ranked: Ranked | None = None
+    ) -> None:
         """Add a stage: (B, N) `rows` that stay, `visual` marks the visual ones; columns count from `offset`."""
-        self.stages.append(StageTrace(layer, keep, rows, visual, offset))
+        self.stages.append(StageTrace(layer, keep, rows, visual, offset, self.visual_columns, ranked))
 
     def cost(self) -> Cost:
         """What this prefill cost (all samples together), against the same prefill without dropping.

@@ -18,7 +18,7 @@ from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_rows
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
-from pyramiddrop.trace import Trace
+from pyramiddrop.trace import Ranked, Trace
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,21 @@ class Run:
     ) -> None:
         """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
         before, ending = self._kept[stage - 1], ranking.plan.stages[stage - 1]
-        kept = before
+        kept, ranked = before, None
         if ending.drops:
             scores = self._scores.pop(stage, None)
             if scores is None:
                 scores = ranking.score(stage, before, index, layer, hidden, kwargs)
             kept = ranking.choose(stage, before, scores)
+            present, _, candidates = ranking.present(before)
+            ranked = Ranked(present, candidates, scores)
         self._kept[stage] = kept
         cache = kwargs.get("past_key_values")
         if kept is not None and cache is not None:
             self._remember(stage, index, kept, cache, kwargs.get("position_ids"))
         if self.trace is not None:
             rows, _, visual = ranking.present(kept)
-            self.trace.record(ending.layer, ending.keep, rows, visual, self.past)
+            self.trace.record(ending.layer, ending.keep, rows, visual, self.past, ranked)
 
     def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
         if self.memory is None:
