@@ -1,0 +1,144 @@
+"""A prefill recorded once, and its first layers replayed: they do not depend on what is dropped after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from pyramiddrop.hf.anatomy import Anatomy
+
+_FEATURES = "get_image_features"
+
+Forward = Callable[..., Any]
+
+
+class Prefix:
+    """What the first layers of one untouched prefill left, for prefills of the same call that drop tokens later.
+
+    >>> prefix = Prefix(anatomy(model), layers=[8, 16])
+    >>> with prefix.recorded():
+    ...     model.generate(**inputs)
+    >>> with PyramidDrop(layers=[16], keep=[0.5])(model), prefix.replayed(16):
+    ...     model.generate(**inputs)                    # layers 0..15 and the vision tower do not run again
+
+    The numbers are those of a prefill that computes everything, to the bit: hidden states and caches are copies. A
+    method that changes anything before the replayed layers end (an earlier drop, `rank_layer="last"`) must not be used
+    with it.
+
+    Args:
+        parts: of the model.
+        layers: 0-based layers before which prefills will drop; each one's input is held in memory.
+    """
+
+    def __init__(self, parts: Anatomy, layers: Collection[int]) -> None:
+        self._layers = parts.layers
+        self._ends = {layer - 1 for layer in layers}
+        self._sees = next((module for module in reversed(parts.wrappers) if hasattr(type(module), _FEATURES)), None)
+        self._outputs: dict[int, Any] = {}
+        self._caches: dict[int, Any] = {}
+        self._features: list[Any] = []
+
+    @staticmethod
+    def can_share(parts: Anatomy) -> bool:
+        """Whether a layer's input and cache are all that the layers before leave: not where layers share keys."""
+        return parts.sources == tuple(range(len(parts.layers)))
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the first prefill in the block; nothing may be dropped in it."""
+        with self._standing_in(max(self._ends) + 1, self._recording, self._seeing):
+            yield
+
+    @contextmanager
+    def replayed(self, layer: int) -> Iterator[None]:
+        """Let the next prefill start with what `layer` was given in the recorded one. Enter it after the method."""
+
+        def replaying(index: int, forward: Forward) -> Forward:
+            return self._replaying(index, layer - 1, forward)
+
+        with self._standing_in(layer, replaying, self._seen):
+            yield
+
+    def _standing_in(
+        self, count: int, layers: Callable[[int, Forward], Forward], features: Callable[[Forward], Forward]
+    ) -> AbstractContextManager[None]:
+        """Others for the forwards of the first `count` layers, and for what makes features of pictures."""
+        others: dict[tuple[nn.Module, str], Forward] = {
+            (layer, "forward"): layers(index, layer.forward) for index, layer in enumerate(self._layers[:count])
+        }
+        if self._sees is not None:
+            others[self._sees, _FEATURES] = features(getattr(self._sees, _FEATURES))
+        return _replaced(others)
+
+    def _recording(self, index: int, forward: Forward) -> Forward:
+        @_once(forward)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            output, cache = forward(*args, **kwargs), kwargs.get("past_key_values")
+            if cache is not None:
+                self._caches[index] = deepcopy(cache.layers[index])
+            if index in self._ends:
+                self._outputs[index] = deepcopy(output)
+            return output
+
+        return record
+
+    def _replaying(self, index: int, last: int, forward: Forward) -> Forward:
+        @_once(forward)
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if cache is not None:
+                cache.layers[index] = deepcopy(self._caches[index])
+            return deepcopy(self._outputs[last])  # of the layers in between only the shape matters
+
+        return replay
+
+    def _seeing(self, forward: Forward) -> Forward:
+        @_once(forward)
+        def see(*args: Any, **kwargs: Any) -> Any:
+            self._features.append(forward(*args, **kwargs))
+            return deepcopy(self._features[0])
+
+        return see
+
+    def _seen(self, forward: Forward) -> Forward:
+        return _once(forward)(lambda *args, **kwargs: deepcopy(self._features[0])) if self._features else forward
+
+
+def _once(forward: Forward) -> Callable[[Forward], Forward]:
+    """Decorates what stands in for the first call of `forward`; later calls (steps of decoding) are its own."""
+
+    def decorate(stand_in: Forward) -> Forward:
+        called = False
+
+        @wraps(forward)
+        def first(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            if called:
+                return forward(*args, **kwargs)
+            called = True
+            return stand_in(*args, **kwargs)
+
+        return first
+
+    return decorate
+
+
+@contextmanager
+def _replaced(others: Mapping[tuple[nn.Module, str], Forward]) -> Iterator[None]:
+    """Replace methods of modules, on these objects alone, until the block ends."""
+    held = {key: key[0].__dict__.get(key[1]) for key in others}
+    try:
+        for (module, name), other in others.items():
+            module.__dict__[name] = other
+        yield
+    finally:
+        for (module, name), own in held.items():
+            if own is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = own
