@@ -13,7 +13,7 @@ from PIL import Image
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_dtype
-from pyramiddrop.inference.choice import MethodOptions, choose_method
+from pyramiddrop.inference.choice import MethodOptions, choose_method, parse_method
 from pyramiddrop.inference.comparison import compare
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_inputs, open_picture
@@ -36,6 +36,47 @@ from pyramiddrop.report.tables import usage_line
 )
 def test_a_method_by_its_words(tmp_path: Path, options: MethodOptions, expected: Method | None) -> None:
     assert choose_method(options, tmp_path, num_layers=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("vanilla", None),
+        ("pyramiddrop", PyramidDrop()),
+        ("pyramiddrop:lam=0.6,stages=3", PyramidDrop(lam=0.6, stages=3)),
+        ("pyramiddrop:layers=2/4,keep=0.5/0.25", PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])),
+        ("pyramiddrop:layers=3,keep=1", PyramidDrop(layers=[3], keep=[1.0])),
+        ("fastv:layer=3:keep=0.25", FastV(layer=3, keep=0.25)),
+        ("random:seed=7,per_image=true", RandomDrop(seed=7, per_image=True)),
+        ("random:seed=none,positions=compact", RandomDrop(seed=None, positions="compact")),
+    ],
+)
+def test_a_method_in_one_word(text: str, expected: Method | None) -> None:
+    assert parse_method(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pyramid", "method 'pyramid' is not one of pyramiddrop, fastv, random, uniform"),
+        ("vanilla:lam=0.5", "vanilla drops no tokens and has no options; got 'vanilla:lam=0.5'"),
+        ("fastv:lam=0.5", "--lam does not belong to the method 'fastv'"),
+        ("fastv:rank_layer=next", "--rank_layer does not belong to the method 'fastv'"),
+        ("pyramiddrop:lam=0.5,keep=0.5", "give --lam or --keep, not both"),
+        ("pyramiddrop:lam=0.5,lam=0.6", "'pyramiddrop:lam=0.5,lam=0.6' gives lam twice"),
+        ("pyramiddrop:0.5", "'0.5' in 'pyramiddrop:0.5' is no option of a method"),
+        ("pyramiddrop:lam=half", "lam in 'pyramiddrop:lam=half' must be a number; got 'half'"),
+        ("pyramiddrop:stages=2.5", "must be a whole number; got '2.5'"),
+        ("pyramiddrop:layers=2/x", "must be a whole number, or several with slashes between them, or none; got '2/x'"),
+        ("pyramiddrop:per_image=maybe", "must be true or false; got 'maybe'"),
+        ("fastv:keep=0.5/0.25", "must be a number; got '0.5/0.25'"),
+        ("pyramiddrop:lam=2", "method 'pyramiddrop:lam=2': lam must be a number in (0, 1]; got 2.0"),
+    ],
+)
+def test_a_method_in_a_wrong_word(text: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_method(text)
+    assert words in str(caught.value)
 
 
 def test_a_method_must_fit_the_depth(tmp_path: Path) -> None:

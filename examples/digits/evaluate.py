@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from scoring import Answerer, Array, Score, score, score_by_kind
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cost import DecoderShape, prefill_flops
-from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark, DigitsSample
+from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
+from pyramiddrop.evaluation.matching import same
+from pyramiddrop.evaluation.samples import Sample, digits_samples
+from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
+from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.methods import Method
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +50,8 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     benchmark = DigitsBenchmark(arguments.split, arguments.scenes, seed=arguments.seed)
-    samples = list(benchmark)
-    answerer = Answerer(arguments.model)
+    samples = digits_samples(arguments.split, arguments.scenes, arguments.seed)
+    answerer = Answerer(load_checkpoint(arguments.model, "cpu"), batch=64, max_new_tokens=5)
     if not (arguments.table or arguments.grid):
         show_accuracy(answerer, samples, arguments)
     about = {"model": "digits", **asdict(benchmark)}
@@ -59,12 +63,13 @@ def main() -> None:
         publish("grid", {"benchmark": about, "methods": results}, grid_lines(results))
 
 
-def show_accuracy(answerer: Answerer, samples: Sequence[DigitsSample], arguments: argparse.Namespace) -> None:
+def show_accuracy(answerer: Answerer, samples: Sequence[Sample], arguments: argparse.Namespace) -> None:
     """Accuracy by kind of the model as it is."""
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("answering", total=len(samples))
-        right = answerer.right(samples, lambda count: progress.advance(bar, count))
-    scores = score_by_kind(right, samples)
+        right, _ = run_method(answerer, samples, None, lambda count: progress.advance(bar, count))
+    scores = score_by_kind(right, *clusters_and_kinds(samples))
+    scores = {kind: scores[kind] for kind in (*KIND_NAMES, "all") if kind in scores}
     lines = ["| question | exact match (%) | questions |", "|---|---|---|"]
     names = {kind: text.format(row="R", column="C", digit="D", colour="X") for kind, text in KINDS.items()}
     lines += [f"| {names.get(kind, kind)} | {value} | {value.count} |" for kind, value in scores.items()]
@@ -103,9 +108,9 @@ def grid_methods(answerer: Answerer) -> Methods:
     return {"vanilla": [], **cells}
 
 
-def measure(answerer: Answerer, samples: Sequence[DigitsSample], methods: Methods) -> Results:
+def measure(answerer: Answerer, samples: Sequence[Sample], methods: Methods) -> Results:
     """For each entry: scores by kind, its difference to PyramidDrop (or else to the first), and its FLOPs ratio."""
-    scenes = np.array([sample.scene for sample in samples])
+    scenes, kinds = clusters_and_kinds(samples)
     right: dict[str, Array] = {}
     ratios: dict[str, float] = {}
     with Progress(console=Console(stderr=True)) as progress:
@@ -121,23 +126,32 @@ def measure(answerer: Answerer, samples: Sequence[DigitsSample], methods: Method
         name: {
             "flops_ratio": round(ratios[name], 4),
             "settings": [repr(method) for method in draws],
-            "scores": {kind: asdict(value) for kind, value in score_by_kind(right[name], samples).items()},
+            "scores": {kind: asdict(value) for kind, value in score_by_kind(right[name], scenes, kinds).items()},
             "difference": asdict(score(right[name] - base, scenes)),
         }
         for name, draws in methods.items()
     }
 
 
-def run_method(answerer: Answerer, samples: Sequence[DigitsSample], method: Method | None) -> tuple[Array, float]:
+def run_method(
+    answerer: Answerer,
+    samples: Sequence[Sample],
+    method: Method | None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[Array, float]:
     """Which answers are right under a method, and its decoder FLOPs against vanilla."""
-    if method is None:
-        return answerer.right(samples), 1.0
-    with method(answerer.model) as trace:
-        return answerer.right(samples), trace.cost().flops_ratio
+    replies = answerer.answers(samples, method, advance)
+    right = [same(reply.text, sample.answers) for reply, sample in zip(replies, samples, strict=True)]
+    return np.array(right), sum(one.usage.flops for one in replies) / sum(one.vanilla.flops for one in replies)
+
+
+def clusters_and_kinds(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    """The picture of each sample, and its kind of question."""
+    return [sample.cluster for sample in samples], [sample.kind for sample in samples]
 
 
 def decoder_shape(answerer: Answerer) -> DecoderShape:
-    text = answerer.model.config.text_config
+    text = answerer.checkpoint.model.config.text_config
     width = text.hidden_size // text.num_attention_heads
     return DecoderShape(
         layers=text.num_hidden_layers,

@@ -13,20 +13,22 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from evaluate import replace_between
-from scoring import Answerer, Array, Score, score
+from evaluate import replace_between, run_method
 from transformers import TrainerCallback
 
 from pyramiddrop import FastV, Method, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.evaluation.digits import DigitsBenchmark, DigitsSample
+from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.digits import DigitsBenchmark
+from pyramiddrop.evaluation.samples import Sample, digits_samples
+from pyramiddrop.evaluation.scores import Array, Score, score
+from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.training.run import TrainOptions, prepare_training
 
@@ -74,7 +76,7 @@ def measure(steps: int, learning_rate: float, seeds: int) -> None:
         record = json.loads(RESULTS.read_text("utf-8"))
         if record["setting"] != setting:
             raise SystemExit(f"{RESULTS} was measured with {record['setting']}; move it away")
-    samples = list(DigitsBenchmark("test", SCENES))
+    samples = digits_samples("test", SCENES)
     if "start" not in record:
         record["start"] = ask_all(digits_checkpoint(), VANILLA, samples)
         save(record)
@@ -105,7 +107,7 @@ def write_data(folder: Path, seed: int, count: int) -> Path:
 
 
 def one_run(
-    way: str, seed: int, data: Path, steps: int, learning_rate: float, samples: Sequence[DigitsSample]
+    way: str, seed: int, data: Path, steps: int, learning_rate: float, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Train in one way, then ask."""
     lam = None if way == VANILLA else float(way.split()[-1])
@@ -141,13 +143,13 @@ def one_run(
     }
 
 
-def ask_all(checkpoint: Path, way: str, samples: Sequence[DigitsSample]) -> dict[str, Any]:
-    """1 or 0 for every question under each way to infer; and the seconds that each took."""
-    answerer = Answerer(checkpoint)
+def ask_all(checkpoint: Path, way: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """1 or 0 for every question under each way to infer."""
+    answerer = Answerer(load_checkpoint(checkpoint, "cpu"), batch=64, max_new_tokens=5)
     right: dict[str, list[int]] = {}
     for name, method in inferences(way):
-        with method(answerer.model) if method else nullcontext():
-            right[name] = answerer.right(samples).astype(int).tolist()
+        values, _ = run_method(answerer, samples, method)
+        right[name] = values.astype(int).tolist()
     return {"right": right}
 
 
@@ -171,7 +173,7 @@ def save(record: dict[str, Any]) -> None:
 def write_document(record: dict[str, Any]) -> None:
     """The tables of docs/training.md."""
     runs: dict[str, dict[str, Any]] = record["runs"]
-    scenes = np.array([sample.scene for sample in DigitsBenchmark("test", record["setting"]["scenes"])])
+    scenes = np.array([sample.cluster for sample in digits_samples("test", record["setting"]["scenes"])])
     replace_between(PAGE, "time", time_lines(runs))
     replace_between(PAGE, "accuracy", accuracy_lines(record["start"], runs, scenes))
     replace_between(PAGE, "kinds", kind_lines(record))
@@ -222,7 +224,7 @@ def with_seeds(values: Array, scenes: Array) -> Score:
 
 def kind_lines(record: dict[str, Any]) -> list[str]:
     """The last kind of question asks for several places at once: where dropping hurts."""
-    samples = list(DigitsBenchmark("test", record["setting"]["scenes"]))
+    samples = digits_samples("test", record["setting"]["scenes"])
     rows = np.array([sample.kind == "read_row" for sample in samples])
     lines = ["| trained with | inference | read_row | the five other kinds |", "|---|---|---|---|"]
     starts = {name: np.array([r], dtype=float) for name, r in record["start"]["right"].items()}

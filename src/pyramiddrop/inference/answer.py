@@ -36,19 +36,28 @@ def ask(
         method: what drops visual tokens; None leaves the model as it is.
         streamer: a Transformers streamer that gets the tokens as they come.
     """
+    with method(checkpoint.model) if method else nullcontext() as trace:
+        (text,) = answer_greedily(checkpoint, inputs, max_new_tokens, streamer)
+    return Answer(text, trace)
+
+
+@torch.inference_mode()
+def answer_greedily(
+    checkpoint: Checkpoint, inputs: Mapping[str, Any], max_new_tokens: int, streamer: Any = None
+) -> list[str]:
+    """The answers to a batch of prompts, padded on the left, under whatever method is on the model."""
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     ready = on_model(model, inputs)
-    with torch.inference_mode(), method(model) if method else nullcontext() as trace:
-        ids = model.generate(
-            **ready,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            streamer=streamer,
-            pad_token_id=_pad_token(model, tokenizer),
-        )
-    new = ids[0, ready["input_ids"].shape[1] :]
-    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), trace)
+    ids = model.generate(
+        **ready,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        streamer=streamer,
+        pad_token_id=_pad_token(model, tokenizer),
+    )
+    new = ids[:, ready["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +67,6 @@ def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int | None:
-    """Given by name, or else `generate` prints a warning about it; a single prompt needs no padding."""
+    """Given by name, or else `generate` prints a warning about it; answers that end before others are filled up."""
     known: list[int | None] = [model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return next((token for token in known if token is not None), None)

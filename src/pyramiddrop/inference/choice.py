@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers.utils import cached_file
 
@@ -68,11 +72,20 @@ def _named(options: MethodOptions, source: str | Path) -> Method | None:
                 f"--{next(iter(options.given))} means nothing with --method vanilla, which drops no tokens"
             )
         return None
+    kind = _kind(name)
+    with user_input():
+        return kind(**_arguments(name, option_names(kind), options.given))
+
+
+def _kind(name: str) -> type[Method]:
     if name not in NAMES:
         raise InputError(f"method {name!r} is not one of {', '.join([*NAMES, VANILLA])}")
-    kind = NAMES[name]
-    with user_input():
-        return kind(**_arguments(name, {field.name for field in fields(kind) if field.init}, options.given))
+    return NAMES[name]
+
+
+def option_names(kind: type[Method]) -> set[str]:
+    """The options of a method: the arguments of its class."""
+    return {entry.name for entry in fields(kind) if entry.init}
 
 
 def saved_method(source: str | Path) -> Method | None:
@@ -89,13 +102,74 @@ def saved_method(source: str | Path) -> Method | None:
         return Method.from_pretrained(Path(str(found)).parent)
 
 
+def parse_method(text: str) -> Method | None:
+    """The method that one word names with its options; None for vanilla.
+
+    >>> parse_method("pyramiddrop:lam=0.6,stages=4")
+    >>> parse_method("fastv:layer=2,keep=0.4")
+    >>> parse_method("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
+
+    Every field of the method's class is an option. Lists have slashes, options commas or colons between them.
+
+    Raises:
+        InputError: for an unknown method, an option that the method does not have, or a bad value.
+    """
+    name, *settings = text.replace(",", ":").split(":")
+    given: dict[str, str] = {}
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"{setting!r} in {text!r} is no option of a method; write e.g. fastv:layer=3,keep=0.25")
+        if option in given:
+            raise InputError(f"{text!r} gives {option} twice")
+        given[option] = value
+    if name == VANILLA:
+        if given:
+            raise InputError(f"vanilla drops no tokens and has no options; got {text!r}")
+        return None
+    kind = _kind(name)
+    _check_options(name, option_names(kind), given)
+    hints = get_type_hints(kind)
+    with user_input(f"method {text!r}"):
+        return kind(**{option: _typed(text, option, value, hints[option]) for option, value in given.items()})
+
+
+def _typed(text: str, option: str, value: str, hint: Any) -> Any:
+    """`value` as a field of this type holds it: as the first of the types that it can be made of."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    readers = [_reader(kind) for kind in kinds if kind in READERS or get_origin(kind) is Sequence]
+    for _, made in readers:
+        with suppress(ValueError):
+            return made(value)
+    raise InputError(f"{option} in {text!r} must be {', or '.join(what for what, _ in readers)}; got {value!r}")
+
+
+def _reader(kind: Any) -> Reader:
+    """What a value of this type is, for people, and how it is made of text."""
+    if get_origin(kind) is not Sequence:
+        return READERS[kind]
+    what, made = READERS[get_args(kind)[0]]
+    return f"{what}, or several with slashes between them", lambda text: [made(part) for part in text.split("/")]
+
+
+def _one_of(words: dict[str, Any], text: str) -> Any:
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+Reader = tuple[str, Callable[[str], Any]]
+READERS: dict[Any, Reader] = {
+    int: ("a whole number", int),
+    float: ("a number", float),
+    bool: ("true or false", partial(_one_of, {"true": True, "false": False})),
+    NoneType: ("none", partial(_one_of, {"none": None})),
+    str: ("text", str),
+}
+
+
 def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, Any]:
-    for option in given:
-        if option not in known:
-            raise InputError(f"--{option} does not belong to the method {name!r}")
-    for option, stronger in OVERRULED:
-        if option in given and stronger in given:
-            raise InputError(f"give --{option} or --{stronger}, not both")
+    _check_options(name, known, given)
     arguments = dict(given)
     if "layers" in arguments:
         arguments["layers"] = _numbers("layers", arguments["layers"], int)
@@ -103,6 +177,15 @@ def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, A
         keep = _numbers("keep", arguments["keep"], float)
         arguments["keep"] = keep if "layers" in known else _only(keep)
     return arguments
+
+
+def _check_options(name: str, known: set[str], given: Collection[str]) -> None:
+    for option in given:
+        if option not in known:
+            raise InputError(f"--{option} does not belong to the method {name!r}")
+    for option, stronger in OVERRULED:
+        if option in given and stronger in given:
+            raise InputError(f"give --{option} or --{stronger}, not both")
 
 
 def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:

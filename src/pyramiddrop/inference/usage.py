@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from pyramiddrop.cost import kv_bytes, prefill_flops
+from pyramiddrop import Method
+from pyramiddrop.cost import DecoderShape, kv_bytes, prefill_flops
 from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.scoring import AttentionScorer
 from pyramiddrop.trace import Trace
 
 
@@ -58,13 +61,42 @@ def usage(trace: Trace) -> Usage:
 
 def vanilla_usage(model: Any, inputs: Mapping[str, Any]) -> Usage:
     """The account of a prefill of `inputs` (a single sample) in which nothing is dropped."""
-    parts = anatomy(model)
-    ids = inputs["input_ids"]
-    visual = int(torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device)).sum())
-    if parts.sizes is None:
-        return Usage(visual, (), math.nan, math.nan)
-    lengths = [ids.shape[1]] * parts.sizes.layers
-    return Usage(visual, (), prefill_flops(parts.sizes, lengths), kv_bytes(parts.sizes, lengths))
+    return batch_usage(model, inputs)[0]
+
+
+def batch_usage(
+    model: Any, inputs: Mapping[str, Any], method: Method | None = None, trace: Trace | None = None
+) -> list[Usage]:
+    """The account of each sample of a batch, each for itself: padding is not counted, so its mates do not matter.
+
+    Args:
+        inputs: of the batch.
+        method, trace: what dropped tokens in its prefill, and what that told; None where nothing was dropped.
+    """
+    parts, ids = anatomy(model), inputs["input_ids"]
+    counted = torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device)).sum(1).tolist()
+    mask = inputs.get("attention_mask")
+    rows = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    visual = trace.visual_tokens if trace else counted
+    kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
+    found = []
+    for sample, (length, tokens) in enumerate(zip(rows, visual, strict=True)):
+        stages = tuple(StageUse(layer, keep, counts[sample]) for layer, keep, counts in kept)
+        found.append(_account(parts.sizes, method, length, tokens, stages))
+    return found
+
+
+def _account(
+    shape: DecoderShape | None, method: Method | None, rows: int, visual: int, stages: tuple[StageUse, ...]
+) -> Usage:
+    """The account of one sample of `rows` rows, `visual` of them visual tokens."""
+    if shape is None:
+        return Usage(visual, stages, math.nan, math.nan)
+    counts = [visual, *(stage.tokens for stage in stages)]
+    lengths = [rows - visual + counts[sum(stage.layer <= layer for stage in stages)] for layer in range(shape.layers)]
+    ranks = method is not None and isinstance(method.scorer(), AttentionScorer)
+    ranked = [rows - visual + before for before, after in pairwise(counts) if ranks and after < before]
+    return Usage(visual, stages, prefill_flops(shape, lengths, ranked), kv_bytes(shape, lengths))
 
 
 def known(number: float) -> float | None:

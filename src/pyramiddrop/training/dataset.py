@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import datasets
 
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.training.collate import AnswerCollator
-from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, read_sample
+from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, json_records, read_sample
 
 LENGTH = "length"
 
@@ -102,7 +101,7 @@ def _read(source: str | Path) -> tuple[str, Any]:
     path = Path(source)
     if path.is_file():
         with user_input(f"cannot read {path}", (OSError, ValueError)):
-            return path.name, list(_json_records(path))
+            return path.name, list(json_records(path))
     if path.is_dir():
         with user_input(f"cannot read {path} as a data set", (OSError, ValueError)):
             return path.name, _train_split(datasets.load_from_disk(str(path)), path.name)
@@ -110,17 +109,6 @@ def _read(source: str | Path) -> tuple[str, Any]:
         raise InputError(f"no such file: {source}")
     with user_input(f"cannot load the data set {source}", (OSError, ValueError)):
         return str(source), _train_split(datasets.load_dataset(str(source)), str(source))
-
-
-def _json_records(path: Path) -> Iterator[Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
-        return
-    records = json.loads(text)
-    if not isinstance(records, list):
-        raise ValueError(f"it must be a list of samples; got {type(records).__name__}")
-    yield from records
 
 
 def _train_split(loaded: Any, name: str) -> datasets.Dataset:

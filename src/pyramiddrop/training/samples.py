@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,29 @@ class Sample:
 
     messages: list[Message]
     images: list[Any]
+
+
+def json_records(path: Path) -> Iterator[Any]:
+    """The records of a JSON list, or of a file with the ending `.jsonl`, a line each.
+
+    Raises:
+        OSError, ValueError: for a file that cannot be read, is no JSON or no list.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        yield from (_json_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        return
+    records = json.loads(text)
+    if not isinstance(records, list):
+        raise ValueError(f"it must be a list of samples; got {type(records).__name__}")
+    yield from records
+
+
+def _json_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def read_sample(record: Any, folder: Path | None = None) -> Sample:

@@ -1,0 +1,71 @@
+"""Owns how samples are answered: greedily, in left-padded batches, under any method, with what each prefill used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.inference.answer import answer_greedily
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.prompt import build_batch
+from pyramiddrop.inference.usage import Usage, batch_usage
+from pyramiddrop.methods import Method
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, what its prefill used (by the cost model, without padding), and what it would use undropped."""
+
+    text: str
+    usage: Usage
+    vanilla: Usage
+
+
+class Answerer:
+    """A checkpoint that answers samples. A sample's reply does not depend on those that share its batch.
+
+    Attributes:
+        batch: samples of one forward.
+        max_new_tokens: the longest answer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batch: int = 16, max_new_tokens: int = 32) -> None:
+        self.checkpoint, self.batch, self.max_new_tokens = checkpoint, batch, max_new_tokens
+
+    def answers(
+        self,
+        samples: Sequence[Sample],
+        method: Method | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Reply]:
+        """The replies under `method` (None: the model as it is); `advance` is told the size of each batch when done.
+
+        Raises:
+            InputError: for a sample that the processor cannot take, or a picture that cannot be read.
+            UnsupportedModelError, ValueError: for a model or a method that cannot work.
+        """
+        replies: list[Reply] = []
+        with self._opened(method) as trace:
+            for start in range(0, len(samples), self.batch):
+                part = samples[start : start + self.batch]
+                replies += self._answer(self._inputs(part), method, trace)
+                advance(len(part))
+        return replies
+
+    def _opened(self, method: Method | None) -> AbstractContextManager[Trace | None]:
+        """The method on the model."""
+        return method(self.checkpoint.model) if method else nullcontext()
+
+    def _inputs(self, samples: Sequence[Sample]) -> Any:
+        """The tensors of one batch."""
+        return build_batch(self.checkpoint.processor, [(list(one.images), one.question) for one in samples])
+
+    def _answer(self, inputs: Any, method: Method | None, trace: Trace | None) -> list[Reply]:
+        texts = answer_greedily(self.checkpoint, inputs, self.max_new_tokens)
+        plain = batch_usage(self.checkpoint.model, inputs)
+        used = batch_usage(self.checkpoint.model, inputs, method, trace) if trace else plain
+        return [Reply(*one) for one in zip(texts, used, plain, strict=True)]

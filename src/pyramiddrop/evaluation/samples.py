@@ -1,0 +1,176 @@
+"""Owns what is asked: questions about pictures with their right answers, from the digits benchmark or a user's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from PIL import Image
+
+from pyramiddrop.evaluation.digits import DigitsBenchmark
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.prompt import check_picture, open_picture
+from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or several pictures.
+
+    Attributes:
+        images: in RGB; those of a user's file are opened when they are read.
+        answers: any of them is right; empty where no answer is known.
+        kind: of the question, for scores by kind.
+        cluster: equal for samples that are not independent, such as those of one picture.
+    """
+
+    images: Sequence[Image.Image]
+    question: str
+    answers: tuple[str, ...] = ()
+    kind: str = "all"
+    cluster: str = ""
+
+
+class PictureFiles(Sequence[Image.Image]):
+    """Picture files as pictures, each opened anew when it is asked for: thousands would not fit into memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> PictureFiles: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | PictureFiles:
+        return PictureFiles(self.files[index]) if isinstance(index, slice) else open_picture(self.files[index])
+
+
+def digits_samples(split: str = "test", scenes: int = 80, seed: int = 0) -> list[Sample]:
+    """The questions of the digits benchmark: 16 about each of `scenes` pictures, clustered by picture.
+
+    Raises:
+        InputError: for an unknown split, no scene, or where scikit-learn, whose digits these are, is not installed.
+    """
+    if scenes < 1:
+        raise InputError(f"scenes must be at least 1; got {scenes}")
+    with user_input(caught=(ValueError, ImportError)):
+        drawn = list(DigitsBenchmark(split, scenes, seed=seed))
+    return [Sample((one.image,), one.question, (one.answer,), one.kind, str(one.scene)) for one in drawn]
+
+
+def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sample]:
+    """The samples of a user's file: a JSON list, or JSON lines, of objects of one of two forms.
+
+    - `{"image": "a.jpg", "question": "Why?", "answer": "So."}`; or `"images"`, a list, and `"answers"`, a list of which
+      any is right. `"kind"` groups the scores. Without an answer the sample cannot be scored, but asked.
+    - What `pyramiddrop train` reads: LLaVA's `"conversations"` or `"messages"`, with one question and one answer.
+
+    Samples of the same pictures are clustered, or else those with the same `"cluster"`.
+
+    Args:
+        images: the folder that relative names of picture files start from; the file's own if None.
+
+    Raises:
+        InputError: for a file that cannot be read, or the first sample that cannot be used, as `file[index]: why`.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    with user_input(f"cannot read {path}", (OSError, ValueError)):
+        records = list(json_records(path))
+    if not records:
+        raise InputError(f"{path.name} holds no samples")
+    folder = path.parent if images is None else Path(images)
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    samples = []
+    for index, record in enumerate(records):
+        with user_input(f"{path.name}[{index}]", (BrokenSampleError,)):
+            samples.append(_sample(record, folder))
+    return samples
+
+
+def _sample(record: Any, folder: Path) -> Sample:
+    if not isinstance(record, Mapping):
+        raise BrokenSampleError(f"a sample must be an object; got {type(record).__name__}")
+    if "conversations" in record or "messages" in record:
+        return _of_conversation(record, folder)
+    names = _either(record, "image", "images")
+    return _checked(_listed(names), folder, record.get("question"), _answers(record), record)
+
+
+def _checked(
+    names: Sequence[Any], folder: Path, question: Any, answers: tuple[str, ...], record: Mapping[str, Any]
+) -> Sample:
+    files = _files(names, folder)
+    if not isinstance(question, str) or not question.strip():
+        raise BrokenSampleError(f"a question must be text; got {question!r}")
+    return Sample(
+        images=PictureFiles(files),
+        question=question,
+        answers=answers,
+        kind=_label(record, "kind") or "all",
+        cluster=_label(record, "cluster") or "|".join(map(str, files)),
+    )
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _of_conversation(record: Mapping[str, Any], folder: Path) -> Sample:
+    conversation = read_sample(record, folder)
+    roles = [message["role"] for message in conversation.messages]
+    if roles != ["user", "assistant"]:
+        raise BrokenSampleError(f"a conversation must be one question and one answer; got {', '.join(roles)}")
+    question, answer = map(_words, conversation.messages)
+    return _checked(conversation.images, folder, question, (answer,), record)
+
+
+def _either(record: Mapping[str, Any], one: str, several: str) -> Any:
+    """What the record holds under one of two names; None where it holds neither."""
+    given = [record[name] for name in (one, several) if record.get(name) is not None]
+    if len(given) == 2:
+        raise BrokenSampleError(f'give "{one}" or "{several}", not both')
+    return given[0] if given else None
+
+
+def _files(names: Sequence[Any], folder: Path) -> list[Path]:
+    if not names:
+        raise BrokenSampleError('a sample needs a picture: "image" or "images"')
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise BrokenSampleError(f"a picture must be the name of a file; got {name!r}")
+    files = [folder / name for name in names]
+    for file in files:
+        try:
+            check_picture(file)
+        except InputError as error:
+            raise BrokenSampleError(str(error)) from error
+    return files
+
+
+def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    answers = _listed(_either(record, "answer", "answers"))
+    for answer in answers:
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise BrokenSampleError(f"an answer must be text or a number; got {answer!r}")
+    return tuple(map(str, answers))
+
+
+def _label(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise BrokenSampleError(f'"{name}" must be text; got {value!r}')
+    return str(value)

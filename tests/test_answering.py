@@ -1,0 +1,92 @@
+"""Answers in batches: those of single samples, on every kind of checkpoint; and the cost of each for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from checkpoints import save_checkpoint
+from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
+from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.inference.answer import ask
+from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.prompt import build_inputs
+from pyramiddrop.inference.usage import usage, vanilla_usage
+
+METHODS = [None, PyramidDrop(), FastV(layer=2, keep=0.3), RandomDrop()]
+
+
+def picture(seed: int) -> Image.Image:
+    noise = torch.randint(256, (30, 40, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy())
+
+
+SAMPLES = [
+    Sample((picture(0),), "w7"),
+    Sample((picture(1), picture(2)), "w8 w9 w10 w11 w12"),
+    Sample((picture(3),), "w9 w3 w4"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(llava_folder: Path) -> Checkpoint:
+    return load_checkpoint(llava_folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Without a chat template: asked in the format of the first LLaVA models."""
+    return load_checkpoint(save_checkpoint(tmp_path_factory.mktemp("plain"), chat_template=None), "cpu")
+
+
+@pytest.fixture(scope="module")
+def tiles(next_folder: Path) -> Checkpoint:
+    return load_checkpoint(next_folder, "cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["tiny", "plain", "tiles"])
+def test_a_batch_replies_as_single_samples_do(name: str, method: Method | None, request: pytest.FixtureRequest) -> None:
+    checkpoint = request.getfixturevalue(name)
+    together = Answerer(checkpoint, batch=3, max_new_tokens=3).answers(SAMPLES, method)
+    alone = Answerer(checkpoint, batch=1, max_new_tokens=3).answers(SAMPLES, method)
+    assert together == alone
+    assert len({reply.usage.visual_tokens for reply in together}) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reply_is_what_a_user_gets_and_pays(tiny: Checkpoint, method: Method | None) -> None:
+    for reply, sample in zip(Answerer(tiny, max_new_tokens=3).answers(SAMPLES, method), SAMPLES, strict=True):
+        inputs = build_inputs(tiny.processor, sample.images, sample.question)
+        answer = ask(tiny, inputs, method, max_new_tokens=3)
+        assert reply.text == answer.text
+        assert reply.vanilla == vanilla_usage(tiny.model, inputs)
+        assert reply.usage == (usage(answer.trace) if answer.trace else reply.vanilla)
+
+
+def test_progress_is_told_and_the_model_left_alone(tiny: Checkpoint) -> None:
+    done: list[int] = []
+    Answerer(tiny, batch=2, max_new_tokens=1).answers(SAMPLES, PyramidDrop(), done.append)
+    assert done == [2, 1]
+    with PyramidDrop()(tiny.model):  # refused where a method had been left on it
+        pass
+
+
+def test_a_bad_question_stops_it_and_leaves_the_model_alone(tiny: Checkpoint) -> None:
+    bad = Sample((picture(0),), "w7 <image>")
+    with pytest.raises(InputError, match="must not hold <image>"):
+        Answerer(tiny, batch=2).answers([*SAMPLES, bad], PyramidDrop())
+    with PyramidDrop()(tiny.model):
+        pass
+
+
+def test_padding_leaves_the_processor_as_it_was(plain: Checkpoint) -> None:
+    tokenizer = plain.processor.tokenizer
+    before = tokenizer.padding_side, tokenizer.pad_token = "right", None
+    Answerer(plain, batch=3, max_new_tokens=1).answers(SAMPLES)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == before
