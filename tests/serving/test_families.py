@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from qwen import FAMILIES, films, masked_answers, save_qwen, with_pictures
+from qwen import films, masked_answers, with_pictures
 from served import answers, engine, questions
 
 from pyramiddrop import PyramidDrop
+from qwen_checkpoints import FAMILIES, save_qwen
 from reference import Rule
 
 RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])

@@ -1,0 +1,73 @@
+"""Owns `--model_args`: which of them say the method, which are the backend's, and the way from a method to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pyramiddrop import Method, PyramidDrop
+from pyramiddrop.inference.choice import NAMES, VANILLA, parse_method, saved_method
+from pyramiddrop.inference.errors import InputError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `--model_args` say.
+
+    Attributes:
+        method: None for vanilla.
+        backend: its name, or "auto".
+        passed: what else was given; the backend knows it, or refuses it.
+    """
+
+    method: Method | None
+    backend: str
+    passed: dict[str, Any]
+
+
+def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
+    """Tell the method's fields from the backend's arguments.
+
+    Where no method and no field is given, the one saved beside the checkpoint is taken, or else PyramidDrop as the
+    paper has it: the rule of `pyramiddrop generate`.
+
+    Args:
+        given: what lmms-eval made of the text: numbers, True and False, and text (lists with slashes: 8/16/24).
+
+    Raises:
+        InputError: for an unknown method, or a field or value that it does not take.
+    """
+    known = {field.name for kind in NAMES.values() for field in fields(kind) if field.init}
+    options = {name: value for name, value in given.items() if name in known}
+    passed = {name: value for name, value in given.items() if name not in known | {"method", "backend"}}
+    backend = str(given.get("backend", "auto"))
+    if "method" not in given and not options:
+        return Arguments(saved_method(pretrained) or PyramidDrop(), backend, passed)
+    name = str(given.get("method", "pyramiddrop"))
+    words = ",".join(f"{option}={value}" for option, value in options.items())
+    return Arguments(parse_method(f"{name}:{words}" if words else name), backend, passed)
+
+
+def write_arguments(pretrained: str, method: Method | None, **others: Any) -> str:
+    """The text of `--model_args` from which `read_arguments` reads the same.
+
+    Raises:
+        InputError: for a name with a comma, which lmms-eval cannot read.
+    """
+    if "," in pretrained:
+        raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
+    name = next((name for name, kind in NAMES.items() if type(method) is kind), VANILLA)
+    told = {
+        field.name: getattr(method, field.name)
+        for field in (fields(method) if method else ())
+        if field.init and getattr(method, field.name) != field.default
+    }
+    named = {"pretrained": pretrained, "method": name, **told, **others}
+    return ",".join(f"{key}={_written(value)}" for key, value in named.items())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "/".join(map(_written, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

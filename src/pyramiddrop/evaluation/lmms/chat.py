@@ -1,0 +1,174 @@
+"""Owns the generic backend: chat messages with pictures and videos, the checkpoint's own processor, `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import Collator
+from loguru import logger
+from tqdm import tqdm
+from transformers.video_utils import load_video
+
+from pyramiddrop.inference.answer import on_model, pad_token
+from pyramiddrop.inference.checkpoint import load_checkpoint
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.prompt import build_batch
+
+#: Of `generate`, and what a task may ask of it; lmms-eval's own classes have the same defaults.
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 1024, "temperature": 0.0, "top_p": None, "num_beams": 1}
+KNOWN = {*DEFAULTS, "do_sample", "top_k", "repetition_penalty", "length_penalty", "min_new_tokens"}
+
+
+class Chat(lmms):
+    """Any checkpoint that the library supports, as lmms-eval's chat models are.
+
+    Args:
+        pretrained: a folder in Hugging Face's format, or a name on the hub.
+        device, dtype: as `pyramiddrop generate` takes them.
+        batch_size: requests at a time; prompts are padded on the left.
+        num_frames: taken of each video, evenly.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int = 1,
+        num_frames: int = 32,
+    ) -> None:
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.checkpoint = load_checkpoint(pretrained, device, dtype)
+        self.checkpoint.processor.tokenizer.padding_side = "left"
+        self.batch_size, self.num_frames = batch_size, num_frames
+        self._warned: set[str] = set()
+
+    @property
+    def model(self) -> Any:
+        return self.checkpoint.model
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.model.device
+        return place
+
+    def clean(self) -> None:
+        del self.checkpoint
+        super().clean()
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("generic chat models answer generate_until requests only")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("generic chat models answer generate_until requests only")
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of `requests`; those with the same generation arguments share batches."""
+        order = Collator([request.args for request in requests], _place, group_fn=lambda args: args[2], grouping=True)
+        answers: list[GenerationResult] = []
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
+            for chunk in order.get_batched(n=self.batch_size):
+                answers += self._answer(chunk)
+                bar.update(len(chunk))
+            seconds = bar.format_dict["elapsed"]
+        tokens = sum(answer.token_counts.output_tokens for answer in answers)
+        log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
+        return list(order.get_original(answers))
+
+    def _answer(self, chunk: Sequence[tuple[Any, ...]]) -> list[GenerationResult]:
+        asked = chunk[0][2]
+        inputs = self._inputs([self._messages(args) for args in chunk])
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, **self._generation(asked))
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.checkpoint.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        lengths = (new != pad_token(self.model, self.checkpoint.processor.tokenizer)).sum(1).tolist()
+        return [
+            GenerationResult(_cut(text, asked.get("until")), TokenCounts(output_tokens=length))
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+
+    def _messages(self, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        _, doc_to_messages, _, document, task, split = args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][document]))
+        if messages.extract_media()[2]:
+            raise InputError(f"task {task} asks about sound, which is not supported")
+        turns: list[dict[str, Any]] = messages.to_hf_messages()
+        return turns
+
+    def _inputs(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        processor = self.checkpoint.processor
+        if getattr(processor, "chat_template", None) is None:
+            return on_model(self.model, build_batch(processor, list(map(_plain_question, conversations))))
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, **self._films(conversations)},
+        )
+        return on_model(self.model, inputs)
+
+    def _films(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """Put frames in the place of each video's file; what the processor must know of them."""
+        videos = [
+            part for turns in conversations for turn in turns for part in turn["content"] if part["type"] == "video"
+        ]
+        known = []
+        for part in videos:
+            part["video"], about = load_video(part["video"], backend="decord", sample_indices_fn=self._frames)
+            known.append(about)
+        return {"video_metadata": known, "do_sample_frames": False} if videos else {}
+
+    def _frames(self, metadata: Any, **_: Any) -> np.ndarray[Any, Any]:
+        total = metadata.total_num_frames
+        return np.linspace(0, total - 1, min(self.num_frames, total), dtype=int)
+
+    def _generation(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` is given; as lmms-eval has it, a temperature above 0 means sampling, and 0 means greedy."""
+        self._warn_about(set(asked) - KNOWN - {"until"})
+        given = DEFAULTS | {name: value for name, value in asked.items() if name in KNOWN}
+        given["do_sample"] = bool(given["temperature"])
+        if not given["do_sample"]:
+            given |= {"temperature": None, "top_p": None, "top_k": None}
+        return given | {"pad_token_id": pad_token(self.model, self.checkpoint.processor.tokenizer)}
+
+    def _warn_about(self, unknown: set[str]) -> None:
+        for name in sorted(unknown - self._warned):
+            logger.warning(f"the generation argument {name!r} of a task is not used")
+        self._warned |= unknown
+
+
+def _place(args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Requests keep the order of their documents."""
+    return args[3], args[0]
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """The text up to the first of the strings at which the task wants it to end."""
+    for mark in [until] if isinstance(until, str) else until or []:
+        if mark:
+            text = text.split(mark)[0]
+    return text
+
+
+def _plain_question(turns: list[dict[str, Any]]) -> tuple[list[Any], str]:
+    """The pictures and the words of a single question: all that a checkpoint without a chat template can be asked."""
+    parts = [part for turn in turns for part in turn["content"]]
+    if len(turns) != 1 or any(part["type"] == "video" for part in parts):
+        raise InputError("this checkpoint has no chat template: it takes one question about pictures, no more")
+    pictures = [part["image"] for part in parts if part["type"] == "image"]
+    return pictures, "\n".join(part["text"] for part in parts if part["type"] == "text")

@@ -1,0 +1,135 @@
+"""Owns lmms-eval's model `pyramiddrop`: a backend whose model drops visual tokens, and what that saved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from copy import copy
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+
+from pyramiddrop.evaluation.lmms.arguments import read_arguments
+from pyramiddrop.evaluation.lmms.backends import load_backend, pick_backend, where
+from pyramiddrop.evaluation.lmms.meter import Meter, Spent
+from pyramiddrop.inference.checkpoint import read_config
+from pyramiddrop.inference.errors import InputError, user_input
+
+#: lmms-eval's mark on requests that only even out the processes.
+PADDING = "__padding_only__"
+#: What the results say of each task, beside the averages over all requests.
+BY_TASK = ("flops_ratio", "kv_ratio", "retained_visual_tokens")
+
+
+class DroppingChat(lmms):
+    """`lmms-eval --model pyramiddrop`: chat messages answered under a method.
+
+    Args:
+        pretrained: a folder in Hugging Face's format, or a name on the hub.
+        batch_size, device: lmms-eval's own options.
+        max_batch_size: given by lmms-eval; there is no search for a batch size.
+        given: `method` and its fields, `backend`, and what the backend takes.
+
+    Raises:
+        InputError: for anything given that cannot be used.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **given: Any,
+    ) -> None:
+        super().__init__()
+        arguments, family = read_arguments(pretrained, given), read_config(pretrained).model_type
+        batch, state = _whole(batch_size), PartialState()
+        place = where(device, state.num_processes, str(state.device))
+        backend = pick_backend(arguments.backend, family, batch, state.num_processes, place)
+        self.inner = load_backend(backend, pretrained, batch, state.num_processes, place, arguments.passed)
+        self.accelerator = self.inner.accelerator
+        self._rank, self._world_size = self.inner.rank, self.inner.world_size
+        with user_input():
+            self.meter = Meter(self.inner.model, arguments.method)
+        logger.info(f"pyramiddrop: {arguments.method or 'vanilla'} on backend {backend.name}")
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.inner.device
+        return place
+
+    def generate_until(self, requests: list[Instance]) -> list[Any]:
+        """Answers in the order of `requests`, task by task."""
+        self.inner.task_dict, self.inner.cache_hook = self.task_dict, self.cache_hook
+        answers: dict[int, Any] = {}
+        for task, places in _by_task(requests).items():
+            with self.meter.task(task, len(places)):
+                part = self.inner.generate_until([_own_copy(requests[place]) for place in places])
+            answers |= dict(zip(places, part, strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "pyramiddrop is a chat model, and lmms-eval asks chat models for answers only: take a task whose "
+            "output_type is generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            "pyramiddrop answers single rounds only: a further round would ask with the visual tokens that the first "
+            "question kept"
+        )
+
+    def clean(self) -> None:
+        """Called once by each process when all is answered: put the costs into the results, and free the model."""
+        self.meter.detach()
+        parts = gather_object([self.meter.by_task])
+        if self.rank == 0:
+            _report(parts)
+        del self.meter
+        self.inner.clean()
+
+
+def _whole(batch: int | str) -> int:
+    if not str(batch).isdecimal() or int(batch) < 1:
+        raise InputError(f"batch_size must be a whole number of at least 1; got {batch!r}")
+    return int(batch)
+
+
+def _by_task(requests: list[Instance]) -> dict[str, list[int]]:
+    """Places in `requests`, by task; those that are mere padding come last, as PADDING."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for padding in (False, True):
+        for place, request in enumerate(requests):
+            if bool(request.metadata.get(PADDING)) == padding:
+                places[PADDING if padding else request.task_name].append(place)
+    return dict(places)
+
+
+def _own_copy(request: Instance) -> Instance:
+    """The request with generation arguments of its own: some backends write into them, and the cache reads them."""
+    own = copy(request)
+    own.arguments = tuple(dict(part) if isinstance(part, dict) else part for part in request.arguments)
+    return own
+
+
+def _report(parts: list[dict[str, Spent]]) -> None:
+    """Put the averages over all requests, and those of each task, into lmms-eval's results."""
+    by_task: dict[str, Spent] = {}
+    for part in parts:
+        for task, spent in part.items():
+            if task != PADDING:
+                by_task[task] = by_task.get(task, Spent()) + spent
+    metrics = sum(by_task.values(), Spent()).averages()
+    for task, spent in by_task.items():
+        metrics |= {f"{name}/{task}": value for name, value in spent.averages().items() if name in BY_TASK}
+    if metrics:
+        log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=metrics)

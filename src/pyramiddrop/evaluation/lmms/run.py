@@ -1,0 +1,81 @@
+"""Owns a run of lmms-eval from Python: its own command line's way, under a method, with its results as a dictionary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pyramiddrop import Method
+from pyramiddrop.evaluation.lmms.arguments import write_arguments
+from pyramiddrop.evaluation.lmms.manifest import MODEL
+from pyramiddrop.inference.errors import InputError
+
+
+def run_tasks(
+    model: str,
+    method: Method | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch: int = 1,
+    output: Path | None = None,
+    device: str | None = None,
+    include: Path | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lmms-eval.
+
+    Args:
+        model: a folder in Hugging Face's format, or a name on the hub.
+        method: None for vanilla.
+        tasks: names or patterns of lmms-eval's tasks and groups.
+        limit: questions of each task; None for all.
+        output: a folder for lmms-eval's results and, of each question, its answer.
+        include: a folder with tasks of one's own.
+
+    Returns:
+        lmms-eval's results. "results" has the scores of each task; "throughput" the averages over all requests that
+        were run (`avg_flops_ratio`, `avg_kv_ratio`, `avg_retained_visual_tokens`, ...) and over those of each task
+        (`avg_flops_ratio/mme`). Empty in all processes but the first.
+
+    Raises:
+        InputError: where lmms-eval is not installed, a task is not known, or what was given cannot be used.
+    """
+    check_installed()
+    options: dict[str, Any] = {"--limit": limit, "--output_path": output, "--include_path": include, "--device": device}
+    words = ["--model", MODEL, "--model_args", write_arguments(model, method), "--tasks", ",".join(tasks)]
+    words += ["--batch_size", str(batch), *(["--log_samples"] if output else [])]
+    words += [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    with _command_line(words):
+        return _evaluate()
+
+
+def check_installed() -> None:
+    """Raise InputError where lmms-eval is not installed."""
+    if find_spec("lmms_eval") is None:
+        raise InputError("lmms-eval is not installed: pip install 'pyramiddrop[eval]'")
+
+
+def _evaluate() -> dict[str, Any]:
+    from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
+
+    _, arguments = parse_eval_args()
+    try:
+        results, _ = cli_evaluate_single(arguments)
+    except ValueError as error:
+        if str(error).startswith("Tasks not found"):
+            raise InputError(f"{str(error).split('.')[0]}; `lmms-eval tasks` lists them") from error
+        raise
+    return dict(results or {})
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    """lmms-eval has no function for all that its command does; it reads `sys.argv`."""
+    before, sys.argv = sys.argv, ["lmms-eval", *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
