@@ -54,7 +54,7 @@ def answer_greedily(
         do_sample=False,
         num_beams=1,
         streamer=streamer,
-        pad_token_id=_pad_token(model, tokenizer),
+        pad_token_id=pad_token(model, tokenizer),
     )
     new = ids[:, ready["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -66,7 +66,7 @@ def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
 
-def _pad_token(model: Any, tokenizer: Any) -> int | None:
+def pad_token(model: Any, tokenizer: Any) -> int | None:
     """Given by name, or else `generate` prints a warning about it; answers that end before others are filled up."""
     known: list[int | None] = [model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return next((token for token in known if token is not None), None)

@@ -22,6 +22,7 @@ def run_tasks(
     limit: int | None = None,
     batch: int = 1,
     output: Path | None = None,
+    cache: Path | None = None,
     device: str | None = None,
     include: Path | None = None,
 ) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def run_tasks(
         tasks: names or patterns of lmms-eval's tasks and groups.
         limit: questions of each task; None for all.
         output: a folder for lmms-eval's results and, of each question, its answer.
+        cache: a folder in which answers are kept and looked up; those of another method are others.
+        device: as `pyramiddrop generate` takes it.
         include: a folder with tasks of one's own.
 
     Returns:
@@ -44,7 +47,13 @@ def run_tasks(
         InputError: where lmms-eval is not installed, a task is not known, or what was given cannot be used.
     """
     check_installed()
-    options: dict[str, Any] = {"--limit": limit, "--output_path": output, "--include_path": include, "--device": device}
+    options: dict[str, Any] = {
+        "--limit": limit,
+        "--output_path": output,
+        "--use_cache": cache,
+        "--device": device,
+        "--include_path": include,
+    }
     words = ["--model", MODEL, "--model_args", write_arguments(model, method), "--tasks", ",".join(tasks)]
     words += ["--batch_size", str(batch), *(["--log_samples"] if output else [])]
     words += [word for option, value in options.items() if value is not None for word in (option, str(value))]

@@ -1,0 +1,126 @@
+"""lmms-eval's own evaluator on the bundled model: its scores and every answer equal ours, however it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from digits_task import LONGEST, TASK, expected, samples
+
+from pyramiddrop import FastV, Method, PyramidDrop
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.answering import Answerer, Reply
+from pyramiddrop.evaluation.lmms.run import run_tasks
+from pyramiddrop.inference.checkpoint import load_checkpoint
+from pyramiddrop.inference.errors import InputError
+
+DIGITS = str(digits_checkpoint())
+METHODS = {"vanilla": None, "pyramiddrop": PyramidDrop(), "fastv": FastV(layer=2, keep=0.25)}
+
+
+@cache
+def ours(name: str) -> list[Reply]:
+    checkpoint = load_checkpoint(DIGITS, device="cpu")
+    return Answerer(checkpoint, batch=16, max_new_tokens=LONGEST).answers(samples(), METHODS[name])
+
+
+def texts(name: str) -> list[str]:
+    return [reply.text for reply in ours(name)]
+
+
+def written(output: Path) -> tuple[dict[str, Any], list[str]]:
+    """The results that lmms-eval wrote, and the answers in the order of the questions."""
+    [results], [answers] = list(output.rglob("*results.json")), list(output.rglob("*samples_*.jsonl"))
+    lines = sorted(map(json.loads, answers.read_text().splitlines()), key=lambda line: line["doc_id"])
+    return json.loads(results.read_text()), [line["filtered_resps"] for line in lines]
+
+
+def check_costs(results: dict[str, Any], name: str, count: int | None = None) -> None:
+    replies, throughput = ours(name)[:count], results["throughput"]
+    flops, plain = sum(one.usage.flops for one in replies), sum(one.vanilla.flops for one in replies)
+    memory, whole = sum(one.usage.kv_bytes for one in replies), sum(one.vanilla.kv_bytes for one in replies)
+    assert throughput["avg_requests_measured"] == len(replies)
+    assert throughput["avg_flops_ratio"] == pytest.approx(flops / plain)
+    assert throughput["avg_kv_ratio"] == pytest.approx(memory / whole)
+    assert throughput["avg_prefill_flops"] == pytest.approx(flops / len(replies))
+    assert throughput["avg_kv_bytes"] == pytest.approx(memory / len(replies))
+    assert throughput[f"avg_flops_ratio/{TASK}"] == throughput["avg_flops_ratio"]
+
+
+def lmms_eval(tasks: Path, *words: str, launcher: Sequence[str] = ()) -> None:
+    """The command line, as a user starts it."""
+    command = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "pyramiddrop", "--tasks", TASK]
+    done = subprocess.run(
+        [*command, "--include_path", str(tasks), "--device", "cpu", "--log_samples", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert "Throughput Summary" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_answers_and_costs_equal_ours(tasks: Path, tmp_path: Path, name: str) -> None:
+    results = run_tasks(DIGITS, METHODS[name], [TASK], batch=8, output=tmp_path, device="cpu", include=tasks)
+    saved, answers = written(tmp_path)
+    assert answers == texts(name)
+    assert results["results"][TASK]["right,none"] == pytest.approx(expected(texts(name)))
+    assert saved["results"] == results["results"]
+    check_costs(saved, name)
+    if name == "pyramiddrop":
+        assert saved["throughput"]["avg_visual_tokens"] == 64
+        assert saved["throughput"]["avg_retained_visual_tokens"] == (64 + 32 + 16 + 8) / 4
+        assert texts(name) != texts("vanilla")
+
+
+def test_the_command_line(tasks: Path, tmp_path: Path) -> None:
+    arguments = f"pretrained={DIGITS},method=fastv,layer=2,keep=0.25"
+    lmms_eval(tasks, "--model_args", arguments, "--output_path", str(tmp_path))
+    results, answers = written(tmp_path)
+    assert answers == texts("fastv")
+    check_costs(results, "fastv")
+
+
+def test_two_processes_equal_one(tasks: Path, tmp_path: Path) -> None:
+    """With an odd number of questions: lmms-eval then gives the second process one twice, which must not count."""
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = ["--model_args", f"pretrained={DIGITS}", "--output_path", str(tmp_path)]
+    lmms_eval(tasks, *words, "--batch_size", "4", "--limit", "25", launcher=launcher)
+    results, answers = written(tmp_path)
+    assert answers == texts("pyramiddrop")[:25]
+    assert results["results"][TASK]["right,none"] == pytest.approx(
+        sum(text in one.answers for text, one in zip(answers, samples(), strict=False)) / 25
+    )
+    check_costs(results, "pyramiddrop", 25)
+
+
+def test_cached_responses_are_those_of_the_same_method(tasks: Path, tmp_path: Path) -> None:
+    def run(method: Method | None, name: str) -> tuple[dict[str, Any], list[str]]:
+        output = tmp_path / name
+        options = {"cache": tmp_path / "cache", "output": output, "device": "cpu", "include": tasks}
+        run_tasks(DIGITS, method, [TASK], limit=16, **options)
+        return written(output)
+
+    first, answers = run(PyramidDrop(), "first")
+    again, repeated = run(PyramidDrop(), "again")
+    other, others = run(None, "other")
+    assert answers == repeated == texts("pyramiddrop")[:16]
+    assert others == texts("vanilla")[:16]
+    assert first["throughput"]["avg_requests_measured"] == 16
+    assert "avg_flops_ratio" not in again.get("throughput", {})
+    assert other["throughput"]["avg_flops_ratio"] == 1
+
+
+def test_unknown_tasks_are_named(tasks: Path) -> None:
+    with pytest.raises(InputError, match="Tasks not found: no_such_task"):
+        run_tasks(DIGITS, None, ["no_such_task"], include=tasks, device="cpu")
+    assert sys.argv[0] != "lmms-eval"
