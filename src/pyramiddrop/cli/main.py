@@ -14,6 +14,7 @@ from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import SeveralImages, generate
 from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.serve import PASSED_ON, serve
+from pyramiddrop.cli.study import study
 from pyramiddrop.cli.terminal import OneLineErrors
 from pyramiddrop.cli.train import train
 
@@ -31,6 +32,7 @@ app.command(cls=SeveralImages)(bench)
 app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
 app.command()(families)
+app.add_typer(study, name="study")
 
 
 def _show_version(asked: bool) -> None:

@@ -172,9 +172,9 @@ def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, A
     _check_options(name, known, given)
     arguments = dict(given)
     if "layers" in arguments:
-        arguments["layers"] = _numbers("layers", arguments["layers"], int)
+        arguments["layers"] = numbers("layers", arguments["layers"], int)
     if "keep" in arguments:
-        keep = _numbers("keep", arguments["keep"], float)
+        keep = numbers("keep", arguments["keep"], float)
         arguments["keep"] = keep if "layers" in known else _only(keep)
     return arguments
 
@@ -188,7 +188,12 @@ def _check_options(name: str, known: set[str], given: Collection[str]) -> None:
             raise InputError(f"give --{option} or --{stronger}, not both")
 
 
-def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of the option `name`, which are written with commas between them.
+
+    Raises:
+        InputError: for anything else.
+    """
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

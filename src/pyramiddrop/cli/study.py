@@ -1,0 +1,139 @@
+"""Owns the verb `study`: the paper's figures, drawn of any model and data."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyramiddrop.cli import study_words as words
+from pyramiddrop.cli.terminal import remarks, results
+
+if TYPE_CHECKING:
+    from pyramiddrop.report.study import Shown
+
+WHAT, GRID = "What is asked", "The grid"
+
+study = typer.Typer()
+
+
+@study.callback(invoke_without_command=True)
+def studies(context: typer.Context) -> None:
+    """The paper's figures, of any model and data: where visual tokens are redundant, and what dropping costs."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@study.command()
+def redundancy(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or hub name; several in one plot. (default: the bundled one)", rich_help_panel=WHAT),
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="What a model is called, one for each.", rich_help_panel=WHAT)
+    ] = None,
+    data: words.Data = None,
+    images: words.Images = None,
+    limit: words.Limit = None,
+    split: words.Split = None,
+    scenes: words.Scenes = None,
+    seed: words.Seed = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Drop before these layers, e.g. 2,8,16,24. (default: each eighth)", rich_help_panel=GRID),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Shares to keep. (default: 0.5,0.25,0.125,0.015625)", rich_help_panel=GRID),
+    ] = None,
+    maps: Annotated[int, typer.Option(min=0, help="Prompts whose attention is drawn.", rich_help_panel=GRID)] = 2,
+    match: words.Match = "exact",
+    batch: words.Batch = 16,
+    max_new_tokens: words.MaxNewTokens = 32,
+    device: words.Device = None,
+    dtype: words.Dtype = None,
+    output: words.Output = Path("study-redundancy"),
+    as_json: words.AsJson = False,
+) -> None:
+    """Where are visual tokens redundant? One drop at every layer and share (the paper's Figures 1 and 3).
+
+    Accuracy where answers are known; and always how many answers and next tokens stay the full model's.
+    Writes a profile, too, from which `pyramiddrop plan --profile` makes a schedule.
+    """
+    from pyramiddrop.evaluation.studies.redundancy_run import RedundancyOptions, run_redundancy
+    from pyramiddrop.evaluation.studies.subjects import SampleOptions, named_models
+    from pyramiddrop.inference.choice import numbers
+    from pyramiddrop.report.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+
+    options = RedundancyOptions(
+        models=named_models(model or (), name or ()),
+        samples=SampleOptions(data, images, limit, split, scenes, seed),
+        layers=None if layers is None else numbers("layers", layers, int),
+        keep=None if keep is None else numbers("keep", keep, float),
+        match=match,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        glances=maps,
+        device=device,
+        dtype=dtype,
+    )
+    _make_folder(output)
+    with _progress() as begin:
+        record, glances = run_redundancy(options, output, begin)
+    looks, why_not = glances_to_looks(glances)
+    profiles = write_profiles(record, output)
+    _finish("redundancy", record, show_redundancy(record, looks), output, as_json)
+    for path in profiles:
+        remarks().print(f"profile for `pyramiddrop plan --profile`: {path}", soft_wrap=True)
+    if why_not:
+        remarks().print(f"no attention maps: {why_not}", soft_wrap=True)
+
+
+def _make_folder(output: Path) -> None:
+    from pyramiddrop.inference.errors import user_input
+
+    with user_input(f"cannot write into {output}", (OSError,)):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Bars on the terminal's standard error; yields what begins one, which yields what moves it on."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = remarks()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def begin(description: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(description, total=total)
+            return lambda steps: bars.advance(task, steps)
+
+        yield begin
+
+
+def _finish(name: str, record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -> None:
+    """Write the files, and print the tables or the record."""
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.study_files import write_study
+
+    record = {**record, "command": shlex.join(["pyramiddrop", *sys.argv[1:]])}
+    with user_input(f"cannot write into {output}", (OSError,)):
+        page = write_study(output, name, record, shown)
+    if as_json:
+        print(json.dumps({**record, "page": str(page)}, indent=2))
+        return
+    console = results()
+    for part in (*shown.remarks, *(sheet.table() for sheet in shown.sheets)):
+        console.print(part)
+        console.print()
+    console.print(f"page: {page}", soft_wrap=True)

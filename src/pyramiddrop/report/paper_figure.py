@@ -1,0 +1,76 @@
+"""Owns how figures for a paper look: their sizes, type, colours that colour-blind readers tell apart, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+#: Inches: a column of a two-column paper, and its whole page.
+COLUMN, PAGE = 3.4, 6.9
+#: Okabe and Ito's colours, without black (vanilla has that) and without the yellow that is too light for a line.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 2)))
+#: Of an SVG: left out, so that a file depends on what it shows alone.
+_METADATA = ("Creator", "Date", "Format", "Type")
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.linewidth": 0.4,
+    "grid.color": "#dddddd",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.2,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: it can be searched, and edited
+    "svg.hashsalt": "pyramiddrop",
+}
+
+
+def styled() -> matplotlib.RcParams:
+    """What figures for a paper are drawn and saved under: `with rc_context(styled())`."""
+    return matplotlib.RcParams(**(dict(matplotlib.rcParamsDefault) | _STYLE))
+
+
+def depth_colors(count: int) -> list[str]:
+    """Colours for things that have an order (layers, shares), dark to light; the order survives a grey print."""
+    ramp = colormaps["viridis"]
+    return [to_hex(ramp(0.88 * place / max(1, count - 1))) for place in range(count)]
+
+
+def share_axis(axis: Axes, shares: Sequence[float], label: str = "visual tokens kept (%)") -> None:
+    """Make the x axis one of shares kept: logarithmic, and a tick at each of the `shares`, written in percent."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(shares), [f"{100 * share:.3g}" for share in shares])
+    axis.minorticks_off()
+    axis.set_xlabel(label)
+
+
+def band(axis: Axes, places: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
+    """Shade what lies between `low` and `high` around a line of this color."""
+    axis.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write `figure` as NAME.png (300 dots an inch) and NAME.svg; returns the latter."""
+    with rc_context(styled()):
+        figure.savefig(folder / f"{name}.png", facecolor="white", dpi=300)
+        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=dict.fromkeys(_METADATA))
+    return folder / f"{name}.svg"

@@ -1,0 +1,131 @@
+"""Owns what the redundancy study shows: curves by layer and share, attention by layer, and their tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyramiddrop.evaluation.studies.glances import Glance
+from pyramiddrop.evaluation.studies.profiles import profile_of
+from pyramiddrop.report.attention_plot import Looks, draw_attention
+from pyramiddrop.report.layout import look
+from pyramiddrop.report.redundancy_plot import draw_redundancy
+from pyramiddrop.report.study import Plot, Record, Sheet, Shown, percent, small
+
+LEAD = (
+    "One drop of visual tokens, ranked by the attention from the prompt's last token, tried before each layer and with "
+    "each share kept. The flatter a line, the more of the picture is redundant from that layer on. Bands and ± are one "
+    "standard error, clustered by picture."
+)
+CAPTIONS = {
+    "accuracy": "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
+    "agreement": "Whole greedy answers that stay the same as the full model's. Needs no right answers.",
+    "top1": "Prompts whose likeliest next token stays the full model's. Needs no right answers.",
+    "kl": "Kullback-Leibler divergence of the next-token distribution from the full model's, which is 0 at "
+    "100 %. Needs no right answers.",
+}
+TITLES = {
+    "accuracy": "accuracy (%)",
+    "agreement": "answers as the full model's (%)",
+    "top1": "next token as the full model's (%)",
+    "kl": "KL from the full model (nats)",
+}
+
+
+def show_redundancy(record: Record, looks: Sequence[Looks] = ()) -> Shown:
+    """The figures and tables of a study's `record`, and maps of the attention where there are `looks`."""
+    models = record["models"]
+    metrics = [metric for metric in CAPTIONS if any(cell[metric] for cell in models[0]["cells"])]
+    plots = [Plot(f"redundancy-{metric}", CAPTIONS[metric], draw_redundancy(models, metric)) for metric in metrics]
+    if looks:
+        plots.append(Plot("attention", _attention_caption(models[0]["name"]), draw_attention(looks)))
+    sheets = [_cells(model, metric) for metric in metrics for model in models]
+    return Shown(
+        title="Where are visual tokens redundant?",
+        lead=LEAD,
+        plots=plots,
+        sheets=[*sheets, *(_attention(model) for model in models if model["attention"])],
+        remarks=[_vanilla(model) for model in models],
+        numbers=[row for model in models for row in _numbers(model, metrics)],
+    )
+
+
+def glances_to_looks(glances: Sequence[Glance]) -> tuple[list[Looks], str]:
+    """What can be drawn of the attention on pictures; and why nothing can, or nothing."""
+    try:
+        return [_look(glance) for glance in glances if glance.scores], ""
+    except ValueError as error:  # a family whose visual tokens cannot be placed in the picture
+        return [], str(error)
+
+
+def write_profiles(record: Record, folder: Path) -> list[Path]:
+    """A redundancy profile of each model: `profile.json`, or `profile-NAME.json` where there are several."""
+    models = record["models"]
+    names = ["profile.json"] if len(models) == 1 else [f"profile-{_as_file(model['name'])}.json" for model in models]
+    paths = [folder / name for name in names]
+    for path, model in zip(paths, models, strict=True):
+        path.write_text(json.dumps(profile_of(model), indent=1) + "\n", encoding="utf-8")
+    return paths
+
+
+def _as_file(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _look(glance: Glance) -> Looks:
+    return Looks(
+        title=f"{glance.sample.question} → {glance.answer}",
+        seen=look(glance.config, glance.image_processor, list(glance.sample.images)),
+        scores={layer: scores.double().numpy() for layer, scores in glance.scores.items()},
+    )
+
+
+def _attention_caption(name: str) -> str:
+    return (
+        f"What the last token of the prompt attends to in {name}, a mean over heads, in the full model. Above each "
+        "map: the part of all its attention that goes to the picture. The maps of a row share their colours, which go "
+        "with the square root of the attention."
+    )
+
+
+def _cells(model: Record, metric: str) -> Sheet:
+    """One row a layer, one column a share."""
+    cells = {(cell["layer"], cell["keep"]): cell[metric] for cell in model["cells"]}
+    layers, shares = (sorted({cell[name] for cell in model["cells"]}) for name in ("layer", "keep"))
+    shares.reverse()
+    written = small if metric == "kl" else percent
+    rows = [(str(layer), *(written(cells[layer, share]) for share in shares)) for layer in layers]
+    head = ("before layer", *(f"keep {100 * share:.3g} %" for share in shares))
+    return Sheet(f"{model['name']}: {TITLES[metric]}", head, rows)
+
+
+def _attention(model: Record) -> Sheet:
+    rows = [(str(one["layer"]), percent(one["picture"]), percent(one["crowd"])) for one in model["attention"]]
+    head = ("layer", "attention on the picture (%)", "visual tokens that get 90 % of that (%)")
+    return Sheet(f"{model['name']}: what the prompt's last token attends to", head, rows)
+
+
+def _vanilla(model: Record) -> str:
+    about = f"{model['name']}: {model['samples']} samples, {model['visual_tokens']:.4g} visual tokens on average"
+    accuracy = model["vanilla"]["accuracy"]
+    return f"{about}; without a drop {percent(accuracy)} %." if accuracy else f"{about}; no right answers are known."
+
+
+def _numbers(model: Record, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One row a cell, metric and kind of question; the full model's have no layer."""
+    full = model["vanilla"]
+    yield from _rows({"model": model["name"], "layer": "", "keep": 1, "flops_ratio": 1}, full, ["accuracy"])
+    for cell in model["cells"]:
+        about = {"model": model["name"], **{name: cell[name] for name in ("layer", "keep", "flops_ratio")}}
+        yield from _rows(about, cell, metrics)
+
+
+def _rows(about: Record, scored: Record, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for metric in metrics:
+        if scored[metric]:
+            yield {**about, "metric": metric, "kind": "all", **scored[metric]}
+    for kind, one in scored["by_kind"].items():
+        yield {**about, "metric": "accuracy", "kind": kind, **one}

@@ -1,0 +1,95 @@
+"""Owns what a study shows: figures and tables that the terminal, the page and the documents share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from pyramiddrop.report.look import new_table
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, the name of its files, and what it says."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: its title, its head, and rows of text."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = new_table(*self.head)
+        table.title, table.title_justify, table.title_style = self.title, "left", "bold"
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A study as people see it.
+
+    Attributes:
+        title, lead: what was asked, and how to read the answer.
+        remarks: what is worth knowing beside.
+        numbers: rows of the CSV file, all with the same names.
+    """
+
+    title: str
+    lead: str
+    plots: Sequence[Plot]
+    sheets: Sequence[Sheet]
+    remarks: Sequence[str] = ()
+    numbers: Sequence[Record] = field(default_factory=list)
+
+
+def percent(score: Record | None) -> str:
+    """`88.3 ± 1.0`, of a score that is a part of one; nothing where there is none."""
+    return "" if score is None else _with_error(score, lambda value: f"{100 * value:.1f}")
+
+
+def small(score: Record | None) -> str:
+    """`0.0021 ± 0.0003`, to two digits."""
+    return "" if score is None else _with_error(score, lambda value: f"{value:.2g}")
+
+
+def _with_error(score: Record, written: Callable[[float], str]) -> str:
+    error = score["error"]
+    return written(score["mean"]) + ("" if error is None else f" ± {written(error)}")
+
+
+def bounds(scores: Sequence[Record], part: bool = True) -> tuple[list[float], list[float], list[float]]:
+    """One standard error below, the mean, and one above.
+
+    Args:
+        part: whether the scores are parts of one: then they are given in percent, and the bounds are within 0..100.
+            Others are positive, and the lower bound is at least a tenth of the mean, for logarithmic axes.
+    """
+    ends = [(one["mean"], one["error"] or 0.0) for one in scores]
+    scale, most = (100, 1.0) if part else (1, math.inf)
+    return (
+        [scale * max(0.0 if part else mean / 10, mean - error) for mean, error in ends],
+        [scale * mean for mean, _ in ends],
+        [scale * min(most, mean + error) for mean, error in ends],
+    )

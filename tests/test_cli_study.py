@@ -1,0 +1,126 @@
+"""The verb `study`: what each study writes and prints, how it goes on, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from checkpoints import save_picture
+from pyramiddrop.cli.main import app
+
+SMALL = ["--scenes", "2", "--limit", "8", "--batch", "4", "--layers", "2,6", "--keep", "0.25", "--maps", "1"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["study", *arguments], env={"COLUMNS": "160"})
+
+
+def record_of(*arguments: str) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    record: dict[str, Any] = json.loads(result.stdout)
+    return record
+
+
+def refused(*arguments: str) -> str:
+    """The one line that an unusable command gets."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    return str(lines[0])
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Path:
+    """A user's file: two pictures, three questions, no answers."""
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.png", 40, 60)
+    records = [{"image": name, "question": question} for name, question in (("a.png", "w9 w8"), ("b.png", "w7"))]
+    (tmp_path / "data.json").write_text(json.dumps([*records, {"image": "a.png", "question": "w5 w6 w7"}]))
+    return tmp_path / "data.json"
+
+
+# ---- redundancy ----------------------------------------------------------------------------------------------------
+
+
+def test_redundancy_of_the_bundled_model(tmp_path: Path) -> None:
+    result = run("redundancy", *SMALL, "--output", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    for word in ("bundled: accuracy (%)", "before layer", "keep 25 %", "8 samples, 64 visual tokens", "index.html"):
+        assert word in result.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    for name in ("index.html", "redundancy.json", "redundancy.csv", "redundancy.jsonl", "profile.json"):
+        assert name in names
+    for name in ("redundancy-accuracy", "redundancy-agreement", "redundancy-top1", "redundancy-kl", "attention"):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+    record = json.loads((tmp_path / "redundancy.json").read_text())
+    assert [(cell["layer"], cell["keep"]) for cell in record["models"][0]["cells"]] == [(2, 0.25), (6, 0.25)]
+    assert record["models"][0]["shared_prefix"]
+    again = record_of("redundancy", *SMALL, "--output", str(tmp_path))  # everything is in the journal
+    assert again["models"] == record["models"]
+    other = refused("redundancy", *SMALL, "--output", str(tmp_path), "--seed", "1")
+    assert "holds another study (data is" in other
+
+    planned = CliRunner().invoke(
+        app, ["plan", "--profile", str(tmp_path / "profile.json"), "--visual-tokens", "64", *DIGITS, "--json"]
+    )
+    assert planned.exit_code == 0, planned.stderr
+    stages = json.loads(planned.stdout)["stages"]
+    assert stages
+    assert {stage["layer"] for stage in stages} <= {2, 6}
+    assert {stage["keep"] for stage in stages} == {0.25}
+
+
+DIGITS = ["--layers", "8", "--hidden", "128", "--intermediate", "352", "--heads", "4", "--percent", "80"]
+
+
+def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: Path, tmp_path: Path) -> None:
+    models = ["--model", str(llava_folder), "--model", str(llava_folder), "--name", "one", "--name", "other"]
+    options = ["--data", str(own_data), "--keep", "0.5", "--layers", "3", "--max-new-tokens", "2"]
+    record = record_of("redundancy", *models, *options, "--output", str(tmp_path / "out"))
+    one, other = record["models"]
+    assert (one["name"], other["name"], one["samples"]) == ("one", "other", 3)
+    assert one["vanilla"]["accuracy"] is None
+    assert one["cells"] == other["cells"]
+    assert one["cells"][0]["kl"]["mean"] > 0
+    assert one["cells"][0]["kl"]["count"] == 3
+    assert (tmp_path / "out" / "profile-one.json").is_file()
+    assert not (tmp_path / "out" / "redundancy-accuracy.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "half"], "--keep must be numbers with commas between them; got 'half'"),
+        (["--keep", "0"], "keep"),
+        (["--layers", "1.5"], "--layers must be whole numbers"),
+        (["--layers", "9"], "layer"),
+        (["--match", "loose"], "--match must be one of same, exact, vqa; got 'loose'"),
+        (["--name", "a", "--name", "b"], "give one --name for each --model; got 2 for 1"),
+        (["--model", "bundled", "--model", "bundled"], "models need different names (--name)"),
+        (["--model", "/nowhere"], "no such folder: /nowhere"),
+        (["--images", "pictures"], "--images belongs to --data"),
+        (["--data", "nothing.json"], "no such file: nothing.json"),
+        (["--data", "nothing.json", "--scenes", "3"], "--scenes belongs to the digits benchmark"),
+        (["--split", "none"], "split"),
+    ],
+)
+def test_redundancy_refuses_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refused("redundancy", *options, "--output", str(tmp_path / "out"))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    assert f"cannot write into {tmp_path}/out" in refused("redundancy", "--output", str(tmp_path / "out"))
+
+
+def test_without_a_study_the_help_names_them() -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert "redundancy" in result.stdout
