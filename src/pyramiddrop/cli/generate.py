@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class SeveralImages(TyperCommand):
     """Lets `--image a.png b.png` mean `--image a.png --image b.png`, as a shell's `--image *.png` writes it."""
 
+    SPREAD: tuple[str, ...] = ("--image",)
+
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         spread: list[str] = []
         for word in args:
-            after_image = len(spread) >= 2 and spread[-2] == "--image"
-            spread += ["--image", word] if after_image and not word.startswith("-") else [word]
+            option = spread[-2] if len(spread) >= 2 and spread[-2] in self.SPREAD else None
+            spread += [option, word] if option and not word.startswith("-") else [word]
         return super().parse_args(ctx, spread)
 
 

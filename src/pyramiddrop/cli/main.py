@@ -10,6 +10,7 @@ import typer
 from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
+from pyramiddrop.cli.eval import SeveralMethods, evaluate
 from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import SeveralImages, generate
 from pyramiddrop.cli.plan import plan
@@ -29,6 +30,7 @@ app.command(cls=SeveralImages)(generate)
 app.command()(cost)
 app.command()(plan)
 app.command(cls=SeveralImages)(bench)
+app.command("eval", cls=SeveralMethods)(evaluate)
 app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
 app.command()(families)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,19 +49,23 @@ class Answerer:
             UnsupportedModelError, ValueError: for a model or a method that cannot work.
         """
         replies: list[Reply] = []
-        with self._opened(method) as trace:
-            for start in range(0, len(samples), self.batch):
-                part = samples[start : start + self.batch]
-                replies += self._answer(self._inputs(part), method, trace)
-                advance(len(part))
+        for batch in self.batches(samples, method):
+            replies += batch
+            advance(len(batch))
         return replies
 
-    def _opened(self, method: Method | None) -> AbstractContextManager[Trace | None]:
-        """The method on the model."""
+    def batches(self, samples: Sequence[Sample], method: Method | None = None) -> Generator[list[Reply]]:
+        """The same batch by batch; the method is on the model from the first batch to the last."""
+        with self.opened(method) as trace:
+            for start in range(0, len(samples), self.batch):
+                yield self._answer(self.inputs(samples[start : start + self.batch]), method, trace)
+
+    def opened(self, method: Method | None) -> AbstractContextManager[Trace | None]:
+        """The method on the model, for the time of a `with` block."""
         return method(self.checkpoint.model) if method else nullcontext()
 
-    def _inputs(self, samples: Sequence[Sample]) -> Any:
-        """The tensors of one batch."""
+    def inputs(self, samples: Sequence[Sample]) -> Any:
+        """The tensors of one batch, on the CPU."""
         return build_batch(self.checkpoint.processor, [(list(one.images), one.question) for one in samples])
 
     def _answer(self, inputs: Any, method: Method | None, trace: Trace | None) -> list[Reply]:

@@ -134,6 +134,13 @@ def parse_method(text: str) -> Method | None:
         return kind(**{option: _typed(text, option, value, hints[option]) for option, value in given.items()})
 
 
+def method_label(method: Method) -> str:
+    """The Python expression, without what is as the method's default has it."""
+    values = {entry.name: (getattr(method, entry.name), entry.default) for entry in fields(method) if entry.init}
+    settings = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
+    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
+
+
 def _typed(text: str, option: str, value: str, hint: Any) -> Any:
     """`value` as a field of this type holds it: as the first of the types that it can be made of."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)

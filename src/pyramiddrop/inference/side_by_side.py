@@ -8,7 +8,7 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, account
-from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method
+from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.sizes import Sizes
 from pyramiddrop.scoring import AttentionScorer
@@ -75,11 +75,4 @@ def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
 def _column(method: Method, sizes: Sizes) -> Column:
     ranks = isinstance(method.scorer(), AttentionScorer)
     cost = account(sizes.shape, sizes.prompt, method.schedule(sizes.shape.decoder.layers), ranks)
-    return Column(_label(method), method, cost)
-
-
-def _label(method: Method) -> str:
-    """The Python expression, without what is as the method's default has it."""
-    values = {entry.name: (getattr(method, entry.name), entry.default) for entry in fields(method) if entry.init}
-    settings = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
-    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
+    return Column(method_label(method), method, cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +32,7 @@ class Usage:
 
     Attributes:
         visual_tokens: what the pictures brought.
+        text_tokens: all others.
         stages: the drops; none without a method.
         flops: of the decoder's layers, predicted by the cost model; a multiply-add is 2.
         kv_bytes: of the cache after the prefill.
@@ -40,6 +41,7 @@ class Usage:
     """
 
     visual_tokens: int
+    text_tokens: int
     stages: tuple[StageUse, ...]
     flops: float
     kv_bytes: float
@@ -49,14 +51,21 @@ class Usage:
         """Visual tokens at the start, then after each drop."""
         return [self.visual_tokens, *(stage.tokens for stage in self.stages)]
 
+    def by_layer(self, layers: int) -> list[int]:
+        """Visual tokens in each of the model's `layers` layers."""
+        counts = self.tokens_by_stage
+        return [counts[sum(stage.layer <= layer for stage in self.stages)] for layer in range(layers)]
+
 
 def usage(trace: Trace) -> Usage:
     """The account of the last prefill (of a single sample) in `trace`."""
     stages = tuple(StageUse(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
+    visual = trace.visual_tokens[0]
+    text = trace.lengths[0] - visual
     if not trace.has_sizes:
-        return Usage(trace.visual_tokens[0], stages, math.nan, math.nan)
+        return Usage(visual, text, stages, math.nan, math.nan)
     cost = trace.cost()
-    return Usage(trace.visual_tokens[0], stages, cost.flops, cost.kv_bytes)
+    return Usage(visual, text, stages, cost.flops, cost.kv_bytes)
 
 
 def vanilla_usage(model: Any, inputs: Mapping[str, Any]) -> Usage:
@@ -90,13 +99,14 @@ def _account(
     shape: DecoderShape | None, method: Method | None, rows: int, visual: int, stages: tuple[StageUse, ...]
 ) -> Usage:
     """The account of one sample of `rows` rows, `visual` of them visual tokens."""
+    text = rows - visual
+    unknown = Usage(visual, text, stages, math.nan, math.nan)
     if shape is None:
-        return Usage(visual, stages, math.nan, math.nan)
-    counts = [visual, *(stage.tokens for stage in stages)]
-    lengths = [rows - visual + counts[sum(stage.layer <= layer for stage in stages)] for layer in range(shape.layers)]
+        return unknown
+    lengths = [text + count for count in unknown.by_layer(shape.layers)]
     ranks = method is not None and isinstance(method.scorer(), AttentionScorer)
-    ranked = [rows - visual + before for before, after in pairwise(counts) if ranks and after < before]
-    return Usage(visual, stages, prefill_flops(shape, lengths, ranked), kv_bytes(shape, lengths))
+    ranked = [text + before for before, after in pairwise(unknown.tokens_by_stage) if ranks and after < before]
+    return replace(unknown, flops=prefill_flops(shape, lengths, ranked), kv_bytes=kv_bytes(shape, lengths))
 
 
 def known(number: float) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
+from pyramiddrop.planning.search import largest, shortest
 from pyramiddrop.schedule import Schedule, equal_stage_layers, powers
 
 PAPER_STAGES = 4
@@ -179,13 +178,12 @@ class _Solver:
             return 1.0, True
         if not fits(smallest):
             return self._short(smallest, stages), False
-        return self._short(_largest(fits, smallest, 1.0), stages), True
+        return self._short(largest(fits, smallest, 1.0), stages), True
 
     def _short(self, lam: float, stages: int) -> float:
         """The shortest decimal up to λ that keeps as many tokens."""
         counts = self._counts(lam, stages)
-        candidates = (math.floor(lam * 10**digits) / 10**digits for digits in range(1, 17))
-        return next((short for short in candidates if short > 0 and self._counts(short, stages) == counts), lam)
+        return shortest(lam, lambda short: self._counts(short, stages) == counts)
 
     def _counts(self, lam: float, stages: int) -> list[int]:
         return self._equal_schedule(lam, stages).counts(self.prompt.visual_tokens)
@@ -208,13 +206,3 @@ class _Solver:
             vanilla=account(self.model, self.prompt),
             loss=loss,
         )
-
-
-def _largest(fits: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest float below `high` that fits, where `low` does, `high` does not, and all between go one way."""
-    while low < (middle := (low + high) / 2) < high:
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low

@@ -1,0 +1,87 @@
+"""Owns equal cost: a method's shares solved so that it spends a given part of vanilla's decoder FLOPs, and no more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.methods import Method
+from pyramiddrop.planning.search import largest, shortest
+from pyramiddrop.scoring import AttentionScorer
+
+
+def at_budget(
+    method: Method,
+    percent: float,
+    shape: DecoderShape,
+    prompts: Sequence[Prompt],
+    layers: Sequence[int] | None = None,
+) -> Method:
+    """`method` with its shares solved so that all `prompts` together cost `percent` of vanilla, or just less.
+
+    What is counted are the decoder's layers and the ranking. Solved is λ, or the share of a method that has but one;
+    where shares were given for several drops, they are scaled alike. One token more would cost more than the budget.
+
+    Args:
+        shape: of the model's decoder.
+        prompts: what is asked; those of one size count as often as they come.
+        layers: before which the method drops in this model, where that is not what its depth alone says.
+
+    Raises:
+        InputError: for a percentage that is none, a method that has no share to solve, or a budget out of its reach.
+    """
+    check_percent(percent)
+    counted = Counter(prompts)
+    limit = percent / 100 * decoder_flops(None, shape, counted)
+    scaled = _scaled(method)
+
+    def spent(share: float) -> int:
+        return decoder_flops(scaled(share), shape, counted, layers)
+
+    if spent(1.0) <= limit:
+        return scaled(1.0)
+    least = 1 / (2 * max(prompt.visual_tokens for prompt in counted))  # leaves one token everywhere
+    if spent(least) > limit:
+        reached = 100 * spent(least) / decoder_flops(None, shape, counted)
+        raise InputError(
+            f"{percent:g} % of vanilla's decoder FLOPs is out of reach of {type(method).__name__}: "
+            f"the least that it can spend here is {reached:.1f} %"
+        )
+    share = largest(lambda share: spent(share) <= limit, least, 1.0)
+    return scaled(shortest(share, lambda short: spent(short) == spent(share)))
+
+
+def check_percent(percent: float) -> None:
+    """Raise InputError for what is no percentage of a cost."""
+    if not 0 < percent <= 100:
+        raise InputError(f"--percent must be above 0 and at most 100; got {percent:g}")
+
+
+def decoder_flops(
+    method: Method | None,
+    shape: DecoderShape,
+    prompts: Mapping[Prompt, int],
+    layers: Sequence[int] | None = None,
+) -> int:
+    """FLOPs of the decoder's layers and the ranking over all `prompts`, each as often as it says."""
+    schedule = method.schedule(shape.layers, layers) if method else None
+    ranks = method is not None and isinstance(method.scorer(), AttentionScorer)
+    costs = {prompt: account(ModelShape(shape), prompt, schedule, ranks).full for prompt in prompts}
+    return sum(count * (costs[prompt].decoder + costs[prompt].ranking) for prompt, count in prompts.items())
+
+
+def _scaled(method: Method) -> Callable[[float], Method]:
+    """The method at a share in (0, 1]: 1 keeps all that it can keep."""
+    settings: Any = method
+    keep = getattr(method, "keep", None)
+    if isinstance(keep, Sequence):
+        most = max(keep)
+        return lambda share: replace(settings, keep=[ratio / most * share for ratio in keep])
+    name = "lam" if keep is None else "keep"
+    if not hasattr(method, name):
+        raise InputError(f"{type(method).__name__} has no share to solve for --percent")
+    return lambda share: replace(settings, **{name: share})

@@ -1,0 +1,91 @@
+"""Owns the record of an evaluation: scores, paired differences, cost and time of each way, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyramiddrop.evaluation.answering import Reply
+from pyramiddrop.evaluation.run import Evaluation, Outcome
+from pyramiddrop.evaluation.scores import Score, difference, score_by_kind
+from pyramiddrop.inference.timing import PrefillTime
+from pyramiddrop.inference.usage import known
+from pyramiddrop.speed.record import machine
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything that is measured, for JSON; FLOPs, bytes and seconds, means over the questions. NaN becomes null.
+
+    Each way has its differences "to_vanilla" and, but for the first method itself, "to_first" of the same budget.
+    """
+    task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
+    clusters = [sample.cluster for sample in task.samples]
+    return {
+        "task": {"name": task.name, **task.about, "match": task.match, "questions": len(task.samples)},
+        "pictures": len(set(clusters)),
+        "kinds": list(task.kinds),
+        "model": options.model or "bundled",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch": options.batch,
+        "machine": machine(model.device, torch.get_num_threads()),
+        "methods": [
+            _way(evaluation, outcome, time) for outcome, time in zip(evaluation.outcomes, evaluation.times, strict=True)
+        ],
+    }
+
+
+def _way(evaluation: Evaluation, outcome: Outcome, time: PrefillTime) -> dict[str, Any]:
+    samples, vanilla = evaluation.task.samples, evaluation.outcomes[0]
+    kinds, clusters = [sample.kind for sample in samples], [sample.cluster for sample in samples]
+    scores = score_by_kind(outcome.points, clusters, kinds)
+    return {
+        "name": outcome.label,
+        "method": outcome.method.settings() if outcome.method else None,
+        "percent": outcome.percent,
+        "scores": {kind: _plain(scores[kind]) for kind in ("all", *evaluation.task.kinds)},
+        "differences": {
+            name: _plain(difference(outcome.points, base.points, clusters))
+            for name, base in _bases(evaluation, outcome).items()
+        },
+        **_cost(outcome.replies, vanilla.replies, evaluation.checkpoint.num_layers),
+        "prefill": {**asdict(time), "ratio": _clock(evaluation, time) / _clock(evaluation, evaluation.times[0])},
+    }
+
+
+def _bases(evaluation: Evaluation, outcome: Outcome) -> dict[str, Outcome]:
+    """What a way is compared with: vanilla, and the first method at the same budget."""
+    vanilla, *methods = evaluation.outcomes
+    if outcome is vanilla:
+        return {}
+    first = next(one for one in methods if one.percent == outcome.percent)
+    return {"to_vanilla": vanilla} if outcome is first else {"to_vanilla": vanilla, "to_first": first}
+
+
+def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> dict[str, Any]:
+    """Means over the questions; the ratios are those of the sums."""
+    used, plain = [reply.usage for reply in replies], [reply.usage for reply in vanilla]
+    flops, kv_bytes = (np.mean([getattr(one, name) for one in used]) for name in ("flops", "kv_bytes"))
+    stages = np.array([one.tokens_by_stage for one in used]).mean(0)
+    return {
+        "flops": known(float(flops)),
+        "flops_ratio": known(float(flops / np.mean([one.flops for one in plain]))),
+        "kv_bytes": known(float(kv_bytes)),
+        "kv_ratio": known(float(kv_bytes / np.mean([one.kv_bytes for one in plain]))),
+        "visual_tokens": {
+            "by_stage": [float(count) for count in stages],
+            "per_layer": float(np.mean([one.by_layer(layers) for one in used])),
+        },
+    }
+
+
+def _clock(evaluation: Evaluation, time: PrefillTime) -> float:
+    """CPU time on a CPU, where others may have it too; else the clock on the wall."""
+    return time.cpu if evaluation.checkpoint.model.device.type == "cpu" else time.wall
+
+
+def _plain(value: Score) -> dict[str, Any]:
+    return {name: known(number) for name, number in asdict(value).items()}

@@ -1,0 +1,119 @@
+"""Owns how the record of an evaluation is read: its heading, and its tables on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from pyramiddrop.report import units
+from pyramiddrop.report.look import new_table
+
+Record = Mapping[str, Any]
+
+#: What a prefill is timed by.
+CLOCKS = {"cpu": "CPU time", "wall": "time"}
+#: Columns of one table on a terminal, beside the heads of the rows.
+WIDE = 4
+
+
+def eval_heading(record: Record) -> list[str]:
+    """What was asked, on what: a line each."""
+    task, machine = record["task"], record["machine"]
+    origin = ", ".join(f"{name} {task[name]}" for name in ("split", "seed") if name in task)
+    where = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    return [
+        f"{task['name']}{f' ({origin})' if origin else ''}: {task['questions']} questions about {record['pictures']} "
+        f"pictures, match: {task['match']}; model {record['model']}, {record['dtype']}, batches of {record['batch']}",
+        f"{machine['architecture']}, {machine['cpu_cores']} cores, {machine['threads']} thread(s){where}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}",
+    ]
+
+
+def eval_notes(record: Record) -> list[str]:
+    """How the numbers are to be read."""
+    return [
+        "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
+        "the 95 % interval of a bootstrap over pictures; the first method is that of the same budget. FLOPs: decoder "
+        "layers and ranking, predicted, of vanilla's. "
+        f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, ways in turn."
+    ]
+
+
+def eval_tables(record: Record) -> list[Table]:
+    """The ways side by side, a few in each table."""
+    ways = record["methods"]
+    columns = [_column(record, way) for way in ways]
+    tables = []
+    for start in range(0, len(ways), WIDE):
+        part = slice(start, start + WIDE)
+        table = new_table("", *(_folded(way["name"]) for way in ways[part]))
+        for head in columns[0]:
+            table.add_row(head, *(column[head] for column in columns[part]))
+        tables.append(table)
+    return tables
+
+
+def eval_markdown(record: Record) -> list[str]:
+    """A table in Markdown, a line each: a way a row."""
+    columns = [_column(record, way) for way in record["methods"]]
+    heads = ["method", *columns[0]]
+    rows = [[way["name"], *column.values()] for way, column in zip(record["methods"], columns, strict=True)]
+    return [_line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
+
+
+def _column(record: Record, way: Record) -> dict[str, str]:
+    """What is said of one way, by the heads of the rows."""
+    scores, tokens, clock = way["scores"], way["visual_tokens"], _clock(record)
+    prefill = f"{units.seconds(way['prefill'][clock])} ({units.share(way['prefill']['ratio'])})"
+    return {
+        "decoder FLOPs": _share(way["flops_ratio"]),
+        "KV cache": _share(way["kv_ratio"]),
+        "visual tokens": " → ".join(f"{count:.0f}" for count in tokens["by_stage"]),
+        "the same, a layer": f"{tokens['per_layer']:.1f}",
+        f"prefill, {CLOCKS[clock]}": prefill,
+        f"all ({scores['all']['count']})": _score(scores["all"]),
+        **{head: _difference(way["differences"].get(name)) for name, head in _bases(record).items()},
+        **{f"{kind} ({scores[kind]['count']})": _score(scores[kind]) for kind in record["kinds"] if kind != "all"},
+    }
+
+
+def _folded(label: str) -> str:
+    """A method's Python expression as a narrow column's head: an argument a line."""
+    name, _, arguments = label.removesuffix(")").partition("(")
+    return "\n".join([name, *re.split(r", (?=\w+=)", arguments)]).strip()
+
+
+def _bases(record: Record) -> dict[str, str]:
+    """What is subtracted from each score, and the head of its row."""
+    compared = {name for way in record["methods"] for name in way["differences"]}
+    heads = {"to_vanilla": "minus vanilla", "to_first": "minus the first method"}
+    return {name: head for name, head in heads.items() if name in compared}
+
+
+def _clock(record: Record) -> str:
+    return "cpu" if record["machine"]["device"] == "cpu" else "wall"
+
+
+def _share(ratio: float | None) -> str:
+    return units.UNKNOWN if ratio is None else f"{100 * ratio:.1f} %"
+
+
+def _score(score: Record) -> str:
+    error = score["error"]
+    return f"{100 * score['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _difference(difference: Record | None) -> str:
+    if difference is None:
+        return ""
+    interval = (
+        "" if difference["low"] is None else f" [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+    )
+    return f"{100 * difference['mean']:+.1f}{interval}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

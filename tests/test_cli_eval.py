@@ -1,0 +1,182 @@
+"""The verb `eval`, as a user types it: digits and own questions, equal cost, resuming, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pyramiddrop import FastV, PyramidDrop
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.cli.main import app
+from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.samples import digits_samples, read_samples
+from pyramiddrop.evaluation.scores import difference, score
+from pyramiddrop.inference.checkpoint import load_checkpoint
+from test_cli_generate import assert_one_line
+
+WORDS = ["w7", "w8 w9 w10", "w3 w4", "w7 w8", "w9", "w5 w6 w7"]
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["eval", "--device", "cpu", *map(str, arguments)])
+
+
+def run_json(*arguments: str | Path) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+@pytest.fixture
+def data(tmp_path: Path, llava_folder: Path) -> Path:
+    """Six questions about three pictures; what the tiny model says to every second one is right."""
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        noise = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    records = [
+        {"image": f"{number // 2}.png", "question": question, "answers": ["x", "y"], "kind": "ab"[number % 2]}
+        for number, question in enumerate(WORDS)
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    said = Answerer(load_checkpoint(llava_folder, "cpu"), max_new_tokens=3).answers(read_samples(path))
+    for number in range(0, 6, 2):
+        records[number]["answers"] = ["x", f" {said[number].text.upper()}. "]
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def tiny(data: Path, llava_folder: Path) -> list[str | Path]:
+    return ["--model", llava_folder, "--data", data, "--batch", "2", "--max-new-tokens", "3"]
+
+
+def test_digits_are_scored_as_by_hand() -> None:
+    pytest.importorskip("sklearn")
+    record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--methods", "fastv:layer=1,keep=0.2")
+    samples = digits_samples("val", 2, seed=3)[:20]
+    answerer = Answerer(load_checkpoint(digits_checkpoint(), "cpu"))
+    right = [
+        [float(reply.text == sample.answers[0]) for reply, sample in zip(replies, samples, strict=True)]
+        for replies in (answerer.answers(samples), answerer.answers(samples, FastV(layer=1, keep=0.2)))
+    ]
+    clusters = [sample.cluster for sample in samples]
+    vanilla, fastv = record["methods"]
+    for way, values in zip((vanilla, fastv), right, strict=True):
+        assert way["scores"]["all"] == vars(score(values, clusters))
+    assert fastv["differences"] == {"to_vanilla": vars(difference(right[1], right[0], clusters))}
+    assert vanilla["differences"] == {}
+    assert 0 < vanilla["scores"]["all"]["mean"] != fastv["scores"]["all"]["mean"]
+    assert sum(vanilla["scores"][kind]["count"] for kind in record["kinds"]) == 20
+    assert (record["task"]["split"], record["task"]["seed"], record["pictures"]) == ("val", 3, 2)
+
+
+def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
+    record = run_json(*tiny, "--methods", "pyramiddrop:layers=3,keep=0.5", "fastv")
+    vanilla, pyramid, fastv = record["methods"]
+    assert record["kinds"] == ["a", "b"]
+    assert [vanilla["scores"][kind]["mean"] for kind in ("a", "b", "all")] == [1, 0, 0.5]
+    assert (vanilla["flops_ratio"], vanilla["kv_ratio"], vanilla["method"]) == (1, 1, None)
+    assert (pyramid["name"], fastv["name"]) == ("PyramidDrop(layers=(3,), keep=(0.5,))", "FastV")
+    assert pyramid["method"] == {**PyramidDrop().settings(), "layers": [3], "keep": [0.5]}
+    assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
+    assert list(pyramid["differences"]) == ["to_vanilla"]
+    assert list(fastv["differences"]) == ["to_vanilla", "to_first"]
+    assert all(way["prefill"]["cpu"] > 0 for way in record["methods"])
+
+
+def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
+    record = run_json(*tiny, "--limit", "3", "--methods", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
+    ways = record["methods"]
+    assert [way["percent"] for way in ways] == [None, 60, 60, 80, 80]
+    for way in ways[1:]:
+        assert way["percent"] - 6 < 100 * way["flops_ratio"] <= way["percent"]
+    assert [list(way["differences"]) for way in ways[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
+
+
+def test_the_table_tells_the_same(tiny: list[str | Path]) -> None:
+    result = run(*tiny, "--methods", "pyramiddrop:lam=0.4")
+    assert result.exit_code == 0
+    for words in ("vanilla", "lam=0.4", "decoder FLOPs", "all (6)", "a (3)", "100.0 ± 0.0", "minus vanilla"):
+        assert words in result.stdout
+    assert "minus the first" not in result.stdout
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    ways = [{name: value for name, value in way.items() if name != "prefill"} for way in record["methods"]]
+    return {**record, "methods": ways}
+
+
+@pytest.mark.parametrize("lost", [0, 1, 400])
+def test_a_run_that_was_stopped_goes_on(
+    tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny, "--methods", "pyramiddrop", "--percent", "70"]
+    unbroken = run_json(*words)
+    answered: list[int] = []
+    answer, stop_at = Answerer._answer, 4
+
+    def counted(self: Answerer, inputs: Any, *arguments: Any) -> Any:
+        if len(answered) == stop_at:
+            raise KeyboardInterrupt
+        answered.append(len(inputs["input_ids"]))
+        return answer(self, inputs, *arguments)
+
+    monkeypatch.setattr(Answerer, "_answer", counted)
+    assert run(*words, "--output", tmp_path / "run").exit_code != 0
+    assert answered == [2, 2, 2, 2]  # vanilla's three batches, and one of the method's
+    (journal,) = (tmp_path / "run" / "replies").glob("PyramidDrop-*.jsonl")
+    journal.write_bytes(journal.read_bytes()[: -lost or None])
+
+    answered.clear()
+    stop_at = -1
+    resumed = run_json(*words, "--output", tmp_path / "run")
+    assert sum(answered) == (4 if lost == 0 else 6)
+    assert without_times(resumed) == without_times(unbroken)
+
+    answered.clear()
+    assert run_json(*words, "--output", tmp_path / "run") == resumed
+    assert answered == []
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == resumed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--split dev", "split='dev' is not one of train, val, test"),
+        ("--tasks nonsense", "nonsense"),
+        ("--limit 0", "--limit must be at least 1; got 0"),
+        ("--percent 0", "--percent must be above 0 and at most 100; got 0"),
+        ("--percent 5 --limit 1", "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop"),
+        ("--methods fastv fastv:layer=2", "FastV is named twice"),
+        ("--methods vanilla vanilla", "vanilla is named twice"),
+        ("--methods fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
+        ("--methods pyramid", "method 'pyramid' is not one of"),
+        ("--images pictures", "--images belongs to --data"),
+        ("--metric exact", "--metric belongs to --data"),
+        ("--data none.json", "no such file: none.json"),
+        ("--data none.json --tasks digits", "--tasks means nothing with --data"),
+        ("--data none.json --seed 0", "--seed means nothing with --data"),
+        ("--model /none", "no such folder: /none"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: str, words: str) -> None:
+    pytest.importorskip("sklearn")
+    assert_one_line(run(*arguments.split()), words)
+
+
+def test_questions_without_an_answer_and_unknown_metrics(data: Path, llava_folder: Path) -> None:
+    assert_one_line(run("--data", data, "--metric", "bleu"), "--metric must be one of", "exact, vqa; got 'bleu'")
+    records = json.loads(data.read_text())
+    del records[3]["answers"]
+    data.write_text(json.dumps(records))
+    assert_one_line(run("--data", data), 'data.json[3]: no "answer" to compare with')
+    assert run("--model", llava_folder, "--data", data, "--limit", "2", "--methods", "vanilla").exit_code == 0

@@ -1,0 +1,110 @@
+"""Equal cost: methods solved for a part of vanilla's decoder FLOPs spend as much as they can of it, and never more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop.cost import DecoderShape, Prompt
+from pyramiddrop.evaluation.budgets import at_budget, decoder_flops
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.schedule import Schedule
+
+SHAPE = DecoderShape(layers=8, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8)
+PROMPTS = [Prompt(64, 6)] * 3 + [Prompt(100, 9), Prompt(7, 20)]
+METHODS = [
+    PyramidDrop(),
+    PyramidDrop(stages=3),
+    PyramidDrop(layers=[3], keep=[0.5]),
+    PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.4, 0.1]),
+    FastV(layer=2),
+    RandomDrop(),
+    UniformDrop(layers=[1, 5]),
+]
+
+
+def spent(method: Method | None, prompts: list[Prompt] = PROMPTS) -> int:
+    return decoder_flops(method, SHAPE, Counter(prompts))
+
+
+def counts(method: Method, tokens: int) -> list[int]:
+    return method.schedule(SHAPE.layers).counts(tokens)
+
+
+@pytest.mark.parametrize("percent", [40.0, 52.0, 66.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_is_used_up_and_kept(method: Method, percent: float) -> None:
+    limit = percent / 100 * spent(None)
+    if percent == 40 and isinstance(method, PyramidDrop) and method.layers == (3,):
+        with pytest.raises(InputError, match="out of reach"):  # three whole layers of eight cost more than 40 %
+            at_budget(method, percent, SHAPE, PROMPTS)
+        return
+    solved = at_budget(method, percent, SHAPE, PROMPTS)
+    assert spent(solved) <= limit
+    name = "keep" if getattr(solved, "keep", None) is not None else "lam"
+    value: Any = getattr(solved, name)
+    longer = 1 / 64  # a token more of the most frequent prompts
+    more = [ratio * (1 + longer / value[0]) for ratio in value] if isinstance(value, tuple) else value + longer
+    assert spent(replace(solved, **{name: more})) > limit
+    assert spent(solved) > 0.96 * limit
+
+
+def test_of_one_prompt_one_token_more_is_too_much() -> None:
+    one = [Prompt(64, 6)]
+    solved = at_budget(FastV(layer=2), 52, SHAPE, one)
+    (kept,) = counts(solved, 64)
+    more = FastV(layer=2, keep=(kept + 1) / 64)
+    assert spent(solved, one) <= 0.52 * spent(None, one) < spent(more, one)
+
+
+def test_shares_of_several_drops_keep_their_proportions_and_settings_stay() -> None:
+    method = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.4, 0.1], positions="compact")
+    solved = at_budget(method, 60, SHAPE, PROMPTS)
+    assert solved.keep is not None
+    assert [ratio / solved.keep[0] for ratio in solved.keep] == pytest.approx([1, 0.8, 0.2])
+    assert (solved.layers, solved.positions) == ((2, 4, 6), "compact")
+
+
+def test_the_model_may_drop_elsewhere_than_its_depth_says() -> None:
+    late = at_budget(PyramidDrop(), 60, SHAPE, PROMPTS, layers=[4, 5, 6])
+    there = decoder_flops(late, SHAPE, Counter(PROMPTS), [4, 5, 6])
+    assert 0.57 * spent(None) < there <= 0.6 * spent(None)
+    assert isinstance(late, PyramidDrop)
+    assert spent(late) < there  # what its depth says, before layers 2, 4 and 6
+
+
+def test_the_whole_of_vanilla_keeps_everything() -> None:
+    assert at_budget(PyramidDrop(), 100, SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
+
+
+def test_numbers_are_as_short_as_they_can_be() -> None:
+    share = at_budget(FastV(layer=2), 52, SHAPE, [Prompt(64, 6)]).keep
+    assert len(f"{share}") <= len("0.32")
+
+
+@pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan")])
+def test_what_is_no_percentage(percent: float) -> None:
+    with pytest.raises(InputError, match="--percent must be above 0 and at most 100"):
+        at_budget(PyramidDrop(), percent, SHAPE, PROMPTS)
+
+
+def test_what_is_out_of_reach_says_what_is_not() -> None:
+    with pytest.raises(
+        InputError, match=r"10 % of vanilla's .* out of reach of FastV: .* spend here is (\d+\.\d) %"
+    ) as caught:
+        at_budget(FastV(layer=4), 10, SHAPE, PROMPTS)
+    least = float(str(caught.value).split()[-2])
+    assert least == pytest.approx(100 * spent(FastV(layer=4, keep=1e-9)) / spent(None), abs=0.05)
+
+
+def test_a_method_without_a_share_cannot_be_solved() -> None:
+    class Fixed(Method):
+        def schedule(self, num_layers: int, allowed: Any = None) -> Schedule:
+            return Schedule.equal(num_layers, 2, [0.5])
+
+    with pytest.raises(InputError, match="Fixed has no share to solve for --percent"):
+        at_budget(Fixed(), 50, SHAPE, PROMPTS)
