@@ -12,6 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -164,6 +166,28 @@ def test_a_qwen_vision_tower_is_what_the_counter_says(kind: str, merged: int) ->
     assert cost.full.total == pytest.approx(counted(model, inputs), rel=0.01)
 
 
+@pytest.mark.parametrize("method", [None, PyramidDrop(layers=[1, 2], keep=[0.5, 0.25])])
+def test_an_internvl_prefill_is_what_the_counter_says(method: Method | None) -> None:
+    torch.manual_seed(0)
+    vision = {
+        "image_size": [56, 56],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    text = SMALL | {"model_type": "qwen2"}
+    config = InternVLConfig(text_config=text, vision_config=vision, image_token_id=190)
+    model = InternVLForConditionalGeneration(config).eval()
+    tiles = 3
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, *[190] * 4 * tiles, 7]]),
+        "pixel_values": torch.randn(tiles, 3, 56, 56),
+    }
+    cost = predicted(model, Prompt(4 * tiles, 3), method)
+    assert cost.full.total == pytest.approx(counted(model, inputs, method), rel=0.001)
+
+
 @pytest.mark.parametrize("method", [None, PyramidDrop()])
 def test_a_decode_step_is_what_the_counter_says(method: Method | None) -> None:
     model = tiny_model("llava-gqa")
@@ -311,6 +335,10 @@ def test_presets_are_what_a_configuration_says() -> None:
         vision_config={"hidden_size": 1280},
     )
     assert model_shape(qwen) == PRESETS["qwen2.5-vl-7b"].shape
+    sizes = {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    text = {"model_type": "qwen2", "vocab_size": 151674, **sizes, **heads}
+    assert model_shape(InternVLConfig(text_config=text)) == PRESETS["internvl3-8b"].shape
 
 
 def test_the_cache_has_the_dtype_of_the_checkpoint() -> None:

@@ -84,7 +84,7 @@ def test_peak_memory_is_the_most_at_one_moment() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl-7b"])
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl-7b", "internvl3-8b"])
 def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:
     shape = SHAPES[name][0]
     changes = {"hidden": 32, "intermediate": 48, "head_dim": 8, "vocabulary": 50, "layers": 8}

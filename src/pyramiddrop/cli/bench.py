@@ -23,7 +23,7 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of a shape, the decoder alone: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, ..., or "
+            help="Random weights of a shape, the decoder alone: llava-1.5-7b, qwen2.5-vl-7b, internvl3-8b, ..., or "
             "mid, small, tiny. (default: the bundled model)",
             rich_help_panel=SUBJECT,
         ),

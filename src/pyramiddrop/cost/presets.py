@@ -47,6 +47,23 @@ def _qwen_tower(hidden: int, gated: bool) -> VisionShape:
     )
 
 
+def _intern_vit(hidden: int) -> VisionShape:
+    """InternViT-300M on tiles of 448 x 448 pixels, 2 x 2 patches merged, with InternVL3's two-layer projector.
+
+    OpenGVLab/InternVL3-8B-hf, config.json, vision_config.
+    """
+    return VisionShape(
+        layers=24,
+        hidden=1024,
+        intermediate=4096,
+        patch_values=3 * 14 * 14,
+        projector=((4096, hidden), (hidden, hidden)),
+        crop_tokens=256,
+        rows_per_token=4,
+        extra_rows=1,
+    )
+
+
 # lmsys/vicuna-7b-v1.5 and -13b-v1.5, config.json, with the 64 padded rows of the llava-hf checkpoints' head.
 _VICUNA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128, vocabulary=32064)
 _VICUNA_13B = DecoderShape(40, 5120, 13824, 40, 40, 128, vocabulary=32064)
@@ -55,6 +72,8 @@ _MISTRAL_7B = DecoderShape(32, 4096, 14336, 32, 8, 128, vocabulary=32064)
 # Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2(.5)-VL-7B-Instruct, config.json.
 _QWEN_3B = DecoderShape(36, 2048, 11008, 16, 2, 128, vocabulary=151936)
 _QWEN_7B = DecoderShape(28, 3584, 18944, 28, 4, 128, vocabulary=152064)
+# OpenGVLab/InternVL3-8B-hf, config.json: Qwen2.5-7B with a vocabulary of its own.
+_INTERNVL3_8B = DecoderShape(28, 3584, 18944, 28, 4, 128, vocabulary=151674)
 
 PRESETS: dict[str, Preset] = {
     # 24 x 24 patches of one picture; the paper's Table 1.
@@ -70,4 +89,6 @@ PRESETS: dict[str, Preset] = {
     "qwen2-vl-7b": Preset(ModelShape(_QWEN_7B, _qwen_tower(3584, gated=False)), 1296),
     "qwen2.5-vl-3b": Preset(ModelShape(_QWEN_3B, _qwen_tower(2048, gated=True)), 1296),
     "qwen2.5-vl-7b": Preset(ModelShape(_QWEN_7B, _qwen_tower(3584, gated=True)), 1296),
+    # The same picture: 3 x 3 tiles and a thumbnail, of 256 tokens each.
+    "internvl3-8b": Preset(ModelShape(_INTERNVL3_8B, _intern_vit(3584)), 2560),
 }

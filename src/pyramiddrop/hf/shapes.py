@@ -47,7 +47,8 @@ QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
 def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
     """The sizes of the model that `config` describes.
 
-    The vision tower is read for LLaVA and LLaVA-NeXT with CLIP, for Qwen2-VL and Qwen2.5-VL; of others it is None.
+    The vision tower is read for LLaVA and LLaVA-NeXT with CLIP, for Qwen2-VL, Qwen2.5-VL and InternVL; of others it is
+    None.
 
     Args:
         config: of a vision-language model or of a text model.
@@ -111,6 +112,8 @@ def _vision_shape(config: Any) -> VisionShape | None:
         return None
     if config.model_type in LLAVA_FAMILIES and vision.model_type == "clip_vision_model":
         return _clip_shape(config, vision)
+    if vision.model_type == "internvl_vision":
+        return _intern_shape(config, vision)
     return _qwen_shape(vision) if vision.model_type in QWEN_TOWERS else None
 
 
@@ -128,6 +131,23 @@ def _clip_shape(config: Any, vision: Any) -> VisionShape:
         projector=((width, hidden), (hidden, hidden)),
         crop_tokens=patches + class_token,
         extra_rows=1 - class_token,
+    )
+
+
+def _intern_shape(config: Any, vision: Any) -> VisionShape:
+    hidden = config.get_text_config(decoder=True).hidden_size
+    height, width = vision.patch_size
+    patches = (vision.image_size[0] // height) * (vision.image_size[1] // width)
+    merged = round(config.downsample_ratio**-2)
+    return VisionShape(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        patch_values=vision.num_channels * height * width,
+        projector=((merged * vision.hidden_size, hidden), (hidden, hidden)),
+        crop_tokens=patches // merged,
+        rows_per_token=merged,
+        extra_rows=1,
     )
 
 

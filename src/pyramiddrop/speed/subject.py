@@ -142,7 +142,7 @@ def _check_fits(name: str, shape: DecoderShape, dtype: torch.dtype, device: torc
 
 
 def _random_decoder(name: str, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Any:
-    kind = Qwen2Config if name.startswith("qwen") else LlamaConfig
+    kind = Qwen2Config if name.startswith(("qwen", "internvl")) else LlamaConfig
     config = kind(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
