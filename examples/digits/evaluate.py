@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,19 +26,22 @@ from rich.progress import Progress
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.cost import DecoderShape, prefill_flops
+from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.budgets import at_budget, decoder_flops
 from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
+from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.methods import Method
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "digits.md"
-VISUAL_TOKENS, TEXT_TOKENS = 64, 6  # of a usual prompt: <s> USER: ... three words ASSISTANT:
+VISUAL_TOKENS = 64
+PROMPT = Prompt(VISUAL_TOKENS, text_tokens=6)  # a usual one: <s> USER: ... three words ASSISTANT:
 LAYERS, KEEP = (2, 4, 6), (0.5, 0.25, 0.125)
 GRID_KEEP = (0.5, 0.25, 0.125, 1 / 64)
 DRAWS = 3
@@ -83,14 +87,14 @@ def show_accuracy(answerer: Answerer, samples: Sequence[Sample], arguments: argp
 
 def table_methods(answerer: Answerer) -> Methods:
     """The methods to compare, by name; those that drop cost the decoder FLOPs of PyramidDrop's default, or less."""
-    shape = decoder_shape(answerer)
-    budget = cost(shape, LAYERS, KEEP)
-    methods: Methods = {"vanilla": [], "PyramidDrop": [PyramidDrop(layers=LAYERS, keep=KEEP)]}
+    shape, usual = anatomy(answerer.checkpoint.model).shape, Counter([PROMPT])
+    paper = PyramidDrop(layers=LAYERS, keep=KEEP)
+    percent = 100 * decoder_flops(paper, shape, usual) / decoder_flops(None, shape, usual)
+    methods: Methods = {"vanilla": [], "PyramidDrop": [paper]}
     for layer in (1, 2, 3):
-        keep = affordable(shape, layer, budget)
-        methods[f"FastV, K = {layer}"] = [FastV(layer=layer, keep=keep)]
-    keep = affordable(shape, 2, budget)
-    methods["one drop at layer 2, ranked as PyramidDrop"] = [PyramidDrop(layers=[2], keep=[keep])]
+        methods[f"FastV, K = {layer}"] = [at_budget(FastV(layer=layer), percent, shape, [PROMPT])]
+    single = at_budget(PyramidDrop(layers=[2], keep=[1.0]), percent, shape, [PROMPT])
+    methods["one drop at layer 2, ranked as PyramidDrop"] = [single]
     draws = [RandomDrop(layers=LAYERS, keep=KEEP, seed=seed) for seed in range(DRAWS)]
     methods[f"random, mean of {DRAWS} draws"] = draws
     methods["uniform"] = [UniformDrop(layers=LAYERS, keep=KEEP)]
@@ -102,7 +106,7 @@ def grid_methods(answerer: Answerer) -> Methods:
     """No drop, and one drop before each layer at each share."""
     cells = {
         f"{layer}/{keep:g}": [PyramidDrop(layers=[layer], keep=[keep])]
-        for layer in range(1, decoder_shape(answerer).layers)
+        for layer in range(1, answerer.checkpoint.num_layers)
         for keep in GRID_KEEP
     }
     return {"vanilla": [], **cells}
@@ -148,38 +152,6 @@ def run_method(
 def clusters_and_kinds(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
     """The picture of each sample, and its kind of question."""
     return [sample.cluster for sample in samples], [sample.kind for sample in samples]
-
-
-def decoder_shape(answerer: Answerer) -> DecoderShape:
-    text = answerer.checkpoint.model.config.text_config
-    width = text.hidden_size // text.num_attention_heads
-    return DecoderShape(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=width,
-    )
-
-
-def cost(shape: DecoderShape, layers: Sequence[int], keep: Sequence[float]) -> int:
-    """Prefill FLOPs of a usual prompt under a schedule."""
-    visual, lengths, ranked = VISUAL_TOKENS, [], []
-    for layer in range(shape.layers):
-        if layer in layers:
-            ranked.append(TEXT_TOKENS + visual)
-            visual = max(1, int(VISUAL_TOKENS * keep[list(layers).index(layer)]))
-        lengths.append(TEXT_TOKENS + visual)
-    return prefill_flops(shape, lengths, ranked)
-
-
-def affordable(shape: DecoderShape, layer: int, budget: int) -> float:
-    """The largest share that one drop before ``layer`` may keep within a budget."""
-    fitting = [count for count in range(1, VISUAL_TOKENS) if cost(shape, [layer], [count / VISUAL_TOKENS]) <= budget]
-    if not fitting:
-        raise ValueError(f"one drop before layer {layer} cannot be as cheap as {budget} FLOPs")
-    return max(fitting) / VISUAL_TOKENS
 
 
 def table_lines(results: Results) -> list[str]:
