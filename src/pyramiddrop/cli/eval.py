@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramiddrop.cli import terminal
 from pyramiddrop.cli.generate import SeveralImages
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import remarks, waiting
 
 if TYPE_CHECKING:
+    from pyramiddrop.evaluation.run import EvalOptions
     from pyramiddrop.evaluation.tasks import Task
 
 WHAT, HOW, OUTPUT = "What is asked", "How", "Output"
-DIGITS = "digits"
+DIGITS, PAPER = "digits", "paper"
+#: The options of each way to use the verb, beside --output and --json.
+RUN = {"--limit", "--model", "--methods", "--batch", "--device"}
+OWN = RUN | {"--percent", "--max-new-tokens", "--dtype"}
+MODES = {
+    "--suite": {"--suite", "--results"},
+    "--data": OWN | {"--data", "--images", "--metric"},
+    "--tasks digits": OWN | {"--tasks", "--split", "--seed"},
+    "tasks of lmms-eval": RUN | {"--tasks"},
+}
 
 
 class SeveralMethods(SeveralImages):
@@ -29,7 +41,10 @@ class SeveralMethods(SeveralImages):
 def evaluate(
     tasks: Annotated[
         str | None,
-        typer.Option(help="digits, the bundled benchmark. (default: digits)", rich_help_panel=WHAT),
+        typer.Option(
+            help="digits, the bundled benchmark, or tasks of lmms-eval: mme,pope. (default: digits)",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -40,6 +55,20 @@ def evaluate(
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="Of --data: exact or vqa. (default: exact)", rich_help_panel=WHAT)
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="paper: the paper's benchmarks and figures, beside those that were measured.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Of --suite: what lmms-eval or --tasks measured; one or more files or folders.",
+            metavar="FILE...",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Of digits: test, val or train. (default: test)", rich_help_panel=WHAT)
@@ -69,8 +98,13 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions of one forward.", rich_help_panel=HOW)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=HOW)] = 32,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions of one forward. (default: 16; 1 for lmms-eval)", rich_help_panel=HOW),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer. (default: 32)", rich_help_panel=HOW)
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=HOW)
     ] = None,
@@ -90,48 +124,116 @@ def evaluate(
 
     Every score has its standard error, every difference its 95 % interval. With --percent all methods cost the same.
     """
-    from pyramiddrop.evaluation.record import evaluation_record
-    from pyramiddrop.evaluation.run import EvalOptions, Evaluator
-    from pyramiddrop.evaluation.store import write_json
+    given = {
+        "--suite": suite,
+        "--results": results,
+        "--tasks": tasks,
+        "--data": data,
+        "--images": images,
+        "--metric": metric,
+        "--split": split,
+        "--seed": seed,
+        "--limit": limit,
+        "--model": model,
+        "--methods": methods,
+        "--percent": percent,
+        "--batch": batch,
+        "--max-new-tokens": max_new_tokens,
+        "--device": device,
+        "--dtype": dtype,
+    }
+    mode = _mode({name: value for name, value in given.items() if value not in (None, [])})
+    if mode == "--suite":
+        _show_suite(str(suite), [*(results or ()), *([output] if output else [])], as_json)
+    elif mode == "tasks of lmms-eval":
+        _run_benchmarks(str(tasks), methods or [], model, limit, batch or 1, device, output, as_json)
+    else:
+        from pyramiddrop.evaluation.run import EvalOptions
+        from pyramiddrop.evaluation.tasks import digits_task, file_task
 
-    with waiting("reading the questions") as step:
-        task = _task(tasks, data, images, metric, split, seed, limit)
-        step(f"loading {model or 'the bundled model'}")
+        with waiting("reading the questions"):
+            task = (
+                file_task(data, images, metric or "exact", limit)
+                if data
+                else digits_task(split or "test", seed or 0, limit)
+            )
         options = EvalOptions(
-            tuple(methods or ()), tuple(percent or ()), model, batch, max_new_tokens, device, dtype, output
+            methods=tuple(methods or ()),
+            percents=tuple(percent or ()),
+            model=model,
+            batch=batch or 16,
+            max_new_tokens=max_new_tokens or 32,
+            device=device,
+            dtype=dtype,
+            output=output,
         )
+        _run(task, options, as_json)
+
+
+def _mode(given: dict[str, Any]) -> str:
+    """The way in which the verb is used; one line about an option that does not belong to it."""
+    from pyramiddrop.inference.errors import InputError
+
+    mode = next((name for name in ("--suite", "--data") if name in given), "--tasks digits")
+    if mode == "--tasks digits" and given.get("--tasks", DIGITS) != DIGITS:
+        mode = "tasks of lmms-eval"
+        if DIGITS in given["--tasks"].split(","):
+            raise InputError("digits is not a task of lmms-eval: give --tasks digits alone")
+    for option in given:
+        if option not in MODES[mode]:
+            raise InputError(f"{option} means nothing with {mode}")
+    return mode
+
+
+def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
+    from pyramiddrop.evaluation.record import evaluation_record
+    from pyramiddrop.evaluation.run import Evaluator
+    from pyramiddrop.evaluation.store import write_json
+    from pyramiddrop.report.eval_tables import eval_heading, eval_notes, eval_tables
+
+    with waiting(f"loading {options.model or 'the bundled model'}"):
         evaluator = Evaluator(task, options)
     with _progress(evaluator.total) as progress:
         record = evaluation_record(evaluator.run(progress))
-    if output:
-        write_json(output / "results.json", record)
-    if as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        _show(record)
+    if options.output:
+        write_json(options.output / "results.json", record)
+    _show(record, (*eval_heading(record), *eval_tables(record), *eval_notes(record)), as_json)
 
 
-def _task(
-    tasks: str | None,
-    data: Path | None,
-    images: Path | None,
-    metric: str | None,
-    split: str | None,
-    seed: int | None,
+def _run_benchmarks(
+    tasks: str,
+    methods: list[str],
+    model: str | None,
     limit: int | None,
-) -> Task:
-    from pyramiddrop.evaluation.tasks import digits_task, file_task
-    from pyramiddrop.inference.errors import InputError
+    batch: int,
+    device: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from pyramiddrop.evaluation.benchmarks import RESULTS, benchmarks_record, run_benchmarks
+    from pyramiddrop.evaluation.store import write_json
+    from pyramiddrop.report.paper_tables import benchmarks_table
 
-    own, bundled = {"--images": images, "--metric": metric}, {"--tasks": tasks, "--split": split, "--seed": seed}
-    for option, value in (bundled if data else own).items():
-        if value is not None:
-            raise InputError(f"{option} {'means nothing with' if data else 'belongs to'} --data")
-    if data:
-        return file_task(data, images, metric or "exact", limit)
-    if tasks not in (None, DIGITS):
-        raise InputError(f"task {tasks!r} is not one of {DIGITS}")
-    return digits_task(split or "test", seed or 0, limit)
+    with redirect_stdout(sys.stderr):  # lmms-eval prints what it likes
+        found = run_benchmarks(tasks.split(","), methods, model, limit, batch, device, output, progress=remarks().print)
+    if not found:  # one of several processes, and not the first
+        return
+    record = benchmarks_record(found, model)
+    if output:
+        write_json(output / RESULTS, record)
+    _show(record, [benchmarks_table(found)], as_json)
+
+
+def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
+    from pyramiddrop.evaluation.benchmarks import read_measured
+    from pyramiddrop.evaluation.suite import suite_record
+    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.report.paper_tables import suite_tables, tasks_table
+
+    if suite != PAPER:
+        raise InputError(f"--suite must be {PAPER}; got {suite!r}")
+    record = suite_record([one for path in measured for one in read_measured(path)])
+    _show(record, [tasks_table(), *suite_tables(record)], as_json)
 
 
 @contextmanager
@@ -146,10 +248,11 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
         yield lambda step, count: bar.update(task, description=step, advance=count)
 
 
-def _show(record: dict[str, Any]) -> None:
-    from pyramiddrop.report.eval_tables import eval_heading, eval_notes, eval_tables
-
-    console = results()
-    for part in (*eval_heading(record), *eval_tables(record), *eval_notes(record)):
+def _show(record: dict[str, Any], parts: Iterable[Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    console = terminal.results()
+    for part in parts:
         console.print(part)
         console.print()

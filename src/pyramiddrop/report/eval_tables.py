@@ -49,7 +49,7 @@ def eval_tables(record: Record) -> list[Table]:
     tables = []
     for start in range(0, len(ways), WIDE):
         part = slice(start, start + WIDE)
-        table = new_table("", *(_folded(way["name"]) for way in ways[part]))
+        table = new_table("", *(folded(way["name"]) for way in ways[part]))
         for head in columns[0]:
             table.add_row(head, *(column[head] for column in columns[part]))
         tables.append(table)
@@ -80,7 +80,7 @@ def _column(record: Record, way: Record) -> dict[str, str]:
     }
 
 
-def _folded(label: str) -> str:
+def folded(label: str) -> str:
     """A method's Python expression as a narrow column's head: an argument a line."""
     name, _, arguments = label.removesuffix(")").partition("(")
     return "\n".join([name, *re.split(r", (?=\w+=)", arguments)]).strip()

@@ -1,0 +1,149 @@
+"""Owns runs of lmms-eval's tasks under several methods, and what such runs found, read back from their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.lmms.run import check_installed, run_tasks
+from pyramiddrop.evaluation.ways import choose_methods
+from pyramiddrop.inference.choice import VANILLA, method_label
+from pyramiddrop.inference.errors import InputError, user_input
+
+RESULTS = "results.json"
+_STDERR = "_stderr"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A score in lmms-eval's unit, and its standard error where lmms-eval has one."""
+
+    value: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What lmms-eval measured under one method.
+
+    Attributes:
+        name: the method, for people.
+        scores: by task and metric.
+        costs: averages over all requests (`flops_ratio`, `retained_visual_tokens`, ...).
+    """
+
+    name: str
+    scores: Mapping[str, Mapping[str, TaskScore]]
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_benchmarks(
+    tasks: Sequence[str],
+    methods: Sequence[str] = (),
+    model: str | None = None,
+    limit: int | None = None,
+    batch: int = 1,
+    device: str | None = None,
+    output: Path | None = None,
+    include: Path | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> list[Measured]:
+    """Run tasks of lmms-eval under vanilla and `methods`; empty in all processes of a parallel run but the first.
+
+    Args:
+        methods: in words, as `pyramiddrop.evaluation.ways.choose_methods` takes them.
+        model: None for the bundled one.
+        output: where lmms-eval's files, its answers so far and RESULTS are kept; run again, it goes on.
+        include: a folder with tasks of one's own.
+        progress: is told the method that runs.
+
+    Raises:
+        InputError: where lmms-eval is not installed, or for what the user gave and that cannot be used.
+    """
+    check_installed()
+    source = model or str(digits_checkpoint())
+    found = []
+    for method in (None, *choose_methods(methods, source)):
+        name = VANILLA if method is None else method_label(method)
+        progress(name)
+        cache = output / "answers" if output else None
+        results = run_tasks(source, method, tasks, limit, batch, output, cache, device, include)
+        if results:
+            found.append(_measured(name, results))
+    return found
+
+
+def benchmarks_record(measured: Sequence[Measured], model: str | None) -> dict[str, Any]:
+    """Plain values; `read_measured` reads them back."""
+    return {"suite": "lmms-eval", "model": model or "bundled", "methods": [asdict(one) for one in measured]}
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """What was measured: from a file of lmms-eval's results or of ours, or all of a folder.
+
+    Raises:
+        InputError: where there is none.
+    """
+    if path.is_dir():
+        own = path / RESULTS
+        files = [own] if own.is_file() else sorted(path.rglob(f"*_{RESULTS}"))
+        if not files:
+            raise InputError(f"no results of lmms-eval in {path}")
+        return [one for file in files for one in _read(file)]
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    return _read(path)
+
+
+def _read(file: Path) -> list[Measured]:
+    with user_input(f"cannot read {file}", (OSError, ValueError)):
+        found = json.loads(file.read_text("utf-8"))
+    try:
+        if "methods" in found:
+            return [_plain_measured(entry) for entry in found["methods"]]
+        return [_measured(_arguments(found), found)]
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{file} holds no results of lmms-eval") from None
+
+
+def _plain_measured(entry: Mapping[str, Any]) -> Measured:
+    scores = {
+        task: {metric: TaskScore(**score) for metric, score in metrics.items()}
+        for task, metrics in entry["scores"].items()
+    }
+    return Measured(entry["name"], scores, entry["costs"])
+
+
+def _measured(name: str, results: Mapping[str, Any]) -> Measured:
+    scores = {task: _scores(metrics) for task, metrics in results["results"].items()}
+    averages = results.get("throughput") or {}
+    costs = {
+        key.removeprefix("avg_"): value
+        for key, value in averages.items()
+        if key.startswith("avg_") and "/" not in key and key != "avg_speed"
+    }
+    return Measured(name, scores, costs)
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """`{"anls,none": 0.7, "anls_stderr,none": 0.01}` as scores by metric; what is no number is left out."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    found = {}
+    for name, value in numbers.items():
+        metric, comma, kind = name.partition(",")
+        if comma and _STDERR not in metric:
+            error = numbers.get(f"{metric}{_STDERR},{kind}")
+            found[metric] = TaskScore(float(value), None if error is None else float(error))
+    return found
+
+
+def _arguments(found: Mapping[str, Any]) -> str:
+    """What lmms-eval was told of the method."""
+    told = [
+        word for word in found["config"]["model_args"].split(",") if not word.startswith(("pretrained=", "backend="))
+    ]
+    return ",".join(told) or str(found["config"]["model"])

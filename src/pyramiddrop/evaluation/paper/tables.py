@@ -1,0 +1,138 @@
+"""Owns the paper's Tables 1 to 5 as data, and the tasks of lmms-eval that measure their benchmarks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+#: MME's perception score is a sum; an average takes it in percent of this.
+_MME, _MME_MOST = "mme", 2000
+TITLES = {
+    1: "Trained and asked with and without PyramidDrop",
+    2: "Trained and asked with and without PyramidDrop, fine-grained benchmarks",
+    3: "FastV on models trained with and without PyramidDrop",
+    4: "Ablation of λ",
+    5: "Training-free inference",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of the paper.
+
+    Attributes:
+        column: its name in the tables.
+        name: as the paper has it.
+        task: of lmms-eval 0.7, or empty where that has none.
+        metric: lmms-eval's name of what the paper prints.
+        scale: what makes it the paper's unit.
+        note: what is to be known about the task, for people.
+    """
+
+    column: str
+    name: str
+    task: str
+    metric: str
+    scale: float
+    note: str
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row: what was run (`settings`, the columns that are no scores), and the scores by column, as printed."""
+
+    settings: Mapping[str, str]
+    scores: Mapping[str, str]
+    average: str
+
+    @property
+    def model(self) -> str:
+        """The model and, where the table tells them, its crops."""
+        patches = self.settings.get("patches")
+        return self.settings["model"] + (f", patches: {patches}" if patches else "")
+
+    @property
+    def way(self) -> str:
+        """How it was trained and asked."""
+        told = self.settings
+        if told.get("lambda", "vanilla") != "vanilla":
+            return f"λ = {told['lambda']}"
+        if "train" in told:
+            return f"trained {told['train']}, asked {told['infer']}"
+        return next(told[name] for name in ("lambda", "infer", "train_and_infer") if name in told)
+
+    @property
+    def tflops(self) -> str:
+        """Of inference; empty where the table does not have them."""
+        return self.settings.get("infer_tflops", "")
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper."""
+
+    number: int
+    benchmarks: tuple[Benchmark, ...]
+    rows: tuple[PaperRow, ...]
+
+    @property
+    def title(self) -> str:
+        return f"Table {self.number}: {TITLES[self.number]}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers where the paper has numbers."""
+        rows = [
+            {
+                **row.settings,
+                "scores": {column: float(score) for column, score in row.scores.items()},
+                "average": float(row.average),
+            }
+            for row in self.rows
+        ]
+        return {"table": self.number, "title": TITLES[self.number], "rows": rows}
+
+
+@cache
+def paper_benchmarks() -> dict[str, Benchmark]:
+    """The paper's benchmarks, by their column: its 14, and ScienceQA, which Tables 3 and 5 have besides."""
+    rows = _read("benchmarks")
+    return {row["column"]: Benchmark(**{**row, "scale": float(row["scale"] or 1)}) for row in rows}  # type: ignore[arg-type]
+
+
+@cache
+def paper_tables() -> tuple[PaperTable, ...]:
+    """Tables 1 to 5."""
+    return tuple(_table(number) for number in TITLES)
+
+
+def average(scores: Mapping[str, float]) -> float:
+    """The mean of scores by column, as the paper takes it: MME in percent of 2000."""
+    points = [100 * score / _MME_MOST if column == _MME else score for column, score in scores.items()]
+    return sum(points) / len(points)
+
+
+def _table(number: int) -> PaperTable:
+    known, rows = paper_benchmarks(), _read(f"table{number}")
+    columns = [column for column in rows[0] if column in known]
+    return PaperTable(
+        number,
+        tuple(known[column] for column in columns),
+        tuple(
+            PaperRow(
+                settings={name: value for name, value in row.items() if name not in columns and name != "avg"},
+                scores={column: row[column] for column in columns},
+                average=row["avg"],
+            )
+            for row in rows
+        ),
+    )
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with (_FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,78 @@
+"""Owns how the paper's tables are shown on the terminal: its figures, and what was measured beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from pyramiddrop.evaluation.benchmarks import Measured
+from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
+from pyramiddrop.report.eval_tables import folded
+from pyramiddrop.report.look import new_table
+
+Record = Mapping[str, Any]
+
+
+def suite_tables(record: Record) -> Iterator[str | Table]:
+    """A title and a table for each model of each of the paper's tables."""
+    for table in paper_tables():
+        for model, rows in groupby(table.rows, lambda row: row.model):
+            yield f"{table.title}. {model}"
+            yield _beside(table, list(rows), record["measured"])
+
+
+def tasks_table() -> Table:
+    """The paper's benchmarks and what measures them."""
+    table = new_table("benchmark", "task of lmms-eval 0.7", "metric", "note")
+    for benchmark in paper_benchmarks().values():
+        table.add_row(benchmark.name, benchmark.task or "none", benchmark.metric, benchmark.note)
+    return table
+
+
+def benchmarks_table(measured: Sequence[Measured]) -> Table:
+    """What lmms-eval measured under each method, in its own units."""
+    table = new_table("task", "metric", *(folded(one.name) for one in measured))
+    named = dict.fromkeys(
+        (task, metric) for one in measured for task, metrics in one.scores.items() for metric in metrics
+    )
+    for task, metric in named:
+        scores = [one.scores.get(task, {}).get(metric) for one in measured]
+        table.add_row(task, metric, *("" if score is None else _written(score.value, score.error) for score in scores))
+    for cost in dict.fromkeys(name for one in measured for name in one.costs):
+        table.add_row(
+            "all requests", cost, *(f"{one.costs[cost]:.4g}" if cost in one.costs else "" for one in measured)
+        )
+    return table
+
+
+def _beside(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[Record]) -> Table:
+    shown = new_table(
+        "", *(_head("paper", row.way) for row in rows), *(_head("measured", folded(one["name"])) for one in measured)
+    )
+    for benchmark in table.benchmarks:
+        column = benchmark.column
+        found = [one["scores"].get(column) for one in measured]
+        shown.add_row(
+            benchmark.name,
+            *(row.scores[column] for row in rows),
+            *("" if score is None else _written(score["value"], score["error"]) for score in found),
+        )
+    averages = [one["averages"].get(str(table.number)) for one in measured]
+    shown.add_row("average", *(row.average for row in rows), *("" if one is None else f"{one:.1f}" for one in averages))
+    ratios = [one["costs"].get("flops_ratio") for one in measured]
+    costs = ("" if ratio is None else f"{100 * ratio:.1f} % of vanilla" for ratio in ratios)
+    if any(row.tflops for row in rows) or any(ratios):
+        shown.add_row("inference TFLOPs", *(row.tflops for row in rows), *costs)
+    return shown
+
+
+def _head(source: str, way: str) -> str:
+    return f"{source}\n" + way.replace(", ", "\n")
+
+
+def _written(value: float, error: float | None) -> str:
+    digits = 1 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
