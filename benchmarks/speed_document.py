@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
-def filled(text: str) -> str:
+def filled(text: str, written: Callable[[dict[str, Any]], str] = speed_markdown) -> str:
     """`text` with what each named file holds between its `begin` and `end`."""
-    return PLACE.sub(lambda place: place[1] + _table(place[2]) + place[3], text)
-
-
-def _table(name: str) -> str:
-    return speed_markdown(_record(name))
+    return PLACE.sub(lambda place: place[1] + written(_record(place[2])) + place[3], text)
 
 
 def _record(name: str) -> dict[str, Any]:

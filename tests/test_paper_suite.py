@@ -163,6 +163,13 @@ def test_tasks_run_under_vanilla_and_each_method(tmp_path: Path, monkeypatch: py
     assert [one["scores"]["mme"]["value"] for one in beside] == [1500, 1500]
 
 
+def test_of_several_processes_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
+    monkeypatch.setattr(benchmarks, "run_tasks", lambda *arguments: {})
+    result = run("--tasks", "mme", "--json")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
 def test_where_lmms_eval_is_not_installed_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyramiddrop.evaluation.lmms.run.find_spec", lambda name: None)
     assert_one_line(run("--tasks", "mme"), "lmms-eval is not installed: pip install 'pyramiddrop[eval]'")

@@ -56,27 +56,38 @@ def eval_tables(record: Record) -> list[Table]:
     return tables
 
 
-def eval_markdown(record: Record) -> list[str]:
-    """A table in Markdown, a line each: a way a row."""
-    columns = [_column(record, way) for way in record["methods"]]
-    heads = ["method", *columns[0]]
-    rows = [[way["name"], *column.values()] for way, column in zip(record["methods"], columns, strict=True)]
-    return [_line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
+def eval_markdown(record: Record) -> str:
+    """The heading, the answers and what they cost, in Markdown: a way a row."""
+    ways = record["methods"]
+    columns = [_column(record, way) for way in ways]
+    costs = _costs(record, ways[0])
+    scores = [head for head in columns[0] if head not in costs]
+    tables = [[_line(["method", *heads]), _line(["---"] * (1 + len(heads)))] for heads in (scores, costs)]
+    for way, column in zip(ways, columns, strict=True):
+        for table, heads in zip(tables, (scores, costs), strict=True):
+            table.append(_line([way["name"], *(column[head] for head in heads)]))
+    return "\n\n".join(["  \n".join(eval_heading(record)), *("\n".join(table) for table in tables)])
 
 
 def _column(record: Record, way: Record) -> dict[str, str]:
     """What is said of one way, by the heads of the rows."""
-    scores, tokens, clock = way["scores"], way["visual_tokens"], _clock(record)
-    prefill = f"{units.seconds(way['prefill'][clock])} ({units.share(way['prefill']['ratio'])})"
+    scores = way["scores"]
+    return {
+        **_costs(record, way),
+        f"all ({scores['all']['count']})": _score(scores["all"]),
+        **{head: _difference(way["differences"].get(name)) for name, head in _bases(record).items()},
+        **{f"{kind} ({scores[kind]['count']})": _score(scores[kind]) for kind in record["kinds"] if kind != "all"},
+    }
+
+
+def _costs(record: Record, way: Record) -> dict[str, str]:
+    tokens, prefill, clock = way["visual_tokens"], way["prefill"], _clock(record)
     return {
         "decoder FLOPs": _share(way["flops_ratio"]),
         "KV cache": _share(way["kv_ratio"]),
         "visual tokens": " → ".join(f"{count:.0f}" for count in tokens["by_stage"]),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
-        f"prefill, {CLOCKS[clock]}": prefill,
-        f"all ({scores['all']['count']})": _score(scores["all"]),
-        **{head: _difference(way["differences"].get(name)) for name, head in _bases(record).items()},
-        **{f"{kind} ({scores[kind]['count']})": _score(scores[kind]) for kind in record["kinds"] if kind != "all"},
+        f"prefill, {CLOCKS[clock]}": f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})",
     }
 
 
