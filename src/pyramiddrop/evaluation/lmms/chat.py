@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,12 @@ class Chat(lmms):
         """Answers in the order of `requests`; those with the same generation arguments share batches."""
         order = Collator([request.args for request in requests], _place, group_fn=lambda args: args[2], grouping=True)
         answers: list[GenerationResult] = []
+        started = perf_counter()
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
             for chunk in order.get_batched(n=self.batch_size):
                 answers += self._answer(chunk)
                 bar.update(len(chunk))
-            seconds = bar.format_dict["elapsed"]
+        seconds = perf_counter() - started
         tokens = sum(answer.token_counts.output_tokens for answer in answers)
         log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
         return list(order.get_original(answers))
