@@ -66,15 +66,17 @@ def test_bad_arguments_are_one_line(given: dict[str, object], message: str) -> N
     ],
 )
 def test_what_is_written_is_read_again(method: Method | None) -> None:
-    text = write_arguments("some/model", method)
+    text = write_arguments("some/model", method, {"dtype": "float32", "backend": None})
     parts = dict(part.split("=") for part in text.split(","))
     assert parts.pop("pretrained") == "some/model"
-    assert read_arguments("some/model", parts).method == method
+    read = read_arguments("some/model", parts)
+    assert read.method == method
+    assert read.passed == {"dtype": "float32"}
 
 
 def test_a_comma_in_a_name_is_refused() -> None:
     with pytest.raises(InputError, match="comma"):
-        write_arguments("runs/a,b", None)
+        write_arguments("runs/a,b", None, {})
 
 
 @pytest.mark.parametrize(

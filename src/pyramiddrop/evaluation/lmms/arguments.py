@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pyramiddrop import Method, PyramidDrop
-from pyramiddrop.inference.choice import NAMES, VANILLA, parse_method, saved_method
+from pyramiddrop.inference.choice import NAMES, VANILLA, option_names, parse_method, saved_method
 from pyramiddrop.inference.errors import InputError
 
 
@@ -38,7 +38,7 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
     Raises:
         InputError: for an unknown method, or a field or value that it does not take.
     """
-    known = {field.name for kind in NAMES.values() for field in fields(kind) if field.init}
+    known = set().union(*map(option_names, NAMES.values()))
     options = {name: value for name, value in given.items() if name in known}
     passed = {name: value for name, value in given.items() if name not in known | {"method", "backend"}}
     backend = str(given.get("backend", "auto"))
@@ -49,22 +49,29 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
     return Arguments(parse_method(f"{name}:{words}" if words else name), backend, passed)
 
 
-def write_arguments(pretrained: str, method: Method | None, **others: Any) -> str:
+def write_arguments(pretrained: str, method: Method | None, others: Mapping[str, Any]) -> str:
     """The text of `--model_args` from which `read_arguments` reads the same.
+
+    Args:
+        others: the backend's; None where nothing was said.
 
     Raises:
         InputError: for a name with a comma, which lmms-eval cannot read.
     """
     if "," in pretrained:
         raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
-    name = next((name for name, kind in NAMES.items() if type(method) is kind), VANILLA)
-    told = {
-        field.name: getattr(method, field.name)
-        for field in (fields(method) if method else ())
-        if field.init and getattr(method, field.name) != field.default
-    }
-    named = {"pretrained": pretrained, "method": name, **told, **others}
-    return ",".join(f"{key}={_written(value)}" for key, value in named.items())
+    given = {"pretrained": pretrained, **_words(method), **others}
+    return ",".join(f"{name}={_written(value)}" for name, value in given.items() if value is not None)
+
+
+def _words(method: Method | None) -> dict[str, Any]:
+    """The method's name, and what is not as its default has it."""
+    if method is None:
+        return {"method": VANILLA}
+    [name] = (name for name, kind in NAMES.items() if type(method) is kind)
+    values = {field.name: (getattr(method, field.name), field.default) for field in fields(method) if field.init}
+    changed = {option: value for option, (value, default) in values.items() if value != default}
+    return {"method": name, **{option: str(value) if value is None else value for option, value in changed.items()}}
 
 
 def _written(value: Any) -> str:

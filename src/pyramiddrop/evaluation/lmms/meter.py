@@ -131,8 +131,5 @@ class Meter:
 
 
 def _spent(used: Usage, vanilla: Usage, layers: int) -> Spent:
-    ends = [*(stage.layer for stage in used.stages), layers]
-    spans = (end - start for start, end in zip([0, *ends], ends, strict=False))
-    retained = sum(tokens * span for tokens, span in zip(used.tokens_by_stage, spans, strict=True)) / layers
-    costs = (used.flops, vanilla.flops, used.kv_bytes, vanilla.kv_bytes)
-    return Spent(1, used.visual_tokens, retained, *costs)
+    retained = sum(used.by_layer(layers)) / layers
+    return Spent(1, used.visual_tokens, retained, used.flops, vanilla.flops, used.kv_bytes, vanilla.kv_bytes)

@@ -115,7 +115,13 @@ def _by_task(requests: list[Instance]) -> dict[str, list[int]]:
 
 
 def _own_copy(request: Instance) -> Instance:
-    """The request with generation arguments of its own: some backends write into them, and the cache reads them."""
+    """The request with generation arguments of its own: some backends write into them, and the cache reads them.
+
+    Raises:
+        InputError: for a request without messages, which lmms-eval makes of a task that is given as a folder.
+    """
+    if not callable(request.args[1]):
+        raise InputError("a task of one's own is given by its name, and its folder by --include_path")
     own = copy(request)
     own.arguments = tuple(dict(part) if isinstance(part, dict) else part for part in request.arguments)
     return own

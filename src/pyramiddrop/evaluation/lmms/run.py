@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pyramiddrop import Method
@@ -25,6 +26,7 @@ def run_tasks(
     cache: Path | None = None,
     device: str | None = None,
     include: Path | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run tasks of lmms-eval.
 
@@ -37,6 +39,7 @@ def run_tasks(
         cache: a folder in which answers are kept and looked up; those of another method are others.
         device: as `pyramiddrop generate` takes it.
         include: a folder with tasks of one's own.
+        arguments: further ones of the backend's, or `backend` itself.
 
     Returns:
         lmms-eval's results. "results" has the scores of each task; "throughput" the averages over all requests that
@@ -54,7 +57,7 @@ def run_tasks(
         "--device": device,
         "--include_path": include,
     }
-    words = ["--model", MODEL, "--model_args", write_arguments(model, method), "--tasks", ",".join(tasks)]
+    words = ["--model", MODEL, "--model_args", write_arguments(model, method, arguments), "--tasks", ",".join(tasks)]
     words += ["--batch_size", str(batch), *(["--log_samples"] if output else [])]
     words += [word for option, value in options.items() if value is not None for word in (option, str(value))]
     with _command_line(words):
@@ -75,16 +78,21 @@ def _evaluate() -> dict[str, Any]:
         results, _ = cli_evaluate_single(arguments)
     except ValueError as error:
         if str(error).startswith("Tasks not found"):
-            raise InputError(f"{str(error).split('.')[0]}; `lmms-eval tasks` lists them") from error
+            raise InputError(f"{str(error).split('. Try')[0]}; `lmms-eval tasks` lists them") from error
+        raise
+    except AssertionError as error:
+        if "used for generation only" in str(error):
+            raise InputError("a task compares likelihoods, and lmms-eval asks those of no chat model") from error
         raise
     return dict(results or {})
 
 
 @contextmanager
 def _command_line(words: list[str]) -> Iterator[None]:
-    """lmms-eval has no function for all that its command does; it reads `sys.argv`."""
+    """lmms-eval has no function for all that its command does: it reads `sys.argv`, and speaks on standard output."""
     before, sys.argv = sys.argv, ["lmms-eval", *words]
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.argv = before
