@@ -156,6 +156,7 @@ def test_a_run_that_was_stopped_goes_on(
         ("--percent 0", "--percent must be above 0 and at most 100; got 0"),
         ("--percent 5 --limit 1", "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop"),
         ("--methods fastv fastv:layer=2", "FastV is named twice"),
+        ("--methods fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),
         ("--methods vanilla vanilla", "vanilla is named twice"),
         ("--methods fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
         ("--methods pyramid", "method 'pyramid' is not one of"),

@@ -47,6 +47,7 @@ def test_a_method_by_its_words(tmp_path: Path, options: MethodOptions, expected:
         ("pyramiddrop:layers=2/4,keep=0.5/0.25", PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])),
         ("pyramiddrop:layers=3,keep=1", PyramidDrop(layers=[3], keep=[1.0])),
         ("fastv:layer=3:keep=0.25", FastV(layer=3, keep=0.25)),
+        ("pyramiddrop:layers=2,4:keep=0.5,0.25", PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])),
         ("random:seed=7,per_image=true", RandomDrop(seed=7, per_image=True)),
         ("random:seed=none,positions=compact", RandomDrop(seed=None, positions="compact")),
     ],

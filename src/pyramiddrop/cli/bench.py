@@ -52,7 +52,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="pyramiddrop, fastv, random or uniform; several beside vanilla, each with options of its own: "
-            "fastv:layer=3:keep=0.25. (default: pyramiddrop and fastv)",
+            "fastv:layer=3,keep=0.25. (default: pyramiddrop and fastv)",
             rich_help_panel=SUBJECT,
         ),
     ] = None,

@@ -35,7 +35,7 @@ def cost(
         list[str] | None,
         typer.Option(
             help="pyramiddrop, fastv, random or uniform; several side by side, each with options of its own: "
-            "fastv:layer=3:keep=0.25. (default: pyramiddrop, and fastv as published)",
+            "fastv:layer=3,keep=0.25. (default: pyramiddrop, and fastv as published)",
             rich_help_panel=METHODS,
         ),
     ] = None,

@@ -33,9 +33,9 @@ MODES = {
 
 
 class SeveralMethods(SeveralImages):
-    """Lets `--methods a b` mean `--methods a --methods b`, and the same of `--percent`."""
+    """Lets `--methods a b` mean `--methods a --methods b`, and the same of `--percent` and `--results`."""
 
-    SPREAD = ("--methods", "--percent")
+    SPREAD = ("--methods", "--percent", "--results")
 
 
 def evaluate(

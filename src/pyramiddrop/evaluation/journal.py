@@ -51,8 +51,12 @@ class Journal:
             return replies
 
     def append(self, replies: Sequence[Reply]) -> None:
-        """Write the replies of one batch, down to the disk."""
-        with self.path.open("ab") as file:
+        """Write the replies of one batch, down to the disk.
+
+        Raises:
+            InputError: where that cannot be.
+        """
+        with user_input(f"cannot write {self.path}", (OSError,)), self.path.open("ab") as file:
             file.write(b"".join(_line(_reply_dict(reply)) for reply in replies))
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,20 +114,25 @@ class Evaluator:
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:
         """Answer, score and time. What the output folder holds of it already is not done again."""
         outcomes = [self._outcome(None, None, progress)]
-        for method, percent in self._solved(outcomes[0].replies):
+        for method, percent in self._solved(outcomes[0].replies):  # all are solved before the first is run
             outcomes.append(self._outcome(method, percent, progress))
         progress("timing prefills", 0)
         times = self._times([outcome.method for outcome in outcomes])
         return Evaluation(self.task, self.options, self.checkpoint, outcomes, times)
 
-    def _solved(self, replies: Sequence[Reply]) -> Iterator[tuple[Method, float | None]]:
+    def _solved(self, replies: Sequence[Reply]) -> list[tuple[Method, float | None]]:
         """The methods, at each budget for the prompts of `replies`."""
         if not self.options.percents:
-            yield from ((method, None) for method in self.methods)
+            return [(method, None) for method in self.methods]
         prompts = [Prompt(reply.usage.visual_tokens, reply.usage.text_tokens) for reply in replies]
+        found: list[tuple[Method, float | None]] = []
         for percent in self.options.percents:
             for method, layers in zip(self.methods, self._layers, strict=True):
-                yield at_budget(method, percent, self._parts.shape, prompts, layers), percent
+                solved = at_budget(method, percent, self._parts.shape, prompts, layers), percent
+                if solved in found:
+                    raise InputError(f"two of the methods are {method_label(solved[0])} at {percent:g} %")
+                found.append(solved)
+        return found
 
     def _outcome(self, method: Method | None, percent: float | None, progress: Progress) -> Outcome:
         replies, match = self._replies(method, progress), MATCHES[self.task.match]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -109,20 +110,12 @@ def parse_method(text: str) -> Method | None:
     >>> parse_method("fastv:layer=2,keep=0.4")
     >>> parse_method("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
 
-    Every field of the method's class is an option. Lists have slashes, options commas or colons between them.
+    Every field of the method's class is an option; `read_words` says how they are written.
 
     Raises:
         InputError: for an unknown method, an option that the method does not have, or a bad value.
     """
-    name, *settings = text.replace(",", ":").split(":")
-    given: dict[str, str] = {}
-    for setting in settings:
-        option, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"{setting!r} in {text!r} is no option of a method; write e.g. fastv:layer=3,keep=0.25")
-        if option in given:
-            raise InputError(f"{text!r} gives {option} twice")
-        given[option] = value
+    name, given = read_words(text)
     if name == VANILLA:
         if given:
             raise InputError(f"vanilla drops no tokens and has no options; got {text!r}")
@@ -131,7 +124,30 @@ def parse_method(text: str) -> Method | None:
     _check_options(name, option_names(kind), given)
     hints = get_type_hints(kind)
     with user_input(f"method {text!r}"):
-        return kind(**{option: _typed(text, option, value, hints[option]) for option, value in given.items()})
+        return kind(**{option: _typed(text, option, values, hints[option]) for option, values in given.items()})
+
+
+def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of a method and its options, each with its values: `pyramiddrop:layers=8/16,keep=0.5/0.25`.
+
+    Between options stand commas or colons, in lists slashes or commas: what has no `=` goes on with the list before.
+
+    Raises:
+        InputError: for an option without a value, or one that is given twice.
+    """
+    name, *pieces = re.split("[:,]", text)
+    given: dict[str, list[str]] = {}
+    for piece in pieces:
+        option, equals, value = piece.partition("=")
+        if not equals and not given:
+            raise InputError(f"{piece!r} in {text!r} is no option of a method; write e.g. fastv:layer=3,keep=0.25")
+        if not equals:
+            given[next(reversed(given))] += piece.split("/")
+        elif option in given:
+            raise InputError(f"{text!r} gives {option} twice")
+        else:
+            given[option] = value.split("/")
+    return name, given
 
 
 def method_label(method: Method) -> str:
@@ -141,8 +157,9 @@ def method_label(method: Method) -> str:
     return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
 
 
-def _typed(text: str, option: str, value: str, hint: Any) -> Any:
-    """`value` as a field of this type holds it: as the first of the types that it can be made of."""
+def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
+    """`values` as a field of this type holds them: as the first of the types that can be made of them."""
+    value = "/".join(values)
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     readers = [_reader(kind) for kind in kinds if kind in READERS or get_origin(kind) is Sequence]
     for _, made in readers:

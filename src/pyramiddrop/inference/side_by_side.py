@@ -1,4 +1,4 @@
-"""Owns the choice of several methods in words, to be set side by side: `fastv:layer=3:keep=0.25`."""
+"""Owns the choice of several methods in words, to be set side by side: `fastv:layer=3,keep=0.25`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, account
-from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label
+from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label, read_words
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.sizes import Sizes
 from pyramiddrop.scoring import AttentionScorer
@@ -43,13 +43,13 @@ def side_by_side(words: Sequence[str], shared: MethodOptions, sizes: Sizes) -> l
 
 
 def _stated(word: str) -> MethodOptions:
-    """`fastv:layer=3` as options."""
-    name, *settings = word.split(":")
+    """`fastv:layer=3,keep=0.25` as options."""
+    name, values = read_words(word)
     given: dict[str, Any] = {}
-    for setting in settings:
-        option, equals, value = setting.partition("=")
-        if not equals or option not in {field.name for field in fields(MethodOptions)} - {"method"}:
-            raise InputError(f"{setting!r} in {word!r} is no option of a method; write e.g. fastv:layer=3:keep=0.25")
+    for option, parts in values.items():
+        value = ",".join(parts)
+        if option not in {field.name for field in fields(MethodOptions)} - {"method"}:
+            raise InputError(f"{option!r} in {word!r} is no option of a method; write e.g. fastv:layer=3,keep=0.25")
         try:
             given[option] = NUMBERS.get(option, str)(value)
         except ValueError:
