@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from checkpoints import save_picture
 from pyramiddrop.cli.main import app
 
-SMALL = ["--scenes", "2", "--limit", "8", "--batch", "4", "--layers", "2,6", "--keep", "0.25", "--maps", "1"]
+SMALL = ["--limit", "8", "--batch", "4", "--layers", "2,6", "--keep", "0.25", "--maps", "1"]
 
 
 def run(*arguments: str) -> Any:
@@ -55,18 +55,15 @@ def test_redundancy_of_the_bundled_model(tmp_path: Path) -> None:
     for word in ("bundled: accuracy (%)", "before layer", "keep 25 %", "8 samples, 64 visual tokens", "index.html"):
         assert word in result.stdout
     names = {path.name for path in tmp_path.iterdir()}
-    for name in ("index.html", "redundancy.json", "redundancy.csv", "redundancy.jsonl", "profile.json"):
+    for name in ("index.html", "redundancy.json", "redundancy.csv", "profile.json"):
         assert name in names
     for name in ("redundancy-accuracy", "redundancy-agreement", "redundancy-top1", "redundancy-kl", "attention"):
         assert {f"{name}.png", f"{name}.svg"} <= names
     record = json.loads((tmp_path / "redundancy.json").read_text())
     assert [(cell["layer"], cell["keep"]) for cell in record["models"][0]["cells"]] == [(2, 0.25), (6, 0.25)]
     assert record["models"][0]["shared_prefix"]
-    again = record_of("redundancy", *SMALL, "--output", str(tmp_path))  # everything is in the journal
+    again = record_of("redundancy", *SMALL, "--output", str(tmp_path))
     assert again["models"] == record["models"]
-    other = refused("redundancy", *SMALL, "--output", str(tmp_path), "--seed", "1")
-    assert "holds another study (data is" in other
-
     planned = CliRunner().invoke(
         app, ["plan", "--profile", str(tmp_path / "profile.json"), "--visual-tokens", "64", *DIGITS, "--json"]
     )
@@ -101,18 +98,61 @@ def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: 
         (["--keep", "0"], "keep"),
         (["--layers", "1.5"], "--layers must be whole numbers"),
         (["--layers", "9"], "layer"),
-        (["--match", "loose"], "--match must be one of same, exact, vqa; got 'loose'"),
+        (["--metric", "vqa"], "--metric belongs to --data"),
         (["--name", "a", "--name", "b"], "give one --name for each --model; got 2 for 1"),
         (["--model", "bundled", "--model", "bundled"], "models need different names (--name)"),
         (["--model", "/nowhere"], "no such folder: /nowhere"),
         (["--images", "pictures"], "--images belongs to --data"),
         (["--data", "nothing.json"], "no such file: nothing.json"),
-        (["--data", "nothing.json", "--scenes", "3"], "--scenes belongs to the digits benchmark"),
+        (["--data", "nothing.json", "--seed", "3"], "--seed means nothing with --data"),
         (["--split", "none"], "split"),
     ],
 )
 def test_redundancy_refuses_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
     assert message in refused("redundancy", *options, "--output", str(tmp_path / "out"))
+
+
+# ---- methods -------------------------------------------------------------------------------------------------------
+
+
+def test_tradeoff_of_the_bundled_model(tmp_path: Path) -> None:
+    words = ["tradeoff", "--limit", "8", "--methods", "pyramiddrop", "fastv:layer=3", "--percent", "60", "80"]
+    result = run(*words, "--output", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    for word in ("PyramidDrop(lam=", "FastV(layer=3, keep=", "minus vanilla", "read_row", "8 questions", "index.html"):
+        assert word in result.stdout
+    for name in ("index.html", "tradeoff.json", "tradeoff.csv", "tradeoff.png", "tradeoff.svg", "tradeoff-by-kind.svg"):
+        assert (tmp_path / name).is_file()
+    assert len(list((tmp_path / "replies").iterdir())) == 5  # what a stopped study goes on with
+    record = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert [way["percent"] for way in record["methods"]] == [None, 60, 60, 80, 80]
+
+
+def test_ablation_of_the_bundled_model(tmp_path: Path) -> None:
+    record = record_of("ablation", "--limit", "8", "--lam", "0.6,0.4", "--output", str(tmp_path))
+    assert [way.get("lam") for way in record["methods"]] == [None, 0.4, 0.6]
+    for name in ("index.html", "ablation.json", "ablation.csv", "ablation.png", "ablation.svg"):
+        assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tradeoff", "--methods", "bogus"], "method 'bogus' is not one of"),
+        (["tradeoff", "--percent", "0"], "--percent must be above 0"),
+        (["tradeoff", "--limit", "4", "--percent", "5"], "is out of reach of PyramidDrop"),
+        (["ablation", "--lam", "half"], "--lam must be numbers with commas between them; got 'half'"),
+        (["ablation", "--lam", "1.5"], "lam must be a number in (0, 1]; got 1.5"),
+        (["ablation", "--model", "/nowhere"], "no such folder: /nowhere"),
+        (["ablation", "--data", "nothing.json"], "no such file: nothing.json"),
+    ],
+)
+def test_studies_of_methods_refuse_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refused(*words, "--output", str(tmp_path / "out"))
+
+
+def test_questions_without_answers_are_refused_where_they_are_needed(own_data: Path, tmp_path: Path) -> None:
+    assert 'no "answer" to compare with' in refused("ablation", "--data", str(own_data), "--output", str(tmp_path))
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

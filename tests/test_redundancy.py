@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ import torch
 
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.matching import exact
-from pyramiddrop.evaluation.samples import Sample, digits_samples
+from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.attention import attention_by_layer, crowd, on_picture
 from pyramiddrop.evaluation.studies.glances import few, pick_samples
 from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, usual_layers
-from pyramiddrop.evaluation.studies.journal import Journal
 from pyramiddrop.evaluation.studies.likeness import divergence, same_choice
 from pyramiddrop.evaluation.studies.means import Means, ratio
+from pyramiddrop.evaluation.studies.pieces import Pieces
 from pyramiddrop.evaluation.studies.profiles import profile_of
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
+from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
@@ -40,22 +40,22 @@ def bundled() -> Checkpoint:
 
 
 @cache
-def samples(scenes: int = 2) -> list[Sample]:
-    return digits_samples("test", scenes)
+def task() -> Task:
+    return digits_task(limit=32)
 
 
-def study(grid: Grid = GRID, **changes: Any) -> Redundancy:
-    return Redundancy("digits", "bundled", bundled(), samples(), grid, exact, **{"batch": 16, **changes})
+def samples() -> Sequence[Sample]:
+    return task().samples
 
 
-def journal(path: Path) -> Journal:
-    return Journal(path / "journal.jsonl", {"what": "test"})
+def study(grid: Grid = GRID, asked: Task | None = None, batch: int = 16, share: bool = True) -> Redundancy:
+    return Redundancy("digits", "bundled", Answerer(bundled(), batch), asked or task(), grid, share)
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The study of two scenes."""
-    return study().run(journal(tmp_path_factory.mktemp("study")))
+    return study().run(tmp_path_factory.mktemp("study"))
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_glances_are_of_other_pictures_and_kinds() -> None:
 
 
 def test_the_shared_prefix_changes_nothing(record: dict[str, Any], tmp_path: Path) -> None:
-    plain = study(share=False).run(journal(tmp_path))
+    plain = study(share=False).run(tmp_path)
     assert record["shared_prefix"]
     assert plain == {**record, "shared_prefix": False}
 
@@ -193,7 +193,7 @@ def test_keeping_all_is_the_full_model_exactly(record: dict[str, Any]) -> None:
 
 def test_without_answers_there_is_no_accuracy(tmp_path: Path) -> None:
     silent = [Sample(one.images, one.question) for one in samples()[:4]]
-    found = Redundancy("digits", "bundled", bundled(), silent, Grid((2,), (0.5,)), exact).run(journal(tmp_path))
+    found = study(Grid((2,), (0.5,)), Task("mine", {}, silent, "exact", ("all",))).run(tmp_path)
     assert found["vanilla"] == {"accuracy": None, "by_kind": {}}
     assert found["cells"][0]["accuracy"] is None
     assert found["cells"][0]["agreement"]["count"] == 4
@@ -217,9 +217,7 @@ def test_attention_is_that_of_eager_attention() -> None:
 @pytest.mark.slow
 def test_it_agrees_with_what_docs_digits_md_has(tmp_path: Path) -> None:
     known = json.loads((RESULTS / "digits-grid.json").read_text())["methods"]
-    asked = digits_samples("test", 40)
-    grid = make_grid(anatomy(bundled().model))
-    found = Redundancy("digits", "bundled", bundled(), asked, grid, exact, batch=64).run(journal(tmp_path))
+    found = study(make_grid(anatomy(bundled().model)), digits_task(limit=640), batch=64).run(tmp_path)
     assert found["vanilla"]["accuracy"] == pytest.approx(known["vanilla"]["scores"]["all"])
     assert len(found["cells"]) == 28
     for cell in found["cells"]:
@@ -248,44 +246,43 @@ def test_a_killed_study_goes_on(record: dict[str, Any], tmp_path: Path, monkeypa
     per_batch = 1 + len(GRID.cells)
     assert study().steps == 2 * per_batch
     with pytest.raises(KeyboardInterrupt):
-        study().run(journal(tmp_path), killer(per_batch + 2))
-    assert list(journal(tmp_path).entries) == ["digits/0"]
+        study().run(tmp_path, killer(per_batch + 2))
     measured = []
     whole = Redundancy._measure
     monkeypatch.setattr(Redundancy, "_measure", lambda self, *args: measured.append(1) or whole(self, *args))
     steps: list[int] = []
-    found = study().run(journal(tmp_path), steps.append)
-    assert found == record
+    assert study().run(tmp_path, steps.append) == record
     assert (len(measured), sum(steps)) == (1, 2 * per_batch)
 
 
+def test_another_grid_or_other_questions_are_measured_anew(tmp_path: Path) -> None:
+    study(Grid((6,), (0.5,))).run(tmp_path)
+    found = study(Grid((2,), (0.5,))).run(tmp_path)
+    assert [cell["layer"] for cell in found["cells"]] == [2]
+    other = study(Grid((2,), (0.5,)), digits_task(seed=1, limit=16)).run(tmp_path)
+    assert other["samples"] == 16
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
-    first = journal(tmp_path)
+    first = Pieces(tmp_path, "test", {"batch": 1})
+    assert not first.path.exists()
     first.add("a", [1])
     first.add("b", [2])
+    assert Pieces(tmp_path, "test", {"batch": 1}).done == {"a": [1], "b": [2]}
+    assert Pieces(tmp_path, "test", {"batch": 2}).done == {}
     first.path.write_text(first.path.read_text()[:-5])
-    again = journal(tmp_path)
-    assert again.entries == {"a": [1]}
+    again = Pieces(tmp_path, "test", {"batch": 1})
+    assert again.done == {"a": [1]}
     again.add("b", [3])
-    assert journal(tmp_path).entries == {"a": [1], "b": [3]}
+    assert Pieces(tmp_path, "test", {"batch": 1}).done == {"a": [1], "b": [3]}
 
 
-def test_another_study_is_not_continued(tmp_path: Path) -> None:
-    Journal(tmp_path / "j.jsonl", {"layers": [2], "batch": 1})  # writes nothing before something is done
-    Journal(tmp_path / "j.jsonl", {"layers": (2, 8), "batch": 1}).add("a", 1)
-    assert Journal(tmp_path / "j.jsonl", {"layers": [2, 8], "batch": 1}).entries == {"a": 1}
-    with pytest.raises(InputError, match=r"another study \(layers is \[2, 8\] there, and \[2\] now\).*--output"):
-        Journal(tmp_path / "j.jsonl", {"layers": [2], "batch": 1})
-
-
-def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    path.write_text("[]\n")
-    with pytest.raises(InputError, match="another study"):
-        Journal(path, {})
+def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
+    path = Pieces(tmp_path, "test", {}).path
     path.write_text("not JSON\n")
-    with pytest.raises(InputError, match="cannot read"):
-        Journal(path, {})
+    with pytest.raises(InputError, match=f"cannot read {path}"):
+        Pieces(tmp_path, "test", {})
 
 
 # ---- the profile ---------------------------------------------------------------------------------------------------

@@ -7,37 +7,37 @@ from typing import Annotated
 
 import typer
 
-_WHAT, _HOW, _OUT = "What is asked", "How", "Output"
+WHAT, HOW, OUTPUT = "What is asked", "How", "Output"
 
 Output = Annotated[
     Path,
     typer.Option(
         help="Folder for the page, the figures and the numbers. A study that was stopped goes on there.",
-        rich_help_panel=_OUT,
+        rich_help_panel=OUTPUT,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUT)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
 Data = Annotated[
     Path | None,
-    typer.Option(help="JSON or JSONL file of questions about pictures. (default: digits)", rich_help_panel=_WHAT),
+    typer.Option(
+        help="Questions of your own: JSON or JSON lines. (default: the bundled benchmark, digits)", rich_help_panel=WHAT
+    ),
 ]
-Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of --data.", rich_help_panel=_WHAT)]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many samples.", rich_help_panel=_WHAT)]
-Split = Annotated[str | None, typer.Option(help="Of the digits: test or val. (default: test)", rich_help_panel=_WHAT)]
-Scenes = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of the digits: pictures, with 16 questions each. (default: 40)", rich_help_panel=_WHAT),
+Images = Annotated[
+    Path | None, typer.Option(help="Folder of the pictures of --data. (default: its own)", rich_help_panel=WHAT)
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the digits' scenes. (default: 0)", rich_help_panel=_WHAT)]
-Match = Annotated[
-    str, typer.Option(help="When an answer is right: exact, same (to the letter) or vqa.", rich_help_panel=_HOW)
+Metric = Annotated[str | None, typer.Option(help="Of --data: exact or vqa. (default: exact)", rich_help_panel=WHAT)]
+Split = Annotated[str | None, typer.Option(help="Of digits: test, val or train. (default: test)", rich_help_panel=WHAT)]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the scenes of digits. (default: 0)", rich_help_panel=WHAT)]
+Limit = Annotated[int | None, typer.Option(help="Ask so many questions at most.", rich_help_panel=WHAT)]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)", rich_help_panel=WHAT),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples of one forward.", rich_help_panel=_HOW)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_HOW)]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=_HOW)
-]
+Batch = Annotated[int, typer.Option(min=1, help="Questions of one forward.", rich_help_panel=HOW)]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=HOW)]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=HOW)]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)", rich_help_panel=_HOW),
+    typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)", rich_help_panel=HOW),
 ]

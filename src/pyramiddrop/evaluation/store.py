@@ -26,12 +26,16 @@ Times = list[PrefillTime]
 
 
 class Store:
-    """The folder, and the part of every key that all methods share."""
+    """The folder.
+
+    Attributes:
+        shared: the part of every key that does not depend on a method, as plain values.
+    """
 
     def __init__(self, folder: Path, answerer: Answerer, samples: Sequence[Sample]) -> None:
         self.folder = folder
         self._machine = machine(answerer.checkpoint.model.device, torch.get_num_threads())
-        self._shared = {
+        self.shared = {
             "model": model_digest(answerer.checkpoint),
             "samples": samples_digest(samples),
             "batch": answerer.batch,
@@ -42,11 +46,11 @@ class Store:
     def journal(self, method: Method | None) -> Journal:
         """Where the replies under `method` are kept."""
         name = VANILLA if method is None else type(method).__name__
-        return Journal(self.folder / "replies", name, {**self._shared, "method": _settings(method)})
+        return Journal(self.folder / "replies", name, {**self.shared, "method": _settings(method)})
 
     def times(self, methods: Sequence[Method | None], measure: Callable[[], Times]) -> Times:
         """The times that were measured of the same methods on the same kind of machine before, or else now."""
-        key = {**self._shared, "machine": self._machine, "methods": [_settings(method) for method in methods]}
+        key = {**self.shared, "machine": self._machine, "methods": [_settings(method) for method in methods]}
         path = self.folder / f"prefill-{key_digest(key)}.json"
         if path.exists():
             with user_input(f"cannot read {path}", (OSError, ValueError, TypeError)):

@@ -47,8 +47,13 @@ def digits_task(split: str = "test", seed: int = 0, limit: int | None = None) ->
     return Task(DIGITS, about, samples, "same", tuple(kind for kind in KIND_NAMES if kind in asked))
 
 
-def file_task(file: Path, images: Path | None = None, match: str = "exact", limit: int | None = None) -> Task:
+def file_task(
+    file: Path, images: Path | None = None, match: str = "exact", limit: int | None = None, answered: bool = True
+) -> Task:
     """A user's own questions, or the first `limit` of them; see `pyramiddrop.evaluation.samples.read_samples`.
+
+    Args:
+        answered: whether every question needs an answer.
 
     Raises:
         InputError: for what cannot be read, a question without an answer, or an unknown `match`.
@@ -58,7 +63,7 @@ def file_task(file: Path, images: Path | None = None, match: str = "exact", limi
         raise InputError(f"--metric must be one of {', '.join(MATCHES)}; got {match!r}")
     samples = read_samples(file, images)[:limit]
     for index, sample in enumerate(samples):
-        if not sample.answers:
+        if answered and not sample.answers:
             raise InputError(f'{file.name}[{index}]: no "answer" to compare with')
     return Task(file.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
 

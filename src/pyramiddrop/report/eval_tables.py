@@ -74,17 +74,17 @@ def _column(record: Record, way: Record) -> dict[str, str]:
     scores = way["scores"]
     return {
         **_costs(record, way),
-        f"all ({scores['all']['count']})": _score(scores["all"]),
-        **{head: _difference(way["differences"].get(name)) for name, head in _bases(record).items()},
-        **{f"{kind} ({scores[kind]['count']})": _score(scores[kind]) for kind in record["kinds"] if kind != "all"},
+        f"all ({scores['all']['count']})": score_cell(scores["all"]),
+        **{head: difference_cell(way["differences"].get(name)) for name, head in _bases(record).items()},
+        **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
     }
 
 
 def _costs(record: Record, way: Record) -> dict[str, str]:
     tokens, prefill, clock = way["visual_tokens"], way["prefill"], _clock(record)
     return {
-        "decoder FLOPs": _share(way["flops_ratio"]),
-        "KV cache": _share(way["kv_ratio"]),
+        "decoder FLOPs": share_cell(way["flops_ratio"]),
+        "KV cache": share_cell(way["kv_ratio"]),
         "visual tokens": " → ".join(f"{count:.0f}" for count in tokens["by_stage"]),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
         f"prefill, {CLOCKS[clock]}": f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})",
@@ -108,16 +108,19 @@ def _clock(record: Record) -> str:
     return "cpu" if record["machine"]["device"] == "cpu" else "wall"
 
 
-def _share(ratio: float | None) -> str:
+def share_cell(ratio: float | None) -> str:
+    """`51.9 %`"""
     return units.UNKNOWN if ratio is None else f"{100 * ratio:.1f} %"
 
 
-def _score(score: Record) -> str:
+def score_cell(score: Record) -> str:
+    """`88.0 ± 0.6`, in percent; without the error where nothing is known about it."""
     error = score["error"]
     return f"{100 * score['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def _difference(difference: Record | None) -> str:
+def difference_cell(difference: Record | None) -> str:
+    """`-2.5 [-3.6, -1.4]`, in percent, with the interval; nothing where there is none."""
     if difference is None:
         return ""
     interval = (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from pyramiddrop.report.eval_tables import score_cell
 from pyramiddrop.report.look import new_table
 
 Record = Mapping[str, Any]
@@ -66,17 +67,15 @@ class Shown:
 
 def percent(score: Record | None) -> str:
     """`88.3 ± 1.0`, of a score that is a part of one; nothing where there is none."""
-    return "" if score is None else _with_error(score, lambda value: f"{100 * value:.1f}")
+    return "" if score is None else score_cell(score)
 
 
 def small(score: Record | None) -> str:
-    """`0.0021 ± 0.0003`, to two digits."""
-    return "" if score is None else _with_error(score, lambda value: f"{value:.2g}")
-
-
-def _with_error(score: Record, written: Callable[[float], str]) -> str:
-    error = score["error"]
-    return written(score["mean"]) + ("" if error is None else f" ± {written(error)}")
+    """`0.0021 ± 0.0003`, to two digits; nothing where there is none."""
+    if score is None:
+        return ""
+    error = "" if score["error"] is None else f" ± {score['error']:.2g}"
+    return f"{score['mean']:.2g}{error}"
 
 
 def bounds(scores: Sequence[Record], part: bool = True) -> tuple[list[float], list[float], list[float]]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from pyramiddrop.evaluation.matching import Match
-from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.likeness import divergence, same_choice
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
-
-#: What is scored without answers, against the full model: whole answers, the likeliest next token, its distribution.
-LABEL_FREE = ("agreement", "top1", "kl")
 
 
 @dataclass(frozen=True)
@@ -25,10 +20,9 @@ class Heard:
     texts: list[str]
     logits: Tensor
 
-    def against(self, full: Heard) -> dict[str, list[float]]:
-        """The label-free scores of each sample, where the full model said `full`."""
+    def next_token(self, full: Heard) -> dict[str, list[float]]:
+        """How like its next token is to that of the full model, which said `full`, for each sample."""
         return {
-            "agreement": [float(one == other) for one, other in zip(full.texts, self.texts, strict=True)],
             "top1": same_choice(full.logits, self.logits).double().tolist(),
             "kl": divergence(full.logits, self.logits).tolist(),
         }
@@ -48,9 +42,3 @@ def hear(checkpoint: Checkpoint, inputs: Mapping[str, Any], max_new_tokens: int)
     finally:
         handle.remove()
     return Heard(texts, found[0])
-
-
-def scored(match: Match, samples: Sequence[Sample], texts: Sequence[str]) -> list[float | None]:
-    """What each answer scores; None where no right answer is known."""
-    pairs = zip(samples, texts, strict=True)
-    return [match(text, sample.answers) if sample.answers else None for sample, text in pairs]

@@ -1,0 +1,75 @@
+"""Owns what the ablation shows: scores and costs by λ, and the paper's Table 4 beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
+from pyramiddrop.report.ablation_plot import draw_ablation
+from pyramiddrop.report.eval_tables import difference_cell, score_cell, share_cell
+from pyramiddrop.report.study import Plot, Record, Sheet, Shown
+from pyramiddrop.report.tradeoff_report import kind_sheet, way_numbers
+
+#: The number of the paper's table.
+ABLATION = 4
+LEAD = (
+    "PyramidDrop in 4 equal stages: after drop k the share λ^k of the visual tokens stays. A smaller λ is cheaper. "
+    "Bands and ± are one standard error, clustered by picture."
+)
+
+
+def show_ablation(record: Record) -> Shown:
+    """The figure and the tables of a study's `record`."""
+    ways, kinds = record["methods"], record["kinds"]
+    vanilla, *points = ways
+    head = ("λ", "decoder FLOPs", "KV cache", "visual tokens of a layer", "accuracy (%)", "minus vanilla")
+    names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
+    return Shown(
+        title="What does λ cost, and what does it save?",
+        lead=LEAD,
+        plots=[Plot("ablation", "Accuracy, and costs of vanilla's, over λ.", draw_ablation(vanilla, points, kinds))],
+        sheets=[
+            Sheet("as measured", head, [(name, *_cells(way)) for name, way in zip(names, ways, strict=True)]),
+            *kind_sheet(names, ways, kinds),
+            _beside_the_paper(record["model"], vanilla, points),
+        ],
+        remarks=[
+            f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures.",
+            "The paper trains its models with each λ; here the same weights answer under each.",
+        ],
+        numbers=[row for way in ways for row in way_numbers(way, {"lam": way.get("lam", "")})],
+    )
+
+
+def _cells(way: Record) -> tuple[str, ...]:
+    return (
+        share_cell(way["flops_ratio"]),
+        share_cell(way["kv_ratio"]),
+        f"{way['visual_tokens']['per_layer']:.1f}",
+        score_cell(way["scores"]["all"]),
+        difference_cell(way["differences"].get("to_vanilla")),
+    )
+
+
+def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:
+    """Costs and scores as parts of vanilla's own, here and in the paper's Table 4: what can be compared over models."""
+    paper = next(table.rows for table in paper_tables() if table.number == ABLATION)
+    models = list(dict.fromkeys(row.settings["model"] for row in paper))
+    rows = []
+    for point in points:
+        score = point["scores"]["all"]["mean"] / vanilla["scores"]["all"]["mean"]
+        theirs = [cell for model in models for cell in _paper_cells(paper, model, point["lam"])]
+        rows.append((f"{point['lam']:g}", share_cell(point["flops_ratio"]), share_cell(score), *theirs))
+    head = [f"{model}: {what}" for model in (name, *models) for what in ("FLOPs", "score")]
+    return Sheet("of vanilla's, beside the paper's Table 4", ("λ", *head), rows)
+
+
+def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str, str]:
+    """FLOPs and average score; empty where the paper did not try this λ."""
+    own = {row.settings["lambda"]: row for row in rows if row.settings["model"] == model}
+    tried, vanilla = own.get(f"{lam:g}"), own["vanilla"]
+    if tried is None:
+        return "", ""
+    return share_cell(float(tried.tflops) / float(vanilla.tflops)), share_cell(
+        float(tried.average) / float(vanilla.average)
+    )

@@ -1,0 +1,168 @@
+"""The trade-off and the ablation: what they run, what it costs, what they draw, and the paper's numbers beside."""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from pyramiddrop import PyramidDrop
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.cost import DecoderShape, prefill_flops
+from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.run import EvalOptions
+from pyramiddrop.evaluation.studies.ablation import prepare_ablation
+from pyramiddrop.evaluation.studies.tradeoff import METHODS, PERCENTS, prepare_tradeoff
+from pyramiddrop.evaluation.tasks import digits_task
+from pyramiddrop.inference.checkpoint import load_checkpoint
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.report.ablation_report import show_ablation
+from pyramiddrop.report.study_files import write_study
+from pyramiddrop.report.tradeoff_report import show_tradeoff
+
+WORDS = ("pyramiddrop:layers=2/6", "vanilla", "fastv:layer=3")
+
+
+@cache
+def tradeoff() -> dict[str, Any]:
+    """Two methods at two budgets, on a scene and a half."""
+    return prepare_tradeoff(digits_task(limit=24), EvalOptions(WORDS, (60.0, 80.0))).record()
+
+
+@cache
+def ablation() -> dict[str, Any]:
+    """Two λ, given out of order."""
+    return prepare_ablation(digits_task(limit=24), (0.7, 0.5), EvalOptions()).record()
+
+
+def lines_of(figure: Figure, panel: int = 0) -> dict[str, list[list[float]]]:
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[panel].get_lines()}
+
+
+# ---- the trade-off -------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_tried_at_every_budget() -> None:
+    vanilla, *ways = tradeoff()["methods"]
+    assert vanilla["name"] == "vanilla"
+    assert [(way["line"], way["percent"]) for way in ways] == [
+        ("pyramiddrop:layers=2/6", 60),
+        ("fastv:layer=3", 60),
+        ("pyramiddrop:layers=2/6", 80),
+        ("fastv:layer=3", 80),
+    ]
+    for way in ways:
+        assert way["method"]["method"] == ("FastV" if way["line"].startswith("fastv") else "PyramidDrop")
+        assert way["percent"] - 3 < 100 * way["flops_ratio"] <= way["percent"]
+
+
+def test_a_point_is_what_answering_under_its_method_gives() -> None:
+    way = tradeoff()["methods"][1]
+    method = PyramidDrop(layers=[2, 6], lam=way["method"]["lam"])
+    samples = digits_task(limit=24).samples
+    replies = Answerer(load_checkpoint(digits_checkpoint(), "cpu")).answers(samples, method)
+    right = [reply.text in sample.answers for reply, sample in zip(replies, samples, strict=True)]
+    assert way["scores"]["all"]["mean"] == pytest.approx(sum(right) / 24)
+
+
+def test_the_usual_methods_are_published_ones_and_controls() -> None:
+    prepared = prepare_tradeoff(digits_task(limit=1), EvalOptions())
+    assert [label["line"] for label in prepared.labels] == list(METHODS) * len(PERCENTS)
+    assert prepared.evaluator.total == 1 + len(METHODS) * len(PERCENTS)
+
+
+def test_the_curves_go_through_the_points() -> None:
+    shown = show_tradeoff(tradeoff())
+    ways = tradeoff()["methods"]
+    lines = lines_of(shown.plots[0].figure)
+    expected = [[100 * way["flops_ratio"], 100 * way["scores"]["all"]["mean"]] for way in (ways[2], ways[4])]
+    assert lines["fastv:layer=3"] == [pytest.approx(point) for point in expected]
+    assert [y for _, y in lines["vanilla"]] == pytest.approx([100 * ways[0]["scores"]["all"]["mean"]] * 2)
+    by_kind = shown.plots[1].figure
+    read_row = tradeoff()["kinds"].index("read_row")
+    assert by_kind.axes[read_row].get_title("left") == "read_row"
+    drawn = lines_of(by_kind, read_row)["pyramiddrop:layers=2/6"]
+    assert [y for _, y in drawn] == pytest.approx([100 * ways[place]["scores"]["read_row"]["mean"] for place in (1, 3)])
+    top = shown.plots[0].figure.axes[0].child_axes[0]
+    assert top.get_xlabel() == "MFLOPs a prompt"
+    low, high = shown.plots[0].figure.axes[0].get_xlim()
+    shown.plots[0].figure.draw_without_rendering()
+    assert top.get_xlim() == pytest.approx([limit / 100 * ways[0]["flops"] / 1e6 for limit in (low, high)])
+
+
+def test_everything_is_written(tmp_path: Path) -> None:
+    record = {**tradeoff(), "command": "pyramiddrop study tradeoff"}
+    text = write_study(tmp_path, "tradeoff", record, show_tradeoff(record)).read_text()
+    for word in ("fastv:layer=3", "minus vanilla", "read_row", "pyramiddrop study tradeoff", "questions"):
+        assert word in text
+    rows = list(csv.DictReader((tmp_path / "tradeoff.csv").open()))
+    assert len(rows) == 5 * (1 + len(record["kinds"]))
+    assert {row["line"] for row in rows} == {"vanilla", "pyramiddrop:layers=2/6", "fastv:layer=3"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "percents", "message"),
+    [
+        (("bogus",), (), "method 'bogus' is not one of"),
+        (("fastv", "fastv"), (), "named twice"),
+        ((), (0.0,), "--percent must be above 0"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(methods: tuple[str, ...], percents: tuple[float, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare_tradeoff(digits_task(limit=1), EvalOptions(methods, percents))
+
+
+# ---- the ablation --------------------------------------------------------------------------------------------------
+
+
+def test_costs_of_a_lambda_are_those_of_its_schedule() -> None:
+    vanilla, half, more = ablation()["methods"]
+    assert (half["lam"], more["lam"]) == (0.5, 0.7)
+    assert half["method"]["lam"] == 0.5
+    visual = [64, 64, 32, 32, 16, 16, 8, 8]
+    assert half["visual_tokens"]["per_layer"] == sum(visual) / 8
+    assert more["visual_tokens"]["per_layer"] == sum([64, 64, 44, 44, 31, 31, 21, 21]) / 8
+    assert vanilla["visual_tokens"]["per_layer"] == 64
+    shape = DecoderShape(layers=8, hidden=128, intermediate=352, heads=4, kv_heads=4, head_dim=32)
+    fewest, most = (  # prompts have 4 to 12 tokens of text
+        prefill_flops(shape, [text + count for count in visual], [text + 64, text + 32, text + 16])
+        / prefill_flops(shape, [text + 64] * 8)
+        for text in (4, 12)
+    )
+    assert fewest < half["flops_ratio"] < most < fewest + 0.06
+    assert half["kv_ratio"] < more["kv_ratio"] < 1
+
+
+def test_lambda_of_one_is_vanilla() -> None:
+    vanilla, one = prepare_ablation(digits_task(limit=16), (1.0,), EvalOptions()).record()["methods"]
+    assert one["scores"] == vanilla["scores"]
+    assert one["flops_ratio"] == 1
+    assert one["differences"]["to_vanilla"]["mean"] == 0
+
+
+def test_the_ablation_is_drawn_with_vanilla_at_one() -> None:
+    ways = ablation()["methods"]
+    lines = lines_of(show_ablation(ablation()).plots[0].figure)
+    means = [way["scores"]["all"]["mean"] for way in (ways[1], ways[2], ways[0])]
+    assert lines["all"] == [[lam, pytest.approx(100 * mean)] for lam, mean in zip((0.5, 0.7, 1), means, strict=True)]
+    assert set(lines) == {"all", *ablation()["kinds"]}
+    costs = lines_of(show_ablation(ablation()).plots[0].figure, 1)
+    assert costs["visual tokens of a layer"][0] == [0.5, pytest.approx(100 * 30 / 64)]
+    assert costs["decoder FLOPs"][-1] == [1.0, 100.0]
+
+
+def test_the_papers_rows_stand_beside_the_same_lambda() -> None:
+    shown = show_ablation(ablation())
+    beside = shown.sheets[-1]
+    assert beside.head == (
+        "λ",
+        *(f"{model}: {what}" for model in ("bundled", "LLaVA-NeXT-7B", "LLaVA-1.5-7B") for what in ("FLOPs", "score")),
+    )
+    # Table 4: 9.46 of 20.8 TFLOPs and 62.8 of 63.5; 1.78 of 3.82 and 52.4 of 52.6. It has no λ = 0.7.
+    assert beside.rows[0][3:] == ("45.5 %", "98.9 %", "46.6 %", "99.6 %")
+    assert beside.rows[1][3:] == ("", "", "", "")
