@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.lmms.meter import COSTS
 from pyramiddrop.evaluation.lmms.run import check_installed, run_tasks
 from pyramiddrop.evaluation.ways import choose_methods
 from pyramiddrop.inference.choice import VANILLA, method_label
@@ -57,7 +58,8 @@ def run_benchmarks(
     Args:
         methods: in words, as `pyramiddrop.evaluation.ways.choose_methods` takes them.
         model: None for the bundled one.
-        output: where lmms-eval's files, its answers so far and RESULTS are kept; run again, it goes on.
+        output: where lmms-eval's files are kept. Each run asks anew: lmms-eval keeps answers only once all are there,
+            and without what they cost.
         include: a folder with tasks of one's own.
         progress: is told the method that runs.
 
@@ -70,8 +72,7 @@ def run_benchmarks(
     for method in (None, *choose_methods(methods, source)):
         name = VANILLA if method is None else method_label(method)
         progress(name)
-        cache = output / "answers" if output else None
-        results = run_tasks(source, method, tasks, limit, batch, output, cache, device, include)
+        results = run_tasks(source, method, tasks, limit, batch, output, None, device, include)
         if results:
             found.append(_measured(name, results))
     return found
@@ -121,11 +122,7 @@ def _plain_measured(entry: Mapping[str, Any]) -> Measured:
 def _measured(name: str, results: Mapping[str, Any]) -> Measured:
     scores = {task: _scores(metrics) for task, metrics in results["results"].items()}
     averages = results.get("throughput") or {}
-    costs = {
-        key.removeprefix("avg_"): value
-        for key, value in averages.items()
-        if key.startswith("avg_") and "/" not in key and key != "avg_speed"
-    }
+    costs = {name: averages[f"avg_{name}"] for name in COSTS if f"avg_{name}" in averages}
     return Measured(name, scores, costs)
 
 

@@ -15,6 +15,17 @@ from pyramiddrop import Method, apply, remove
 from pyramiddrop.inference.checkpoint import decoder_layers
 from pyramiddrop.inference.usage import Usage, batch_usage
 
+#: What a run says of its requests, on average over them.
+COSTS = (
+    "requests_measured",
+    "visual_tokens",
+    "retained_visual_tokens",
+    "prefill_flops",
+    "flops_ratio",
+    "kv_bytes",
+    "kv_ratio",
+)
+
 
 class GenerationError(BaseException):
     """Carries an error out of `generate`, past backends that would catch it and go on with an empty answer."""
@@ -49,16 +60,16 @@ class Spent:
         """Of a request, and the ratios to no dropping; what is not known is not there."""
         if not self.requests:
             return {}
-        found = {
-            "requests_measured": float(self.requests),
-            "visual_tokens": self.visual_tokens / self.requests,
-            "retained_visual_tokens": self.retained_tokens / self.requests,
-            "prefill_flops": self.flops / self.requests,
-            "flops_ratio": self.flops / self.vanilla_flops,
-            "kv_bytes": self.kv_bytes / self.requests,
-            "kv_ratio": self.kv_bytes / self.vanilla_kv_bytes,
-        }
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+        values = (
+            float(self.requests),
+            self.visual_tokens / self.requests,
+            self.retained_tokens / self.requests,
+            self.flops / self.requests,
+            self.flops / self.vanilla_flops,
+            self.kv_bytes / self.requests,
+            self.kv_bytes / self.vanilla_kv_bytes,
+        )
+        return {name: value for name, value in zip(COSTS, values, strict=True) if not math.isnan(value)}
 
 
 class Meter:
