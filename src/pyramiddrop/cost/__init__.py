@@ -12,6 +12,7 @@ from pyramiddrop.cost.flops import (
     vision_flops,
 )
 from pyramiddrop.cost.memory import activation_bytes, kv_bytes, layer_kv_bytes
+from pyramiddrop.cost.mixers import Mixer, delta_rule, grouped_attention, latent_attention, short_convolution
 from pyramiddrop.cost.presets import PRESETS, Preset
 from pyramiddrop.cost.shapes import BYTES, DecoderShape, Experts, ModelShape, Prompt, VisionShape
 
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "DecoderShape",
     "Experts",
+    "Mixer",
     "ModelShape",
     "Parts",
     "Preset",
@@ -30,15 +32,19 @@ __all__ = [
     "VisionShape",
     "account",
     "activation_bytes",
+    "delta_rule",
     "fastv_layer_flops",
+    "grouped_attention",
     "head_flops",
     "kv_bytes",
+    "latent_attention",
     "layer_flops",
     "layer_kv_bytes",
     "paper_layer_flops",
     "prefill_flops",
     "projector_flops",
     "ranking_flops",
+    "short_convolution",
     "step_flops",
     "vision_flops",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from pyramiddrop.cost.conventions import fastv_layer_flops, paper_layer_flops
 from pyramiddrop.cost.flops import (
     head_flops,
-    layer_flops,
+    prefill_flops,
     projector_flops,
     ranking_flops,
     step_flops,
@@ -134,7 +134,7 @@ def account(model: ModelShape, prompt: Prompt, schedule: Schedule | None = None,
     return Account(
         visual_by_layer=tuple(visual),
         full=Parts(
-            decoder=sum(layer_flops(shape, count, layer) for layer, count in enumerate(rows)),
+            decoder=prefill_flops(shape, rows),
             ranking=sum(ranking_flops(shape, tokens + prompt.text_tokens) for tokens in ranked),
             head=head_flops(shape),
             vision=vision_flops(model.vision, prompt) if model.vision else 0,
@@ -143,7 +143,7 @@ def account(model: ModelShape, prompt: Prompt, schedule: Schedule | None = None,
         paper=sum(paper_layer_flops(shape, count, layer) for layer, count in enumerate(visual)),
         fastv=sum(fastv_layer_flops(shape, count, layer) for layer, count in enumerate(visual)),
         step_flops=step_flops(shape, rows),
-        kv_by_layer=tuple(layer_kv_bytes(shape, count) for count in rows),
+        kv_by_layer=tuple(layer_kv_bytes(shape, count, layer) for layer, count in enumerate(rows)),
         activation_bytes=activation_bytes(shape, rows),
     )
 

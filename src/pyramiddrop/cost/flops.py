@@ -9,25 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyramiddrop.cost.mixers import Mixer
 from pyramiddrop.cost.shapes import DecoderShape, Prompt, VisionShape
 
 
-def layer_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
-    """The 0-based decoder `layer` over `rows` rows: projections, attention over all pairs, MLP."""
-    return rows * _row_flops(shape, layer) + 4 * rows * rows * shape.heads * shape.head_dim
+def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None) -> int:
+    """The 0-based decoder `layer` over `rows` rows: what each row goes through, attention over all pairs, MLP.
+
+    Args:
+        keys: rows that are attended to, where they are those of an earlier layer.
+    """
+    mixer = shape.mixer(layer)
+    attention = _attention_flops(mixer, rows, rows if keys is None else keys)
+    return rows * _row_flops(shape, layer) + attention + _filled(mixer, rows) * mixer.scan
 
 
 def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
     """Ranking `rows` rows by attention: their keys, the asking rows' queries, keys and values, and the products of
     queries and keys."""
-    keys = 2 * rows * shape.hidden * shape.kv_heads * shape.head_dim
-    asking = 2 * queries * shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    return keys + asking + 2 * queries * rows * shape.heads * shape.head_dim
+    mixer = shape.ranking_mixer
+    asking = queries * (mixer.inputs + mixer.expansion)
+    return 2 * (rows * mixer.keys + asking + queries * rows * mixer.query_width)
 
 
 def prefill_flops(shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = ()) -> int:
     """A prefill of one sample: `lengths` rows in each layer, `ranked` rows at each ranking. The head is not in it."""
-    layers = sum(layer_flops(shape, rows, layer) for layer, rows in enumerate(lengths))
+    layers = sum(
+        layer_flops(shape, rows, layer, _attended(shape, layer, lengths)) for layer, rows in enumerate(lengths)
+    )
     return layers + sum(ranking_flops(shape, rows) for rows in ranked)
 
 
@@ -37,9 +46,32 @@ def head_flops(shape: DecoderShape, rows: int = 1) -> int:
 
 
 def step_flops(shape: DecoderShape, cached: Sequence[int]) -> int:
-    """One decode step, head included, with `cached` rows in the KV cache of each layer before it."""
-    attention = sum(4 * (rows + 1) * shape.heads * shape.head_dim for rows in cached)
-    return attention + sum(_row_flops(shape, layer) for layer in range(len(cached))) + head_flops(shape)
+    """One decode step, head included, with `cached` rows in the KV cache of each layer before it; of those a layer with
+    a window holds the last ones alone."""
+    return head_flops(shape) + sum(
+        _layer_step(shape, layer, _attended(shape, layer, cached)) for layer in range(len(cached))
+    )
+
+
+def _attended(shape: DecoderShape, layer: int, rows: Sequence[int]) -> int:
+    """Of `rows` in each layer, those to which `layer` attends."""
+    source = shape.mixer(layer).source
+    return rows[layer if source is None else source]
+
+
+def _layer_step(shape: DecoderShape, layer: int, cached: int) -> int:
+    mixer = shape.mixer(layer)
+    return _row_flops(shape, layer) + _attention_flops(mixer, 1, mixer.held(cached) + 1) + mixer.step
+
+
+def _attention_flops(mixer: Mixer, queries: int, keys: int) -> int:
+    """Of so many rows that attend to so many: expanding the keys and values, and the products with them."""
+    products = queries * keys * (mixer.query_width + mixer.value_width)
+    return 2 * (keys * mixer.expansion + products)
+
+
+def _filled(mixer: Mixer, rows: int) -> int:
+    return -(-rows // mixer.chunk) * mixer.chunk
 
 
 def vision_flops(shape: VisionShape, prompt: Prompt) -> int:
@@ -69,10 +101,9 @@ def _crops(shape: VisionShape, prompt: Prompt) -> tuple[int, int]:
 
 
 def _row_flops(shape: DecoderShape, layer: int) -> int:
-    """What one row costs in `layer`, without attention's products."""
-    query_width, key_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    projections = 2 * shape.hidden * (2 * query_width + 2 * key_width)
-    experts = shape.experts_of(layer)
-    # The router, and the gate of the shared expert, which is a single column.
-    routing = 2 * shape.hidden * (experts.count + (experts.shared > 0)) if experts else 0
-    return projections + routing + 6 * shape.hidden * shape.mlp_width(layer)
+    """What one row costs in `layer`, without what depends on other rows."""
+    mixer, experts = shape.mixer(layer), shape.experts_of(layer)
+    gate = bool(experts and experts.shared and experts.shared_gate)
+    routing = shape.hidden * (experts.count + gate) if experts else 0
+    mlp = 3 * shape.hidden * shape.mlp_width(layer)
+    return 2 * (mixer.inputs + mixer.output + routing + mlp + shape.further_weights(layer))

@@ -1,20 +1,23 @@
-"""Owns the bytes: of the KV cache, and an estimate of the activations at the widest moment of a prefill."""
+"""Owns the bytes: of the cache, and an estimate of the activations at the widest moment of a prefill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyramiddrop.cost.shapes import DecoderShape
+from pyramiddrop.cost.shapes import BYTES, DecoderShape
 
 
-def layer_kv_bytes(shape: DecoderShape, rows: int) -> int:
-    """Bytes of `rows` keys and values in one layer."""
-    return 2 * shape.kv_heads * shape.head_dim * shape.bytes_per_value * rows
+def layer_kv_bytes(shape: DecoderShape, rows: int, layer: int = 0) -> int:
+    """Bytes that the cache of the 0-based `layer` holds after `rows` rows: of a layer with a window the last ones
+    alone, of a recurrent layer its state."""
+    mixer = shape.mixer(layer)
+    values = mixer.cached * mixer.held(rows) + mixer.state
+    return shape.bytes_per_value * values + BYTES["float32"] * mixer.float_state
 
 
 def kv_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
-    """Bytes of one sample's keys and values with `lengths` rows in each layer."""
-    return layer_kv_bytes(shape, sum(lengths))
+    """Bytes of one sample's cache with `lengths` rows in each layer."""
+    return sum(layer_kv_bytes(shape, rows, layer) for layer, rows in enumerate(lengths))
 
 
 def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
@@ -24,9 +27,11 @@ def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
     attention's output, or the MLP's gate, up and product. Attention without an S x S matrix is assumed. The first
     stage sees every token, so dropping does not lower this peak; it lowers what training keeps for the backward pass.
     """
-    query_width, key_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = 3 * query_width + 3 * key_width
-    widest = max(
-        rows * (2 * shape.hidden + max(attention, 3 * shape.mlp_width(layer))) for layer, rows in enumerate(lengths)
-    )
+    widest = max(rows * _row_width(shape, layer) for layer, rows in enumerate(lengths))
     return widest * shape.bytes_per_value
+
+
+def _row_width(shape: DecoderShape, layer: int) -> int:
+    mixer = shape.mixer(layer)
+    mixing = mixer.inputs // shape.hidden + mixer.query_width + mixer.key_width + mixer.value_width
+    return 2 * shape.hidden + max(mixing, 3 * shape.mlp_width(layer))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyramiddrop.cost.mixers import Mixer, grouped_attention
+
 #: Bytes of one value, by the dtype's name.
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 
@@ -16,7 +18,8 @@ class Experts:
         count: experts in a layer; the router scores each of them.
         active: experts that one token goes through.
         intermediate: width of one expert.
-        shared: width of the expert that every token goes through besides, 0 where there is none.
+        shared: width of the MLPs that every token goes through besides, 0 where there are none.
+        shared_gate: whether a gate, a single column, weighs what those give.
         layers: 0-based layers that have experts, the others have the dense MLP; None for all.
     """
 
@@ -25,6 +28,7 @@ class Experts:
     intermediate: int
     shared: int = 0
     layers: tuple[int, ...] | None = None
+    shared_gate: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class DecoderShape:
         bytes_per_value: of a value in the KV cache (2 for bf16 and fp16).
         vocabulary: rows of the language-model head; 0 leaves the head out.
         experts: where the MLPs are mixtures of experts.
+        mixers: of each layer, what mixes its rows; empty: grouped-query attention of the heads above in all.
+        widths: of each layer, the width of its dense MLP; empty: `intermediate` in all.
+        further: of each layer, the weights that a row goes through beside mixer and MLP; empty: none.
+
+    Raises:
+        ValueError: where `mixers`, `widths` or `further` are not one for each layer.
     """
 
     layers: int
@@ -52,6 +62,52 @@ class DecoderShape:
     bytes_per_value: int = 2
     vocabulary: int = 0
     experts: Experts | None = None
+    mixers: tuple[Mixer, ...] = ()
+    widths: tuple[int, ...] = ()
+    further: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("mixers", "widths", "further"):
+            given = len(getattr(self, name))
+            if given not in (0, self.layers):
+                raise ValueError(f"{name} must be one for each of the {self.layers} layers; got {given}")
+
+    def mixer(self, layer: int) -> Mixer:
+        """What mixes the rows of the 0-based `layer`."""
+        return self.mixers[layer] if self.mixers else self.plain_mixer
+
+    @property
+    def plain_mixer(self) -> Mixer:
+        """Grouped-query attention of the shape's heads."""
+        return grouped_attention(self.hidden, self.heads, self.kv_heads, self.head_dim)
+
+    @property
+    def ranking_mixer(self) -> Mixer:
+        """What ranks tokens: attention that sees everything, where there is any; a window that reaches every visual
+        token else."""
+        attends = [mixer for mixer in self.mixers if mixer.query_width]
+        return next((mixer for mixer in attends if mixer.ranks), attends[0] if attends else self.plain_mixer)
+
+    def drop_layers(self, rank_layer: str = "next", attends: bool = True) -> tuple[int, ...]:
+        """The layers before which tokens are best dropped, as `pyramiddrop.hf` has it for the model itself: their
+        ranking layer attends to everything, and they have keys of their own.
+
+        Args:
+            rank_layer: "next" or "last", of the method.
+            attends: whether the method ranks by attention.
+        """
+        if not self.mixers:
+            return tuple(range(1, self.layers))
+        shift = 0 if rank_layer == "next" else 1
+        attention = [layer for layer, mixer in enumerate(self.mixers) if mixer.query_width]
+        own = sum(mixer.source is None for mixer in self.mixers)
+        possible = [
+            layer + shift
+            for layer in (attention if attends else range(self.layers))
+            if attention[0] < layer + shift < own
+        ]
+        far = [layer for layer in possible if self.mixers[layer - shift].ranks]
+        return tuple(far if far and attends else possible)
 
     def experts_of(self, layer: int) -> Experts | None:
         """The experts of the 0-based `layer`, or None where its MLP is dense."""
@@ -61,7 +117,13 @@ class DecoderShape:
     def mlp_width(self, layer: int) -> int:
         """The width of the MLPs that one token goes through in `layer`: of a mixture the active and shared experts."""
         experts = self.experts_of(layer)
-        return experts.active * experts.intermediate + experts.shared if experts else self.intermediate
+        if experts:
+            return experts.active * experts.intermediate + experts.shared
+        return self.widths[layer] if self.widths else self.intermediate
+
+    def further_weights(self, layer: int) -> int:
+        """The weights that a row goes through in `layer` beside mixer and MLP."""
+        return self.further[layer] if self.further else 0
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from pyramiddrop.cost import DecoderShape, Experts, ModelShape, VisionShape
+from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, VisionShape
+from pyramiddrop.hf.experts import experts_of
+from pyramiddrop.hf.mixers import key_heads, mixers_of
 
-#: Text models made of grouped-query attention and gated MLPs, dense or mixtures of experts. A layer with a window is
-#: counted like one without.
+#: Text models whose layers are of kinds that are known (`hf.mixers`), with gated MLPs, dense or mixtures of experts.
 TEXT_MODELS = (
+    "aria_text",
     "chameleon",
     "cohere2",
     "cohere_compass_text",
+    "deepseek_ocr2_text",
+    "deepseek_v3",
     "emu3_text_model",
     "exaone4",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "glm4v_moe_text",
     "glm4v_text",
     "glm_ocr_text",
     "granite4_vision_text",
     "granite_docling_text",
     "hunyuan_vl_text",
     "hyperclovax",
+    "lfm2",
     "llama",
     "mistral",
+    "mistral4",
     "mixtral",
     "molmo2_text",
     "paddleocr_vl_text",
@@ -35,6 +45,8 @@ TEXT_MODELS = (
     "qwen2_moe",
     "qwen2_vl_text",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
     "qwen3_omni_moe_text",
     "qwen3_vl_moe_text",
@@ -58,10 +70,6 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
         ValueError: for a text model that the cost model does not know.
     """
     text = config.get_text_config(decoder=True)
-    if text.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
-        )
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
         bytes_per_value = dtype.itemsize if dtype is not None else 2
@@ -69,19 +77,32 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
 
 
 def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
-    """The sizes of the decoder of a text model's configuration."""
-    heads = text.num_attention_heads
-    return DecoderShape(
+    """The sizes of the decoder of a text model's configuration.
+
+    Raises:
+        ValueError: for a text model that the cost model does not know.
+    """
+    if text.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
+        )
+    kv_heads, head_dim = key_heads(text)
+    experts = experts_of(text)
+    dense = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None)
+    shape = DecoderShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate=dense or (experts.intermediate if experts else 0),
+        heads=text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         bytes_per_value=bytes_per_value,
         vocabulary=text.vocab_size,
-        experts=_experts(text),
+        experts=experts,
+        widths=_widths(text),
+        further=_further(text),
     )
+    return _with_mixers(shape, mixers_of(text))
 
 
 def visual_tokens_of(config: Any) -> int | None:
@@ -90,20 +111,30 @@ def visual_tokens_of(config: Any) -> int | None:
     return vision.crop_tokens if vision else None
 
 
-def _experts(text: Any) -> Experts | None:
-    count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    if not count:
-        return None
-    step, dense = getattr(text, "decoder_sparse_step", 1), set(getattr(text, "mlp_only_layers", None) or [])
-    return Experts(
-        count=count,
-        active=text.num_experts_per_tok,
-        intermediate=getattr(text, "moe_intermediate_size", None) or text.intermediate_size,
-        shared=getattr(text, "shared_expert_intermediate_size", 0),
-        layers=tuple(
-            layer for layer in range(text.num_hidden_layers) if layer not in dense and (layer + 1) % step == 0
-        ),
-    )
+def _with_mixers(shape: DecoderShape, mixers: tuple[Mixer, ...]) -> DecoderShape:
+    """`shape` with the mixers of its layers, where not all are those of its heads."""
+    return shape if set(mixers) == {shape.plain_mixer} else replace(shape, mixers=mixers)
+
+
+def _widths(text: Any) -> tuple[int, ...]:
+    """Gemma 4 has MLPs of twice the width in layers that reuse keys."""
+    shared: int = getattr(text, "num_kv_shared_layers", None) or 0
+    if not shared or not getattr(text, "use_double_wide_mlp", False):
+        return ()
+    width: int = text.intermediate_size
+    layers: int = text.num_hidden_layers
+    return (width,) * (layers - shared) + (2 * width,) * shared
+
+
+def _further(text: Any) -> tuple[int, ...]:
+    """Gemma 4's inputs per layer: a matrix each way in every layer; before the first one, a matrix makes them of the
+    embeddings."""
+    width: int = getattr(text, "hidden_size_per_layer_input", None) or 0
+    if not width:
+        return ()
+    layers: int = text.num_hidden_layers
+    one: int = width * text.hidden_size
+    return (2 * one + layers * one, *(2 * one,) * (layers - 1))
 
 
 def _vision_shape(config: Any) -> VisionShape | None:

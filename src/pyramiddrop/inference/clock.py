@@ -28,12 +28,15 @@ class LayerClock:
     embeddings, head) is not measured.
 
     Raises:
-        InputError: for a mixture of experts, whose time depends on where its router sends the tokens.
+        InputError: for a mixture of experts, whose time depends on where its router sends the tokens, and for layers
+            that do not all attend to everything with the same heads.
     """
 
     def __init__(self, shape: DecoderShape) -> None:
         if shape.experts is not None:
             raise InputError("--measure cannot time a mixture of experts from its sizes; give another kind of budget")
+        if shape.mixers or shape.widths or shape.further:
+            raise InputError("--measure cannot time layers that differ from Llama's; give another kind of budget")
         self.device = pick_device(None)
         dtype = pick_dtype(self.device, None)
         assert isinstance(dtype, torch.dtype)

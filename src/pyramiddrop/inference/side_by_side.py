@@ -9,7 +9,7 @@ from typing import Any
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, account
 from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label, read_words
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.sizes import Sizes
 from pyramiddrop.scoring import AttentionScorer
 
@@ -74,5 +74,8 @@ def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
 
 def _column(method: Method, sizes: Sizes) -> Column:
     ranks = isinstance(method.scorer(), AttentionScorer)
-    cost = account(sizes.shape, sizes.prompt, method.schedule(sizes.shape.decoder.layers), ranks)
+    shape = sizes.shape.decoder
+    with user_input():
+        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, ranks))
+    cost = account(sizes.shape, sizes.prompt, schedule, ranks)
     return Column(method_label(method), method, cost)

@@ -92,7 +92,7 @@ class Meter:
     """What a schedule spends of a budget: a sum over layers and rankings.
 
     Attributes:
-        layer: of the 0-based layer, with so many visual tokens in it.
+        layer: of the 0-based layer, with so many visual tokens in it (also where it attends to an earlier layer's).
         ranking: of a ranking of so many visual tokens and the text.
         fixed: what no schedule changes.
         whole: the sum that makes `units` of the budget's units.
@@ -128,7 +128,7 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
     if budget.kind == "tokens":
         return Meter(lambda _, n: n, _nothing, 0, shape.layers, 1, *sizes)
     if budget.kind == "kv_bytes":
-        return Meter(lambda _, n: layer_kv_bytes(shape, n + text), _nothing, 0, 1, 1, *sizes)
+        return Meter(lambda layer, n: layer_kv_bytes(shape, n + text, layer), _nothing, 0, 1, 1, *sizes)
     vanilla = account(model, prompt)
     whole, units = (1e12, 1) if budget.kind == "tflops" else (vanilla.flops(budget.convention), 100)
     if budget.convention == "paper":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
@@ -123,13 +124,22 @@ class _Solver:
     def depth(self) -> int:
         return self.model.decoder.layers
 
+    @cached_property
+    def allowed(self) -> tuple[int, ...]:
+        """Before which layers the model is best pruned."""
+        return self.model.decoder.drop_layers()
+
+    @property
+    def most_stages(self) -> int:
+        return len(self.allowed) + 1
+
     def lam_for(self, stages: int) -> Plan:
-        equal_stage_layers(self.depth, stages)  # refuses what the depth does not allow
+        equal_stage_layers(self.depth, stages, self.allowed)  # refuses what the model does not allow
         lam, feasible = self._largest_lam(stages)
         return self._judged(self._equal(lam, stages), feasible, f"{stages} equal stages")
 
     def stages_for(self, lam: float) -> Plan:
-        schedules = {stages: self._equal_schedule(lam, stages) for stages in range(2, self.depth + 1)}
+        schedules = {stages: self._equal_schedule(lam, stages) for stages in range(2, self.most_stages + 1)}
         spent = {stages: self.meter.spent(schedule) for stages, schedule in schedules.items()}
         feasible = [stages for stages, value in spent.items() if value <= self.budget.limit]
         if feasible:
@@ -138,16 +148,17 @@ class _Solver:
         raise InfeasibleBudgetError(self._equal(lam, nearest), f"equal stages with lam={lam:g}")
 
     def both(self) -> Plan:
-        fewest = min(PAPER_STAGES, self.depth)
+        fewest = min(PAPER_STAGES, self.most_stages)
         best: tuple[float, int] | None = None
-        for stages in range(fewest, self.depth + 1):
+        for stages in range(fewest, self.most_stages + 1):
             lam, feasible = self._largest_lam(stages)
             if feasible and (best is None or lam > best[0]):
                 best = lam, stages
             if best is not None and best[0] >= SMALLEST_PAPER_LAM:
                 break
         if best is None:
-            return self._judged(self._equal(self._largest_lam(self.depth)[0], self.depth), False, "equal stages")
+            most = self.most_stages
+            return self._judged(self._equal(self._largest_lam(most)[0], most), False, "equal stages")
         return self._equal(*best)
 
     def by_profile(self, profile: Profile) -> Plan:
@@ -189,7 +200,7 @@ class _Solver:
         return self._equal_schedule(lam, stages).counts(self.prompt.visual_tokens)
 
     def _equal_schedule(self, lam: float, stages: int) -> Schedule:
-        return Schedule.equal(self.depth, stages, powers(lam, stages - 1))
+        return Schedule.of(equal_stage_layers(self.depth, stages, self.allowed), powers(lam, stages - 1))
 
     def _equal(self, lam: float, stages: int) -> Plan:
         return self._planned({"lam": lam, "stages": stages}, self._equal_schedule(lam, stages))

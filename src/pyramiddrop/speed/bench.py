@@ -149,7 +149,9 @@ def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
             raise InputError(f"--{name.replace('_', '-')} belongs to random weights; name their --shape")
     source = options.model or str(digits_checkpoint())
     text = read_config(source).get_text_config(decoder=True)
-    choose_ways(options.methods, decoder_shape(text, 2), Prompt(1))  # before the weights are loaded
+    with user_input(f"cannot count {source}"):
+        shape = decoder_shape(text, 2)
+    choose_ways(options.methods, shape, Prompt(1))  # before the weights are loaded
     images, prompt = tuple(options.images), options.prompt
     if options.model is None and not images:
         images = (demo_images()[0],)

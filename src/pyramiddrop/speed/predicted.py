@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, head_flops
+from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
 from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.side_by_side import Column, side_by_side
@@ -48,8 +48,13 @@ def choose_ways(words: Sequence[str], shape: DecoderShape, prompt: Prompt) -> li
 def predict(way: Column, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
     """The cost of a prefill of `batch` equal samples."""
     flops = way.cost.full.decoder + way.cost.full.ranking
-    above = sum(2 * rows * (rows - 1) * shape.heads * shape.head_dim for rows in rows_by_layer(way, prompt))
+    above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(way, prompt)))
     return Predicted(batch * flops, batch * (flops - above), batch * way.cost.kv_bytes)
+
+
+def _skipped(mixer: Mixer, rows: int) -> int:
+    """FLOPs of the pairs whose key stands behind its query."""
+    return rows * (rows - 1) * (mixer.query_width + mixer.value_width)
 
 
 def predict_step(

@@ -1,0 +1,124 @@
+"""The cost model on the zoo: FLOPs against PyTorch's counter, bytes against the real cache, with and without drops."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pyramiddrop import PyramidDrop
+from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops, step_flops
+from pyramiddrop.hf.anatomy import Anatomy, anatomy
+from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.hf.limits import drop_layers
+from test_cost import FUSED_ON_CPU
+from zoo import MEMBERS, make_batch
+
+ROWS = 130  # more than any window, and no multiple of a chunk
+#: One for each kind of layer; the others are slow.
+FAST = ("gemma4-edge", "kimi_k25", "lfm2_vl", "qwen3_5")
+#: Supported members whose text models the cost model does not know.
+UNKNOWN = {
+    "cosmos3_edge",
+    "ernie4_5_vl_moe",
+    "fuyu",
+    "gemma3n",
+    "lfm3_vl",
+    "llama4",
+    "llama4-long",
+    "muse_glimmer",
+    "step3p7",
+}
+#: Members whose tower stops PyTorch's counter with an assertion of its own.
+UNCOUNTABLE = {"idefics2", "idefics2-sliding"}
+SUPPORTED = [name for name, member in MEMBERS.items() if not FAMILIES[name.split("-")[0]].refused]
+KNOWN = [name for name in SUPPORTED if name not in UNKNOWN]
+
+
+def marked(names: list[str]) -> list[Any]:
+    """As parameters, of which all but a few are slow."""
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    """The member's model, whose experts run one by one: a grouped product is not counted on the CPU."""
+    model = MEMBERS[name].build(0)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._experts_implementation = "eager"
+    return model
+
+
+def counted(model: Any, inputs: dict[str, Any], cache: Cache | None = None) -> tuple[int, Cache]:
+    """FLOPs of a forward, and the cache that it leaves."""
+    cache = cache or DynamicCache(config=model.config)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        model(**inputs, use_cache=True, past_key_values=cache)
+    return int(counter.get_total_flops()), cache
+
+
+def held_bytes(cache: Cache) -> list[int]:
+    """Of each layer: keys and values, and states."""
+    return [sum(tensor.nbytes for tensor in _tensors(layer)) for layer in cache.layers]
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def uncounted(parts: Anatomy) -> int:
+    """FLOPs of a decode step that the counter misses: the products with the delta rule's state, made elementwise."""
+    return sum(mixer.step for mixer in parts.shape.mixers)
+
+
+def text_inputs(rows: int) -> dict[str, Tensor]:
+    """Of the text model alone: ids, of which some models make more than their embeddings."""
+    return {"input_ids": torch.arange(2, 2 + rows)[None] % 140 + 2}
+
+
+@pytest.mark.parametrize("name", marked(KNOWN))
+def test_a_text_model_is_what_the_counter_and_its_cache_say(name: str) -> None:
+    parts = anatomy(model_of(name))
+    shape = parts.shape
+    lengths = [ROWS] * shape.layers
+    prefill, cache = counted(parts.text, text_inputs(ROWS))
+    assert prefill_flops(shape, lengths) == pytest.approx(prefill, rel=0.001)
+    held = held_bytes(cache)
+    assert [layer_kv_bytes(shape, ROWS, layer) for layer in range(len(held))] == held
+    assert kv_bytes(shape, lengths) == sum(held)  # layers that reuse keys have no cache
+    step, _ = counted(parts.text, text_inputs(1), cache)
+    assert step_flops(shape, lengths) - head_flops(shape) == pytest.approx(step + uncounted(parts), rel=0.01)
+
+
+@pytest.mark.parametrize("name", marked([name for name in KNOWN if name not in UNCOUNTABLE]))
+def test_what_dropping_saves_is_what_the_counter_and_the_cache_say(name: str) -> None:
+    model, member = model_of(name), MEMBERS[name]
+    inputs = make_batch(member, model, [[20, "image", 30]])
+    vanilla, _ = counted(model, inputs)
+    with PyramidDrop(lam=0.4, stages=2)(model) as trace:
+        pruned, cache = counted(model, inputs)
+    cost = trace.cost()
+    assert cost.vanilla_flops - cost.flops == pytest.approx(vanilla - pruned, abs=0.001 * cost.vanilla_flops)
+    assert cost.kv_bytes == sum(held_bytes(cache))
+
+
+@pytest.mark.parametrize("name", marked(KNOWN))
+def test_sizes_tell_before_which_layers_the_model_drops(name: str) -> None:
+    parts = anatomy(model_of(name))
+    for rank_layer in ("next", "last"):
+        for attends in (True, False):
+            assert parts.shape.drop_layers(rank_layer, attends) == drop_layers(parts, rank_layer, attends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_members_that_are_not_known_are_those_that_are_named(name: str) -> None:
+    assert (anatomy(model_of(name)).sizes is None) == (name in UNKNOWN)
