@@ -63,10 +63,10 @@ def test_a_line_that_was_cut_off_takes_its_batch_along(tmp_path: Path, lost: int
     assert journal.read(2, 5) == REPLIES
 
 
-def test_a_broken_line_takes_all_that_follow_along(tmp_path: Path) -> None:
+def test_a_broken_line_takes_its_batch_and_all_that_follow_along(tmp_path: Path) -> None:
     path = written(tmp_path).path
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[4:]]))
+    path.write_bytes(b"".join([*lines[:4], b"{}\n", *lines[5:]]))  # the second reply of the second batch
     assert Journal(tmp_path, "x", KEY).read(2, 5) == REPLIES[:2]
 
 
