@@ -50,7 +50,7 @@ def save_picture(path: Path, width: int = 90, height: int = 60) -> Path:
 
 def _processor(model: Any, family: str, chat_template: str | None) -> Any:
     shared: dict[str, Any] = {
-        "tokenizer": _tokenizer(),
+        "tokenizer": word_tokenizer(),
         "patch_size": CROP // 4,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
@@ -64,7 +64,8 @@ def _processor(model: Any, family: str, chat_template: str | None) -> Any:
     return LlavaProcessor(image_processor=CLIPImageProcessorPil(**sizes), **shared)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The words w4, w5, ... of the tiny models, and `<image>`."""
     marks = ["<pad>", "<s>", "</s>", "<unk>"]
     words = [*marks, *(f"w{number}" for number in range(len(marks), VOCABULARY - 1))]
     vocabulary = {word: number for number, word in enumerate(words)} | {"<image>": IMAGE_TOKEN}
