@@ -54,7 +54,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the pictures of --data. (default: its own)", rich_help_panel=WHAT)
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Of --data: exact or vqa. (default: exact)", rich_help_panel=WHAT)
+        str | None, typer.Option(help="Of --data: exact, same or vqa. (default: exact)", rich_help_panel=WHAT)
     ] = None,
     suite: Annotated[
         str | None,
