@@ -74,9 +74,14 @@ def test_what_is_written_is_read_again(method: Method | None) -> None:
     assert read.passed == {"dtype": "float32"}
 
 
-def test_a_comma_in_a_name_is_refused() -> None:
+def test_what_cannot_be_written_is_refused() -> None:
+    class Mine(PyramidDrop):
+        pass
+
     with pytest.raises(InputError, match="comma"):
         write_arguments("runs/a,b", None, {})
+    with pytest.raises(InputError, match="Mine has none"):
+        write_arguments("a", Mine(), {})
 
 
 @pytest.mark.parametrize(

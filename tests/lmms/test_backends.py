@@ -184,6 +184,12 @@ def test_videos(folders: dict[str, Path], tmp_path: Path) -> None:
     model.inner.num_frames = 8
     answers(model, [turns])
     assert model.meter.by_task[TASK].visual_tokens == 2 * few.visual_tokens
+    clip = {"type": "video", "video": str(film), "video_start": 1.0, "video_end": 2.0}  # 4 frames a second
+    [about] = model.inner._films([[{"content": [clip]}]])["video_metadata"]
+    assert list(about.frames_indices) == [4, 5, 6, 7, 8]
+    assert np.shape(clip["video"]) == (5, 56, 84, 3)
+    with pytest.raises(InputError, match="a video must be a file; a task gave dict"):
+        answers(model, [[{"role": "user", "content": [{"type": "video", "url": {"url": str(film)}}]}]])
 
 
 def test_without_a_chat_template(tmp_path: Path) -> None:

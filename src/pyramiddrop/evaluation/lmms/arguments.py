@@ -56,7 +56,7 @@ def write_arguments(pretrained: str, method: Method | None, others: Mapping[str,
         others: the backend's; None where nothing was said.
 
     Raises:
-        InputError: for a name with a comma, which lmms-eval cannot read.
+        InputError: for a name with a comma, which lmms-eval cannot read, or a method that has no name.
     """
     if "," in pretrained:
         raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
@@ -68,7 +68,9 @@ def _words(method: Method | None) -> dict[str, Any]:
     """The method's name, and what is not as its default has it."""
     if method is None:
         return {"method": VANILLA}
-    [name] = (name for name, kind in NAMES.items() if type(method) is kind)
+    name = next((name for name, kind in NAMES.items() if type(method) is kind), None)
+    if name is None:
+        raise InputError(f"lmms-eval is told a method by its name, and {type(method).__name__} has none")
     values = {field.name: (getattr(method, field.name), field.default) for field in fields(method) if field.init}
     changed = {option: value for option, (value, default) in values.items() if value != default}
     return {"method": name, **{option: str(value) if value is None else value for option, value in changed.items()}}

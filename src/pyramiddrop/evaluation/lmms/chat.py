@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,7 @@ from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_batch
 
-#: Of `generate`, and what a task may ask of it; lmms-eval's own classes have the same defaults.
+#: Of `generate`, and what a task may ask of it; the defaults are those of lmms-eval's LLaVA class.
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 1024, "temperature": 0.0, "top_p": None, "num_beams": 1}
 KNOWN = {*DEFAULTS, "do_sample", "top_k", "repetition_penalty", "length_penalty", "min_new_tokens"}
 
@@ -52,7 +53,10 @@ class Chat(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.checkpoint = load_checkpoint(pretrained, device, dtype)
-        self.checkpoint.processor.tokenizer.padding_side = "left"
+        tokenizer = self.checkpoint.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self.batch_size, self.num_frames = batch_size, num_frames
         self._warned: set[str] = set()
 
@@ -125,19 +129,29 @@ class Chat(lmms):
         return on_model(self.model, inputs)
 
     def _films(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """Put frames in the place of each video's file; what the processor must know of them."""
+        """Put frames in the place of each video's file; what the processor must know of them.
+
+        Raises:
+            InputError: for a video that is no file.
+        """
         videos = [
             part for turns in conversations for turn in turns for part in turn["content"] if part["type"] == "video"
         ]
         known = []
         for part in videos:
-            part["video"], about = load_video(part["video"], backend="decord", sample_indices_fn=self._frames)
+            if not isinstance(part["video"], str):
+                raise InputError(f"a video must be a file; a task gave {type(part['video']).__name__}")
+            frames = partial(self._frames, part.pop("video_start", None), part.pop("video_end", None))
+            part["video"], about = load_video(part["video"], backend="decord", sample_indices_fn=frames)
             known.append(about)
         return {"video_metadata": known, "do_sample_frames": False} if videos else {}
 
-    def _frames(self, metadata: Any, **_: Any) -> np.ndarray[Any, Any]:
-        total = metadata.total_num_frames
-        return np.linspace(0, total - 1, min(self.num_frames, total), dtype=int)
+    def _frames(self, start: float | None, end: float | None, metadata: Any, **_: Any) -> np.ndarray[Any, Any]:
+        """Numbers of the frames that are taken, evenly from `start` to `end` (seconds; None: of the whole video)."""
+        final = metadata.total_num_frames - 1
+        first = 0 if start is None else min(int(start * metadata.fps), final)
+        last = final if end is None else max(first, min(int(end * metadata.fps), final))
+        return np.linspace(first, last, min(self.num_frames, last - first + 1), dtype=int)
 
     def _generation(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What `generate` is given; as lmms-eval has it, a temperature above 0 means sampling, and 0 means greedy."""
