@@ -23,7 +23,7 @@ def test_images_of_llava_next_have_as_many_tokens_as_the_model_makes() -> None:
         sizes = torch.tensor([size])
         with torch.no_grad():
             made = model.model.get_image_features(torch.zeros(1, crops, 3, CROP, CROP), sizes).pooler_output
-        assert parts.image_lengths({"image_sizes": sizes}, 0) == [len(made[0])]
+        assert parts.image_lengths({"image_sizes": sizes}, torch.zeros(1, 1, dtype=torch.bool)) == [len(made[0])]
 
 
 def test_the_parts_of_a_wrapped_model_are_found() -> None:

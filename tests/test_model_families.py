@@ -92,8 +92,8 @@ def test_an_entry_says_what_the_engine_does(family: str) -> None:
     assert tells(told.RECURRENT) == any("recurrent" in kind for kind in kinds)
     assert tells(told.SHARED) == any(list(parts.sources) != list(range(len(parts.layers))) for parts in members)
     assert tells(told.FLOOR) == any(parts.longest for parts in members)
-    assert tells(told.SPLIT) == refuses(lambda: check_grouping(members[0], "image"))
-    assert tells(told.SPLIT, told.FRAMES) == refuses(lambda: check_grouping(members[0], "frame")) or (
+    assert not refuses(lambda: check_grouping(members[0], "image"))
+    assert tells(told.FRAMES) == refuses(lambda: check_grouping(members[0], "frame")) or (
         "video" not in entry.modalities
     )
 
@@ -130,12 +130,11 @@ def test_what_is_refused_by_name_is_mostly_seen_by_structure_too(monkeypatch: py
     }
 
 
-@pytest.mark.parametrize(("family", "grouping"), [("smolvlm", "image"), ("llama4", "frame"), ("internvl", "frame")])
-def test_a_quota_of_each_image_is_refused_where_no_call_tells_them_apart(family: str, grouping: str) -> None:
+@pytest.mark.parametrize("family", ["smolvlm", "llama4", "internvl"])
+def test_a_quota_of_each_frame_is_refused_where_frames_are_images(family: str) -> None:
     model = MEMBERS[family].build(0)
-    advice = "Use per_image=True" if family == "internvl" else f"Leave per_{grouping}=False"
-    with pytest.raises(UnsupportedModelError, match=f"per_{grouping}=True is not supported for '{family}'.*{advice}"):
-        apply(model, FastV(layer=4, per_image=grouping == "image", per_frame=grouping == "frame"))
+    with pytest.raises(UnsupportedModelError, match=f"per_frame=True is not supported for '{family}'.*Use per_image="):
+        apply(model, FastV(layer=4, per_frame=True))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -211,7 +210,13 @@ def test_the_frames_of_a_video_are_the_same_in_generate(per: str, name: str) -> 
         assert kept(trace) == expected
 
 
-@pytest.mark.parametrize("name", ["mistral3", "mistral3-mistral4", "lighton_ocr", "molmo2", "step3p7", "llava_next"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mistral3", "mistral3-mistral4", "lighton_ocr", "molmo2", "step3p7", "llava_next"),
+        *("idefics3", "granite_docling", "cohere2_vision", "aya_vision"),
+    ],
+)
 def test_a_forward_generation_and_beams_find_the_same_images(name: str) -> None:
     """Transformers hands pixels to a forward, but features that are already made to those of a generation."""
     member, model = MEMBERS[name], MEMBERS[name].build(0)
@@ -257,3 +262,16 @@ def test_a_call_that_does_not_tell_its_images_is_refused() -> None:
         pytest.raises(ValueError, match="does not tell which visual tokens are one image's, and breaks of rows stand"),
     ):
         model(inputs_embeds=embeds.detach())
+
+
+def test_tiles_without_their_names_are_refused() -> None:
+    member, model = MEMBERS["idefics3"], MEMBERS["idefics3"].build(0)
+    inputs = make_batch(member, model, [[3, "image", 4]])
+    inputs["input_ids"] = torch.where(
+        inputs["input_ids"] == IMAGE, IMAGE, torch.arange(inputs["input_ids"].shape[1]) + 2
+    )
+    with (
+        PyramidDrop(per_image=True)(model),
+        pytest.raises(ValueError, match="does not tell which visual tokens are one image's, and tokens that name"),
+    ):
+        model(**inputs)

@@ -67,8 +67,6 @@ WINDOW = {"static cache": "a StaticCache with layers that see a window"}
 WINDOWED = Setup(layers=(3, 7), last=(4,), fastv=4, refused=WINDOW)
 TWO_WAY = replace(WINDOWED, refused=WINDOW | {"new image": "a further image on top of a pruned cache"})
 GRIDS = Setup(impossible=NO_GRID)
-# An image is several runs of tokens, and no call tells which of them are one image's.
-SPLIT = dict.fromkeys(("per image", "per frame"), "a call does not tell where an image ends")
 # Frames of a video are images to the model.
 FRAMES = Setup(refused={"per frame": "per_frame=True is not supported for"})
 LATENT = Setup(refused={"new image": "its keys cannot be read back"})
@@ -78,13 +76,12 @@ DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)
 
 # Members that are not here run with the rule above, are refused nothing, and can do all but what the zoo says.
 SETUPS: dict[str, Setup] = {
-    "aya_vision": replace(WINDOWED, refused=WINDOW | SPLIT),
-    "cohere2_vision": replace(WINDOWED, refused=WINDOW | SPLIT),
+    "aya_vision": WINDOWED,
+    "cohere2_vision": WINDOWED,
     "cohere_compass": replace(WINDOWED, impossible=NO_GRID),
     "cosmos3_omni": GRIDS,
     "ernie4_5_vl_moe": GRIDS,
     "exaone4_5": WINDOWED,
-    "fuyu": Setup(refused=SPLIT),
     "gemma3": TWO_WAY,
     "gemma3n": WINDOWED,
     "gemma4": TWO_WAY,
@@ -96,15 +93,12 @@ SETUPS: dict[str, Setup] = {
     "glm4v_moe": GRIDS,
     "glm_ocr": GRIDS,
     "glmga": GRIDS,
-    "granite_docling": Setup(refused=SPLIT),
-    "idefics2": Setup(refused=SPLIT),
-    "idefics2-sliding": Setup(refused={"*": "layer 2, which ranks the visual tokens, sees 16 tokens"} | NARROW | SPLIT),
-    "idefics3": Setup(refused=SPLIT),
+    "idefics2-sliding": Setup(refused={"*": "layer 2, which ranks the visual tokens, sees 16 tokens"} | NARROW),
     "internvl": FRAMES,
-    "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True, refused=SPLIT),  # convolutions between
+    "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True, refused=WINDOW),
-    "llama4": replace(WINDOWED, refused=WINDOW | SPLIT),  # chunks instead of windows
-    "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"} | SPLIT),
+    "llama4": WINDOWED,  # chunks instead of windows
+    "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"}),
     "kimi_k25": LATENT,
     "mistral3-mistral4": LATENT,
     "mistral_large4": Setup(refused=unknown("indexed_attention")),
@@ -113,7 +107,6 @@ SETUPS: dict[str, Setup] = {
     "molmo2-olmo": FRAMES,
     "muse_glimmer": WINDOWED,
     "nemotron_h_omni": Setup(refused=whatever("it has no decoder with `layers` and `embed_tokens`")),
-    "ovis2": Setup(refused=SPLIT),
     "paddleocr_vl": GRIDS,
     "paligemma-2": Setup(layers=(1, 3, 5), refused=WINDOW),  # every other layer sees all
     "qwen2_5_vl": GRIDS,
@@ -123,7 +116,7 @@ SETUPS: dict[str, Setup] = {
     "qwen3_5_moe": DELTA,
     "qwen3_vl": GRIDS,
     "qwen3_vl_moe": GRIDS,
-    "smolvlm": Setup(refused=SPLIT),
+    "smolvlm": FRAMES,
     "step3p7": WINDOWED,
     "unlimited_ocr": Setup(refused=unknown("reference_sliding_attention")),
 }

@@ -95,14 +95,17 @@ class Anatomy:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
         return {span: self.spans.index(span) for span in self.spans}
 
-    def image_lengths(self, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
-        """Tokens of each image of a call that has so many of images in all, or None: then a run of them is an image.
+    def image_lengths(self, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+        """Tokens of each image of a call, or None: then a run of them is an image.
+
+        Args:
+            image: (B, L) bool, the call's visual tokens of images.
 
         Raises:
             ValueError: where an image is no run, and this call does not tell how long its images are.
         """
         lengths = self.family.image_lengths
-        found = lengths(self.config, call, visual_tokens) if lengths else None
+        found, visual_tokens = lengths(self.config, call, image) if lengths else None, int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
             raise ValueError(
                 f"per_image=True: this call does not tell which visual tokens are one image's, and {self.family.split} "

@@ -12,6 +12,7 @@ from pyramiddrop.hf.images import (
     pixtral_lengths,
     step_lengths,
 )
+from pyramiddrop.hf.tiles import end_behind, one_between, tile_first, tile_lengths, whole_last
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,6 @@ SHARED = Limit(
 FLOOR = Limit(
     "long prompts", "a prompt that reaches attn floor_scale (8192 tokens as published) with its answer is refused"
 )
-SPLIT = Limit("no per_image", "per_image=True and per_frame=True are refused: a call does not tell where an image ends")
 FRAMES = Limit("no per_frame", "per_frame=True is refused, for frames of a video are images here; use per_image=True")
 ADJACENT = Limit(
     "adjacent images", "images side by side, without a token of text between them, count as one under per_image=True"
@@ -94,6 +94,8 @@ ADJACENT = Limit(
 CROPS = Limit("crops", "with pan and scan on, each crop counts as an image under per_image=True")
 
 TILES = "tokens that name its tiles"
+_NAMED_LAST, _NAMED_FIRST = tile_lengths(whole_last), tile_lengths(tile_first)
+_ENDED, _BROKEN = tile_lengths(end_behind), tile_lengths(one_between)
 
 _LLAVA = Family(("llama",), image_lengths=equal_lengths)
 _QWEN = (AXES,)
@@ -139,23 +141,23 @@ FAMILIES: dict[str, Family] = {
     # ---- images in tiles or rows
     "internvl": Family(("qwen2",), VIDEO, (FRAMES,)),
     "qianfan_ocr": Family(("qwen3",)),
-    "idefics2": Family(("mistral",), limits=(SPLIT, ALL_WINDOWED), split="tokens around each part"),
-    "idefics3": Family(("llama",), limits=(SPLIT,), split=TILES),
-    "smolvlm": Family(("llama",), VIDEO, (SPLIT,), split=TILES),
-    "granite_docling": Family(("granite_docling_text",), limits=(SPLIT,), split=TILES),
+    "idefics2": Family(("mistral",), ("image",), (ADJACENT, ALL_WINDOWED), _BROKEN, "tokens around each part"),
+    "idefics3": Family(("llama",), image_lengths=_NAMED_LAST, split=TILES),
+    "smolvlm": Family(("llama",), VIDEO, (FRAMES,), _NAMED_LAST, TILES),
+    "granite_docling": Family(("granite_docling_text",), image_lengths=_NAMED_FIRST, split=TILES),
     "mistral3": Family(("mistral", "mistral4"), image_lengths=pixtral_lengths, split="breaks of rows"),
     "lighton_ocr": Family(("qwen3",), image_lengths=pixtral_lengths),
-    "aya_vision": Family(("cohere2",), limits=(WINDOWS, STATIC, SPLIT), split=TILES),
-    "cohere2_vision": Family(("cohere2",), limits=(WINDOWS, STATIC, SPLIT), split="breaks of tiles"),
+    "aya_vision": Family(("cohere2",), ("image",), (WINDOWS, STATIC), _ENDED, TILES),
+    "cohere2_vision": Family(("cohere2",), ("image",), (WINDOWS, STATIC), _BROKEN, "breaks of tiles"),
     "cohere_compass": Family(("cohere_compass_text",), VIDEO, (OWN_ROPE, WINDOWS, STATIC)),
-    "llama4": Family(("llama4_text",), limits=(CHUNKS, FLOOR, SPLIT), split="separators of tiles"),
+    "llama4": Family(("llama4_text",), ("image",), (CHUNKS, FLOOR), _ENDED, "separators of tiles"),
     "molmo2": Family(("molmo2_text",), VIDEO, (FRAMES,), molmo_lengths, "columns' ends"),
     "step3p7": Family(("step3p5",), limits=_GEMMA, image_lengths=step_lengths, split="tokens around each view"),
-    "ovis2": Family(("qwen2",), limits=(SPLIT,), split="indicators of tiles"),
+    "ovis2": Family(("qwen2",), image_lengths=_BROKEN, split="indicators of tiles"),
     "got_ocr2": Family(("qwen2",)),
     "aria": Family(("aria_text",), image_lengths=equal_lengths),
     "phi4_multimodal": Family(("phi4_multimodal",), limits=(ADJACENT,)),
-    "fuyu": Family(("persimmon",), limits=(SPLIT,), split="a newline behind each row"),
+    "fuyu": Family(("persimmon",), image_lengths=_BROKEN, split="a newline behind each row"),
     # ---- Gemma
     "paligemma": Family(("gemma", "gemma2"), limits=(WINDOWS, STATIC), image_lengths=equal_lengths),
     "gemma3": Family(("gemma3_text",), limits=(*_GEMMA, TWO_WAY, CROPS)),
@@ -181,7 +183,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m3_vl": Family(("minimax_m3_vl_text",), VIDEO, refused=_unknown("minimax_m3_sparse")),
     "unlimited_ocr": Family(("unlimited_ocr_text",), refused=_unknown("reference_sliding_attention")),
     # ---- convolutions and linear attention
-    "lfm2_vl": Family(("lfm2",), limits=(RECURRENT, SPLIT), split=TILES),
+    "lfm2_vl": Family(("lfm2",), ("image",), (RECURRENT,), _ENDED, TILES),
     "lfm3_vl": Family(("lfm3",), VIDEO, (OWN_ROPE, RECURRENT, WINDOWS)),
     "nemotron_h_omni": Family(("nemotron_h",), refused="it has no decoder with `layers` and `embed_tokens`"),
     # ---- images as tokens of the vocabulary

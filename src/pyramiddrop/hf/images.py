@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from pyramiddrop.hf.anyres import token_count
 
-#: (configuration, call, visual tokens of images in it) -> tokens of each image in order, or None where it cannot tell.
-ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], int], Sequence[int] | None]
+#: (configuration, call, (B, L) bool visual tokens of images in it) -> tokens of each image in order, or None where it
+#: cannot tell.
+ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]
 
 
-def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Every image has the same number."""
-    encoded, pixels = _encoded_lengths(call), call.get("pixel_values")
+    encoded, pixels, visual_tokens = _encoded_lengths(call), call.get("pixel_values"), int(image.sum())
     if encoded is not None or pixels is None or visual_tokens % len(pixels):
         return encoded
     return [visual_tokens // len(pixels)] * len(pixels)
 
 
-def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """LLaVA-NeXT: the base crop, and the unpadded grid with one newline token a row."""
     encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
     if encoded is not None or sizes is None:
@@ -29,7 +31,7 @@ def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tok
     return [_anyres_length(config, int(height), int(width)) for height, width in sizes]
 
 
-def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Mistral 3: a token for each square of merged patches; rows of them stand apart."""
     encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
     if encoded is not None or sizes is None:
@@ -38,7 +40,7 @@ def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_to
     return [(int(height) // side) * (int(width) // side) for height, width in sizes]
 
 
-def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Molmo 2: the whole image and its crops, as two grids in rows that stand apart; or a video's frames."""
     encoded, images, videos = _encoded_lengths(call), call.get("image_grids"), call.get("video_grids")
     if encoded is not None:
@@ -50,14 +52,14 @@ def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_toke
     return _encoded_lengths(call, "video")
 
 
-def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], visual_tokens: int) -> Sequence[int] | None:
+def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Step 3.7: local views, of which the call tells how many, and the whole image."""
     encoded, counts = _encoded_lengths(call), call.get("num_local_patches")
     if encoded is not None or counts is None:
         return encoded
     counts = [int(count) for count in counts]
     whole = (config.vision_config.image_size // config.vision_config.patch_size // 4) ** 2
-    local = (visual_tokens - whole * len(counts)) // max(sum(counts), 1)
+    local = (int(image.sum()) - whole * len(counts)) // max(sum(counts), 1)
     return [whole + local * count for count in counts]
 
 

@@ -78,23 +78,15 @@ def check_compact_positions(anatomy: Anatomy) -> None:
 
 
 def check_grouping(anatomy: Anatomy, grouping: str) -> None:
-    """Raise UnsupportedModelError where the tokens of one image, or of one frame, cannot be told from those of others.
+    """Raise UnsupportedModelError where the tokens of one frame cannot be told from those of others.
 
     Args:
         grouping: "sample", "image" or "frame", of the method.
     """
-    if grouping == "sample":
-        return
-    name, family = f"per_{grouping}=True", repr(anatomy.config.model_type)
-    if anatomy.family.split and anatomy.family.image_lengths is None:
-        raise UnsupportedModelError(
-            f"{name} is not supported for {family}: {anatomy.family.split} stand between the tokens of one image, and "
-            f"a call does not tell where an image ends. Leave {name.replace('True', 'False')}"
-        )
     if grouping == "frame" and not anatomy.video_ids:
         raise UnsupportedModelError(
-            f"{name} is not supported for {family}: it has no video tokens of its own; frames, if it takes any, are "
-            "images there. Use per_image=True"
+            f"per_frame=True is not supported for {anatomy.config.model_type!r}: it has no video tokens of its own; "
+            "frames, if it takes any, are images there. Use per_image=True"
         )
 
 

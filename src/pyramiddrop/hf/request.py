@@ -146,7 +146,7 @@ def _groups(
         return torch.zeros_like(visual, dtype=torch.long)
     ids = call.get("input_ids")
     video = torch.zeros_like(visual) if ids is None else _among(ids, anatomy.video_ids) & visual
-    lengths = anatomy.image_lengths(call, int((visual & ~video).sum()))
+    lengths = anatomy.image_lengths(call, visual & ~video)
     frames = video_frames(call, anatomy.merged_frames)
     if frames is None and given_frames is not None:
         frames = frames_of_beams(given_frames, video, beams)
