@@ -156,9 +156,10 @@ def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
 
 def method_label(method: Method) -> str:
     """The Python expression, without what is as the method's default has it."""
-    values = {entry.name: (getattr(method, entry.name), entry.default) for entry in fields(method) if entry.init}
-    settings = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
-    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
+    told = method.settings()
+    changed = [entry.name for entry in fields(method) if entry.init and getattr(method, entry.name) != entry.default]
+    settings = ", ".join(f"{name}={told[name]!r}" for name in changed)
+    return type(method).__name__ + (f"({settings})" if settings else "")
 
 
 def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
