@@ -210,6 +210,8 @@ def test_profiles_are_named_after_their_models(tmp_path: Path) -> None:
     assert [path.name for path in write_profiles(record(), tmp_path)] == ["profile.json"]
     several = write_profiles(record(model("a/b"), model("c")), tmp_path)
     assert [path.name for path in several] == ["profile-a-b.json", "profile-c.json"]
+    alike = write_profiles(record(model("a b"), model("a/b")), tmp_path)
+    assert [path.name for path in alike] == ["profile-a-b-1.json", "profile-a-b-2.json"]
     assert Profile.read(several[1]).losses[2, 0.25] == pytest.approx(0.95 - 0.6)
 
 

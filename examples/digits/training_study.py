@@ -2,6 +2,7 @@
 
     python examples/digits/training_study.py              # about 25 CPU minutes; stopped? run it again, it goes on
     python examples/digits/training_study.py --document   # writes the tables of docs/training.md from what was measured
+    python examples/digits/training_study.py --save runs/models   # leaves two of the models, for docs/studies.md
 
 Every seed is its own data and order, the same for all ways to train. The answers are those of the test split.
 """
@@ -58,6 +59,9 @@ class StepTimes(TrainerCallback):
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
+    if arguments.save:
+        save_models(arguments.save, arguments.steps, arguments.learning_rate)
+        return
     if not arguments.document:
         measure(arguments.steps, arguments.learning_rate, arguments.seeds)
     write_document(json.loads(RESULTS.read_text("utf-8")))
@@ -110,37 +114,45 @@ def one_run(
     way: str, seed: int, data: Path, steps: int, learning_rate: float, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Train in one way, then ask."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained = train(way, seed, data, steps, learning_rate, Path(folder))
+        return {**trained, **ask_all(Path(folder), way, samples)}
+
+
+def train(way: str, seed: int, data: Path, steps: int, learning_rate: float, folder: Path) -> dict[str, Any]:
+    """Train in one way, and leave the model in `folder`."""
     lam = None if way == VANILLA else float(way.split()[-1])
     options = MethodOptions(VANILLA) if lam is None else MethodOptions("pyramiddrop", lam=lam)
-    with tempfile.TemporaryDirectory() as folder:
-        job = prepare_training(
-            TrainOptions(
-                model=str(digits_checkpoint()),
-                data=str(data),
-                output=Path(folder),
-                method=options,
-                steps=steps,
-                batch=BATCH,
-                device_batch=BATCH,
-                learning_rate=learning_rate,
-                checkpointing=False,
-                log_every=25,
-                seed=seed,
-            )
+    job = prepare_training(
+        TrainOptions(
+            model=str(digits_checkpoint()),
+            data=str(data),
+            output=folder,
+            method=options,
+            steps=steps,
+            batch=BATCH,
+            device_batch=BATCH,
+            learning_rate=learning_rate,
+            checkpointing=False,
+            log_every=25,
+            seed=seed,
         )
-        times = StepTimes()
-        job.trainer.add_callback(times)
-        start = time.process_time()
-        job.run()
-        total = time.process_time() - start
-        losses = [entry["loss"] for entry in job.trainer.state.log_history if "loss" in entry]
-        asked = ask_all(Path(folder), way, samples)
-    return {
-        "step_seconds": round(median(times.seconds), 4),
-        "total_seconds": round(total, 1),
-        "losses": losses,
-        **asked,
-    }
+    )
+    times = StepTimes()
+    job.trainer.add_callback(times)
+    start = time.process_time()
+    job.run()
+    total = time.process_time() - start
+    losses = [entry["loss"] for entry in job.trainer.state.log_history if "loss" in entry]
+    return {"step_seconds": round(median(times.seconds), 4), "total_seconds": round(total, 1), "losses": losses}
+
+
+def save_models(folder: Path, steps: int, learning_rate: float) -> None:
+    """Train without and with PyramidDrop (λ = 0.5), of the first seed, and leave both models in `folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = write_data(Path(scratch), SEEDS[0], steps * BATCH)
+        for name, way in (("without", VANILLA), ("with", "λ = 0.5")):
+            train(way, SEEDS[0], data, steps, learning_rate, folder / name)
 
 
 def ask_all(checkpoint: Path, way: str, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -238,6 +250,7 @@ def kind_lines(record: dict[str, Any]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--document", action="store_true", help="write the tables from what was measured before")
+    parser.add_argument("--save", type=Path, help="leave a model trained without and one trained with PyramidDrop here")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
 from pyramiddrop.report.ablation_plot import draw_ablation
-from pyramiddrop.report.eval_tables import difference_cell, score_cell, share_cell
+from pyramiddrop.report.eval_tables import share_cell
 from pyramiddrop.report.study import Plot, Record, Sheet, Shown
-from pyramiddrop.report.tradeoff_report import kind_sheet, way_numbers
+from pyramiddrop.report.tradeoff_report import kind_sheet, scored_cells, way_numbers
 
 #: The number of the paper's table.
 ABLATION = 4
@@ -20,35 +20,31 @@ LEAD = (
 
 def show_ablation(record: Record) -> Shown:
     """The figure and the tables of a study's `record`."""
-    ways, kinds = record["methods"], record["kinds"]
-    vanilla, *points = ways
-    head = ("λ", "decoder FLOPs", "KV cache", "visual tokens of a layer", "accuracy (%)", "minus vanilla")
-    names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
+    vanilla, *points = record["methods"]
+    figure = draw_ablation(vanilla, points, record["kinds"])
     return Shown(
         title="What does λ cost, and what does it save?",
         lead=LEAD,
-        plots=[Plot("ablation", "Accuracy, and costs of vanilla's, over λ.", draw_ablation(vanilla, points, kinds))],
-        sheets=[
-            Sheet("as measured", head, [(name, *_cells(way)) for name, way in zip(names, ways, strict=True)]),
-            *kind_sheet(names, ways, kinds),
-            _beside_the_paper(record["model"], vanilla, points),
-        ],
+        plots=[Plot("ablation", "Accuracy, and costs of vanilla's, over λ.", figure)],
+        sheets=ablation_sheets(record),
         remarks=[
             f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures.",
             "The paper trains its models with each λ; here the same weights answer under each.",
         ],
-        numbers=[row for way in ways for row in way_numbers(way, {"lam": way.get("lam", "")})],
+        numbers=[row for way in record["methods"] for row in way_numbers(way, {"lam": way.get("lam", "")})],
     )
 
 
-def _cells(way: Record) -> tuple[str, ...]:
-    return (
-        share_cell(way["flops_ratio"]),
-        share_cell(way["kv_ratio"]),
-        f"{way['visual_tokens']['per_layer']:.1f}",
-        score_cell(way["scores"]["all"]),
-        difference_cell(way["differences"].get("to_vanilla")),
-    )
+def ablation_sheets(record: Record) -> list[Sheet]:
+    """The tables: what each λ costs and scores, its scores by kind of question, and the paper's beside."""
+    ways = record["methods"]
+    vanilla, *points = ways
+    names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
+    head = ("λ", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla", "visual tokens of a layer")
+    tokens = [f"{way['visual_tokens']['per_layer']:.1f}" for way in ways]
+    rows = [(name, *scored_cells(way), count) for name, way, count in zip(names, ways, tokens, strict=True)]
+    beside = _beside_the_paper(record["model"], vanilla, points)
+    return [Sheet("as measured", head, rows), *kind_sheet(names, ways, record["kinds"]), beside]
 
 
 def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:

@@ -38,19 +38,25 @@ TITLES = {
 def show_redundancy(record: Record, looks: Sequence[Looks] = ()) -> Shown:
     """The figures and tables of a study's `record`, and maps of the attention where there are `looks`."""
     models = record["models"]
-    metrics = [metric for metric in CAPTIONS if any(cell[metric] for cell in models[0]["cells"])]
+    metrics = _metrics(models)
     plots = [Plot(f"redundancy-{metric}", CAPTIONS[metric], draw_redundancy(models, metric)) for metric in metrics]
     if looks:
         plots.append(Plot("attention", _attention_caption(models[0]["name"]), draw_attention(looks)))
-    sheets = [_cells(model, metric) for metric in metrics for model in models]
     return Shown(
         title="Where are visual tokens redundant?",
         lead=LEAD,
         plots=plots,
-        sheets=[*sheets, *(_attention(model) for model in models if model["attention"])],
+        sheets=redundancy_sheets(record),
         remarks=[_vanilla(model) for model in models],
         numbers=[row for model in models for row in _numbers(model, metrics)],
     )
+
+
+def redundancy_sheets(record: Record) -> list[Sheet]:
+    """The tables: a metric by layer and share, one for each metric and model; and the attention of each model."""
+    models = record["models"]
+    sheets = [_cells(model, metric) for metric in _metrics(models) for model in models]
+    return [*sheets, *(_attention(model) for model in models if model["attention"])]
 
 
 def glances_to_looks(glances: Sequence[Glance]) -> tuple[list[Looks], str]:
@@ -64,15 +70,24 @@ def glances_to_looks(glances: Sequence[Glance]) -> tuple[list[Looks], str]:
 def write_profiles(record: Record, folder: Path) -> list[Path]:
     """A redundancy profile of each model: `profile.json`, or `profile-NAME.json` where there are several."""
     models = record["models"]
-    names = ["profile.json"] if len(models) == 1 else [f"profile-{_as_file(model['name'])}.json" for model in models]
-    paths = [folder / name for name in names]
+    paths = [folder / name for name in _profile_names([model["name"] for model in models])]
     for path, model in zip(paths, models, strict=True):
         path.write_text(json.dumps(profile_of(model), indent=1) + "\n", encoding="utf-8")
     return paths
 
 
-def _as_file(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)
+def _metrics(models: Sequence[Record]) -> list[str]:
+    """Those that were scored: no accuracy without answers."""
+    return [metric for metric in CAPTIONS if any(cell[metric] for cell in models[0]["cells"])]
+
+
+def _profile_names(models: Sequence[str]) -> list[str]:
+    """Names of files after names of models, with a number where two would be the same."""
+    if len(models) == 1:
+        return ["profile.json"]
+    plain = [re.sub(r"[^\w.-]+", "-", name) for name in models]
+    numbers = [f"-{number}" if plain.count(name) > 1 else "" for number, name in enumerate(plain, start=1)]
+    return [f"profile-{name}{number}.json" for name, number in zip(plain, numbers, strict=True)]
 
 
 def _look(glance: Glance) -> Looks:

@@ -40,7 +40,9 @@ def _figure(plot: Plot, svg: str) -> dict[str, Any]:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    return {**record["setting"], **{f"machine: {name}": value for name, value in record["machine"].items()}}
+    """What was set, and the machine; without what was left open."""
+    asked = {name: value for name, value in record["setting"].items() if value not in (None, (), [])}
+    return {**asked, **{f"machine: {name}": value for name, value in record["machine"].items()}}
 
 
 def _written(value: Any) -> str:
@@ -48,4 +50,4 @@ def _written(value: Any) -> str:
         return ", ".join(f"{name}: {_written(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_written, value))
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ def show_tradeoff(record: Record) -> Shown:
         title="What does a method keep of the answers, at equal cost?",
         lead=LEAD,
         plots=plots,
-        sheets=_sheets(record["methods"], kinds),
+        sheets=tradeoff_sheets(record),
         remarks=[f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures."],
         numbers=[row for way in record["methods"] for row in way_numbers(way, {"line": way.get("line", "vanilla")})],
     )
@@ -53,16 +53,21 @@ def kind_sheet(heads: Sequence[str], ways: Sequence[Record], kinds: Sequence[str
     return [Sheet("by kind of question (%; errors are in the CSV file)", ("", *kinds), rows)]
 
 
-def _sheets(ways: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
+def tradeoff_sheets(record: Record) -> list[Sheet]:
+    """The tables: what each way costs and scores, and its scores by kind of question."""
+    ways = record["methods"]
     head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
-    rows = [
-        (
-            way["name"],
-            share_cell(way["flops_ratio"]),
-            share_cell(way["kv_ratio"]),
-            score_cell(way["scores"]["all"]),
-            difference_cell(way["differences"].get("to_vanilla")),
-        )
-        for way in ways
+    return [
+        Sheet("every point", head, [(way["name"], *scored_cells(way)) for way in ways]),
+        *kind_sheet([way["name"] for way in ways], ways, record["kinds"]),
     ]
-    return [Sheet("every point", head, rows), *kind_sheet([way["name"] for way in ways], ways, kinds)]
+
+
+def scored_cells(way: Record) -> tuple[str, ...]:
+    """FLOPs and KV cache of vanilla's, the score, and its difference to vanilla's."""
+    return (
+        share_cell(way["flops_ratio"]),
+        share_cell(way["kv_ratio"]),
+        score_cell(way["scores"]["all"]),
+        difference_cell(way["differences"].get("to_vanilla")),
+    )
