@@ -39,6 +39,7 @@ from pyramiddrop.cost import (
     Prompt,
     account,
     activation_bytes,
+    by_attention,
     fastv_layer_flops,
     kv_bytes,
     paper_layer_flops,
@@ -46,6 +47,7 @@ from pyramiddrop.cost import (
 from pyramiddrop.evaluation.paper import Figure, paper_figures
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
 from pyramiddrop.schedule import Schedule, powers
+from pyramiddrop.scoring import SCORERS
 from tiny import make_batch, tiny_model
 
 SHAPE = DecoderShape(layers=8, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocabulary=200)
@@ -88,7 +90,7 @@ def predicted(model: PreTrainedModel, prompt: Prompt, method: Method | None = No
     """The account of the model's own configuration."""
     shape = model_shape(model.config, bytes_per_value=4)
     schedule = method.schedule(shape.decoder.layers) if method else None
-    return account(shape, prompt, schedule, ranks=not isinstance(method, RandomDrop))
+    return account(shape, prompt, schedule, method.choosing_flops if method else by_attention)
 
 
 @pytest.mark.parametrize("method", [None, PyramidDrop(lam=0.6), FastV(layer=2, keep=0.5), RandomDrop()])
@@ -245,6 +247,18 @@ def test_the_account_is_what_the_trace_says(method: Method) -> None:
     assert cost.average_tokens == sum(trace.lengths) / 8 - 16
 
 
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("score", SCORERS)
+def test_what_choosing_costs_is_what_the_counter_says(score: str, merge: bool) -> None:
+    model = tiny_model()
+    inputs = make_batch(model, [[9, "image", 7, "image", 8]])
+    method = PyramidDrop(layers=[2, 4], keep=[0.5, 0.25], score=score, merge=merge)
+    with method(model) as trace:
+        found = counted(model, inputs)
+    full = predicted(model, Prompt(32, 24)).full
+    assert found == pytest.approx(trace.cost().flops + full.head + full.vision + full.projector, rel=0.001)
+
+
 @pytest.mark.parametrize("figure", paper_figures(), ids=lambda one: f"{one.table}-{one.preset}-{one.method}")
 def test_the_paper_to_the_printed_digit(figure: Figure) -> None:
     assert figure.ours == figure.printed
@@ -291,7 +305,7 @@ def test_a_stage_that_drops_nothing_ranks_nothing() -> None:
     model, prompt = ModelShape(SHAPE), Prompt(32, 16)
     assert account(model, prompt, twice).full == account(model, prompt, once).full
     assert account(model, prompt, once).full.ranking > 0
-    assert account(model, prompt, once, ranks=False).full.ranking == 0
+    assert account(model, prompt, once, RandomDrop().choosing_flops).full.ranking == 0
 
 
 def test_the_activations_are_those_of_the_widest_layer() -> None:

@@ -16,6 +16,7 @@ from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops
 from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.hf.limits import drop_layers
+from pyramiddrop.scoring import AttentionScorer, UniformScorer
 from test_cost import FUSED_ON_CPU
 from zoo import MEMBERS, make_batch
 
@@ -114,8 +115,8 @@ def test_what_dropping_saves_is_what_the_counter_and_the_cache_say(name: str) ->
 def test_sizes_tell_before_which_layers_the_model_drops(name: str) -> None:
     parts = anatomy(model_of(name))
     for rank_layer in ("next", "last"):
-        for attends in (True, False):
-            assert parts.shape.drop_layers(rank_layer, attends) == drop_layers(parts, rank_layer, attends)
+        for scorer in (AttentionScorer(), UniformScorer()):
+            assert parts.shape.drop_layers(rank_layer, scorer.attends) == drop_layers(parts, rank_layer, scorer)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pyramiddrop.hf import drop_layers
 from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_layers
 from pyramiddrop.hf.spans import FULL, Span
+from pyramiddrop.scoring import AttentionScorer, Scorer, UniformScorer, VariationScorer
 from tiny import tiny_model
 
 MIXED = [Span("sliding", 8)] * 3 + [FULL] + [Span("sliding", 8)] * 3 + [FULL]
@@ -25,8 +26,12 @@ def parts(spans: Sequence[Span] = (FULL,) * 8, sources: Sequence[int] = tuple(ra
     return replace(anatomy(tiny_model()), spans=tuple(spans), sources=tuple(sources))
 
 
+def scorer(attends: bool) -> Scorer:
+    return AttentionScorer() if attends else UniformScorer()
+
+
 def allowed(spans: Sequence[Span], rank_layer: str, attends: bool = True, **sources: Any) -> list[int]:
-    return list(drop_layers(parts(spans, **sources), rank_layer, attends))
+    return list(drop_layers(parts(spans, **sources), rank_layer, scorer(attends)))
 
 
 # --- Where tokens are best dropped ----------------------------------------------------------------------------------
@@ -70,14 +75,14 @@ def refused(
     model: Anatomy, layers: tuple[int, ...], words: str, rank_layer: str = "next", attends: bool = True
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
-        check_layers(model, layers, rank_layer, attends)
+        check_layers(model, layers, rank_layer, scorer(attends))
 
 
 def test_a_layer_without_attention_cannot_rank() -> None:
     refused(parts(HYBRID), (7, 5), "before layer 5: layer 5, which would rank them, has no attention")
     refused(parts(HYBRID), (5,), "before layer 5: layer 4, which would rank them, has no attention", "last")
-    check_layers(parts(HYBRID), (7,), "next", True)
-    check_layers(parts(HYBRID), (5,), "next", False)
+    check_layers(parts(HYBRID), (7,), "next", scorer(True))
+    check_layers(parts(HYBRID), (5,), "next", scorer(False))
 
 
 def test_nothing_is_dropped_before_the_model_has_counted_its_cache() -> None:
@@ -86,12 +91,18 @@ def test_nothing_is_dropped_before_the_model_has_counted_its_cache() -> None:
     refused(parts(HYBRID), (3,), "before layer 3: the model reads the length of its cache")
 
 
+def test_a_score_that_compares_needs_a_layer_before_the_one_that_ranks() -> None:
+    assert drop_layers(parts(), "last", VariationScorer()) == (2, 3, 4, 5, 6, 7)
+    with pytest.raises(UnsupportedModelError, match="before layer 1: its score compares layer 0 with the one before"):
+        check_layers(parts(), (1,), "last", VariationScorer())
+
+
 def test_layers_that_share_keys_are_refused() -> None:
     refused(parts(sources=[0, 1, 2, 3, 4, 4, 4, 4]), (2, 6), "before layer 6: it reuses the keys of an earlier layer")
 
 
 def test_windowed_layers_are_allowed_where_the_user_names_them() -> None:
-    check_layers(parts(MIXED), (1, 2, 3, 4), "next", True)
+    check_layers(parts(MIXED), (1, 2, 3, 4), "next", scorer(True))
 
 
 def test_flash_attention_counts_windows_in_what_is_left() -> None:

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 import reference
 from checks import HALVES, check_logits, check_trace, generated, method_of, new_tokens, stacked
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError
+from pyramiddrop.scoring import AttentionScorer, TopHeadsScorer
 from reference import Result, Rule
 from tiny import (
     IMPLEMENTATIONS,
@@ -39,6 +40,8 @@ METHODS = [
     RandomDrop(**STAGES, seed=7),
     RandomDrop(seed=None),
     UniformDrop(lam=0.3, stages=2),
+    PyramidDrop(score="rope_free", reserve=0.5, random_from=6, merge=True),
+    FastV(layer=3, keep=0.25, score=TopHeadsScorer(share=0.5)),
 ]
 
 
@@ -282,6 +285,26 @@ def test_damaged_files(tmp_path: Path) -> None:
             Method.from_pretrained(tmp_path)
 
 
+def test_a_score_is_written_by_its_name_and_settings_only_where_there_are_some(tmp_path: Path) -> None:
+    assert PyramidDrop(score="diversity").settings()["score"] == "diversity"
+    assert PyramidDrop(score={"name": "top_heads", "share": 0.5}).score == TopHeadsScorer(share=0.5)
+    assert PyramidDrop(score=TopHeadsScorer(share=0.5)).settings()["score"] == {"name": "top_heads", "share": 0.5}
+
+
+def test_a_file_without_a_score_ranks_by_attention() -> None:
+    """As all files did that were written before there was another."""
+    assert Method.from_settings({"method": "PyramidDrop", "lam": 0.6}, "here") == PyramidDrop(lam=0.6)
+
+
+def test_a_scorer_that_has_no_name_cannot_be_saved(tmp_path: Path) -> None:
+    class Mine(AttentionScorer):
+        pass
+
+    with pytest.raises(ValueError, match="Mine is not in SCORERS"):
+        PyramidDrop(score=Mine()).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # --- Refusals -------------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
@@ -312,6 +335,15 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (RandomDrop, {"seed": "seven"}, "seed"),
     (RandomDrop, {"positions": "none"}, "positions"),
     (UniformDrop, {"stages": 0}, "stages"),
+    (PyramidDrop, {"score": "best"}, "score must be one of attention, instruction"),
+    (PyramidDrop, {"score": {"name": "top_heads", "share": 2}}, "share"),
+    (FastV, {"score": {"name": "top_heads", "heads": 2}}, "top_heads"),
+    (PyramidDrop, {"reserve": 1.5}, "reserve"),
+    (PyramidDrop, {"reserve": True}, "reserve"),
+    (PyramidDrop, {"random_from": 0}, "random_from"),
+    (FastV, {"random_from": 2.5}, "random_from"),
+    (RandomDrop, {"merge": "yes"}, "merge"),
+    (FastV, {"layer": 1, "score": "variation"}, "compares layer 0 with the one before"),
     (UniformDrop, {"layers": [3, 3]}, "layers"),
 ]
 

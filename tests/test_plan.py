@@ -30,7 +30,7 @@ def plan(
     groups = group_tokens(
         grouping, visual if valid is None else visual & valid, torch.zeros_like(visual), lengths, None
     )
-    return make_plan(Request(visual, queries, protected, valid, groups, 0), schedule)
+    return make_plan(Request(visual, queries, torch.zeros_like(visual), protected, valid, groups, 0), schedule)
 
 
 def test_counts_and_lengths_of_a_ragged_batch() -> None:

@@ -13,6 +13,7 @@ from checks import generated
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import anatomy, drop_layers
 from pyramiddrop.hf.prefix import Prefix
+from pyramiddrop.scoring import AttentionScorer
 from tiny import make_batch, tiny_model
 
 STEPS = 3
@@ -102,7 +103,7 @@ def test_every_family() -> None:
         model = member.build(0)
         try:
             parts = anatomy(model)
-            layers = list(drop_layers(parts, "next", True))
+            layers = list(drop_layers(parts, "next", AttentionScorer()))
             inputs = zoo.make_batch(member, model, [[5, "image", 7]])
             with PyramidDrop(layers=layers[:1], keep=[0.5])(model), torch.inference_mode():
                 generated(model, inputs, 1)

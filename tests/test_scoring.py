@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.scoring import Evidence, RandomScorer, UniformScorer, attention_received
+from pyramiddrop.scoring import (
+    SCORERS,
+    AttentionScorer,
+    DebiasedScorer,
+    DiversityScorer,
+    Evidence,
+    InstructionScorer,
+    KeyNormScorer,
+    RandomFrom,
+    RandomScorer,
+    Reserved,
+    RopeFreeScorer,
+    TopHeadsScorer,
+    UniformScorer,
+    VariationScorer,
+    attention_received,
+)
 
 
-def evidence(visual: list[list[int]], quota: list[list[int]], groups: list[list[int]] | None = None) -> Evidence:
+def evidence(
+    visual: list[list[int]], quota: list[list[int]], groups: list[list[int]] | None = None, **known: Any
+) -> Evidence:
+    """What a scorer sees; `known` is what it may ask for."""
     mask = torch.tensor(visual).bool()
 
-    def no_attention() -> Tensor:
-        raise AssertionError("this scorer must not ask for attention")
+    def nothing(**options: bool) -> Tensor:
+        raise AssertionError("this scorer must not ask for attention or keys")
 
     return Evidence(
+        layer=known.pop("layer", 2),
         visual=mask,
         ordinal=(mask.long().cumsum(1) - 1).clamp(min=0),
         groups=torch.zeros_like(mask, dtype=torch.long) if groups is None else torch.tensor(groups),
         quota=torch.tensor(quota),
-        hidden=torch.zeros(*mask.shape, 2),
-        attention=no_attention,
+        **({"hidden": torch.zeros(*mask.shape, 2), "attention": nothing, "keys": nothing} | known),
     )
 
 
@@ -123,3 +144,138 @@ def test_random_is_uniform_over_seeds() -> None:
     chosen = torch.stack([RandomScorer(seed)(case)[0].topk(4).indices for seed in range(2000)])
     share = torch.bincount(chosen.flatten(), minlength=16) / 2000
     assert (share - 0.25).abs().max() < 0.05
+
+
+# --- Remedies, on numbers small enough to check by hand ---------------------------------------------------------------
+
+
+def looking(heads: list[list[float]]) -> Any:
+    """One sample whose heads attend so."""
+    return lambda **options: torch.tensor([heads])
+
+
+def test_attention_is_the_mean_over_heads() -> None:
+    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.2, 0.6], [0.3, 0.4, 0.0]]))
+    torch.testing.assert_close(AttentionScorer()(case), torch.tensor([[0.2, 0.3, 0.3]]))
+
+
+def test_who_asks_and_how_is_the_scorers_choice() -> None:
+    asked: list[dict[str, bool]] = []
+
+    def attention(**options: bool) -> Tensor:
+        asked.append(options)
+        return torch.zeros(1, 1, 2)
+
+    case = evidence([[1, 1]], [[1]], attention=attention)
+    for scorer in (AttentionScorer(), InstructionScorer(), RopeFreeScorer()):
+        scorer(case)
+    assert asked == [{}, {"instruction": True}, {"rotated": False}]
+
+
+def test_top_heads_are_those_that_look_at_the_picture() -> None:
+    """Of four heads one: the second, which gives the two visual tokens 0.9; the first gives most of its to the text."""
+    heads = [[0.9, 0.1, 0.0], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3], [0.8, 0.1, 0.1]]
+    case = evidence([[0, 1, 1]], [[1]], attention=looking(heads))
+    torch.testing.assert_close(TopHeadsScorer()(case)[0, 1:], torch.tensor([0.2, 0.7]))
+    two = TopHeadsScorer(share=0.5)(case)[0, 1:]
+    torch.testing.assert_close(two, torch.tensor([0.3, 0.5]))
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\]; got 0"):
+        TopHeadsScorer(share=0)
+
+
+def test_an_exponential_trend_is_taken_out() -> None:
+    """Attention that doubles from token to token says nothing; one token that has three times its due does."""
+    doubling = [0.01 * 2**place for place in range(6)]
+    case = evidence([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
+    torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 6), atol=1e-5, rtol=0)
+    doubling[1] *= 3
+    raised = evidence([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
+    assert DebiasedScorer()(raised).argmax() == 1
+    assert AttentionScorer()(raised).argmax() == 5
+
+
+def test_each_group_has_a_trend_of_its_own_and_one_token_none() -> None:
+    attention = looking([[0.1, 0.2, 0.4, 0.4, 0.2, 0.1, 0.7]])
+    case = evidence([[1] * 7], [[1, 1, 1]], [[0, 0, 0, 1, 1, 1, 2]], attention=attention, hidden=torch.ones(1, 7, 2))
+    torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 7), atol=1e-5, rtol=0)
+
+
+def test_a_sink_goes_first_whatever_attention_it_gets() -> None:
+    hidden = torch.ones(1, 3, 500)
+    hidden[0, 1, 7] = 100.0  # 21.8 times the root mean square of its row
+    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
+    assert DebiasedScorer()(case).argmin() == 1
+    assert DebiasedScorer(sink=50.0)(case).argmax() == 1
+
+
+def test_short_keys_stay() -> None:
+    keys = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 2.0]]]])  # (1, 2 heads, 2 tokens, 2)
+    case = evidence([[1, 1]], [[1]], keys=lambda: keys)
+    torch.testing.assert_close(KeyNormScorer()(case), torch.tensor([[-3.0, -1.5]]))
+
+
+def test_what_a_layer_changed_stays() -> None:
+    hidden, previous = torch.tensor([[[3.0, 4.0], [1.0, 1.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    case = evidence([[1, 1]], [[1]], hidden=hidden, previous=previous)
+    torch.testing.assert_close(VariationScorer()(case), torch.tensor([[5.0, 1.0]]))
+
+
+def directions(*degrees: float) -> Tensor:
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], -1)[None]
+
+
+def chosen(scores: Tensor, count: int) -> list[int]:
+    return sorted(scores[0].topk(count).indices.tolist())
+
+
+def test_diversity_takes_the_farthest_from_those_it_has() -> None:
+    """Degrees, whose mean points to about 42: first goes 100, then 0, and then, of 5, 12 and 92, which are
+    5, 12 and 8 from the nearest, 12."""
+    case = evidence([[1] * 5], [[3]], hidden=directions(0, 5, 12, 92, 100))
+    scores = DiversityScorer()(case)
+    assert scores[0].tolist() == [2, 0, 1, 0, 3]
+
+
+def test_diversity_of_a_group_does_not_depend_on_other_groups() -> None:
+    hidden = directions(0, 50, 90, 0, 2, 80, 90)
+    together = evidence([[1] * 7], [[2, 3]], [[0, 0, 0, 1, 1, 1, 1]], hidden=hidden)
+    scores = DiversityScorer()(together)
+    first = DiversityScorer()(evidence([[1] * 3], [[2]], hidden=hidden[:, :3]))
+    second = DiversityScorer()(evidence([[1] * 4], [[3]], hidden=hidden[:, 3:]))
+    assert chosen(scores[:, :3], 2) == chosen(first, 2)
+    assert chosen(scores[:, 3:], 3) == chosen(second, 3)
+
+
+def test_a_reserve_is_evenly_spaced_and_the_rest_are_the_best() -> None:
+    """Six of twelve stay, half of them on a grid: every fourth; then the three best of the others."""
+    attention = [float(place in (0, 1, 2, 3)) + place / 100 for place in range(12)]
+    case = evidence([[1] * 12], [[6]], attention=looking([attention]))
+    assert chosen(Reserved(AttentionScorer(), 0.5)(case), 6) == sorted([3, 7, 11, 2, 1, 0])
+    assert chosen(Reserved(AttentionScorer(), 1.0)(case), 6) == [1, 3, 5, 7, 9, 11]
+
+
+def test_a_reserve_of_less_than_a_token_is_none() -> None:
+    case = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.1, 0.1]]))
+    assert chosen(Reserved(AttentionScorer(), 0.9)(case), 1) == [0]
+
+
+def test_chance_takes_over_at_a_layer() -> None:
+    early = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.2, 0.1]]))
+    late = evidence([[1] * 4], [[1]], layer=5)  # and asks for no attention
+    scorer = RandomFrom(AttentionScorer(), 5)
+    assert torch.equal(scorer(early), AttentionScorer()(early))
+    assert torch.equal(scorer(late), RandomScorer()(late))
+
+
+def test_what_goes_around_a_scorer_needs_what_it_needs() -> None:
+    around = Reserved(RandomFrom(VariationScorer(), 5), 0.5)
+    assert (around.attends, around.compares) == (False, True)
+    assert Reserved(KeyNormScorer(), 0.5).attends
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_says_its_rule(name: str) -> None:
+    scorer = SCORERS[name]()
+    assert (scorer.__doc__ or "").endswith((".", "\n    "))
+    assert scorer.source or name in ("random", "uniform")

@@ -6,23 +6,25 @@ The adapter is imported where a model is at hand: whoever only asks what a metho
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from pyramiddrop.cost import Choice, DecoderShape, merging_flops
 from pyramiddrop.saving import stay, travel
 from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
-from pyramiddrop.scoring import AttentionScorer, RandomScorer, Scorer, UniformScorer
+from pyramiddrop.scoring import SCORERS, AttentionScorer, RandomFrom, RandomScorer, Reserved, Scorer, UniformScorer
 from pyramiddrop.trace import Trace
 
 if TYPE_CHECKING:
     from pyramiddrop.hf import Attachment, GivenMasks
 
 FILE_NAME = "pyramiddrop.json"
+BY_ATTENTION = AttentionScorer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Method:
             undropped rows; "last": the layer before it does.
         per_image: whether each image and each video of a sample has its own quota, or all of them share one.
         per_frame: whether each image and each frame of a video has its own quota.
+        merge: whether a visual token that goes is averaged into the kept one of its group that is most like it.
         logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
             logits and the loss for the rows that are left alone, which needs less memory.
 
@@ -47,6 +50,7 @@ class Method:
     rank_layer: str = "next"
     per_image: bool = False
     per_frame: bool = False
+    merge: bool = False
     logits: str = "full"
 
     def __post_init__(self) -> None:
@@ -55,6 +59,7 @@ class Method:
         _check_choice("logits", self.logits, ("full", "kept"))
         _check_choice("per_image", self.per_image, (False, True))
         _check_choice("per_frame", self.per_frame, (False, True))
+        _check_choice("merge", self.merge, (False, True))
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit.
@@ -68,6 +73,10 @@ class Method:
     def scorer(self) -> Scorer:
         """What ranks the visual tokens."""
         raise NotImplementedError
+
+    def choosing_flops(self, shape: DecoderShape, choice: Choice) -> int:
+        """What choosing (and merging) costs at one stage end of one sample in a decoder of this `shape`."""
+        return self.scorer().flops(shape, choice) + (merging_flops(shape, choice) if self.merge else 0)
 
     def __call__(
         self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
@@ -141,12 +150,45 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """What `from_settings` takes: plain values that JSON can hold."""
-        return {"method": type(self).__name__, **asdict(self)}
+        values = {name: _in_words(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {"method": type(self).__name__, **values}
 
     @classmethod
     def _fixed(cls) -> list[str]:
         """Settings that the method itself determines."""
         return [entry.name for entry in cls.__dataclass_fields__.values() if not entry.init]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredMethod(Method):
+    """A method whose scorer can be chosen.
+
+    Attributes:
+        score: what ranks: a name in `pyramiddrop.scoring.SCORERS`, or a scorer with settings of its own, which JSON
+            holds as {"name": ..., **settings}. The name of a scorer becomes the scorer.
+        reserve: this share of the tokens that stay is evenly spaced over the picture, whatever their score.
+        random_from: at drops before this 0-based layer and later ones, chance chooses.
+    """
+
+    score: Scorer | str | Mapping[str, Any] = BY_ATTENTION
+    reserve: float = 0.0
+    random_from: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "score", _scorer(self.score))
+        reserve, layer = self.reserve, self.random_from
+        if isinstance(reserve, bool) or not isinstance(reserve, int | float) or not 0 <= reserve <= 1:
+            raise ValueError(f"reserve must be a number in [0, 1]; got {reserve!r}")
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
+            raise ValueError(f"random_from must be a layer of at least 1, or None; got {layer!r}")
+
+    def scorer(self) -> Scorer:
+        assert isinstance(self.score, Scorer)
+        scorer = self.score
+        if self.random_from is not None:
+            scorer = RandomFrom(scorer, self.random_from)
+        return Reserved(scorer, self.reserve) if self.reserve else scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,19 +235,16 @@ class StagedMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(StagedMethod):
+class PyramidDrop(StagedMethod, ScoredMethod):
     """PyramidDrop (arXiv 2410.17247): at each stage end rank by the attention from the query tokens, keep a share.
 
     >>> with PyramidDrop()(model) as trace:
     ...     model.generate(**inputs)
     """
 
-    def scorer(self) -> Scorer:
-        return AttentionScorer()
-
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Method):
+class FastV(ScoredMethod):
     """FastV (arXiv 2403.06764): one drop before layer `layer`, ranked by the attention of the layer before it.
 
     The paper's K is `layer`; its R is what is removed: `keep = 1 - R`.
@@ -226,9 +265,6 @@ class FastV(Method):
         schedule = Schedule((Stage(self.layer, self.keep),))
         schedule.check_depth(num_layers)
         return schedule
-
-    def scorer(self) -> Scorer:
-        return AttentionScorer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +359,7 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
     from pyramiddrop.hf import Attachment, Rules, anatomy, drop_layers
 
     parts, scorer = anatomy(model), method.scorer()
-    allowed = drop_layers(parts, method.rank_layer, isinstance(scorer, AttentionScorer))
+    allowed = drop_layers(parts, method.rank_layer, scorer)
     rules = Rules(
         schedule=method.schedule(len(parts.layers), allowed),
         scorer=scorer,
@@ -331,8 +367,35 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
         rank_layer=method.rank_layer,
         grouping="frame" if method.per_frame else "image" if method.per_image else "sample",
         logits=method.logits,
+        merge=method.merge,
+        choosing=method.choosing_flops,
     )
     return Attachment(parts, rules, given)
+
+
+def _scorer(score: Any) -> Scorer:
+    """The scorer that `score` names or is."""
+    if isinstance(score, Scorer):
+        return score
+    settings = dict(score) if isinstance(score, Mapping) else {"name": score}
+    name = settings.pop("name", None)
+    if name not in SCORERS:
+        raise ValueError(f"score must be one of {', '.join(SCORERS)}, or a Scorer; got {score!r}")
+    try:
+        return SCORERS[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"score {name!r}: {error}") from error
+
+
+def _in_words(value: Any) -> Any:
+    """A setting as JSON can hold it: a registered scorer by its name."""
+    if not isinstance(value, Scorer):
+        return value
+    names = [name for name, kind in SCORERS.items() if type(value) is kind]
+    if not names:
+        raise ValueError(f"{type(value).__name__} is not in SCORERS: JSON cannot hold it by name")
+    settings = {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init}  # type: ignore[arg-type]
+    return names[0] if value == SCORERS[names[0]]() else {"name": names[0], **settings}
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

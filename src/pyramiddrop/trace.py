@@ -71,7 +71,7 @@ class Trace:
     visual_columns: list[Tensor] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     _shape: DecoderShape | None = None
-    _ranked: Sequence[int] = ()
+    _choosing: int = 0
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -87,13 +87,14 @@ class Trace:
         self,
         visual_columns: list[Tensor],
         lengths: list[int],
-        ranked: Sequence[int],
+        choosing: int,
         shape: DecoderShape | None,
     ) -> None:
-        """Forget the prefill before; called by the adapter when a new one starts."""
+        """Forget the prefill before; called by the adapter when a new one starts. `choosing`: FLOPs of its stage ends,
+        for one sample."""
         self.stages = []
         self.visual_columns, self.lengths = visual_columns, lengths
-        self._ranked, self._shape = ranked, shape
+        self._choosing, self._shape = choosing, shape
 
     def record(
         self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int, ranked: Ranked | None = None
@@ -114,7 +115,7 @@ class Trace:
         shape, batch = self._shape, len(self.visual_columns)
         vanilla = [self.lengths[0]] * len(self.lengths)
         return Cost(
-            flops=batch * prefill_flops(shape, self.lengths, self._ranked),
+            flops=batch * (prefill_flops(shape, self.lengths) + self._choosing),
             vanilla_flops=batch * prefill_flops(shape, vanilla),
             kv_bytes=batch * kv_bytes(shape, self.lengths),
             vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),

@@ -170,13 +170,29 @@ def test_beams_cost_a_request_what_one_beam_does() -> None:
     assert model.meter.by_task[TASK].averages() == pytest.approx(one.averages())
 
 
-def test_videos(folders: dict[str, Path], tmp_path: Path) -> None:
-    film = tmp_path / "film.mp4"
-    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 4, (84, 56))
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A video of 12 frames, 4 a second."""
+    path = str(tmp_path_factory.mktemp("films") / "film.mp4")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 4, (84, 56))
     for number in range(12):
         writer.write(np.asarray(picture(number)))
     writer.release()
-    turns: Turns = [{"role": "user", "content": [{"type": "video", "url": str(film)}, {"type": "text", "text": "w4"}]}]
+    return path
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos_of_lmms_evals_classes(folders: dict[str, Path], film: str, family: str) -> None:
+    turns: Turns = [{"role": "user", "content": [{"type": "video", "url": film}, {"type": "text", "text": "w4"}]}]
+    model = DroppingChat(str(folders[family]), device="cpu", max_num_frames=4, **METHOD)
+    assert answers(model, [turns])[0]
+    spent = model.meter.by_task[TASK]
+    # layers 0-1, 2-3 and 4-7 of 8 see all, half and a quarter of the visual tokens
+    assert spent.retained_tokens == spent.visual_tokens * (2 * 1 + 2 * 0.5 + 4 * 0.25) / 8
+
+
+def test_videos_of_the_generic_backend(folders: dict[str, Path], film: str) -> None:
+    turns: Turns = [{"role": "user", "content": [{"type": "video", "url": film}, {"type": "text", "text": "w4"}]}]
     model = DroppingChat(str(folders["qwen2_5_vl"]), device="cpu", backend="generic", num_frames=4, **METHOD)
     assert answers(model, [turns])[0]
     few = model.meter.by_task.pop(TASK)
@@ -184,12 +200,12 @@ def test_videos(folders: dict[str, Path], tmp_path: Path) -> None:
     model.inner.num_frames = 8
     answers(model, [turns])
     assert model.meter.by_task[TASK].visual_tokens == 2 * few.visual_tokens
-    clip = {"type": "video", "video": str(film), "video_start": 1.0, "video_end": 2.0}  # 4 frames a second
+    clip = {"type": "video", "video": film, "video_start": 1.0, "video_end": 2.0}  # 4 frames a second
     [about] = model.inner._films([[{"content": [clip]}]])["video_metadata"]
     assert list(about.frames_indices) == [4, 5, 6, 7, 8]
     assert np.shape(clip["video"]) == (5, 56, 84, 3)
     with pytest.raises(InputError, match="a video must be a file; a task gave dict"):
-        answers(model, [[{"role": "user", "content": [{"type": "video", "url": {"url": str(film)}}]}]])
+        answers(model, [[{"role": "user", "content": [{"type": "video", "url": {"url": film}}]}]])
 
 
 def test_without_a_chat_template(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Stages
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ def generate(
     layer: Layer = None,
     keep: Keep = None,
     positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
+    score: Score = None,
+    reserve: Reserve = None,
+    random_from: RandomFrom = None,
+    merge: Merge = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,
     dtype: Annotated[
@@ -62,7 +66,7 @@ def generate(
 
     if overlay:
         _check_overlay(overlay, method)
-    options = MethodOptions(method, lam, stages, layers, layer, keep, positions)
+    options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype))
     stream = sys.stdout.isatty() and not compare and not as_json

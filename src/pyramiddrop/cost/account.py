@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 from pyramiddrop.cost.conventions import fastv_layer_flops, paper_layer_flops
 from pyramiddrop.cost.flops import (
+    Choice,
+    Choosing,
+    by_attention,
     head_flops,
     prefill_flops,
     projector_flops,
-    ranking_flops,
     step_flops,
     vision_flops,
 )
@@ -115,12 +116,14 @@ class Account:
         }
 
 
-def account(model: ModelShape, prompt: Prompt, schedule: Schedule | None = None, ranks: bool = True) -> Account:
+def account(
+    model: ModelShape, prompt: Prompt, schedule: Schedule | None = None, choosing: Choosing = by_attention
+) -> Account:
     """Count what a prefill of `prompt` costs.
 
     Args:
         schedule: when tokens are dropped; None for vanilla.
-        ranks: whether attention ranks the tokens (random and uniform dropping do without).
+        choosing: what a choice at a stage end costs, by the method.
 
     Raises:
         ValueError: where the schedule lies beyond the decoder's layers.
@@ -130,12 +133,11 @@ def account(model: ModelShape, prompt: Prompt, schedule: Schedule | None = None,
         schedule.check_depth(shape.layers)
     visual = visual_by_layer(schedule, prompt.visual_tokens, shape.layers)
     rows = [tokens + prompt.text_tokens for tokens in visual]
-    ranked = ranked_tokens(schedule, prompt.visual_tokens) if ranks else []
     return Account(
         visual_by_layer=tuple(visual),
         full=Parts(
             decoder=prefill_flops(shape, rows),
-            ranking=sum(ranking_flops(shape, tokens + prompt.text_tokens) for tokens in ranked),
+            ranking=sum(choosing(shape, choice) for choice in choices(schedule, prompt)),
             head=head_flops(shape),
             vision=vision_flops(model.vision, prompt) if model.vision else 0,
             projector=projector_flops(model.vision, prompt) if model.vision else 0,
@@ -156,7 +158,13 @@ def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list
     return [counts[schedule.stage_of(layer)] for layer in range(layers)]
 
 
-def ranked_tokens(schedule: Schedule | None, tokens: int) -> list[int]:
-    """The visual tokens that are there at each ranking; a stage that drops nothing ranks nothing."""
-    counts = [tokens, *(schedule.counts(tokens) if schedule else [])]
-    return [before for before, after in pairwise(counts) if after < before]
+def choices(schedule: Schedule | None, prompt: Prompt) -> list[Choice]:
+    """The stage ends of one sample at which something is dropped; the others choose nothing."""
+    found, before = [], prompt.visual_tokens
+    for stage in schedule.stages if schedule else ():
+        kept = stage.count(prompt.visual_tokens)
+        if kept < before:
+            rows = before + prompt.text_tokens
+            found.append(Choice(stage.layer, rows, before, kept, instruction=max(1, prompt.text_tokens)))
+        before = kept
+    return found

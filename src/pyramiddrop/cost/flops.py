@@ -7,10 +7,36 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pyramiddrop.cost.mixers import Mixer
 from pyramiddrop.cost.shapes import DecoderShape, Prompt, VisionShape
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One stage end of one sample, in rows: what choosing its tokens costs depends on these.
+
+    Attributes:
+        layer: the 0-based layer before which tokens are dropped.
+        rows: rows that are there, text among them.
+        visual: visual tokens among them.
+        kept: how many of these stay.
+        queries: query tokens: the prompt's last one, or one for each answer in training.
+        instruction: tokens of the instruction.
+    """
+
+    layer: int
+    rows: int
+    visual: int
+    kept: int
+    queries: int = 1
+    instruction: int = 1
+
+
+#: What one choice costs.
+Choosing = Callable[[DecoderShape, Choice], int]
 
 
 def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None) -> int:
@@ -25,15 +51,29 @@ def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None
 
 
 def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
-    """Ranking `rows` rows by attention: their keys, the asking rows' queries, keys and values, and the products of
-    queries and keys."""
+    """Ranking `rows` rows by attention: what `projecting_flops` counts, and the products of queries and keys."""
+    return projecting_flops(shape, rows, queries) + 2 * queries * rows * shape.ranking_mixer.query_width
+
+
+def projecting_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
+    """The keys of `rows` rows, and the asking rows' queries, keys and values."""
     mixer = shape.ranking_mixer
-    asking = queries * (mixer.inputs + mixer.expansion)
-    return 2 * (rows * mixer.keys + asking + queries * rows * mixer.query_width)
+    return 2 * (rows * mixer.keys + queries * (mixer.inputs + mixer.expansion))
+
+
+def by_attention(shape: DecoderShape, choice: Choice) -> int:
+    """A choice by the attention of the query tokens."""
+    return ranking_flops(shape, choice.rows, choice.queries)
+
+
+def merging_flops(shape: DecoderShape, choice: Choice) -> int:
+    """Comparing all rows with those that stay, for each visual token that goes to find the kept one most like it."""
+    return 2 * choice.rows * (choice.rows - choice.visual + choice.kept) * shape.hidden
 
 
 def prefill_flops(shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = ()) -> int:
-    """A prefill of one sample: `lengths` rows in each layer, `ranked` rows at each ranking. The head is not in it."""
+    """A prefill of one sample, without the head: `lengths` rows in each layer, `ranked` rows at each ranking by
+    attention."""
     layers = sum(
         layer_flops(shape, rows, layer, _attended(shape, layer, lengths)) for layer, rows in enumerate(lengths)
     )

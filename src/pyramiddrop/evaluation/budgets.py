@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.methods import Method
 from pyramiddrop.planning.search import largest, shortest
-from pyramiddrop.scoring import AttentionScorer
 
 
 def at_budget(
@@ -69,8 +68,8 @@ def decoder_flops(
 ) -> int:
     """FLOPs of the decoder's layers and the ranking over all `prompts`, each as often as it says."""
     schedule = method.schedule(shape.layers, layers) if method else None
-    ranks = method is not None and isinstance(method.scorer(), AttentionScorer)
-    costs = {prompt: account(ModelShape(shape), prompt, schedule, ranks).full for prompt in prompts}
+    choosing = method.choosing_flops if method else by_attention
+    costs = {prompt: account(ModelShape(shape), prompt, schedule, choosing).full for prompt in prompts}
     return sum(count * (costs[prompt].decoder + costs[prompt].ranking) for prompt, count in prompts.items())
 
 

@@ -29,7 +29,6 @@ from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
 from pyramiddrop.hf.run import Rules, Run
-from pyramiddrop.scoring import AttentionScorer
 from pyramiddrop.trace import Trace
 
 _RUN = "pyramiddrop_run"
@@ -87,8 +86,7 @@ class Attachment:
             )
         if rules.positions == "compact":
             check_compact_positions(parts)
-        attends = isinstance(rules.scorer, AttentionScorer)
-        check_layers(parts, rules.schedule.layers, rules.rank_layer, attends)
+        check_layers(parts, rules.schedule.layers, rules.rank_layer, rules.scorer)
         check_attention(parts, rules.schedule.layers[0])
         check_grouping(parts, rules.grouping)
         self.anatomy, self.rules, self.given = parts, rules, given
@@ -238,11 +236,11 @@ class Attachment:
     def _begin_trace(self, plan: Plan) -> None:
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)
         lengths = [plan.length, *(stage.length for stage in plan.stages)]
-        attends = isinstance(self.rules.scorer, AttentionScorer)
-        ranked = [rows for rows, stage in zip(lengths, plan.stages, strict=False) if attends and stage.drops]
         columns = [row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()]
         per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
-        self.trace.begin(columns, per_layer, ranked, self.anatomy.sizes)
+        sizes = self.anatomy.sizes
+        choosing = sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0
+        self.trace.begin(columns, per_layer, choosing, sizes)
         if not plan.drops:
             rows = torch.arange(plan.length).expand_as(plan.visual)
             for stage in plan.stages:

@@ -5,34 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.scoring import Scorer
 
 #: Families whose image tokens see each other from both sides.
 TWO_WAY = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2")
 
 
-def drop_layers(anatomy: Anatomy, rank_layer: str, attends: bool) -> tuple[int, ...]:
+def drop_layers(anatomy: Anatomy, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
 
     Args:
         rank_layer: "next" or "last", of the method.
-        attends: whether the method ranks by attention; if not, any layer will do that has room before it.
+        scorer: of the method; where it does not attend, any layer will do that has room before it.
     """
-    shift, possible = _shift(rank_layer), _possible(anatomy, rank_layer, attends)
+    shift, possible = _shift(rank_layer), _possible(anatomy, rank_layer, scorer)
     far = [layer for layer in possible if not anatomy.spans[layer - shift].windowed]
-    return tuple(far if far and attends else possible)
+    return tuple(far if far and scorer.attends else possible)
 
 
-def check_layers(anatomy: Anatomy, layers: tuple[int, ...], rank_layer: str, attends: bool) -> None:
+def check_layers(anatomy: Anatomy, layers: tuple[int, ...], rank_layer: str, scorer: Scorer) -> None:
     """Raise UnsupportedModelError where a method drops before a layer at which this model does not allow it."""
-    possible = _possible(anatomy, rank_layer, attends)
+    possible = _possible(anatomy, rank_layer, scorer)
     wrong = [layer for layer in layers if layer not in possible]
     if not wrong:
         return
     layer, ranking = wrong[0], wrong[0] - _shift(rank_layer)
     if anatomy.sources[layer] != layer:
         why = "it reuses the keys of an earlier layer"
-    elif attends and anatomy.spans[ranking].kind == "recurrent":
+    elif scorer.attends and anatomy.spans[ranking].kind == "recurrent":
         why = f"layer {ranking}, which would rank them, has no attention"
+    elif ranking < scorer.compares:
+        why = f"its score compares layer {ranking} with the one before, and there is none"
     else:
         why = "the model reads the length of its cache from a layer behind it"
     raise UnsupportedModelError(
@@ -41,12 +44,13 @@ def check_layers(anatomy: Anatomy, layers: tuple[int, ...], rank_layer: str, att
     )
 
 
-def _possible(anatomy: Anatomy, rank_layer: str, attends: bool) -> list[int]:
+def _possible(anatomy: Anatomy, rank_layer: str, scorer: Scorer) -> list[int]:
     attention = [index for index, span in enumerate(anatomy.spans) if span.kind != "recurrent"]
     # The model asks its first attention layer how long the sequence is; layers that share keys have none of their own.
     first, own = attention[0] + 1, sum(source == index for index, source in enumerate(anatomy.sources))
-    ranking = attention if attends else range(len(anatomy.spans))
-    return [index + _shift(rank_layer) for index in ranking if first <= index + _shift(rank_layer) < own]
+    ranking = attention if scorer.attends else range(len(anatomy.spans))
+    drops = [index + _shift(rank_layer) for index in ranking if index >= scorer.compares]
+    return [layer for layer in drops if first <= layer < own]
 
 
 def _shift(rank_layer: str) -> int:

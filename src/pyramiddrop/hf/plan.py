@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyramiddrop.cost import Choice
 from pyramiddrop.schedule import Schedule
 
 
@@ -18,6 +19,7 @@ class Request:
     Attributes:
         visual: (B, L) bool.
         queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
+        instruction: (B, L) bool, the text from a sample's last visual token to its last query token.
         protected: (B, L) bool, tokens that are never dropped, for something is read off their rows.
         valid: (B, L) bool, False at padding, or None where there is none.
         groups: (B, L) long, the group of each visual token: those that share a quota.
@@ -26,6 +28,7 @@ class Request:
 
     visual: Tensor
     queries: Tensor
+    instruction: Tensor
     protected: Tensor
     valid: Tensor | None
     groups: Tensor
@@ -65,6 +68,7 @@ class Plan:
         groups: (B, L) long, the group of each visual token.
         queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
         weights: (B, Q) float, 1 at a query token, 0 at padding.
+        instruction, instruction_weights: the same of the instruction's tokens.
         stages: one entry a stage.
         past: columns before this call.
         reach: the columns from the first visual token to the last query token, in the sample where they are most.
@@ -77,6 +81,8 @@ class Plan:
     groups: Tensor
     queries: Tensor
     weights: Tensor
+    instruction: Tensor
+    instruction_weights: Tensor
     stages: tuple[StagePlan, ...]
     past: int
     reach: int
@@ -84,6 +90,18 @@ class Plan:
     @property
     def length(self) -> int:
         return self.visual.shape[1]
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What the stage ends choose from, in the sample where that is most."""
+        asking = self.queries.shape[1], self.instruction.shape[1]
+        found, rows, before = [], self.length, int(self.visual.sum(1).max())
+        for stage in self.stages:
+            kept = int(stage.quota.sum(1).max())
+            if stage.drops:
+                found.append(Choice(stage.layer, rows, before, kept, *asking))
+            rows, before = stage.length, kept
+        return found
 
     @property
     def drops(self) -> bool:
@@ -108,6 +126,8 @@ def make_plan(request: Request, schedule: Schedule) -> Plan:
     protected = visual & (request.protected | queries)
     tokens, held = (_count(mask, groups, num_groups) for mask in (visual, protected))
     columns, weights = _query_columns(queries)
+    instruction = request.instruction & ~visual
+    asked = _query_columns(torch.where(instruction.any(1, keepdim=True), instruction, queries))
     return Plan(
         visual=visual,
         protected=protected,
@@ -116,6 +136,8 @@ def make_plan(request: Request, schedule: Schedule) -> Plan:
         groups=groups,
         queries=columns,
         weights=weights,
+        instruction=asked[0],
+        instruction_weights=asked[1],
         stages=tuple(_stages(schedule, tokens, held, queries.any(1), _row_counts(visual, valid), visual.shape[1])),
         past=request.past,
         reach=_reach(visual, columns),

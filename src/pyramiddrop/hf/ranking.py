@@ -1,23 +1,20 @@
-"""Ranking and choosing: what a stage end asks of the ranking layer, and the rows that stay."""
+"""Ranking and choosing: what the scorer is shown at a stage end, and the rows that stay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.hf.following import Following, Kwargs, take_tokens
-from pyramiddrop.hf.masks import causal, hide, take_columns
+from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.rows import Kept, take_rows
-from pyramiddrop.hf.spans import Span
+from pyramiddrop.hf.ranking_layer import RankingLayer
+from pyramiddrop.hf.rows import Kept
 from pyramiddrop.schedule import Schedule
-from pyramiddrop.scoring import Evidence, Scorer, attention_received
+from pyramiddrop.scoring import Evidence, Scorer
 from pyramiddrop.selection import compact, select
 
 
@@ -65,7 +62,14 @@ class Ranking:
         return Kept(rows.gather(1, local), local, valid)
 
     def score(
-        self, stage: int, kept: Kept | None, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
+        self,
+        stage: int,
+        kept: Kept | None,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        previous: Tensor | None,
+        kwargs: Kwargs,
     ) -> Tensor:
         """(B, N) scores for the end of `stage`, of the rows that `kept` leaves.
 
@@ -73,106 +77,38 @@ class Ranking:
             index: of the ranking layer.
             layer: the ranking layer.
             hidden: (B, N, D), what it receives.
+            previous: (B, N, D), what the layer before it received, or None.
             kwargs: of the text model, for the full length.
         """
-        rows, _, visual = self.present(kept)
+        rows, alive, visual = self.present(kept)
+        asked = RankingLayer(
+            self.plan,
+            self.following,
+            self.projector,
+            self.schedule.stage_of(index),
+            self.earlier,
+            kept,
+            (rows, alive),
+            index,
+            layer,
+            hidden,
+            kwargs,
+        )
         return self.scorer(
             Evidence(
+                layer=self.plan.stages[stage - 1].layer,
                 visual=visual,
                 ordinal=self.plan.ordinal.gather(1, rows),
                 groups=self.plan.groups.gather(1, rows),
                 quota=self.plan.stages[stage - 1].quota,
-                hidden=hidden,
-                attention=lambda: self._attention(kept, index, layer, hidden, kwargs),
+                hidden=_first_stream(hidden),
+                attention=asked.attention,
+                keys=asked.keys,
+                previous=None if previous is None else _first_stream(previous),
             )
         )
 
-    def _attention(self, kept: Kept | None, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """(B, N) the attention that each row receives from the query tokens in `layer`."""
-        rows, alive, _ = self.present(kept)
-        self._check_reach(index)
-        # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
-        tokens = self.following.tokens(self.schedule.stage_of(index), kept, hidden, kwargs)
-        fixed = {name: value for name, value in kwargs.items() if name not in (*tokens, *_CACHING)}
-        fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in kwargs}
 
-        def arguments(some: Tensor | None) -> Kwargs:
-            return fixed | (tokens if some is None else take_tokens(tokens, some))
-
-        with _no_dropout(layer):
-            seen = self.projector.project(index, layer, hidden, self._asking(rows), arguments)
-        keys, columns, alive = self._with_past(index, seen.keys, rows, alive, kwargs.get("past_key_values"))
-        visible = self._visible(index, kwargs.get("attention_mask"), columns, alive)
-        received = attention_received(
-            seen.queries, keys, visible, self.plan.weights, seen.scale, seen.softcap, seen.sinks
-        )
-        return received[:, -rows.shape[1] :]
-
-    def _asking(self, rows: Tensor) -> Tensor:
-        """(B, Q) where the query tokens stand among `rows`."""
-        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, self.plan.queries)
-
-    def _with_past(
-        self, index: int, keys: Tensor, rows: Tensor, alive: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (B, Hkv, K, d) of layer `index` with those that its cache holds before them; the column of each (B, K),
-        and which are no filler."""
-        past = self.plan.past
-        if not past:
-            return keys, rows, alive
-        before = self.earlier.get(self.schedule.stage_of(index), Slots(rows[:, :0], None, 0)).until(past)
-        before = before.handed_out(cache, index, 0)
-        cached = cache.layers[index].keys[:, :, : before.columns.shape[1]].to(keys.device)
-        if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
-            raise ValueError(
-                f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
-                "read back: use a DynamicCache or a StaticCache; a model with latent attention keeps no keys in either"
-            )
-        columns = torch.cat([before.columns, rows + past], 1)
-        return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
-
-    def _visible(self, index: int, mask: Tensor | None, columns: Tensor, alive: Tensor) -> Tensor:
-        """(B, 1 or H, Q, K) which `columns` the query tokens see, by the text model's own full-length `mask`."""
-        plan = self.plan
-        if not self.following.trusts(index):
-            mask = self.following.padding
-        if mask is None or mask.dim() == 2:
-            seen = causal(plan.queries + plan.past, columns, alive)
-            return seen if mask is None else seen & mask.bool().gather(1, columns)[:, None, None]
-        offset = plan.past + plan.length - mask.shape[-1] if self._span(index).windowed else 0
-        asking = take_rows(mask.transpose(1, 2), plan.queries).transpose(1, 2)
-        seen = take_columns(asking, (columns - offset).clamp(min=0) if offset else columns)
-        return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
-
-    def _span(self, index: int) -> Span:
-        return self.following.anatomy.spans[index]
-
-    def _check_reach(self, index: int) -> None:
-        """Raise ValueError where the ranking layer does not see every visual token: it would rank those it cannot see
-        last, whatever they show."""
-        span = self._span(index)
-        reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
-        if span.windowed and reach > span.size:
-            whole = [number for number, other in enumerate(self.following.anatomy.spans) if other.kind == "full"]
-            raise ValueError(
-                f"layer {index}, which ranks the visual tokens, sees {span.size} tokens, but they begin {reach} tokens "
-                f"before the end of the prompt. Let a layer rank that sees everything ({whole or 'this model has none'}"
-                "), or use a method that needs no attention (RandomDrop, UniformDrop)"
-            )
-
-
-_CACHING = ("past_key_values", "use_cache")
-
-
-@contextmanager
-def _no_dropout(layer: nn.Module) -> Iterator[None]:
-    """Rank without dropout (LoRA's, say): a decision must neither be noisy nor move the random state of training."""
-    training = [module for module in layer.modules() if module.training] if layer.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _first_stream(hidden: Tensor) -> Tensor:
+    """(B, N, D): of models with several hidden streams (Gemma 3n), the one that their layers compute on."""
+    return hidden if hidden.dim() == 3 else hidden[0]

@@ -101,7 +101,10 @@ def read_request(
     elif query is None:
         query = _last_token(prompt.expand(shape) if valid is None else valid & prompt)
     groups = _groups(call, anatomy, grouping, visual, given_frames, beams)
-    return Request(visual, query, protected | query, valid, groups, past)
+    text = ~visual if valid is None else ~visual & valid
+    if labels is not None:
+        text = text & (labels.cpu() == IGNORED_LABEL)
+    return Request(visual, query, _instruction(visual, query, text), protected | query, valid, groups, past)
 
 
 def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
@@ -109,12 +112,9 @@ def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
     shape = call_shape(call)
     assert shape is not None
     new = shape[1] - prompt.visual.shape[1]
-    visual, queries, protected, groups = (
-        torch.nn.functional.pad(table, (0, new))
-        for table in (prompt.visual, prompt.queries, prompt.protected, prompt.groups)
-    )
-    valid = _valid(call.get("attention_mask"), shape, prompt.past)
-    return replace(prompt, visual=visual, queries=queries, protected=protected, groups=groups, valid=valid)
+    names = ("visual", "queries", "instruction", "protected", "groups")
+    extended: dict[str, Any] = {name: torch.nn.functional.pad(getattr(prompt, name), (0, new)) for name in names}
+    return replace(prompt, **extended, valid=_valid(call.get("attention_mask"), shape, prompt.past))
 
 
 def _visual_from_ids(call: Mapping[str, Any], anatomy: Anatomy) -> Tensor:
@@ -176,6 +176,13 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
         mask = own if own.dtype == torch.bool else own >= 0
     valid = mask[:, -shape[1] :].bool().cpu().expand(shape)
     return None if bool(valid.all()) else valid
+
+
+def _instruction(visual: Tensor, query: Tensor, text: Tensor) -> Tensor:
+    """(B, L) the `text` behind each row's last visual token, up to its last query token."""
+    columns = torch.arange(visual.shape[1]).expand_as(visual)
+    first, last = (columns.masked_fill(~mask, -1).max(1, keepdim=True).values for mask in (visual, query))
+    return text & (columns > first) & (columns <= last)
 
 
 def _last_token(prompt: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyramiddrop.cost import Choosing
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs
@@ -16,6 +17,7 @@ from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_rows
+from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
 from pyramiddrop.trace import Ranked, Trace
@@ -31,6 +33,8 @@ class Rules:
     rank_layer: str
     grouping: str
     logits: str
+    merge: bool
+    choosing: Choosing
 
 
 class Run:
@@ -76,6 +80,8 @@ class Run:
         self._deepstack: DeepStack | None = None
         self._kept: dict[int, Kept | None] = {0: None}
         self._scores: dict[int, Tensor] = {}
+        self._sizes: dict[int, Tensor] = {}
+        self._previous: Tensor | None = None  # what the layer before received, where the scorer compares
         self._held: dict[tuple[int, int], Slots | None] = {}
         self._labels = labels
         self.shift_labels: Tensor | None = None
@@ -122,13 +128,32 @@ class Run:
                 self._end_stage(ranking, stage, index, layer, hidden, kwargs)
             kept = self._kept[stage]
             if stages[stage - 1].drops and kept is not None:
-                hidden = take_hidden(hidden, kept.local)
+                hidden = self._left(ranking, stage, kept, hidden)
         following = stage + 1
         ranks_ahead = self.rules.rank_layer == "last" and stage < len(stages) and stages[stage].layer == index + 1
         if ranks_ahead and stages[stage].drops and following not in self._kept:
             with torch.no_grad():
-                self._scores[following] = ranking.score(following, self._kept[stage], index, layer, hidden, kwargs)
+                kept = self._kept[stage]
+                previous = self._previous
+                if previous is not None and kept is not None and previous.shape[-2] != hidden.shape[-2]:
+                    previous = take_hidden(previous, kept.local)
+                self._scores[following] = ranking.score(following, kept, index, layer, hidden, previous, kwargs)
+        self._previous = hidden if self.rules.scorer.compares else None
         return hidden
+
+    def _left(self, ranking: Ranking, stage: int, kept: Kept, hidden: Tensor) -> Tensor:
+        """What the end of `stage` leaves of `hidden`; what goes is merged into it where the method says so."""
+        if not self.rules.merge:
+            return take_hidden(hidden, kept.local)
+        rows, _, visual = ranking.present(self._kept[stage - 1])
+        sizes = self._sizes.get(stage - 1, torch.ones(rows.shape, device=rows.device))
+        groups = ranking.plan.groups.gather(1, rows)
+        # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
+        flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
+        merged, self._sizes[stage] = merge(flat, sizes, visual, groups, kept.local, kept.valid)
+        if hidden.dim() == 4:
+            merged = merged.view(*merged.shape[:2], len(hidden), -1).movedim(-2, 0)
+        return merged
 
     @torch.no_grad()
     def _end_stage(
@@ -140,7 +165,7 @@ class Run:
         if ending.drops:
             scores = self._scores.pop(stage, None)
             if scores is None:
-                scores = ranking.score(stage, before, index, layer, hidden, kwargs)
+                scores = ranking.score(stage, before, index, layer, hidden, self._previous, kwargs)
             kept = ranking.choose(stage, before, scores)
             present, _, candidates = ranking.present(before)
             ranked = Ranked(present, candidates, scores)

@@ -39,6 +39,10 @@ class MethodOptions:
     layer: int | None = None
     keep: str | None = None
     positions: str | None = None
+    score: str | None = None
+    reserve: float | None = None
+    random_from: int | None = None
+    merge: bool | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def _named(options: MethodOptions, source: str | Path) -> Method | None:
     if name == VANILLA:
         if options.given:
             raise InputError(
-                f"--{next(iter(options.given))} means nothing with --method vanilla, which drops no tokens"
+                f"--{_dashed(next(iter(options.given)))} means nothing with --method vanilla, which drops no tokens"
             )
         return None
     kind = _kind(name)
@@ -152,9 +156,10 @@ def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
 
 def method_label(method: Method) -> str:
     """The Python expression, without what is as the method's default has it."""
-    values = {entry.name: (getattr(method, entry.name), entry.default) for entry in fields(method) if entry.init}
-    settings = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
-    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
+    told = method.settings()
+    changed = [entry.name for entry in fields(method) if entry.init and getattr(method, entry.name) != entry.default]
+    settings = ", ".join(f"{name}={told[name]!r}" for name in changed)
+    return type(method).__name__ + (f"({settings})" if settings else "")
 
 
 def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
@@ -206,10 +211,15 @@ def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, A
 def _check_options(name: str, known: set[str], given: Collection[str]) -> None:
     for option in given:
         if option not in known:
-            raise InputError(f"--{option} does not belong to the method {name!r}")
+            raise InputError(f"--{_dashed(option)} does not belong to the method {name!r}")
     for option, stronger in OVERRULED:
         if option in given and stronger in given:
             raise InputError(f"give --{option} or --{stronger}, not both")
+
+
+def _dashed(option: str) -> str:
+    """An option as a command line has it."""
+    return option.replace("_", "-")
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pyramiddrop.inference.answer import ask
@@ -38,7 +38,7 @@ class Run:
             "dtype": str(model.dtype).removeprefix("torch."),
             "images": [str(path) for path in request.images],
             "prompt": request.prompt,
-            "method": {"name": self.method, **(asdict(self.ready.method) if self.ready.method else {})},
+            "method": {**(self.ready.method.settings() if self.ready.method else {}), "name": self.method},
             "answer": self.answer,
             **usage_dict(self.usage),
             "vanilla_flops": known(self.vanilla.flops),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from pyramiddrop import Method, RandomDrop, UniformDrop
+from pyramiddrop import Method
 from pyramiddrop.cost import Account, Prompt, account
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, read_any_config
@@ -99,6 +99,5 @@ def _saving(config: Any, method: Method) -> Saving | None:
     except ValueError:
         return None
     prompt = Prompt(visual_tokens_of(config) or VISUAL_TOKENS, TEXT_TOKENS)
-    ranks = not isinstance(method, RandomDrop | UniformDrop)
-    pruned = account(shape, prompt, method.schedule(shape.decoder.layers), ranks)
+    pruned = account(shape, prompt, method.schedule(shape.decoder.layers), method.choosing_flops)
     return Saving(prompt, account(shape, prompt), pruned)

@@ -11,7 +11,6 @@ from pyramiddrop.cost import Account, account
 from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label, read_words
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.sizes import Sizes
-from pyramiddrop.scoring import AttentionScorer
 
 #: Options that are numbers; the others are text, or lists that `choose_method` reads.
 NUMBERS: dict[str, type[int] | type[float]] = {"lam": float, "stages": int, "layer": int}
@@ -73,9 +72,8 @@ def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
 
 
 def _column(method: Method, sizes: Sizes) -> Column:
-    ranks = isinstance(method.scorer(), AttentionScorer)
     shape = sizes.shape.decoder
     with user_input():
-        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, ranks))
-    cost = account(sizes.shape, sizes.prompt, schedule, ranks)
+        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, method.scorer().attends))
+    cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)
     return Column(method_label(method), method, cost)

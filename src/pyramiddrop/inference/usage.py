@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from pyramiddrop import Method
-from pyramiddrop.cost import DecoderShape, kv_bytes, prefill_flops
+from pyramiddrop.cost import Choice, DecoderShape, kv_bytes, prefill_flops
 from pyramiddrop.hf.anatomy import anatomy
-from pyramiddrop.scoring import AttentionScorer
 from pyramiddrop.trace import Trace
 
 
@@ -104,9 +102,12 @@ def _account(
     if shape is None:
         return unknown
     lengths = [text + count for count in unknown.by_layer(shape.layers)]
-    ranks = method is not None and isinstance(method.scorer(), AttentionScorer)
-    ranked = [text + before for before, after in pairwise(unknown.tokens_by_stage) if ranks and after < before]
-    return replace(unknown, flops=prefill_flops(shape, lengths, ranked), kv_bytes=kv_bytes(shape, lengths))
+    flops = prefill_flops(shape, lengths)
+    for stage, before in zip(stages, unknown.tokens_by_stage, strict=False):
+        if method is not None and stage.tokens < before:
+            choice = Choice(stage.layer, text + before, before, stage.tokens, instruction=max(1, text))
+            flops += method.choosing_flops(shape, choice)
+    return replace(unknown, flops=flops, kv_bytes=kv_bytes(shape, lengths))
 
 
 def known(number: float) -> float | None:

@@ -17,7 +17,7 @@ from pyramiddrop.cost import (
     paper_layer_flops,
     ranking_flops,
 )
-from pyramiddrop.cost.account import ranked_tokens, visual_by_layer
+from pyramiddrop.cost.account import choices, visual_by_layer
 from pyramiddrop.schedule import Schedule
 
 KINDS = ("tokens", "tflops", "percent", "kv_bytes", "milliseconds")
@@ -110,7 +110,7 @@ class Meter:
         """What `schedule` (None for vanilla) spends, in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
         layers = sum(self.layer(layer, count) for layer, count in enumerate(visual))
-        ranked = sum(self.ranking(count) for count in ranked_tokens(schedule, self.tokens))
+        ranked = sum(self.ranking(choice.visual) for choice in choices(schedule, Prompt(self.tokens)))
         return self.in_units(layers + ranked)
 
     def in_units(self, amount: float) -> float:

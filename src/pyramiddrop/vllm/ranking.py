@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
-from pyramiddrop.scoring import Evidence, attention_received
+from pyramiddrop.scoring import Evidence
+from pyramiddrop.scoring.attention import attention_by_head
 from pyramiddrop.selection import compact, select
 from pyramiddrop.vllm.prompts import VisualPrompt
 from pyramiddrop.vllm.rules import Rules
@@ -46,12 +47,14 @@ class Survivors:
         """
         return self._rules.scorer(
             Evidence(
+                layer=self._rules.schedule.layers[stage - 1],
                 visual=self._visual,
                 ordinal=self._ordinal,
                 groups=self._groups,
                 quota=self._quota(stage),
                 hidden=hidden[None],
-                attention=lambda: attention_from(layer, hidden, positions, self.asking),
+                attention=lambda **_: attention_from(layer, hidden, positions, self.asking),
+                keys=_not_served,
             )
         )
 
@@ -74,13 +77,17 @@ class Survivors:
         return torch.tensor([self._prompt.quota[stage - 1]]).to(self._visual.device, non_blocking=True)
 
 
+def _not_served() -> Tensor:
+    raise RuntimeError("a scorer that reads keys is not served")  # rules.py has refused it
+
+
 def attention_from(layer: Any, hidden: Tensor, positions: Tensor, asking: int) -> Tensor:
-    """(1, N) float32: the attention that each row receives in `layer` from the row `asking`, mean over all heads.
+    """(1, H, N) float32: the attention that each row receives in each head of `layer` from the row `asking`.
 
     Rows after `asking` were generated later; they are not seen, and receive none.
     """
     queries, keys = project(layer, hidden[: asking + 1], positions[..., : asking + 1])
-    received = attention_received(
+    received = attention_by_head(
         queries[None, -1:].transpose(1, 2),
         keys[None].transpose(1, 2),
         torch.ones(1, 1, 1, asking + 1, dtype=torch.bool, device=hidden.device),
@@ -88,8 +95,8 @@ def attention_from(layer: Any, hidden: Tensor, positions: Tensor, asking: int) -
         layer.self_attn.scaling,
     )
     if get_tensor_model_parallel_world_size() > 1:
-        # Gathered and then added, for all ranks to add in the same order: they must agree to the last bit.
-        received = tensor_model_parallel_all_gather(received, dim=0).mean(0, keepdim=True)
+        # Gathered before heads are averaged, for all ranks to add in the same order: they must agree to the last bit.
+        received = tensor_model_parallel_all_gather(received, dim=1)
     return torch.nn.functional.pad(received, (0, len(hidden) - asking - 1))
 
 

@@ -7,8 +7,22 @@ from typing import Any
 
 from pyramiddrop.methods import FILE_NAME, Method, PyramidDrop, RandomDrop
 from pyramiddrop.schedule import Schedule
-from pyramiddrop.scoring import Scorer
+from pyramiddrop.scoring import (
+    SCORERS,
+    AttentionScorer,
+    DebiasedScorer,
+    DiversityScorer,
+    RandomFrom,
+    RandomScorer,
+    Reserved,
+    Scorer,
+    TopHeadsScorer,
+    UniformScorer,
+)
 from pyramiddrop.vllm.names import KEY
+
+#: Scorers that need no more than the last token's attention and the hidden states.
+SERVED = (AttentionScorer, DebiasedScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
 
 
 @dataclass(frozen=True)
@@ -86,10 +100,21 @@ def _check(method: Method) -> None:
             f"positions={method.positions!r} cannot be served: vLLM counts the positions of decoding itself; "
             'use positions="original"'
         )
+    if method.merge:
+        raise ValueError("merge=True cannot be served: vLLM's later stages hold copies of rows; leave merge=False")
+    _check_scorer(method.scorer())
     if method.per_frame:
         raise ValueError("per_frame=True cannot be served; use per_image=True")
     if isinstance(method, RandomDrop) and method.seed is None:
         raise ValueError("RandomDrop(seed=None) cannot be served: each worker would draw other tokens; give it a seed")
+
+
+def _check_scorer(scorer: Scorer) -> None:
+    while isinstance(scorer, Reserved | RandomFrom):
+        scorer = scorer.inner
+    if not isinstance(scorer, SERVED):
+        names = ", ".join(name for name, kind in SCORERS.items() if kind in SERVED)
+        raise ValueError(f"{type(scorer).__name__} cannot be served; score must be one of {names}")
 
 
 def _additional(vllm_config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pyramiddrop import PyramidDrop
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.limits import check_layers, drop_layers
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.scoring import AttentionScorer
 
 DEFAULT_KEEP = (0.5, 0.25, 0.125, 1 / 64)
 
@@ -38,7 +39,7 @@ def make_grid(parts: Anatomy, layers: Sequence[int] | None = None, keep: Sequenc
         InputError: for a layer that the model does not have or at which it cannot drop, or a share that is not in
             (0, 1].
     """
-    allowed, depth = drop_layers(parts, "next", attends=True), len(parts.layers)
+    allowed, depth = drop_layers(parts, "next", AttentionScorer()), len(parts.layers)
     chosen = usual_layers(depth, allowed) if layers is None else tuple(sorted(set(layers)))
     shares = tuple(sorted(set(DEFAULT_KEEP if keep is None else keep), reverse=True))
     if not chosen or not shares:
@@ -48,7 +49,7 @@ def make_grid(parts: Anatomy, layers: Sequence[int] | None = None, keep: Sequenc
             with user_input():
                 single_drop(layer, share).schedule(depth)
     with user_input():
-        check_layers(parts, chosen, "next", attends=True)
+        check_layers(parts, chosen, "next", AttentionScorer())
     return Grid(chosen, shares)
 
 

@@ -1,0 +1,47 @@
+"""Dropped tokens live on in kept ones: each is averaged into the kept one that is most like it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def merge(
+    hidden: Tensor, sizes: Tensor, visual: Tensor, groups: Tensor, local: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The rows that stay, with those visual tokens averaged into them that go.
+
+    A token goes into the kept visual token of its group whose hidden state is nearest by cosine, and counts there as
+    often as tokens have gone into it before (as in ToMe, arXiv 2210.09461). Rows into which none goes are untouched.
+
+    Args:
+        hidden: (B, N, D).
+        sizes: (B, N) float, how many tokens each row stands for.
+        visual: (B, N) bool, the visual tokens.
+        groups: (B, N) long, the group of each visual token.
+        local: (B, n) long, the rows that stay.
+        valid: (B, n) bool, False at filler, or None where there is none.
+
+    Returns:
+        (B, n, D) hidden states and (B, n) sizes.
+    """
+    alive = torch.ones_like(local, dtype=torch.bool) if valid is None else valid
+    goes = visual & ~torch.zeros_like(visual).scatter(1, local, alive)
+    nearest = _nearest(hidden, groups, local, visual.gather(1, local) & alive)
+    wide = local[..., None].expand(-1, -1, hidden.shape[-1])
+    kept, own = hidden.gather(1, wide), sizes.gather(1, local)
+    more = (hidden.float() * sizes[..., None]).masked_fill(~goes[..., None], 0)
+    total = (kept.float() * own[..., None]).scatter_add(1, nearest[..., None].expand_as(more), more)
+    count = own.scatter_add(1, nearest, sizes.masked_fill(~goes, 0))
+    merged = (total / count[..., None]).to(hidden.dtype)
+    return torch.where((count > own)[..., None], merged, kept), count
+
+
+@torch.no_grad()
+def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> Tensor:
+    """(B, N) which of the n rows that stay is most like each row, among those of its group that `takes` (B, n)."""
+    unit = normalize(hidden.float(), dim=-1)
+    likeness = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
+    same = groups[:, :, None] == groups.gather(1, local)[:, None]
+    return likeness.masked_fill(~(same & takes[:, None]), float("-inf")).argmax(-1)

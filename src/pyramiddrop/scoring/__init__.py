@@ -1,0 +1,48 @@
+"""Which tokens matter: one small class per scorer, and the registry of their names."""
+
+from pyramiddrop.scoring.attention import (
+    AttentionScorer,
+    DebiasedScorer,
+    InstructionScorer,
+    RopeFreeScorer,
+    TopHeadsScorer,
+    attention_received,
+)
+from pyramiddrop.scoring.combined import RandomFrom, Reserved
+from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer
+from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
+from pyramiddrop.scoring.evidence import Attention, Evidence, Scorer
+
+#: What `score=` of a method may name. A new scorer is a class and a line here.
+SCORERS: dict[str, type[Scorer]] = {
+    "attention": AttentionScorer,
+    "instruction": InstructionScorer,
+    "rope_free": RopeFreeScorer,
+    "debiased": DebiasedScorer,
+    "top_heads": TopHeadsScorer,
+    "key_norm": KeyNormScorer,
+    "variation": VariationScorer,
+    "diversity": DiversityScorer,
+    "random": RandomScorer,
+    "uniform": UniformScorer,
+}
+
+__all__ = [
+    "SCORERS",
+    "Attention",
+    "AttentionScorer",
+    "DebiasedScorer",
+    "DiversityScorer",
+    "Evidence",
+    "InstructionScorer",
+    "KeyNormScorer",
+    "RandomFrom",
+    "RandomScorer",
+    "Reserved",
+    "RopeFreeScorer",
+    "Scorer",
+    "TopHeadsScorer",
+    "UniformScorer",
+    "VariationScorer",
+    "attention_received",
+]

@@ -1,0 +1,157 @@
+"""Owns the scores that are attention: how much the asking tokens look at each visual token, and published remedies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.cost import Choice, DecoderShape, ranking_flops
+from pyramiddrop.scoring.evidence import Evidence, Scorer
+
+
+class _Attending(Scorer):
+    """Scores that read the ranking layer's attention."""
+
+    attends: ClassVar[bool] = True
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return ranking_flops(shape, choice.rows, choice.queries)
+
+
+@dataclass(frozen=True)
+class AttentionScorer(_Attending):
+    """The attention from the query tokens, mean over heads: PyramidDrop's and FastV's own score."""
+
+    source: ClassVar[str] = "arXiv 2410.17247, 2403.06764"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return evidence.attention().mean(1)
+
+
+@dataclass(frozen=True)
+class InstructionScorer(_Attending):
+    """The attention from every instruction token, mean over tokens and heads, and not from the last one alone."""
+
+    source: ClassVar[str] = "after SparseVLM, arXiv 2410.04417"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return evidence.attention(instruction=True).mean(1)
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return ranking_flops(shape, choice.rows, choice.instruction)
+
+
+@dataclass(frozen=True)
+class RopeFreeScorer(_Attending):
+    """The attention without rotary position embeddings, which favour what stands near the query: the picture's end."""
+
+    source: ClassVar[str] = "FEATHER, arXiv 2412.13180"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return evidence.attention(rotated=False).mean(1)
+
+
+@dataclass(frozen=True)
+class DebiasedScorer(_Attending):
+    """The attention divided by its trend over the picture, and none for attention sinks.
+
+    The trend is exponential in a token's original number: the least-squares line through the logarithms of a group's
+    attention. A sink is a token with a massive activation: some hidden value of at least `sink` times the root mean
+    square of them all. (The paper takes the attention of padding instead, whose place only the processor knows.)
+    """
+
+    sink: float = 20.0
+    source: ClassVar[str] = "arXiv 2508.17807; sinks: 2503.03321"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        logarithm = evidence.attention().mean(1).clamp(min=torch.finfo(torch.float32).tiny).log()
+        scores = logarithm - _line(evidence, evidence.ordinal.float(), logarithm)
+        hidden = evidence.hidden.float()
+        peak = hidden.abs().amax(-1) / hidden.pow(2).mean(-1).sqrt()
+        return scores.masked_fill(peak >= self.sink, torch.finfo(torch.float32).min)
+
+
+@dataclass(frozen=True)
+class TopHeadsScorer(_Attending):
+    """The attention of the few heads that look at the visual tokens most, of this layer and this sample.
+
+    Attributes:
+        share: of the heads, at least one.
+    """
+
+    share: float = 0.25
+    source: ClassVar[str] = "after arXiv 2412.18108"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1]; got {self.share!r}")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        heads = evidence.attention()
+        looking = heads.masked_fill(~evidence.visual[:, None], 0).sum(-1)
+        top = looking.topk(max(1, int(heads.shape[1] * self.share)), dim=1).indices
+        return heads.gather(1, top[..., None].expand(-1, -1, heads.shape[2])).mean(1)
+
+
+def _line(evidence: Evidence, x: Tensor, y: Tensor) -> Tensor:
+    """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean where all x are equal."""
+    count = evidence.per_group(evidence.visual.float()).clamp(min=1)
+    mean_x, mean_y = (evidence.per_token(evidence.per_group(values) / count) for values in (x, y))
+    offset = x - mean_x
+    variance = evidence.per_group(offset * offset)
+    slope = evidence.per_group(offset * (y - mean_y)) / torch.where(variance > 0, variance, 1)
+    return mean_y + evidence.per_token(slope) * offset
+
+
+def attention_by_head(
+    queries: Tensor,
+    keys: Tensor,
+    visible: Tensor,
+    weights: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The attention that each key receives in each head from the query tokens: softmax over ALL keys in fp32.
+
+    Args:
+        queries: (B, H, Q, d), rotated.
+        keys: (B, Hkv, K, d), rotated; H is a multiple of Hkv (grouped-query attention).
+        visible: (B, 1 or H, Q, K), bool (True: may be seen) or additive float, as attention masks are.
+        weights: (B, Q), how much each query token counts; they are normalised to sum to 1 for each sample.
+        scale: of the dot products.
+        softcap: where the model caps its logits: cap * tanh(logits / cap).
+        sinks: (H,), where the model's softmax counts one more logit a head, which belongs to no key.
+
+    Returns:
+        (B, H, K) float32. No S x S matrix is built: memory is B * H * Q * K.
+    """
+    batch, heads, count, width = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, width).float()
+    logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, count, -1) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    hidden = visible.float() if visible.is_floating_point() else torch.where(visible, 0.0, float("-inf"))
+    logits = logits + hidden
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)], -1)
+    # A padded query may see nothing: its row is NaN, and weighs nothing.
+    received = logits.softmax(-1).nan_to_num()[..., : keys.shape[2]]
+    weights = weights.float() / weights.float().sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bhqk,bq->bhk", received, weights)
+
+
+def attention_received(
+    queries: Tensor,
+    keys: Tensor,
+    visible: Tensor,
+    weights: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """(B, K) float32: the mean over the heads of `attention_by_head`, which takes the same arguments."""
+    return attention_by_head(queries, keys, visible, weights, scale, softcap, sinks).mean(1)

@@ -1,0 +1,83 @@
+"""Owns the scores that ask nobody: what a visual token's own key or hidden state says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pyramiddrop.cost import Choice, DecoderShape, projecting_flops
+from pyramiddrop.scoring.evidence import Evidence, Scorer
+
+
+@dataclass(frozen=True)
+class KeyNormScorer(Scorer):
+    """Tokens whose keys are short stay, mean over the heads: short keys are seen to receive much attention."""
+
+    attends: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2406.11430"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(evidence.keys().float(), dim=-1)
+        return -length.mean(1)
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return projecting_flops(shape, choice.rows, choice.queries)
+
+
+@dataclass(frozen=True)
+class VariationScorer(Scorer):
+    """Tokens stay whose hidden states the layer before the ranking layer changed most (Euclidean distance)."""
+
+    compares: ClassVar[bool] = True
+    source: ClassVar[str] = "V2Drop, arXiv 2509.01552"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        assert evidence.previous is not None, "a scorer that compares is given what came before"
+        changed: Tensor = torch.linalg.vector_norm(evidence.hidden.float() - evidence.previous.float(), dim=-1)
+        return changed
+
+
+@dataclass(frozen=True)
+class DiversityScorer(Scorer):
+    """Tokens stay that are far from each other: greedy max-min of the cosine distance of hidden states, in each group.
+
+    The first is the token farthest from its group's mean, and then always the one whose nearest chosen token is
+    farthest. The earlier a token is chosen, the higher its score.
+    """
+
+    source: ClassVar[str] = "max-min diversity (DivPrune, arXiv 2503.02175); own implementation"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        visual, groups, quota = evidence.visual, evidence.groups, evidence.quota
+        unit = normalize(evidence.hidden.float(), dim=-1)
+        distance = 1 - unit @ unit.transpose(1, 2)
+        # Nothing is chosen yet: 2 is as far as it can be, and before it go those far from the mean.
+        nearest = 2 + 1 - (unit * _group_means(evidence, unit)).sum(-1)
+        nearest = nearest.masked_fill(~visual, float("-inf"))
+        scores, left = torch.zeros_like(nearest), quota.clone()
+        samples, steps = torch.arange(len(quota), device=quota.device), int(quota.sum(1).max())
+        for step in range(steps):
+            open_group = left.gather(1, groups) > 0
+            chosen = nearest.masked_fill(~open_group, float("-inf")).argmax(1)
+            scores[samples, chosen] = torch.maximum(scores[samples, chosen], scores.new_tensor(steps - step))
+            group = groups[samples, chosen]
+            left[samples, group] -= 1
+            same = groups == group[:, None]
+            nearest = torch.where(same, torch.minimum(nearest, distance[samples, chosen]), nearest)
+            nearest[samples, chosen] = float("-inf")
+        return scores
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return 2 * choice.rows * choice.rows * shape.hidden
+
+
+def _group_means(evidence: Evidence, unit: Tensor) -> Tensor:
+    """(B, N, D): for each row the direction of its group's mean of `unit` (B, N, D)."""
+    groups = evidence.groups[..., None].expand_as(unit)
+    sums = unit.new_zeros(*evidence.quota.shape, unit.shape[-1])
+    sums = sums.scatter_add(1, groups, unit.masked_fill(~evidence.visual[..., None], 0))
+    return normalize(sums, dim=-1).gather(1, groups)

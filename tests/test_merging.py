@@ -1,0 +1,59 @@
+"""Merging on numbers small enough to check by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.merging import merge
+
+# One sample: text, four visual tokens in two directions, text. Token 1 is like token 3, token 2 like token 4.
+HIDDEN = torch.tensor([[[9.0, 9.0], [2.0, 0.0], [0.0, 2.0], [4.0, 0.0], [0.0, 6.0], [7.0, 7.0]]])
+VISUAL = torch.tensor([[False, True, True, True, True, False]])
+ONE = torch.zeros(1, 6, dtype=torch.long)
+
+
+def merged(
+    stays: list[int], sizes: list[float] | None = None, groups: Tensor = ONE, valid: Tensor | None = None
+) -> tuple[list[list[float]], list[float]]:
+    hidden, left = merge(HIDDEN, torch.tensor([sizes or [1.0] * 6]), VISUAL, groups, torch.tensor([stays]), valid)
+    return hidden[0].tolist(), left[0].tolist()
+
+
+def test_each_goes_into_the_one_that_is_most_like_it() -> None:
+    hidden, sizes = merged([0, 3, 4, 5])
+    assert hidden == [[9, 9], [3, 0], [0, 4], [7, 7]]
+    assert sizes == [1, 2, 2, 1]
+
+
+def test_a_token_counts_for_all_that_have_gone_into_it() -> None:
+    hidden, sizes = merged([0, 3, 4, 5], [1, 3, 1, 1, 1, 1])
+    assert hidden[1] == [(3 * 2 + 4) / 4, 0]
+    assert sizes == [1, 4, 2, 1]
+
+
+def test_text_takes_nothing_in_and_rows_that_take_nothing_are_untouched() -> None:
+    """Token 2 is at 45 degrees to text and at 90 to token 3: it goes into the visual one."""
+    hidden, sizes = merged([0, 1, 3, 4, 5])
+    assert hidden == [[9, 9], [2, 0], [4, 0], [0, 4], [7, 7]]
+    assert sizes == [1, 1, 1, 2, 1]
+    hidden, _ = merged([0, 3, 5])
+    assert hidden == [[9, 9], [(2 + 0 + 4 + 0) / 4, (0 + 2 + 0 + 6) / 4], [7, 7]]
+
+
+def test_a_token_stays_in_its_group() -> None:
+    """Tokens 1 and 4 are one image, 2 and 3 another: 1 must go into 4, though 3 is more like it."""
+    hidden, _ = merged([0, 3, 4, 5], groups=torch.tensor([[0, 0, 1, 1, 0, 0]]))
+    assert hidden == [[9, 9], [2, 1], [1, 3], [7, 7]]
+
+
+def test_filler_takes_nothing_in() -> None:
+    """Row 3 stands in the rectangle as filler: it goes, too, and all go into token 4."""
+    hidden, sizes = merged([3, 0, 4, 5], valid=torch.tensor([[False, True, True, True]]))
+    assert hidden[1:] == [[9, 9], [1.5, 2], [7, 7]]
+    assert sizes[1:] == [1, 4, 1]
+
+
+def test_half_precision_comes_back_as_it_was() -> None:
+    half, _ = merge(HIDDEN.bfloat16(), torch.ones(1, 6), VISUAL, ONE, torch.tensor([[0, 3, 4, 5]]), None)
+    assert half.dtype == torch.bfloat16
