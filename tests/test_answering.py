@@ -18,7 +18,14 @@ from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_inputs
 from pyramiddrop.inference.usage import usage, vanilla_usage
 
-METHODS = [None, PyramidDrop(), FastV(layer=2, keep=0.3), RandomDrop()]
+METHODS = [
+    None,
+    PyramidDrop(),
+    FastV(layer=2, keep=0.3),
+    RandomDrop(),
+    PyramidDrop(score="instruction", merge=True),
+    PyramidDrop(score="diversity"),
+]
 
 
 def picture(seed: int) -> Image.Image:

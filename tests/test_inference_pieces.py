@@ -62,7 +62,7 @@ def test_a_method_in_one_word(text: str, expected: Method | None) -> None:
         ("pyramid", "method 'pyramid' is not one of pyramiddrop, fastv, random, uniform"),
         ("vanilla:lam=0.5", "vanilla drops no tokens and has no options; got 'vanilla:lam=0.5'"),
         ("fastv:lam=0.5", "--lam does not belong to the method 'fastv'"),
-        ("fastv:rank_layer=next", "--rank_layer does not belong to the method 'fastv'"),
+        ("fastv:rank_layer=next", "--rank-layer does not belong to the method 'fastv'"),
         ("pyramiddrop:lam=0.5,keep=0.5", "give --lam or --keep, not both"),
         ("pyramiddrop:lam=0.5,lam=0.6", "'pyramiddrop:lam=0.5,lam=0.6' gives lam twice"),
         ("pyramiddrop:0.5", "'0.5' in 'pyramiddrop:0.5' is no option of a method"),

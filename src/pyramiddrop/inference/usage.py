@@ -81,23 +81,29 @@ def batch_usage(
         method, trace: what dropped tokens in its prefill, and what that told; None where nothing was dropped.
     """
     parts, ids = anatomy(model), inputs["input_ids"]
-    counted = torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device)).sum(1).tolist()
     mask = inputs.get("attention_mask")
-    rows = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-    visual = trace.visual_tokens if trace else counted
+    valid = torch.ones_like(ids) if mask is None else mask
+    marked = torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device))
+    visual = trace.visual_columns if trace else [row.nonzero()[:, 0] for row in marked]
     kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
     found = []
-    for sample, (length, tokens) in enumerate(zip(rows, visual, strict=True)):
+    for sample, (row, columns) in enumerate(zip(valid, visual, strict=True)):
         stages = tuple(StageUse(layer, keep, counts[sample]) for layer, keep, counts in kept)
-        found.append(_account(parts.sizes, method, length, tokens, stages))
+        text = int(row.sum()) - len(columns)
+        instruction = int(row[int(columns[-1]) + 1 :].sum()) if len(columns) else text
+        found.append(_account(parts.sizes, method, len(columns), text, max(1, instruction), stages))
     return found
 
 
 def _account(
-    shape: DecoderShape | None, method: Method | None, rows: int, visual: int, stages: tuple[StageUse, ...]
+    shape: DecoderShape | None,
+    method: Method | None,
+    visual: int,
+    text: int,
+    instruction: int,
+    stages: tuple[StageUse, ...],
 ) -> Usage:
-    """The account of one sample of `rows` rows, `visual` of them visual tokens."""
-    text = rows - visual
+    """The account of one sample: `visual` tokens, `text` tokens, of which the `instruction` is behind the pictures."""
     unknown = Usage(visual, text, stages, math.nan, math.nan)
     if shape is None:
         return unknown
@@ -105,7 +111,7 @@ def _account(
     flops = prefill_flops(shape, lengths)
     for stage, before in zip(stages, unknown.tokens_by_stage, strict=False):
         if method is not None and stage.tokens < before:
-            choice = Choice(stage.layer, text + before, before, stage.tokens, instruction=max(1, text))
+            choice = Choice(stage.layer, text + before, before, stage.tokens, instruction=instruction)
             flops += method.choosing_flops(shape, choice)
     return replace(unknown, flops=flops, kv_bytes=kv_bytes(shape, lengths))
 
