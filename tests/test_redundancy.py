@@ -25,6 +25,7 @@ from pyramiddrop.evaluation.studies.profiles import profile_of
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import anatomy
+from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.planning import Profile
@@ -151,6 +152,21 @@ def test_the_shared_prefix_changes_nothing(record: dict[str, Any], tmp_path: Pat
     plain = study(share=False).run(tmp_path)
     assert record["shared_prefix"]
     assert plain == {**record, "shared_prefix": False}
+
+
+def test_a_model_that_cannot_share_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid((6,), (0.5,))
+    plain = study(grid, share=False).run(tmp_path / "plain")
+    replaying = Prefix._replaying
+
+    def wrongly(self: Prefix, index: int, last: int, forward: Any) -> Any:
+        replay = replaying(self, index, last, forward)
+        return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
+
+    monkeypatch.setattr(Prefix, "_replaying", wrongly)
+    found = study(grid).run(tmp_path / "tried")
+    assert not found["shared_prefix"]
+    assert found == plain
 
 
 def test_every_cell_is_what_answering_under_its_method_gives(record: dict[str, Any]) -> None:

@@ -6,21 +6,25 @@ import csv
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.planning import Profile
 from pyramiddrop.report.attention_plot import Looks, draw_attention, spread
 from pyramiddrop.report.grid import Box, View
 from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.paper_figure import depth_colors, save
 from pyramiddrop.report.redundancy_plot import draw_redundancy
-from pyramiddrop.report.redundancy_report import show_redundancy, write_profiles
+from pyramiddrop.report.redundancy_report import glances_to_looks, show_redundancy, write_profiles
 from pyramiddrop.report.study import bounds, percent, small
 from pyramiddrop.report.study_files import write_study
 
@@ -135,6 +139,14 @@ def test_tokens_without_a_place_are_not_drawn() -> None:
     view = View("picture", 2, 2, Box(0, 0, 9, 9), leading=1, newline=True)
     heat = spread(np.arange(7, dtype=float), view)
     assert heat.tolist() == [[1.0, 2.0], [4.0, 5.0]]
+
+
+def test_pictures_of_families_that_cannot_be_placed_are_left_out_with_a_reason() -> None:
+    asked = Sample((Image.new("RGB", (8, 8)),), "What?")
+    unknown = Glance(asked, "that", {1: torch.ones(4) / 4}, SimpleNamespace(model_type="no-such-family"), None)
+    found, reason = glances_to_looks([unknown])
+    assert found == []
+    assert "no-such-family" in reason
 
 
 class Addresses(HTMLParser):

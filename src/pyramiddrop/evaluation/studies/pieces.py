@@ -15,7 +15,7 @@ class Pieces:
     """A file of JSON lines that only grows: the first is the key, each later one a piece.
 
     Args:
-        folder: where the file is; it is made when the first piece is done.
+        folder: where the file is; both are made when the first piece is done.
         name: what its name begins with, for people.
         key: what the pieces depend on, as plain values; another key has another file.
 
@@ -34,9 +34,11 @@ class Pieces:
             InputError: where that cannot be.
         """
         lines = [{"piece": piece, "found": found}] if self.done else [self._key, {"piece": piece, "found": found}]
-        mode = "a" if self.done else "w"
-        with user_input(f"cannot write {self.path}", (OSError,)), self.path.open(mode, encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with user_input(f"cannot write {self.path}", (OSError,)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self.done else "w", encoding="utf-8") as file:
+                file.write(text)
         self.done[piece] = found
 
     def _whole_lines(self) -> list[Any]:
