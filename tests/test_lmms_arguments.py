@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.evaluation.lmms import run
 from pyramiddrop.evaluation.lmms.arguments import read_arguments, write_arguments
-from pyramiddrop.evaluation.lmms.backends import BACKENDS, pick_backend
+from pyramiddrop.evaluation.lmms.backends import pick_backend
 from pyramiddrop.evaluation.lmms.meter import Spent
+from pyramiddrop.inference.choice import NAMES, option_names
 from pyramiddrop.inference.errors import InputError
 
 
@@ -63,6 +63,8 @@ def test_bad_arguments_are_one_line(given: dict[str, object], message: str) -> N
         FastV(layer=3, keep=0.1),
         RandomDrop(seed=None),
         UniformDrop(lam=0.25),
+        FastV(score="key_norm", random_from=3),
+        PyramidDrop(score="diversity", reserve=0.1, merge=True),
     ],
 )
 def test_what_is_written_is_read_again(method: Method | None) -> None:
@@ -82,6 +84,8 @@ def test_what_cannot_be_written_is_refused() -> None:
         write_arguments("runs/a,b", None, {})
     with pytest.raises(InputError, match="Mine has none"):
         write_arguments("a", Mine(), {})
+    with pytest.raises(InputError, match="a scorer by its name alone"):
+        write_arguments("a", PyramidDrop(score={"name": "top_heads", "share": 0.5}), {})
 
 
 @pytest.mark.parametrize(
@@ -116,9 +120,10 @@ def test_a_backend_that_does_not_fit(name: str, family: str, batch: int, process
 
 def test_no_argument_of_a_backend_is_a_field_of_a_method() -> None:
     """Else it would never reach the backend."""
-    taken = {field.name for kind in (PyramidDrop, FastV, RandomDrop, UniformDrop) for field in fields(kind)}
-    assert taken.isdisjoint({"pretrained", "backend", "device", "dtype", "batch_size", "num_frames", "device_map"})
-    assert all(backend.module for backend in BACKENDS.values())
+    taken = set().union(*map(option_names, NAMES.values()))
+    lmms_eval = {"revision", "attn_implementation", "use_cache", "max_frames_num", "chat_template", "max_pixels", "fps"}
+    ours = {"pretrained", "method", "backend", "device", "device_map", "dtype", "batch_size", "num_frames"}
+    assert taken.isdisjoint(lmms_eval | ours)
 
 
 def test_averages_are_of_requests_and_leave_out_what_is_not_known() -> None:

@@ -56,7 +56,8 @@ def write_arguments(pretrained: str, method: Method | None, others: Mapping[str,
         others: the backend's; None where nothing was said.
 
     Raises:
-        InputError: for a name with a comma, which lmms-eval cannot read, or a method that has no name.
+        InputError: for a name with a comma, which lmms-eval cannot read, a method that has no name, or a scorer with
+            settings of its own.
     """
     if "," in pretrained:
         raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
@@ -71,12 +72,14 @@ def _words(method: Method | None) -> dict[str, Any]:
     name = next((name for name, kind in NAMES.items() if type(method) is kind), None)
     if name is None:
         raise InputError(f"lmms-eval is told a method by its name, and {type(method).__name__} has none")
-    values = {field.name: (getattr(method, field.name), field.default) for field in fields(method) if field.init}
-    changed = {option: value for option, (value, default) in values.items() if value != default}
-    return {"method": name, **{option: str(value) if value is None else value for option, value in changed.items()}}
+    told = method.settings()
+    changed = [field.name for field in fields(method) if field.init and getattr(method, field.name) != field.default]
+    return {"method": name, **{option: "none" if told[option] is None else told[option] for option in changed}}
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        raise InputError(f"lmms-eval is told a scorer by its name alone; got {dict(value)}")
     if isinstance(value, tuple | list):
         return "/".join(map(_written, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
