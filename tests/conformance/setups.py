@@ -69,7 +69,6 @@ TWO_WAY = replace(WINDOWED, refused=WINDOW | {"new image": "a further image on t
 GRIDS = Setup(impossible=NO_GRID)
 # Frames of a video are images to the model.
 FRAMES = Setup(refused={"per frame": "per_frame=True is not supported for"})
-LATENT = Setup(refused={"new image": "its keys cannot be read back"})
 # The layer before ranks.
 NARROW = dict.fromkeys(("last layer", "FastV"), "layer 1, which ranks the visual tokens, sees 16 tokens")
 DELTA = Setup(layers=(7,), last=(4,), fastv=4, impossible=NO_GRID, removed=True)  # every fourth layer has attention
@@ -99,8 +98,6 @@ SETUPS: dict[str, Setup] = {
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True, refused=WINDOW),
     "llama4": WINDOWED,  # chunks instead of windows
     "llama4-long": Setup(refused={"*": "by row numbers, which dropping changes"}),
-    "kimi_k25": LATENT,
-    "mistral3-mistral4": LATENT,
     "mistral_large4": Setup(refused=unknown("indexed_attention")),
     "minimax_m3_vl": Setup(refused=unknown("minimax_m3_sparse")),
     "molmo2": FRAMES,

@@ -108,11 +108,12 @@ class RankingLayer:
             return keys, rows, alive
         before = self.earlier.get(self.stage, Slots(rows[:, :0], None, 0)).until(past)
         before = before.handed_out(cache, self.index, 0)
-        cached = cache.layers[self.index].keys[:, :, : before.columns.shape[1]].to(keys.device)
+        with _no_dropout(self.layer):
+            cached = _cached_keys(self.layer, cache.layers[self.index])[:, :, : before.columns.shape[1]].to(keys.device)
         if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
             raise ValueError(
                 f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
-                "read back: use a DynamicCache or a StaticCache; a model with latent attention keeps no keys in either"
+                "read back: use a DynamicCache or a StaticCache"
             )
         columns = torch.cat([before.columns, rows + past], 1)
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
@@ -167,6 +168,13 @@ def unrotated(tokens: Kwargs) -> Kwargs:
     if tokens.get("position_ids") is not None:
         changed["position_ids"] = torch.zeros_like(tokens["position_ids"])
     return changed
+
+
+def _cached_keys(layer: nn.Module, cached: Any) -> Tensor:
+    """(B, Hkv, K, d) the keys in a layer's cache. Latent attention keeps what it expands them from in each forward."""
+    latent: Any = next((module for module in layer.modules() if hasattr(module, "expand_kv")), None)
+    keys: Tensor = cached.keys if latent is None else latent.expand_kv(cached.keys, cached.values)[0]
+    return keys
 
 
 @contextmanager
