@@ -109,6 +109,7 @@ def test_everything_is_written(tmp_path: Path) -> None:
     [
         (("bogus",), (), "method 'bogus' is not one of"),
         (("fastv", "fastv"), (), "named twice"),
+        (("vanilla",), (), "names vanilla alone"),
         ((), (0.0,), "--percent must be above 0"),
     ],
 )
@@ -166,3 +167,9 @@ def test_the_papers_rows_stand_beside_the_same_lambda() -> None:
     # Table 4: 9.46 of 20.8 TFLOPs and 62.8 of 63.5; 1.78 of 3.82 and 52.4 of 52.6. It has no λ = 0.7.
     assert beside.rows[0][3:] == ("45.5 %", "98.9 %", "46.6 %", "99.6 %")
     assert beside.rows[1][3:] == ("", "", "", "")
+
+
+def test_a_model_that_is_never_right_is_shown() -> None:
+    ways = [{**way, "scores": {"all": {"mean": 0.0, "error": 0.0, "count": 24}}} for way in ablation()["methods"]]
+    shown = show_ablation({**ablation(), "methods": ways, "kinds": ["all"]})
+    assert shown.sheets[-1].rows[0][2] == "not known"  # of nothing there is no part

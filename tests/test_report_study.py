@@ -99,6 +99,12 @@ def test_several_models_have_a_panel_a_layer() -> None:
         assert axis.get_lines()[0].get_ydata().tolist() == [90.0, 90.0, 100.0]
 
 
+def test_names_are_no_formulas() -> None:
+    figure = draw_redundancy([model("$7B$"), model("other")], "accuracy")
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [r"\$7B\$", "other"]
+
+
 def test_a_divergence_is_drawn_logarithmically_without_its_zero() -> None:
     axis = draw_redundancy([model()], "kl").axes[0]
     assert axis.get_yscale() == "log"

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, styled
+from pyramiddrop.report.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
 from pyramiddrop.report.study import Record, bounds
 
 #: What is drawn of the costs, by their names in `costs_of`.
@@ -52,7 +52,7 @@ def _draw_scores(axis: Axes, places: Sequence[float], ways: Sequence[Record], ki
     for number, kind in enumerate(kinds if len(kinds) > 1 else ()):
         low, middle, high = bounds([way["scores"][kind] for way in ways])
         band(axis, places, low, high, COLORS[number % len(COLORS)])
-        axis.plot(places, middle, label=kind, linewidth=0.8, **_style(number))
+        axis.plot(places, middle, label=literal(kind), linewidth=0.8, **_style(number))
     low, middle, high = bounds([way["scores"]["all"] for way in ways])
     band(axis, places, low, high, "black")
     axis.plot(places, middle, color="black", marker="o", linewidth=1.8, label="all")

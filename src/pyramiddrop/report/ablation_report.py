@@ -53,7 +53,8 @@ def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> S
     models = list(dict.fromkeys(row.settings["model"] for row in paper))
     rows = []
     for point in points:
-        score = point["scores"]["all"]["mean"] / vanilla["scores"]["all"]["mean"]
+        whole = vanilla["scores"]["all"]["mean"]
+        score = point["scores"]["all"]["mean"] / whole if whole else None
         theirs = [cell for model in models for cell in _paper_cells(paper, model, point["lam"])]
         rows.append((f"{point['lam']:g}", share_cell(point["flops_ratio"]), share_cell(score), *theirs))
     head = [f"{model}: {what}" for model in (name, *models) for what in ("FLOPs", "score")]
@@ -66,6 +67,5 @@ def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str,
     tried, vanilla = own.get(f"{lam:g}"), own["vanilla"]
     if tried is None:
         return "", ""
-    return share_cell(float(tried.tflops) / float(vanilla.tflops)), share_cell(
-        float(tried.average) / float(vanilla.average)
-    )
+    cost, score = float(tried.tflops) / float(vanilla.tflops), float(tried.average) / float(vanilla.average)
+    return share_cell(cost), share_cell(score)

@@ -63,6 +63,11 @@ def share_axis(axis: Axes, shares: Sequence[float], label: str = "visual tokens 
     axis.set_xlabel(label)
 
 
+def literal(text: str) -> str:
+    """A user's `text` as a label: a price in dollars is no formula."""
+    return text.replace("$", r"\$")
+
+
 def band(axis: Axes, places: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
     """Shade what lies between `low` and `high` around a line of this color."""
     axis.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)

@@ -18,6 +18,7 @@ from pyramiddrop.report.paper_figure import (
     PAGE,
     band,
     depth_colors,
+    literal,
     share_axis,
     styled,
 )
@@ -79,7 +80,7 @@ def _several_models(models: Sequence[Record], metric: str) -> Figure:
                 "marker": MARKERS[place % len(MARKERS)],
                 "linestyle": DASHES[place % len(DASHES)],
             }
-            _line(axis, model, metric, layer, style, model["name"])
+            _line(axis, model, metric, layer, style, literal(model["name"]))
         axis.set_title(f"drop before layer {layer}", loc="left")
         _finish(axis, models, metric)
     for axis in axes.flat[len(layers) :]:

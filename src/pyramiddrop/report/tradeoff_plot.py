@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, styled
+from pyramiddrop.report.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
 from pyramiddrop.report.study import Record, bounds
 
 #: What FLOPs are counted in, largest first.
@@ -62,7 +62,7 @@ def _draw(axis: Axes, vanilla: Record, points: Sequence[Record], kind: str) -> N
         low, middle, high = bounds([point["scores"][kind] for point in own])
         band(axis, costs, low, high, color)
         marker, dash = MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
-        axis.plot(costs, middle, color=color, marker=marker, linestyle=dash, label=line)
+        axis.plot(costs, middle, color=color, marker=marker, linestyle=dash, label=literal(line))
     low, middle, high = bounds([vanilla["scores"][kind]])
     axis.axhspan(low[0], high[0], color="black", alpha=0.08, linewidth=0)
     axis.axhline(middle[0], color="black", linewidth=0.8, linestyle=(0, (1, 1.5)), label="vanilla")

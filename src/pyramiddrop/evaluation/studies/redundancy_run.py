@@ -16,6 +16,7 @@ from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.subjects import Named
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import anatomy
+from pyramiddrop.inference.errors import user_input
 from pyramiddrop.speed.record import machine
 
 #: Told what begins and how many steps it has; gives what is told how many of them are done.
@@ -53,7 +54,8 @@ def run_redundancy(
         grid = make_grid(anatomy(checkpoint.model), options.layers, options.keep)
         answerer = Answerer(checkpoint, options.batch, options.max_new_tokens)
         study = Redundancy(model.name, model.source, answerer, task, grid)
-        record["models"].append(study.run(folder, begin(model.name, study.steps)))
+        with user_input():
+            record["models"].append(study.run(folder, begin(model.name, study.steps)))
         if number == 0:
             picked = pick_samples(task.samples, options.glances)
             glances = take_glances(checkpoint, picked, grid.layers, options.max_new_tokens)

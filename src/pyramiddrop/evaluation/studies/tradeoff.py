@@ -8,6 +8,7 @@ from pyramiddrop.evaluation.run import EvalOptions, Evaluator
 from pyramiddrop.evaluation.studies.labelled import Labelled
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.inference.choice import parse_method
+from pyramiddrop.inference.errors import InputError
 
 METHODS = ("pyramiddrop", "fastv", "uniform", "random")
 PERCENTS = (40.0, 50.0, 60.0, 70.0, 80.0)
@@ -23,6 +24,8 @@ def prepare_tradeoff(task: Task, options: EvalOptions) -> Labelled:
         InputError: for anything that was asked for and cannot be used.
     """
     words = tuple(word for word in options.methods or METHODS if parse_method(word) is not None)
+    if not words:
+        raise InputError("--methods names vanilla alone, which always runs; name a method that drops tokens")
     percents = options.percents or PERCENTS
     evaluator = Evaluator(task, replace(options, methods=words, percents=percents))
     return Labelled("tradeoff", evaluator, [{"line": word} for _ in percents for word in words])
