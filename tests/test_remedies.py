@@ -19,7 +19,7 @@ from tiny import Answer, collate, make_batch, make_rows, tiny_model
 
 LAYERS, KEEP = [2, 3, 6], [0.6, 0.4, 0.2]
 SPECS = [[5, "image", 7], [3, "image", 2, "image", 4]]
-SCORES = [name for name in SCORERS if name not in ("random", "uniform")]
+SCORES = [name for name in SCORERS if name not in ("random", "uniform", "vision")]
 
 
 def staged(**settings: Any) -> PyramidDrop:

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from pyramiddrop.hf import UnsupportedModelError as UnsupportedModelError
     from pyramiddrop.inference.loading import load as load
     from pyramiddrop.methods import METHODS as METHODS
+    from pyramiddrop.methods import Downsample as Downsample
     from pyramiddrop.methods import FastV as FastV
     from pyramiddrop.methods import Method as Method
     from pyramiddrop.methods import PyramidDrop as PyramidDrop
     from pyramiddrop.methods import RandomDrop as RandomDrop
     from pyramiddrop.methods import UniformDrop as UniformDrop
+    from pyramiddrop.methods import VisionDrop as VisionDrop
     from pyramiddrop.methods import apply as apply
     from pyramiddrop.methods import remove as remove
     from pyramiddrop.trace import Trace as Trace
@@ -27,6 +29,7 @@ __version__ = version("pyramiddrop")
 # Loaded when first asked for: Transformers takes seconds to import, and `pyramiddrop --help` needs none of it.
 _HOMES = {
     "METHODS": "pyramiddrop.methods",
+    "Downsample": "pyramiddrop.methods",
     "FastV": "pyramiddrop.methods",
     "Method": "pyramiddrop.methods",
     "PyramidDrop": "pyramiddrop.methods",
@@ -34,6 +37,7 @@ _HOMES = {
     "Trace": "pyramiddrop.trace",
     "UniformDrop": "pyramiddrop.methods",
     "UnsupportedModelError": "pyramiddrop.hf",
+    "VisionDrop": "pyramiddrop.methods",
     "apply": "pyramiddrop.methods",
     "load": "pyramiddrop.inference.loading",
     "remove": "pyramiddrop.methods",

@@ -16,15 +16,25 @@ from torch import Tensor, nn
 
 from pyramiddrop.cost import Choice, DecoderShape, merging_flops
 from pyramiddrop.saving import stay, travel
-from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
-from pyramiddrop.scoring import SCORERS, AttentionScorer, RandomFrom, RandomScorer, Reserved, Scorer, UniformScorer
+from pyramiddrop.schedule import FrontSchedule, Schedule, Stage, equal_stage_layers, powers
+from pyramiddrop.scoring import (
+    SCORERS,
+    AttentionScorer,
+    RandomFrom,
+    RandomScorer,
+    Reserved,
+    Scorer,
+    UniformScorer,
+    VisionScorer,
+)
 from pyramiddrop.trace import Trace
 
 if TYPE_CHECKING:
-    from pyramiddrop.hf import Attachment, GivenMasks
+    from pyramiddrop.hf import Attachment, GivenMasks, Rules
+    from pyramiddrop.hf.anatomy import Anatomy
 
 FILE_NAME = "pyramiddrop.json"
-BY_ATTENTION = AttentionScorer()
+BY_ATTENTION, BY_VISION = AttentionScorer(), VisionScorer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,12 @@ class Method:
     def choosing_flops(self, shape: DecoderShape, choice: Choice) -> int:
         """What choosing (and merging) costs at one stage end of one sample in a decoder of this `shape`."""
         return self.scorer().flops(shape, choice) + (merging_flops(shape, choice) if self.merge else 0)
+
+    def attach(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> Attachment:
+        """Put the method's hooks on a model."""
+        from pyramiddrop.hf import Attachment
+
+        return Attachment(parts, rules, given)
 
     def __call__(
         self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
@@ -297,11 +313,71 @@ class UniformDrop(StagedMethod):
         return UniformScorer()
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrontMethod(Method):
+    """A control that drops before the decoder, so that its first layer sees the share `keep` already.
+
+    For LLaVA-like models, whose visual tokens are the patches of the vision tower, one for one.
+    """
+
+    keep: float = 0.5
+    rank_layer: str = field(default="next", init=False)
+    merge: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FrontSchedule.keeping(self.keep)
+
+    def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
+        return FrontSchedule.keeping(self.keep)
+
+    def attach(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> Attachment:
+        from pyramiddrop.hf import FrontAttachment
+
+        return FrontAttachment(parts, rules, given, shrinks=isinstance(self, Downsample))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionDrop(FrontMethod):
+    """A control: drop before the decoder, without a look at the question, as VisionZip (arXiv 2412.04467) does.
+
+    Attributes:
+        score: what ranks: "vision", the attention in the vision tower; or "diversity", "random", "uniform".
+    """
+
+    score: Scorer | str | Mapping[str, Any] = BY_VISION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scorer = _scorer(self.score)
+        if scorer.attends or scorer.compares:
+            raise ValueError(
+                f"score must be one that needs no layer of the decoder (vision, diversity, random, uniform); got "
+                f"{self.score!r}"
+            )
+        object.__setattr__(self, "score", scorer)
+
+    def scorer(self) -> Scorer:
+        assert isinstance(self.score, Scorer)
+        return self.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downsample(FrontMethod):
+    """A control: the vision tower sees a smaller picture, with the largest square grid of patches that has no more than
+    the share `keep`, and position embeddings interpolated to it. Its tokens take the places that they cover."""
+
+    def scorer(self) -> Scorer:
+        return UniformScorer()
+
+
 METHODS: dict[str, type[Method]] = {
     "PyramidDrop": PyramidDrop,
     "FastV": FastV,
     "RandomDrop": RandomDrop,
     "UniformDrop": UniformDrop,
+    "VisionDrop": VisionDrop,
+    "Downsample": Downsample,
 }
 
 
@@ -356,7 +432,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
-    from pyramiddrop.hf import Attachment, Rules, anatomy, drop_layers
+    from pyramiddrop.hf import Rules, anatomy, drop_layers
 
     parts, scorer = anatomy(model), method.scorer()
     allowed = drop_layers(parts, method.rank_layer, scorer)
@@ -370,7 +446,7 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
         merge=method.merge,
         choosing=method.choosing_flops,
     )
-    return Attachment(parts, rules, given)
+    return method.attach(parts, rules, given)
 
 
 def _scorer(score: Any) -> Scorer:

@@ -78,6 +78,18 @@ class Schedule:
         return sum(stage.layer <= layer for stage in self.stages)
 
 
+@dataclass(frozen=True)
+class FrontSchedule(Schedule):
+    """One drop before the decoder: its first layer, 0, sees the share `keep` already."""
+
+    @classmethod
+    def keeping(cls, keep: float) -> FrontSchedule:
+        return cls((Stage(0, keep),))
+
+    def __post_init__(self) -> None:
+        _check_keep([stage.keep for stage in self.stages])
+
+
 def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | None = None) -> list[int]:
     """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24.
 

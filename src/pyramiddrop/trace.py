@@ -70,6 +70,7 @@ class Trace:
     stages: list[StageTrace] = field(default_factory=list)
     visual_columns: list[Tensor] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    _length: int = 0
     _shape: DecoderShape | None = None
     _choosing: int = 0
 
@@ -86,14 +87,17 @@ class Trace:
     def begin(
         self,
         visual_columns: list[Tensor],
+        length: int,
         lengths: list[int],
         choosing: int,
         shape: DecoderShape | None,
     ) -> None:
-        """Forget the prefill before; called by the adapter when a new one starts. `choosing`: FLOPs of its stage ends,
-        for one sample."""
+        """Forget the prefill before; called by the adapter when a new one starts, of so many rows.
+
+        `choosing`: FLOPs of its stage ends, for one sample.
+        """
         self.stages = []
-        self.visual_columns, self.lengths = visual_columns, lengths
+        self.visual_columns, self._length, self.lengths = visual_columns, length, lengths
         self._choosing, self._shape = choosing, shape
 
     def record(
@@ -113,7 +117,7 @@ class Trace:
         if self._shape is None:
             raise RuntimeError("the cost model does not know this model's text model")
         shape, batch = self._shape, len(self.visual_columns)
-        vanilla = [self.lengths[0]] * len(self.lengths)
+        vanilla = [self._length] * len(self.lengths)
         return Cost(
             flops=batch * (prefill_flops(shape, self.lengths) + self._choosing),
             vanilla_flops=batch * prefill_flops(shape, vanilla),

@@ -2,8 +2,18 @@
 
 from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
 from pyramiddrop.hf.attachment import Attachment, attachment_of
+from pyramiddrop.hf.front import FrontAttachment
 from pyramiddrop.hf.limits import drop_layers
 from pyramiddrop.hf.request import GivenMasks
 from pyramiddrop.hf.run import Rules
 
-__all__ = ["Attachment", "GivenMasks", "Rules", "UnsupportedModelError", "anatomy", "attachment_of", "drop_layers"]
+__all__ = [
+    "Attachment",
+    "FrontAttachment",
+    "GivenMasks",
+    "Rules",
+    "UnsupportedModelError",
+    "anatomy",
+    "attachment_of",
+    "drop_layers",
+]

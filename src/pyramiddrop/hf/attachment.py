@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.following import Kwargs
 from pyramiddrop.hf.groups import video_frames
 from pyramiddrop.hf.limits import (
@@ -84,15 +84,24 @@ class Attachment:
             raise RuntimeError(
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
-        if rules.positions == "compact":
-            check_compact_positions(parts)
-        check_layers(parts, rules.schedule.layers, rules.rank_layer, rules.scorer)
-        check_attention(parts, rules.schedule.layers[0])
-        check_grouping(parts, rules.grouping)
         self.anatomy, self.rules, self.given = parts, rules, given
+        self._check()
         self.trace, self._projector = Trace(), Projector()
         self._handles: list[RemovableHandle] = []
         self._attach()
+
+    def _check(self) -> None:
+        """Raise UnsupportedModelError where this model does not allow the rules."""
+        parts, rules = self.anatomy, self.rules
+        if rules.positions == "compact":
+            check_compact_positions(parts)
+        if rules.scorer.watches:
+            raise UnsupportedModelError(
+                "what a patch receives in the vision tower ranks before the decoder alone; use VisionDrop"
+            )
+        check_layers(parts, rules.schedule.layers, rules.rank_layer, rules.scorer)
+        check_attention(parts, rules.schedule.layers[0])
+        check_grouping(parts, rules.grouping)
 
     def _attach(self) -> None:
         text, generator = self.anatomy.text, self.anatomy.generator
@@ -139,7 +148,7 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
         run: Run | None = kwargs.get(_RUN)
-        return None if run is None else (args, run.take_deepstack(kwargs))
+        return None if run is None else (args, run.arrive(kwargs))
 
     def _before_layer(
         self, stage: int, index: int, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
@@ -182,7 +191,7 @@ class Attachment:
         if memory is not None:
             memory.check(self.rules.schedule.layers, self.rules.positions, (call_shape(call) or (0, 0))[0])
             memory.crop(past)
-        generation = _generations.get().get(id(self))
+        generation = self._generation()
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
         if plan is not None and first:
@@ -200,6 +209,10 @@ class Attachment:
         padding = mask if isinstance(mask, Tensor) and mask.shape == (len(tokens), past + tokens.shape[1]) else None
         length = tokens.shape[1]
         return Run(self.anatomy, self.rules, past, length, dropping, memory, labels, trace, padding, self._projector)
+
+    def _generation(self) -> _Generation | None:
+        """The call of `generate` that this forward is part of."""
+        return _generations.get().get(id(self))
 
     def _check_length(self, columns: int) -> None:
         longest = self.anatomy.longest
@@ -240,7 +253,7 @@ class Attachment:
         per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
         sizes = self.anatomy.sizes
         choosing = sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0
-        self.trace.begin(columns, per_layer, choosing, sizes)
+        self.trace.begin(columns, plan.length, per_layer, choosing, sizes)
         if not plan.drops:
             rows = torch.arange(plan.length).expand_as(plan.visual)
             for stage in plan.stages:

@@ -110,14 +110,14 @@ class Following:
             return dict(positions)
         return positions | {
             name: self._once((name, stage), kwargs[name], partial(take_rows, kwargs[name], kept.rows))
-            for name in _per_token(kwargs, self.length)
+            for name in per_token(kwargs, self.length)
         }
 
     def tokens(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` where asked for."""
         rows = {
             name: kwargs[name] if kept is None else take_rows(kwargs[name], kept.rows)
-            for name in _per_token(kwargs, self.length)
+            for name in per_token(kwargs, self.length)
         }
         return self._positions(stage, kept, hidden, kwargs) | rows
 
@@ -175,7 +175,7 @@ def _first_tensor(positions: Any) -> Any:
     return positions[0] if isinstance(positions, tuple | list) else positions
 
 
-def _per_token(kwargs: Kwargs, length: int) -> list[str]:
+def per_token(kwargs: Kwargs, length: int) -> list[str]:
     """Names of further tensors (B or 1, length, ...), e.g. token types; masks and positions have their own ways."""
     own = ("attention_mask", *_POSITIONS)
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in own}

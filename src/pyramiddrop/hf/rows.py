@@ -54,6 +54,13 @@ def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int
     return tensor.new_zeros(shape).scatter(dim, _aligned(rows, tensor.dim(), 0, dim).expand_as(tensor), tensor)
 
 
+def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, N) what each of `rows` is to predict: the label behind it; -100 at filler."""
+    following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    taken = take_rows(following, rows)
+    return taken if valid is None else taken.masked_fill(~valid.to(taken.device), -100)
+
+
 def take_positions(ids: Tensor, rows: Tensor) -> Tensor:
     """Gather position ids (..., B or 1, L), of one axis or several."""
     return take_rows(ids, rows, dim=ids.dim() - 1)

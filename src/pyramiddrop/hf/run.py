@@ -16,7 +16,7 @@ from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
-from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_rows
+from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_next_labels
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -111,9 +111,9 @@ class Run:
         kept = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
         return self.length if kept is None else kept.rows.shape[1]
 
-    def take_deepstack(self, kwargs: Kwargs) -> Kwargs:
-        """The text model's `kwargs` without the visual features that it would add to layers after a drop: those are
-        added here, to the rows that are left."""
+    def arrive(self, kwargs: Kwargs) -> Kwargs:
+        """What the text model gets: its `kwargs` without the visual features that it would add to layers after a drop:
+        those are added here, to the rows that are left."""
         if self._ranking is not None:
             self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
         return kwargs
@@ -236,10 +236,7 @@ class Run:
         """The full length; or the rows that are left, with their labels beside them."""
         if self.shift_labels is None or self._labels is None:
             return scatter_rows(hidden, kept.rows, kept.valid, self.length)
-        predicted = torch.nn.functional.pad(self._labels, (0, 1), value=-100)[:, 1:]
-        self.shift_labels.copy_(take_rows(predicted, kept.rows))
-        if kept.valid is not None:
-            self.shift_labels.masked_fill_(~kept.valid.to(self.shift_labels.device), -100)
+        self.shift_labels.copy_(take_next_labels(self._labels, kept.rows, kept.valid))
         return hidden
 
     def _full_hidden(self, index: int, hidden: Tensor | None) -> Tensor | None:

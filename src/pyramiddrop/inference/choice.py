@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers.utils import cached_file
 
-from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.methods import FILE_NAME
 
@@ -23,6 +23,8 @@ NAMES: dict[str, type[Method]] = {
     "fastv": FastV,
     "random": RandomDrop,
     "uniform": UniformDrop,
+    "vision": VisionDrop,
+    "downsample": Downsample,
 }
 #: An option that the other one makes meaningless.
 OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))

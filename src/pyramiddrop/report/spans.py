@@ -27,6 +27,8 @@ class Span:
 
     @property
     def layers(self) -> str:
+        if self.last < self.first:
+            return "before the decoder"
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
 
 

@@ -12,6 +12,7 @@ from pyramiddrop.scoring.combined import RandomFrom, Reserved
 from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer
 from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
 from pyramiddrop.scoring.evidence import Attention, Evidence, Scorer
+from pyramiddrop.scoring.vision import VisionScorer
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {
@@ -23,6 +24,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "key_norm": KeyNormScorer,
     "variation": VariationScorer,
     "diversity": DiversityScorer,
+    "vision": VisionScorer,
     "random": RandomScorer,
     "uniform": UniformScorer,
 }
@@ -44,5 +46,6 @@ __all__ = [
     "TopHeadsScorer",
     "UniformScorer",
     "VariationScorer",
+    "VisionScorer",
     "attention_received",
 ]

@@ -45,6 +45,8 @@ class Evidence:
         attention: computes what the ranking layer attends to.
         keys: computes (B, Hkv, N, d), the ranking layer's keys.
         previous: (B, N, D), what the layer before the ranking layer received; given where the scorer `compares`.
+        vision: (B, N), the attention that each visual token's patch receives in the vision tower; given before the
+            decoder, where the scorer `watches`.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class Evidence:
     attention: Attention
     keys: Callable[[], Tensor]
     previous: Tensor | None = None
+    vision: Tensor | None = None
 
     def per_token(self, per_group: Tensor) -> Tensor:
         """(B, N): for each row the number that its group has in `per_group` (B, G)."""
@@ -73,11 +76,13 @@ class Scorer(ABC):
     Attributes:
         attends: whether it asks for the ranking layer's attention or keys, so that this layer must have them.
         compares: whether it reads `Evidence.previous`.
+        watches: whether it reads `Evidence.vision`, which is known before the decoder alone.
         source: where the rule was published.
     """
 
     attends: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     source: ClassVar[str] = ""
 
     @abstractmethod
