@@ -165,7 +165,7 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
         ("--stages 1", "stages"),
         ("--stages 9", "stages"),
         ("--positions odd", "positions"),
-        ("--method odd", "method 'odd' is not one of pyramiddrop, fastv, random, uniform, vanilla"),
+        ("--method odd", "method 'odd' is not one of pyramiddrop, fastv, random, uniform, vision, downsample, vanilla"),
         ("--method fastv --lam 0.5", "--lam does not belong to the method 'fastv'"),
         ("--method fastv --keep 0.5,0.2", "--keep is one number"),
         ("--method fastv --layer 8", "1..7"),
