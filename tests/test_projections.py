@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -305,6 +307,19 @@ def test_projecting_twice_gives_the_same_bits() -> None:
     first, second = (case.project(3, torch.tensor([[5, 1], [2, 2]]), projector) for _ in range(2))
     assert torch.equal(first.queries, second.queries)
     assert torch.equal(first.keys, second.keys)
+
+
+def test_what_the_layer_makes_on_the_way_is_let_go_at_once() -> None:
+    case, normed = llava_case(), list[weakref.ref[Tensor]]()
+    norm = case.layers[2].input_layernorm
+    handle = norm.register_forward_hook(lambda module, given, output: normed.append(weakref.ref(output)))
+    gc.disable()  # it must not need a collection of cycles
+    projection = case.project(2, torch.tensor([[1, 2]] * 2))
+    gc.enable()
+    handle.remove()
+    assert projection.keys.shape[2] == case.calls[2][0].shape[1]
+    assert normed
+    assert [reference() for reference in normed] == [None] * len(normed)
 
 
 def test_a_layer_that_never_attends_is_named() -> None:

@@ -111,7 +111,7 @@ def _run(twin: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _Reached
     try:
         type(twin).forward(twin, hidden, **arguments)
     except _ReachedError as reached:
-        return reached
+        return reached.with_traceback(None)  # whose frames would hold all that the layer has made on the way
     raise NoAttentionError(f"{type(twin).__name__} does not reach Transformers' attention interface")
 
 
