@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -49,6 +49,7 @@ class Method:
         per_image: whether each image and each video of a sample has its own quota, or all of them share one.
         per_frame: whether each image and each frame of a video has its own quota.
         merge: whether a visual token that goes is averaged into the kept one of its group that is most like it.
+        source: where the method was published.
         logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
             logits and the loss for the rows that are left alone, which needs less memory.
 
@@ -56,6 +57,7 @@ class Method:
         ValueError: at construction, for a value that is not allowed; the message names the argument.
     """
 
+    source: ClassVar[str] = ""
     positions: str = "original"
     rank_layer: str = "next"
     per_image: bool = False
@@ -166,7 +168,7 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """What `from_settings` takes: plain values that JSON can hold."""
-        values = {name: _in_words(getattr(self, name)) for name in self.__dataclass_fields__}
+        values = {entry.name: _in_words(getattr(self, entry.name)) for entry in fields(self)}
         return {"method": type(self).__name__, **values}
 
     @classmethod
@@ -252,19 +254,23 @@ class StagedMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(StagedMethod, ScoredMethod):
-    """PyramidDrop (arXiv 2410.17247): at each stage end rank by the attention from the query tokens, keep a share.
+    """At each stage end rank the visual tokens by the attention from the query tokens, and keep a share.
 
     >>> with PyramidDrop()(model) as trace:
     ...     model.generate(**inputs)
     """
 
+    source: ClassVar[str] = "arXiv 2410.17247"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FastV(ScoredMethod):
-    """FastV (arXiv 2403.06764): one drop before layer `layer`, ranked by the attention of the layer before it.
+    """One drop before layer `layer`, ranked by the attention of the layer before it.
 
     The paper's K is `layer`; its R is what is removed: `keep = 1 - R`.
     """
+
+    source: ClassVar[str] = "arXiv 2403.06764"
 
     layer: int = 2
     keep: float = 0.5
@@ -339,11 +345,13 @@ class FrontMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDrop(FrontMethod):
-    """A control: drop before the decoder, without a look at the question, as VisionZip (arXiv 2412.04467) does.
+    """A control: one drop before the decoder, ranked without a look at the question.
 
     Attributes:
         score: what ranks: "vision", the attention in the vision tower; or "diversity", "random", "uniform".
     """
+
+    source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
 
     score: Scorer | str | Mapping[str, Any] = BY_VISION
 

@@ -13,6 +13,7 @@ from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.eval import SeveralMethods, evaluate
 from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import SeveralImages, generate
+from pyramiddrop.cli.methods import methods
 from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.serve import PASSED_ON, serve
 from pyramiddrop.cli.study import study
@@ -34,6 +35,7 @@ app.command("eval", cls=SeveralMethods)(evaluate)
 app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
 app.command()(families)
+app.command()(methods)
 app.add_typer(study, name="study")
 
 

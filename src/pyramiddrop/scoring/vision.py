@@ -12,8 +12,11 @@ from pyramiddrop.scoring.evidence import Evidence, Scorer
 
 @dataclass(frozen=True)
 class VisionScorer(Scorer):
-    """The attention that a patch receives in the vision tower: from its class token, or from all patches where it has
-    none; in the layer whose output the decoder is given, mean over heads."""
+    """Of the method vision alone: the attention that a patch receives in the vision tower.
+
+    It comes from the class token, or from all patches where there is none; in the layer whose output the decoder is
+    given, mean over heads.
+    """
 
     watches: ClassVar[bool] = True
     source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
