@@ -109,9 +109,8 @@ def _draw(done: Run, path: Path) -> None:
     ready = done.ready
     assert done.trace is not None, "an overlay of vanilla was refused before"
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
-        write_overlay(
-            path, ready.checkpoint, ready.pictures, done.trace, ready.request.prompt, f"answer: {done.answer}"
-        )
+        grids, subtitle = ready.inputs.get("image_grid_thw"), f"answer: {done.answer}"
+        write_overlay(path, ready.checkpoint, ready.pictures, done.trace, ready.request.prompt, subtitle, grids)
     remarks().print(f"overlay: {path}", soft_wrap=True)
 
 

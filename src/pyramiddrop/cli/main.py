@@ -19,6 +19,7 @@ from pyramiddrop.cli.serve import PASSED_ON, serve
 from pyramiddrop.cli.study import study
 from pyramiddrop.cli.terminal import OneLineErrors
 from pyramiddrop.cli.train import train
+from pyramiddrop.cli.visualize import SeveralFiles, visualize
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command(cls=SeveralFiles)(visualize)
 app.command(cls=SeveralImages)(generate)
 app.command()(cost)
 app.command()(plan)

@@ -76,6 +76,24 @@ def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozense
     return [frozenset(cells) for cells in places]
 
 
+def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[list[float]]]:
+    """For each view its rows of `values`, of which there is one a token through all `views`.
+
+    Raises:
+        ValueError: where there are more or fewer values than tokens.
+    """
+    expected = sum(view.tokens for view in views)
+    if len(values) != expected:
+        raise ValueError(f"the views have {expected} visual tokens; there are {len(values)} values")
+    grids = [[[math.nan] * view.columns for _ in range(view.rows)] for view in views]
+    for token, value in enumerate(values):
+        index, within = _locate(views, token)
+        cell = views[index].cell(within)
+        if cell is not None:
+            grids[index][cell[0]][cell[1]] = value
+    return grids
+
+
 def single_view(width: int, height: int, resized: tuple[int, int], crop: tuple[int, int], patch: int) -> View:
     """LLaVA-1.5: the picture is resized to `resized` and `crop` is cut from its middle, both (height, width)."""
     top, left = (int((full - part) / 2) for full, part in zip(resized, crop, strict=True))

@@ -64,18 +64,27 @@ def draw_overlay(seen: Sequence[Seen], spans: Sequence[Span], title: str, subtit
         seen: the pictures and views, as :func:`pyramiddrop.report.layout.look` gives them.
         spans: of the same views, as :func:`pyramiddrop.report.spans.spans` gives them.
     """
+    pixels = [seen_pixels(one.picture, one.view) for one in seen]
+    rows = [[dim_dropped(pixels[row], one.view, span.cells[row]) for span in spans] for row, one in enumerate(seen)]
+    heads = [f"{span.layers} · {span.tokens} tokens" for span in spans]
+    return draw_panels(seen, heads, rows, title, subtitle)
+
+
+def draw_panels(
+    seen: Sequence[Seen], heads: Sequence[str], rows: Sequence[Sequence[Image.Image]], title: str, subtitle: str = ""
+) -> Figure:
+    """A figure of `rows` of pixels, one row a view of `seen` and one column a head, under `title` and `subtitle`."""
     heights = [one.view.box.height / one.view.box.width for one in seen]
     panel, head = 2.6, 0.8 if subtitle else 0.6
-    figure = Figure(figsize=(panel * len(spans), head + sum(panel * height + 0.1 for height in heights)), dpi=160)
-    axes = figure.subplots(len(seen), len(spans), squeeze=False, height_ratios=heights)
+    figure = Figure(figsize=(panel * len(heads), head + sum(panel * height + 0.1 for height in heights)), dpi=160)
+    axes = figure.subplots(len(seen), len(heads), squeeze=False, height_ratios=heights)
     for row, one in enumerate(seen):
-        pixels = seen_pixels(one.picture, one.view)
-        for column, span in enumerate(spans):
-            _panel(axes[row][column], dim_dropped(pixels, one.view, span.cells[row]))
+        for column in range(len(heads)):
+            _panel(axes[row][column], rows[row][column])
         if len(seen) > 1:
             axes[row][0].set_ylabel(one.view.name, fontsize=9, color="#555")
-    for axis, span in zip(axes[0], spans, strict=True):
-        axis.set_title(f"{span.layers} · {span.tokens} tokens", fontsize=9.5, color="#333", pad=5)
+    for axis, text in zip(axes[0], heads, strict=True):
+        axis.set_title(text, fontsize=9.5, color="#333", pad=5)
     _line(figure, title, inches_down=0.1, per_inch=9.5, fontsize=13, weight="bold")
     _line(figure, subtitle, inches_down=0.37, per_inch=12.5, fontsize=10, color="#444")
     height = figure.get_figheight()

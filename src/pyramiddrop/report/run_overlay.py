@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,13 +15,17 @@ from pyramiddrop.report.spans import Span, spans
 from pyramiddrop.trace import Trace
 
 
-def kept_views(checkpoint: Checkpoint, pictures: Sequence[Image.Image], trace: Trace) -> tuple[list[Seen], list[Span]]:
+def kept_views(
+    checkpoint: Checkpoint, pictures: Sequence[Image.Image], trace: Trace, grids: Any = None
+) -> tuple[list[Seen], list[Span]]:
     """The views of the pictures, and the spans of layers with the tokens alive in each.
+
+    `grids` is the processor's `image_grid_thw`, which families of dynamic resolution need.
 
     Raises:
         ValueError: for a model family whose visual tokens cannot be placed in the picture.
     """
-    seen = look(checkpoint.model.config, checkpoint.processor.image_processor, pictures)
+    seen = look(checkpoint.model.config, checkpoint.processor.image_processor, pictures, grids)
     return seen, spans(trace, [one.view for one in seen])
 
 
@@ -31,7 +36,8 @@ def write_overlay(
     trace: Trace,
     title: str,
     subtitle: str,
+    grids: Any = None,
 ) -> None:
     """Draw what `trace` kept of `pictures` into the file `path`; see :func:`kept_views` for errors."""
-    seen, layers = kept_views(checkpoint, pictures, trace)
+    seen, layers = kept_views(checkpoint, pictures, trace, grids)
     save_overlay(draw_overlay(seen, layers, title, subtitle), path)

@@ -1,0 +1,141 @@
+"""Owns the verb `visualize`: what each stage kept of the pictures and how it scored them, as pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, RandomFrom, Reserve, Score, Stages
+from pyramiddrop.cli.generate import SeveralImages
+from pyramiddrop.cli.terminal import results, waiting
+
+if TYPE_CHECKING:
+    from pyramiddrop.inference.request import Ready
+    from pyramiddrop.inference.run import Run
+    from pyramiddrop.report.visualize import Visual
+
+
+class SeveralFiles(SeveralImages):
+    """Takes several files after `--image` and after `--output`."""
+
+    SPREAD = ("--image", "--output")
+
+
+def visualize(
+    prompt: Annotated[str | None, typer.Option(help="The question. (default: one of the bundled picture's)")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="One or more pictures. (default: a bundled one)", metavar="FILE...")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
+    lam: Lam = None,
+    stages: Stages = None,
+    layers: Layers = None,
+    layer: Layer = None,
+    keep: Keep = None,
+    positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
+    score: Score = None,
+    reserve: Reserve = None,
+    random_from: RandomFrom = None,
+    merge: Merge = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)")
+    ] = None,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="png, svg, pdf or gif by suffix. (default: kept.png)", metavar="FILE...")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Draw a heat map of each stage's scores into this file.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Draw which visual tokens each stage keeps over the pictures.
+
+    Without any option: the bundled model, one of its pictures, and a question about it.
+    """
+    from pyramiddrop.inference.choice import MethodOptions
+    from pyramiddrop.inference.request import Request, prepare
+    from pyramiddrop.inference.run import run
+
+    outputs = output or [Path("kept.png")]
+    _check(outputs, scores, prompt, image, method)
+    prompt, image = _asked(prompt, image)
+    options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
+    with waiting(f"loading {model or 'the bundled model'}"):
+        ready = prepare(Request(prompt, tuple(image), model, options, device, dtype))
+    with waiting("answering"):
+        done = run(ready, max_new_tokens)
+    visual = _visual(ready, done, outputs, scores)
+    written = [str(path) for path in [*outputs, *([scores] if scores else [])]]
+    if as_json:
+        print(json.dumps({**done.as_dict(), **visual.as_dict(), "files": written}, indent=2))
+    else:
+        _show(visual, done, written)
+
+
+def _check(
+    outputs: list[Path], scores: Path | None, prompt: str | None, image: list[Path] | None, method: str | None
+) -> None:
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.report.visualize import check_picture_path
+
+    if method == "vanilla":
+        raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
+    if image and prompt is None:
+        raise InputError("--image needs a question about it (--prompt)")
+    with user_input():
+        for path in outputs:
+            check_picture_path(path)
+        if scores:
+            check_picture_path(scores, scores=True)
+
+
+def _asked(prompt: str | None, image: list[Path] | None) -> tuple[str, list[Path]]:
+    """What the user asked, or what the bundled picture's first question asks."""
+    from pyramiddrop.assets import demo_images, demo_questions
+
+    pictures = image or demo_images()[:1]
+    return prompt if prompt is not None else demo_questions()[pictures[0].name][0]["question"], pictures
+
+
+def _visual(ready: Ready, done: Run, outputs: list[Path], scores: Path | None) -> Visual:
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.report.visualize import visualize as place
+
+    if done.trace is None:
+        raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
+    checkpoint, prompt = ready.checkpoint, ready.request.prompt
+    with user_input("cannot draw", (OSError, ValueError)):
+        visual = place(
+            done.trace,
+            checkpoint.model.config,
+            checkpoint.processor,
+            ready.pictures,
+            ready.inputs,
+            prompt,
+            done.answer,
+        )
+        for path in outputs:
+            visual.save(path)
+        if scores:
+            visual.save(scores, scores=True)
+    return visual
+
+
+def _show(visual: Visual, done: Run, written: list[str]) -> None:
+    from pyramiddrop.report.look import new_table
+
+    table = new_table("layers", "visual tokens")
+    for span in visual.spans:
+        table.add_row(span.layers, str(span.tokens))
+    results().print(table)
+    print(done.answer)
+    for path in written:
+        print(path)

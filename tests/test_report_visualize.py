@@ -1,0 +1,130 @@
+"""Pictures of a prefill: colours follow the scores, gone tokens look gone, every format is what its suffix says."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyramiddrop.assets import demo_images, demo_questions
+from pyramiddrop.inference.request import Request, prepare
+from pyramiddrop.inference.run import run
+from pyramiddrop.report.grid import Box, View, values_by_view
+from pyramiddrop.report.heat import heat, score_range
+from pyramiddrop.report.overlay import dim_dropped
+from pyramiddrop.report.visualize import Visual, visualize
+
+GONE = math.nan
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[Any, Visual]:
+    """The trace of the bundled model's answer about two bundled pictures, and what is drawn of it."""
+    paths = demo_images()[:2]
+    ready = prepare(Request(demo_questions()[paths[0].name][0]["question"], paths))
+    done = run(ready, 4)
+    config, processor = ready.checkpoint.model.config, ready.checkpoint.processor
+    assert done.trace is not None
+    return done.trace, visualize(done.trace, config, processor, ready.pictures, ready.inputs, "Q", done.answer)
+
+
+def test_colours_follow_the_scores_and_gone_tokens_are_veiled() -> None:
+    view = View("picture", 2, 2, Box(0, 0, 40, 40))
+    pixels = Image.new("RGB", (40, 40), (200, 200, 200))
+    scores = [[0.1, 0.9], [GONE, 0.5]]
+    found = np.asarray(heat(pixels, view, scores, score_range([scores]))).astype(int)
+    low, high, middle = (found[y, x].sum() for y, x in ((10, 10), (10, 30), (30, 30)))
+    assert low < middle < high
+    veiled = np.asarray(dim_dropped(pixels, view, [(0, 0), (0, 1), (1, 1)]))
+    assert (found[20:, :20] == veiled[20:, :20]).all()
+    assert all((found[y : y + 20, x : x + 20] == found[y, x]).all() for y in (0, 20) for x in (0, 20))
+
+
+def test_values_stand_where_their_tokens_do() -> None:
+    views = [View("a", 1, 2, Box(0, 0, 2, 1), leading=1), View("b", 2, 1, Box(0, 0, 1, 2), newline=True)]
+    assert values_by_view(views, [9, 1, 2, 3, 9, 4, 9]) == [[[1, 2]], [[3], [4]]]
+    with pytest.raises(ValueError, match="have 7 visual tokens; there are 2 values"):
+        values_by_view(views, [1, 2])
+
+
+def test_every_stage_and_picture_is_there_and_the_best_scores_are_those_kept(drawn: tuple[Any, Visual]) -> None:
+    trace, visual = drawn
+    assert [one.view.name for one in visual.seen] == ["picture 1", "picture 2"]
+    assert [stage.layer for stage in visual.scored] == [stage.layer for stage in trace.stages]
+    for stage, (before, after) in zip(visual.scored, pairwise(visual.spans), strict=True):
+        kept: list[float] = []
+        dropped: list[float] = []
+        for grid, here, there in zip(stage.grids, before.cells, after.cells, strict=True):
+            places = {
+                (row, column) for row, line in enumerate(grid) for column, value in enumerate(line) if value == value
+            }
+            assert places == here  # NaN exactly where a token was gone
+            kept += [grid[row][column] for row, column in there]
+            dropped += [grid[row][column] for row, column in here - there]
+        assert min(kept) >= max(dropped)
+
+
+def test_what_json_says_is_what_the_trace_kept(drawn: tuple[Any, Visual]) -> None:
+    trace, visual = drawn
+    found = visual.as_dict()
+    assert [stage["tokens"] for stage in found["kept"]] == [128, *(len(stage.kept[0]) for stage in trace.stages)]
+    assert all(sum(stage["placed"].values()) == stage["tokens"] for stage in found["kept"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_files_are_what_their_suffix_says(drawn: tuple[Any, Visual], tmp_path: Path, suffix: str) -> None:
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for scores in (False, True):
+        path = tmp_path / f"{scores}.{suffix}"
+        drawn[1].save(path, scores=scores)
+        assert path.read_bytes().startswith(starts[suffix])
+    assert (tmp_path / f"True.{suffix}").read_bytes() != (tmp_path / f"False.{suffix}").read_bytes()
+
+
+def test_a_gif_steps_through_the_stages_and_gets_greyer(drawn: tuple[Any, Visual], tmp_path: Path) -> None:
+    drawn[1].save(tmp_path / "kept.gif")
+    with Image.open(tmp_path / "kept.gif") as gif:
+        assert gif.n_frames == len(drawn[1].spans)  # type: ignore[attr-defined]
+        frames = []
+        for number in range(len(drawn[1].spans)):
+            gif.seek(number)
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+    changed = [int((frame != frames[0]).any(-1).sum()) for frame in frames]
+    assert changed == sorted(changed)
+    assert changed[1] > 0
+
+
+def test_what_cannot_be_drawn_says_so(drawn: tuple[Any, Visual], tmp_path: Path) -> None:
+    trace, visual = drawn
+    for path, scores, message in (
+        (tmp_path / "x.odd", False, "by its suffix"),
+        (tmp_path / "no" / "x.gif", False, "no folder"),
+        (tmp_path / "x.gif", True, "not the scores"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            visual.save(path, scores=scores)
+    unranked = Visual(visual.seen, visual.spans, [], "", "")
+    with pytest.raises(ValueError, match="no stage of this run ranked a token"):
+        unranked.draw_scores()
+    with pytest.raises(ValueError, match="model type 'qwen9'"):
+        visualize(trace, SimpleNamespace(model_type="qwen9"), SimpleNamespace(image_processor=None), [])
+
+
+def test_another_sample_of_the_batch_is_drawn_by_its_own_tokens() -> None:
+    columns = [torch.arange(3, 7), torch.arange(3, 7)]
+    kept, scores = [torch.tensor([3, 4]), torch.tensor([6])], [torch.ones(4), torch.tensor([0.0, 1.0, 2.0, 3.0])]
+    stage = SimpleNamespace(layer=1, kept=kept, scores=scores)
+    trace: Any = SimpleNamespace(visual_columns=columns, stages=[stage], lengths=[8, 6])
+    vision = SimpleNamespace(image_size=4, patch_size=2)
+    config = SimpleNamespace(model_type="paligemma", vision_config=vision)
+    picture = Image.new("RGB", (8, 8))
+    found = visualize(trace, config, SimpleNamespace(image_processor=None), [picture], sample=1)
+    assert found.spans[1].cells == [{(1, 1)}]
+    assert found.scored[0].grids == [[[0.0, 1.0], [2.0, 3.0]]]
