@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop
+from pyramiddrop.methods import Downsample, VisionDrop
+from pyramiddrop.scoring import SCORERS
 from pyramiddrop.vllm import hf_overrides, rules
 from pyramiddrop.vllm.rules import rules_of, settle
 
@@ -90,8 +92,29 @@ def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
         ({"layers": [3, 9], "keep": [0.5, 0.2]}, None, "layers must be in 1..7"),
         (PyramidDrop(positions="compact").settings(), None, "positions='compact' cannot be served"),
         (RandomDrop(seed=None).settings(), None, "give it a seed"),
+        (PyramidDrop(merge=True).settings(), None, "merge=True cannot be served"),
+        (PyramidDrop(per_frame=True).settings(), None, "per_frame=True cannot be served; use per_image=True"),
+        (VisionDrop().settings(), None, "VisionDrop cannot be served: it drops before the decoder"),
+        (Downsample().settings(), None, "Downsample cannot be served: it drops before the decoder"),
+        (None, {"pyramiddrop": PyramidDrop(merge=True).settings()}, "merge=True cannot be served"),
     ],
 )
 def test_settings_that_cannot_be_served_are_refused(overrides: Any, additional: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settle(configuration(overrides, additional))
+
+
+SERVED = {"attention", "debiased", "diversity", "random", "top_heads", "uniform"}
+
+
+@pytest.mark.parametrize("around", [{}, {"reserve": 0.5}, {"random_from": 4}, {"reserve": 0.5, "random_from": 4}])
+@pytest.mark.parametrize("name", sorted(set(SCORERS) - {"vision"}))
+def test_a_scorer_is_served_or_refused_by_name(name: str, around: dict[str, Any]) -> None:
+    """Also where it stands inside another. A new scorer is refused until somebody has seen it served."""
+    config = configuration(PyramidDrop(score=name, **around).settings())
+    if name in SERVED:
+        assert settled(config).scorer == PyramidDrop(score=name, **around).scorer()
+        return
+    allowed = ", ".join(other for other in SCORERS if other in SERVED)
+    with pytest.raises(ValueError, match=f"{SCORERS[name].__name__} cannot be served; score must be one of {allowed}$"):
+        settle(config)
