@@ -122,8 +122,20 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
         (PyramidDrop(lam=0.4, stages=3, per_image=True, rank_layer="last"), {"max_num_batched_tokens": 40}),
         (UniformDrop(lam=0.4), {}),
         (RandomDrop(lam=0.4, seed=3), {"max_num_batched_tokens": 40}),
+        (PyramidDrop(lam=0.4, reserve=0.5), {"max_num_batched_tokens": 40}),
+        (PyramidDrop(lam=0.4, score="top_heads", random_from=4, per_image=True), {}),
+        (FastV(layer=3, keep=0.4, score="diversity"), {"max_num_batched_tokens": 24}),
     ],
-    ids=["uneven", "fastv", "per image, last layer ranks", "uniform", "random"],
+    ids=[
+        "uneven",
+        "fastv",
+        "per image, last layer ranks",
+        "uniform",
+        "random",
+        "a grid reserved",
+        "top heads, then chance",
+        "diversity",
+    ],
 )
 def test_methods(llava: Path, method: Method, options: dict[str, Any]) -> None:
     with engine(llava, method, **options) as llm:

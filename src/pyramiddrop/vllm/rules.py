@@ -10,7 +10,6 @@ from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
-    DebiasedScorer,
     DiversityScorer,
     RandomFrom,
     RandomScorer,
@@ -21,8 +20,8 @@ from pyramiddrop.scoring import (
 )
 from pyramiddrop.vllm.names import KEY
 
-#: Scorers that need no more than the last token's attention and the hidden states.
-SERVED = (AttentionScorer, DebiasedScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
+#: Scorers whose tokens on the engine were seen to be those of the adapter, one by one.
+SERVED = (AttentionScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
 
 
 @dataclass(frozen=True)
