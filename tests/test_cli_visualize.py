@@ -35,3 +35,10 @@ def test_one_line_for_what_cannot_be_drawn(words: str, said: str, tmp_path: Path
     result = CliRunner().invoke(app, ["visualize", *words.split()])
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("words", [["visualize"], ["generate", "--prompt", "Read row 6.", "--overlay", "kept.png"]])
+def test_a_smaller_picture_is_not_drawn_over_the_larger_one(words: list[str]) -> None:
+    result = CliRunner().invoke(app, [*words, "--method", "downsample"])
+    assert result.exit_code == 2
+    assert "downsample shows the model a smaller picture" in result.stderr

@@ -85,6 +85,8 @@ def _check_overlay(path: Path, method: str | None) -> None:
 
     if method == "vanilla":
         raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
+    if method == "downsample":
+        raise InputError("downsample shows the model a smaller picture: its tokens are no patches of this one")
     with user_input():
         check_overlay_path(path)
 

@@ -88,6 +88,8 @@ def _check(
 
     if method == "vanilla":
         raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
+    if method == "downsample":
+        raise InputError("downsample shows the model a smaller picture: its tokens are no patches of this one")
     if image and prompt is None:
         raise InputError("--image needs a question about it (--prompt)")
     with user_input():
