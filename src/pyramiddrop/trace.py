@@ -63,14 +63,15 @@ class Trace:
         stages: one entry a stage, shallow to deep.
         visual_columns: for each sample the original columns of all its visual tokens: the k-th visual token of the
             picture stands at column `visual_columns[b][k]`.
+        length: the rows of the batch's rectangle before anything is dropped.
         lengths: the rows that each layer computes on (of the batch's rectangle), which is also what it adds to its
             KV cache.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
     visual_columns: list[Tensor] = field(default_factory=list)
+    length: int = 0
     lengths: list[int] = field(default_factory=list)
-    _length: int = 0
     _shape: DecoderShape | None = None
     _choosing: int = 0
 
@@ -97,7 +98,7 @@ class Trace:
         `choosing`: FLOPs of its stage ends, for one sample.
         """
         self.stages = []
-        self.visual_columns, self._length, self.lengths = visual_columns, length, lengths
+        self.visual_columns, self.length, self.lengths = visual_columns, length, lengths
         self._choosing, self._shape = choosing, shape
 
     def record(
@@ -117,7 +118,7 @@ class Trace:
         if self._shape is None:
             raise RuntimeError("the cost model does not know this model's text model")
         shape, batch = self._shape, len(self.visual_columns)
-        vanilla = [self._length] * len(self.lengths)
+        vanilla = [self.length] * len(self.lengths)
         return Cost(
             flops=batch * (prefill_flops(shape, self.lengths) + self._choosing),
             vanilla_flops=batch * prefill_flops(shape, vanilla),

@@ -59,7 +59,7 @@ def usage(trace: Trace) -> Usage:
     """The account of the last prefill (of a single sample) in `trace`."""
     stages = tuple(StageUse(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
     visual = trace.visual_tokens[0]
-    text = trace.lengths[0] - visual
+    text = trace.length - visual
     if not trace.has_sizes:
         return Usage(visual, text, stages, math.nan, math.nan)
     cost = trace.cost()
