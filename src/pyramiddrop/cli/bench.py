@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.speed.bench import Bench
@@ -112,7 +111,8 @@ def bench(
     )
     with waiting(f"preparing {shape or model or 'the bundled model'}"):
         ready = prepare_bench(options)
-    with _progress(ready.runs(repeats, train)) as tick:
+    with progress() as begin:
+        tick = begin("measuring", ready.runs(repeats, train))
         record = _measure(ready, train, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
     if plot:
         _draw(record, plot)
@@ -137,18 +137,6 @@ def _measure(
     if train:
         return ready.training(repeats, optimizer, tick)
     return ready.generation(new_tokens, repeats, tick)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal's standard error; yields what moves it on by one run."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = remarks()
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _draw(record: dict[str, Any], path: Path) -> None:

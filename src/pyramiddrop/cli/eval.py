@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 from pyramiddrop.cli import terminal
 from pyramiddrop.cli.generate import SeveralImages
-from pyramiddrop.cli.terminal import remarks, waiting
+from pyramiddrop.cli.terminal import progress, remarks, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.run import EvalOptions
@@ -193,8 +193,9 @@ def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
 
     with waiting(f"loading {options.model or 'the bundled model'}"):
         evaluator = Evaluator(task, options)
-    with _progress(evaluator.total) as progress:
-        record = evaluation_record(evaluator.run(progress))
+    with progress() as begin:
+        advance = begin("answering", evaluator.total)
+        record = evaluation_record(evaluator.run(lambda step, count: advance(count, step)))
     if options.output:
         write_json(options.output / "results.json", record)
     _show(record, (*eval_heading(record), *eval_tables(record), *eval_notes(record)), as_json)
@@ -234,18 +235,6 @@ def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
         raise InputError(f"--suite must be {PAPER}; got {suite!r}")
     record = suite_record([one for path in measured for one in read_measured(path)])
     _show(record, [tasks_table(), *suite_tables(record)], as_json)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on the terminal's standard error; yields what says what is done, and moves it on by some questions."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = remarks()
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answering", total=total)
-        yield lambda step, count: bar.update(task, description=step, advance=count)
 
 
 def _show(record: dict[str, Any], parts: Iterable[Any], as_json: bool) -> None:

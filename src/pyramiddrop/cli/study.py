@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ import typer
 
 from pyramiddrop.cli import study_words as words
 from pyramiddrop.cli.eval import SeveralMethods
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.studies.labelled import Labelled
@@ -87,7 +86,7 @@ def redundancy(
     )
     task = Questions(data, images, metric, split, seed, limit).task(answered=False)
     _make_folder(output)
-    with _progress() as begin:
+    with progress() as begin:
         record, glances = run_redundancy(task, options, output, begin)
     looks, why_not = glances_to_looks(glances)
     profiles = write_profiles(record, output)
@@ -188,27 +187,9 @@ def _make_folder(output: Path) -> None:
 def _run(prepare: Callable[[], Labelled]) -> dict[str, Any]:
     with waiting("loading the model"):
         prepared = prepare()
-    with _progress() as begin:
+    with progress() as begin:
         advance = begin("answering", prepared.evaluator.total)
         return prepared.record(lambda step, count: advance(count))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Bars on the terminal's standard error; yields what begins one, which yields what moves it on."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    console = remarks()
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-
-        def begin(description: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(description, total=total)
-            return lambda steps: bars.advance(task, steps)
-
-        yield begin
 
 
 def _finish(record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -> None:

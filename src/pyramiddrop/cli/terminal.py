@@ -39,6 +39,28 @@ def waiting(message: str) -> Iterator[Callable[[str], None]]:
         yield lambda step: status.update(Text(step))
 
 
+@contextmanager
+def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
+    """Bars on standard error, where that is a terminal.
+
+    Yields what begins a bar, given its description and the steps in all. That yields what moves the bar on, given the
+    steps and, where it changes, a description.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = remarks()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def begin(description: str, total: int) -> Callable[..., None]:
+            task = bars.add_task(description, total=total)
+            return lambda steps=1, description=None: bars.update(task, advance=steps, description=description)
+
+        yield begin
+
+
 class OneLineErrors(TyperGroup):
     """Shows every error about what the user gave as one line `error: ...`, exit code 2; others keep their traceback."""
 
