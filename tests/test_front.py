@@ -10,6 +10,7 @@ from torch import Tensor
 
 import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
+from pyramiddrop.inference.usage import usage
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 SPECS = [[5, "image", 7], [3, "image", 2, "image", 4], [6]]
@@ -110,6 +111,9 @@ def test_the_class_token_says_what_matters_in_the_picture() -> None:
     assert trace.stages[0].scores is not None
     torch.testing.assert_close(trace.stages[0].scores[0], seen.flatten())
     assert trace.lengths == [14 + 16] * 8
+    assert trace.length == 14 + 32
+    used = usage(trace)
+    assert (used.visual_tokens, used.text_tokens, used.tokens_by_stage) == (32, 14, [32, 16])
     cost = trace.cost()
     assert cost.kv_ratio == pytest.approx(30 / 46)
 
@@ -204,3 +208,18 @@ def test_a_static_cache_and_a_further_image_are_refused() -> None:
 def test_bad_arguments_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(settings)):
         VisionDrop(**settings)
+
+
+@pytest.mark.parametrize("method", CONTROLS, ids=lambda method: f"{type(method).__name__}-{method.keep}")
+def test_hidden_states_and_attention_come_at_full_length(method: Any) -> None:
+    model = tiny_model(attention="eager")
+    inputs = make_batch(model, SPECS)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), method(model) as trace:
+        output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    kept = trace.stages[0].kept[0].tolist()
+    gone = [column for column in trace.visual_columns[0].tolist() if column not in kept]
+    assert all(state.shape[1] == length and not state[0, gone].any() for state in output.hidden_states)
+    assert all(
+        weights.shape[-2:] == (length, length) and not weights[0, :, :, gone].any() for weights in output.attentions
+    )

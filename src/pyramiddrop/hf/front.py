@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.attachment import Attachment
+from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.following import Kwargs, per_token
 from pyramiddrop.hf.limits import check_grouping
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.request import GivenMasks, call_shape
-from pyramiddrop.hf.rows import scatter_rows, take_next_labels, take_rows
+from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.run import Rules
 from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
 from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
-from pyramiddrop.selection import compact, select
 from pyramiddrop.trace import Ranked
 
 _MEMORY = "pyramiddrop_front"
@@ -31,11 +31,10 @@ _MEMORY = "pyramiddrop_front"
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a cache holds of a prompt of `length` columns: (B, n) `rows`, and which of them are `valid`."""
+    """What a cache holds of a prompt of `length` columns: the rows that were `kept`."""
 
     length: int
-    rows: Tensor
-    valid: Tensor | None
+    kept: Kept
 
 
 class FrontAttachment(Attachment):
@@ -105,7 +104,7 @@ class _Prompt:
         self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, traced: bool
     ) -> None:
         self.attachment, self.plan, self.cache, self.traced = attachment, plan, cache, traced
-        self.rows, self.valid = plan.visual, plan.valid
+        self._kept: Kept | None = None
         self._labels = labels
         self.shift_labels: Tensor | None = None
         if labels is not None:
@@ -124,32 +123,29 @@ class _Prompt:
                 f"{type(self.attachment.anatomy.text).__name__} cannot drop before its first layer: it is not called "
                 "with embeddings, a two-dimensional mask and positions of one axis"
             )
-        self._choose(hidden)
+        kept = self._kept = self._choose(hidden)
         ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if ids is None else ids
-        ids = take_rows(ids.expand(len(self.rows), -1), self.rows)
-        left = self.valid if self.valid is not None else torch.ones_like(self.rows, dtype=torch.bool)
+        ids = take_rows(ids.expand(len(kept.rows), -1), kept.rows)
+        left = _alive(kept)
         if self.attachment.rules.positions == "compact":
             ids = (left.long().cumsum(1) - 1).clamp(min=0)
-        others = {name: take_rows(kwargs[name], self.rows) for name in per_token(kwargs, hidden.shape[1])}
+        others = {name: take_rows(kwargs[name], kept.rows) for name in per_token(kwargs, hidden.shape[1])}
         if self.cache is not None:
-            setattr(self.cache, _MEMORY, _Memory(self.plan.length, self.rows, self.valid))
+            setattr(self.cache, _MEMORY, _Memory(self.plan.length, kept))
         # Never without a mask: Transformers would take gaps between positions for the bounds of packed sequences.
         return {**kwargs, **others, "attention_mask": left.long(), "position_ids": ids}
 
     @torch.no_grad()
-    def _choose(self, hidden: Tensor) -> None:
-        """Decide which rows stay, and tell the trace."""
-        plan, ending = self.plan, self.plan.stages[0]
+    def _choose(self, hidden: Tensor) -> Kept:
+        """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
-        protected = scores.masked_fill(plan.protected, float("inf"))
-        alive = torch.ones_like(plan.visual) if plan.valid is None else plan.valid
-        stays = select(protected, plan.visual, plan.groups, ending.quota) | (alive & ~plan.visual)
-        self.rows, self.valid = compact(stays, ending.length, ending.ragged)
+        kept = choose(self.plan, 1, None, scores)
         if self.traced:
-            every = torch.arange(plan.length, device=stays.device).expand_as(stays)
-            left = plan.visual.gather(1, self.rows) & stays.gather(1, self.rows)
-            ranked = Ranked(every, plan.visual, scores)
-            self.attachment.trace.record(0, ending.keep, self.rows, left, 0, ranked)
+            every, _, candidates = present(self.plan, None)
+            rows, _, visual = present(self.plan, kept)
+            ranked = Ranked(every, candidates, scores)
+            self.attachment.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
+        return kept
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """(B, L)."""
@@ -184,27 +180,26 @@ class _Prompt:
 
     def leave(self, output: Any) -> Any:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
-        states = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if states.shape[1] != self.rows.shape[1]:
+        kept, labels, length = self._kept, self._labels, self.plan.length
+        if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
-        if self.shift_labels is not None and self._labels is not None:
-            self.shift_labels.copy_(take_next_labels(self._labels, self.rows, self.valid))
-            return output
-        if isinstance(output, tuple):
-            return (self._full(output[0]), *output[1:])
-        output.last_hidden_state = self._full(output.last_hidden_state)
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(self._full(state) for state in output.hidden_states)
-        if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(None if one is None else self._full_attention(one) for one in output.attentions)
-        return output
 
-    def _full(self, states: Tensor) -> Tensor:
-        return scatter_rows(states, self.rows, self.valid, self.plan.length)
+        def full(states: Tensor, dim: int = 1) -> Tensor:
+            return scatter_rows(states, kept.rows, kept.valid, length, dim)
 
-    def _full_attention(self, weights: Tensor) -> Tensor:
-        weights = scatter_rows(weights, self.rows, self.valid, self.plan.length, dim=2)
-        return scatter_rows(weights[..., : self.rows.shape[1]], self.rows, self.valid, self.plan.length, dim=3)
+        def hidden(index: int, states: Tensor | None) -> Tensor | None:
+            return None if states is None else full(states)
+
+        def attention(index: int, weights: Tensor | None) -> Tensor | None:
+            return None if weights is None else full(full(weights, 2), 3)
+
+        def last(states: Tensor) -> Tensor:
+            if self.shift_labels is None or labels is None:
+                return full(states)
+            self.shift_labels.copy_(take_next_labels(labels, kept.rows, kept.valid))
+            return states
+
+        return give_back(output, last, hidden, attention)
 
 
 class _Step:
@@ -221,12 +216,11 @@ class _Step:
     def arrive(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` with a mask of the slots that are there, and positions behind the whole prompt."""
         memory, hidden, mask = self.memory, kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        answered = self.past - memory.rows.shape[1]  # tokens between the prompt and this call
-        alive = torch.ones_like(memory.rows, dtype=torch.bool) if memory.valid is None else memory.valid
-        if mask is not None:
-            alive = alive & mask[:, : memory.length].gather(1, memory.rows.to(mask.device)).bool()
+        rows, alive = memory.kept.rows, _alive(memory.kept)
+        answered = self.past - rows.shape[1]  # tokens between the prompt and this call
         later = alive.new_ones(len(alive), answered + self.new)
         if mask is not None:
+            alive = alive & mask[:, : memory.length].gather(1, rows.to(mask.device)).bool()
             later = mask[:, memory.length :].bool()
         ids = kwargs.get("position_ids")
         if ids is None:
@@ -238,6 +232,11 @@ class _Step:
 
     def leave(self, output: Any) -> Any:
         return output
+
+
+def _alive(kept: Kept) -> Tensor:
+    """(B, n) False at filler."""
+    return torch.ones_like(kept.rows, dtype=torch.bool) if kept.valid is None else kept.valid
 
 
 def _nobody_asks(**options: bool) -> Tensor:

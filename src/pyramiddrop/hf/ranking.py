@@ -1,12 +1,12 @@
-"""Ranking and choosing: what the scorer is shown at a stage end, and the rows that stay."""
+"""Ranking: what the scorer is shown at a stage end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
+from pyramiddrop.hf.choosing import present
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.plan import Plan
@@ -15,11 +15,10 @@ from pyramiddrop.hf.ranking_layer import RankingLayer
 from pyramiddrop.hf.rows import Kept
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Evidence, Scorer
-from pyramiddrop.selection import compact, select
 
 
 class Ranking:
-    """Decides for one prefill.
+    """Scores for one prefill.
 
     Args:
         plan: of the prefill.
@@ -42,25 +41,6 @@ class Ranking:
         self.plan, self.schedule, self.scorer = plan, schedule, scorer
         self.following, self.earlier, self.projector = following, earlier, projector
 
-    def present(self, kept: Kept | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N) rows that `kept` leaves (None: all), which of them are no filler, and which are visual tokens."""
-        plan = self.plan
-        if kept is not None:
-            rows, valid = kept.rows, kept.valid
-        else:
-            rows, valid = torch.arange(plan.length, device=plan.visual.device).expand_as(plan.visual), plan.valid
-        alive = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
-        return rows, alive, plan.visual.gather(1, rows) & alive
-
-    def choose(self, stage: int, before: Kept | None, scores: Tensor) -> Kept:
-        """The rows that the end of `stage` leaves of those `before` it, by their `scores` (B, N)."""
-        ending = self.plan.stages[stage - 1]
-        rows, alive, visual = self.present(before)
-        scores = scores.masked_fill(self.plan.protected.gather(1, rows), float("inf"))
-        stays = select(scores, visual, self.plan.groups.gather(1, rows), ending.quota) | (alive & ~visual)
-        local, valid = compact(stays, ending.length, ending.ragged)
-        return Kept(rows.gather(1, local), local, valid)
-
     def score(
         self,
         stage: int,
@@ -80,7 +60,7 @@ class Ranking:
             previous: (B, N, D), what the layer before it received, or None.
             kwargs: of the text model, for the full length.
         """
-        rows, alive, visual = self.present(kept)
+        rows, alive, visual = present(self.plan, kept)
         asked = RankingLayer(
             self.plan,
             self.following,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,30 @@ def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int
     shape = [*tensor.shape]
     shape[dim] = length
     return tensor.new_zeros(shape).scatter(dim, _aligned(rows, tensor.dim(), 0, dim).expand_as(tensor), tensor)
+
+
+def give_back(
+    output: Any,
+    last: Callable[[Tensor], Tensor],
+    hidden: Callable[[int, Tensor | None], Tensor | None],
+    attention: Callable[[int, Tensor | None], Tensor | None],
+) -> Any:
+    """A text model's output with its rows where the caller expects them.
+
+    Args:
+        last: of the last hidden state.
+        hidden, attention: of the hidden state that leaves a layer, and of its attention weights, by the layer's number.
+    """
+    if isinstance(output, tuple):
+        return (last(output[0]), *output[1:])
+    output.last_hidden_state = last(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(
+            hidden(max(number - 1, 0), state) for number, state in enumerate(output.hidden_states)
+        )
+    if getattr(output, "attentions", None) is not None:
+        output.attentions = tuple(attention(*item) for item in enumerate(output.attentions))
+    return output
 
 
 def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from pyramiddrop.cost import Choosing
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
-from pyramiddrop.hf.rows import Kept, scatter_rows, take_hidden, take_next_labels
+from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_hidden, take_next_labels
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -145,7 +146,7 @@ class Run:
         """What the end of `stage` leaves of `hidden`; what goes is merged into it where the method says so."""
         if not self.rules.merge:
             return take_hidden(hidden, kept.local)
-        rows, _, visual = ranking.present(self._kept[stage - 1])
+        rows, _, visual = present(ranking.plan, self._kept[stage - 1])
         sizes = self._sizes.get(stage - 1, torch.ones(rows.shape, device=rows.device))
         groups = ranking.plan.groups.gather(1, rows)
         # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
@@ -161,20 +162,20 @@ class Run:
     ) -> None:
         """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
         before, ending = self._kept[stage - 1], ranking.plan.stages[stage - 1]
-        kept, ranked = before, None
+        kept, scores = before, None
         if ending.drops:
             scores = self._scores.pop(stage, None)
             if scores is None:
                 scores = ranking.score(stage, before, index, layer, hidden, self._previous, kwargs)
-            kept = ranking.choose(stage, before, scores)
-            present, _, candidates = ranking.present(before)
-            ranked = Ranked(present, candidates, scores)
+            kept = choose(ranking.plan, stage, before, scores)
         self._kept[stage] = kept
         cache = kwargs.get("past_key_values")
         if kept is not None and cache is not None:
             self._remember(stage, index, kept, cache, kwargs.get("position_ids"))
         if self.trace is not None:
-            rows, _, visual = ranking.present(kept)
+            rows, _, visual = present(ranking.plan, kept)
+            there, _, candidates = present(ranking.plan, before)
+            ranked = None if scores is None else Ranked(there, candidates, scores)
             self.trace.record(ending.layer, ending.keep, rows, visual, self.past, ranked)
 
     def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
@@ -221,16 +222,7 @@ class Run:
         kept = self._kept.get(len(self.rules.schedule.stages))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
-        if isinstance(output, tuple):
-            return (self._given_back(output[0], kept), *output[1:])
-        output.last_hidden_state = self._given_back(output.last_hidden_state, kept)
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(
-                self._full_hidden(max(number - 1, 0), state) for number, state in enumerate(output.hidden_states)
-            )
-        if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(self._full_attention(*item) for item in enumerate(output.attentions))
-        return output
+        return give_back(output, lambda hidden: self._given_back(hidden, kept), self._full_hidden, self._full_attention)
 
     def _given_back(self, hidden: Tensor, kept: Kept) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""

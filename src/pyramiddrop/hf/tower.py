@@ -32,7 +32,8 @@ class Tower:
 
     def __init__(self, parts: Anatomy) -> None:
         config = parts.config
-        module = next((part for name, part in _parts(parts) if name.endswith("vision_tower")), None)
+        named = parts.wrappers[0].named_modules()
+        module = next((part for name, part in named if name.endswith("vision_tower")), None)
         if config.model_type not in FAMILIES or module is None or config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
                 f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "
@@ -129,7 +130,3 @@ class Shrunk:
 def small_side(side: int, keep: float) -> int:
     """The side of the largest square grid that has no more than the share `keep` of `side` squared patches."""
     return max(1, math.isqrt(math.floor(side * side * keep)))
-
-
-def _parts(parts: Anatomy) -> list[tuple[str, nn.Module]]:
-    return list(parts.wrappers[0].named_modules())
