@@ -1,4 +1,4 @@
-"""Owns the options that say how much is dropped and where, as `generate` and `serve` take them."""
+"""Owns the options that say how much is dropped and where, as `generate`, `visualize` and `serve` take them."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ Score = Annotated[
 Reserve = Annotated[float | None, typer.Option(help="Share of what stays that is evenly spaced over the picture.")]
 RandomFrom = Annotated[int | None, typer.Option(help="Chance chooses at drops before this layer and later ones.")]
 Merge = Annotated[bool | None, typer.Option("--merge", help="Average what goes into what stays and is most like it.")]
+Positions = Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")]
 Keep = Annotated[str | None, typer.Option(help="Shares of the original tokens to keep, e.g. 0.5,0.25,0.125.")]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, RandomFrom, Reserve, Score, Stages
+from pyramiddrop.cli.asking import AsJson, Device, Dtype, MaxNewTokens, Model
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
@@ -34,27 +35,23 @@ class SeveralImages(TyperCommand):
 def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")
-    ] = None,
+    model: Model = None,
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.")] = None,
     lam: Lam = None,
     stages: Stages = None,
     layers: Layers = None,
     layer: Layer = None,
     keep: Keep = None,
-    positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
+    positions: Positions = None,
     score: Score = None,
     reserve: Reserve = None,
     random_from: RandomFrom = None,
     merge: Merge = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)")
-    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    device: Device = None,
+    dtype: Dtype = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without dropping too, and time both.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens over the picture into this file.")] = None,
 ) -> None:
     """Answer a question about pictures, and say what it cost.
@@ -81,13 +78,12 @@ def generate(
 
 def _check_overlay(path: Path, method: str | None) -> None:
     from pyramiddrop.inference.errors import InputError, user_input
-    from pyramiddrop.report.overlay import check_overlay_path
+    from pyramiddrop.report.overlay import check_drawn_method, check_overlay_path
 
     if method == "vanilla":
         raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
-    if method == "downsample":
-        raise InputError("downsample shows the model a smaller picture: its tokens are no patches of this one")
     with user_input():
+        check_drawn_method(method)
         check_overlay_path(path)
 
 

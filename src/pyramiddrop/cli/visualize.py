@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, RandomFrom, Reserve, Score, Stages
+from pyramiddrop.cli.asking import AsJson, Device, Dtype, MaxNewTokens, Model
+from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import results, waiting
 
@@ -29,32 +30,28 @@ def visualize(
     image: Annotated[
         list[Path] | None, typer.Option(help="One or more pictures. (default: a bundled one)", metavar="FILE...")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")
-    ] = None,
+    model: Model = None,
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
     lam: Lam = None,
     stages: Stages = None,
     layers: Layers = None,
     layer: Layer = None,
     keep: Keep = None,
-    positions: Annotated[str | None, typer.Option(help="original, or compact: renumber after a drop.")] = None,
+    positions: Positions = None,
     score: Score = None,
     reserve: Reserve = None,
     random_from: RandomFrom = None,
     merge: Merge = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)")
-    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    device: Device = None,
+    dtype: Dtype = None,
     output: Annotated[
         list[Path] | None, typer.Option(help="png, svg, pdf or gif by suffix. (default: kept.png)", metavar="FILE...")
     ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="Draw a heat map of each stage's scores into this file.", metavar="FILE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw which visual tokens each stage keeps over the pictures.
 
@@ -84,15 +81,15 @@ def _check(
     outputs: list[Path], scores: Path | None, prompt: str | None, image: list[Path] | None, method: str | None
 ) -> None:
     from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.report.overlay import check_drawn_method
     from pyramiddrop.report.visualize import check_picture_path
 
     if method == "vanilla":
         raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
-    if method == "downsample":
-        raise InputError("downsample shows the model a smaller picture: its tokens are no patches of this one")
     if image and prompt is None:
         raise InputError("--image needs a question about it (--prompt)")
     with user_input():
+        check_drawn_method(method)
         for path in outputs:
             check_picture_path(path)
         if scores:

@@ -99,6 +99,12 @@ def draw_panels(
     return figure
 
 
+def check_drawn_method(name: str | None) -> None:
+    """Raise ValueError where what the named method keeps are no patches of the picture."""
+    if name == "downsample":
+        raise ValueError("downsample shows the model a smaller picture: its tokens are no patches of this one")
+
+
 def check_overlay_path(path: Path) -> None:
     """Raise ValueError where no overlay can be written to `path`: no format has its suffix, or it has no folder."""
     formats = Figure().canvas.get_supported_filetypes()

@@ -1,0 +1,13 @@
+"""Owns the options that say what answers and how, as `generate` and `visualize` take them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a checkpoint. (default: the bundled one)")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
