@@ -7,7 +7,16 @@ import torch
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.anyres import unpadded
-from pyramiddrop.report.grid import Box, View, cells_by_view, shortest_edge_size, single_view, tiled_views
+from pyramiddrop.report.grid import (
+    Box,
+    View,
+    cells_by_view,
+    crop_order,
+    reading_order,
+    shortest_edge_size,
+    single_view,
+    tiled_views,
+)
 from tiny import tiny_model
 
 PATCH, TILE = 7, 28
@@ -33,14 +42,20 @@ def test_a_picture_that_is_stretched_is_seen_whole() -> None:
 
 
 def test_tokens_in_reading_order_with_a_newline_after_each_row() -> None:
-    view = View("tiles", rows=2, columns=3, box=Box(0, 0, 3, 2), newline=True)
+    view = View("tiles", rows=2, columns=3, box=Box(0, 0, 3, 2), cells=reading_order(2, 3, newline=True))
     assert view.tokens == 8
     assert [view.cell(token) for token in range(8)] == [(0, 0), (0, 1), (0, 2), None, (1, 0), (1, 1), (1, 2), None]
 
 
 def test_a_class_token_stands_before_the_grid() -> None:
-    view = View("picture", rows=2, columns=2, box=Box(0, 0, 2, 2), leading=1)
+    view = View("picture", rows=2, columns=2, box=Box(0, 0, 2, 2), cells=reading_order(2, 2, leading=1))
     assert [view.cell(token) for token in range(5)] == [None, (0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_crops_come_one_after_another() -> None:
+    # 1 x 2 crops of 2 x 2 tokens: the left one whole, then the right one
+    assert crop_order((1, 2), 2, 2) == ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3))
+    assert crop_order((2, 1), 1, 2) == ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 @pytest.mark.parametrize("token", [-1, 4])
@@ -50,7 +65,8 @@ def test_a_token_beyond_the_view_is_refused(token: int) -> None:
 
 
 def test_tokens_are_numbered_through_the_views() -> None:
-    base, tiles = View("base", 1, 2, Box(0, 0, 2, 1)), View("tiles", 1, 3, Box(0, 0, 3, 1), newline=True)
+    base = View("base", 1, 2, Box(0, 0, 2, 1))
+    tiles = View("tiles", 1, 3, Box(0, 0, 3, 1), reading_order(1, 3, newline=True))
     assert cells_by_view([base, tiles], [1, 2, 4, 5]) == [{(0, 1)}, {(0, 0), (0, 2)}]
     with pytest.raises(ValueError, match="token 6 is beyond the 6 visual tokens"):
         cells_by_view([base, tiles], [6])
@@ -60,9 +76,10 @@ def test_tiles_of_a_wide_picture() -> None:
     # 672 x 672 are 2 x 2 tiles of 336, 48 x 48 patches; 900 x 500 fits as 672 x 374 with 149 pixels of padding above.
     # 48 * 500 / 900 = 26.67 rows are needed; half of the 22 others are cut off at each side: 11 rows or 154 pixels.
     base, tiles = tiled_views(900, 500, (672, 672), 336, 14)
-    assert (base.rows, base.columns, base.newline, base.box) == (24, 24, False, Box(0, 0, 900, 500))
-    assert (tiles.rows, tiles.columns, tiles.newline) == (26, 48, True)
+    assert (base.rows, base.columns, base.tokens, base.box) == (24, 24, 576, Box(0, 0, 900, 500))
+    assert (tiles.rows, tiles.columns) == (26, 48)
     assert tiles.tokens == 26 * 49
+    assert tiles.seams == ((13,), (24,))  # 24 - 11 rows are the upper tiles'
     assert tiles.box.left == 0
     assert tiles.box.right == pytest.approx(900)
     assert tiles.box.top == pytest.approx((154 - 149) * 500 / 374)

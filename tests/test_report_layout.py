@@ -58,10 +58,10 @@ def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:
     config, processor = read_config(llava_folder), load_processor(llava_folder)
     config.vision_feature_select_strategy = "full"
     (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
-    assert (seen.view.leading, seen.view.tokens) == (1, 17)
+    assert (seen.view.cell(0), seen.view.tokens) == (None, 17)
     config.vision_config.model_type = "siglip_vision_model"  # it never had one
     (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
-    assert (seen.view.leading, seen.view.tokens) == (0, 16)
+    assert (seen.view.cell(0), seen.view.tokens) == ((0, 0), 16)
 
 
 def test_a_vision_tower_without_a_fixed_grid_is_refused(llava_folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from checkpoints import save_picture
-from pyramiddrop.report.grid import Box, View
+from pyramiddrop.report.grid import Box, View, reading_order
 from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.overlay import check_overlay_path, dim_dropped, draw_overlay, save_overlay, seen_pixels
 from pyramiddrop.report.spans import spans
@@ -76,7 +76,8 @@ def test_a_part_of_the_picture_is_cut_out() -> None:
 
 
 def test_one_panel_a_view_and_span(tmp_path: Path) -> None:
-    base, tiles = View("base", 2, 2, Box(0, 0, 90, 60)), View("tiles", 2, 3, Box(0, 0, 90, 60), newline=True)
+    base = View("base", 2, 2, Box(0, 0, 90, 60))
+    tiles = View("tiles", 2, 3, Box(0, 0, 90, 60), reading_order(2, 3, newline=True))
     trace = hand_made_trace(list(range(12)), {2: list(range(6)), 4: [1, 7]})
     picture = Image.open(save_picture(tmp_path / "p.png"))
     figure = draw_overlay(

@@ -20,7 +20,7 @@ from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.planning import Profile
 from pyramiddrop.report.attention_plot import Looks, draw_attention, spread
-from pyramiddrop.report.grid import Box, View
+from pyramiddrop.report.grid import Box, View, reading_order
 from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.paper_figure import depth_colors, save
 from pyramiddrop.report.redundancy_plot import draw_redundancy
@@ -142,7 +142,7 @@ def test_a_map_is_bright_where_the_attention_is() -> None:
 
 
 def test_tokens_without_a_place_are_not_drawn() -> None:
-    view = View("picture", 2, 2, Box(0, 0, 9, 9), leading=1, newline=True)
+    view = View("picture", 2, 2, Box(0, 0, 9, 9), reading_order(2, 2, leading=1, newline=True))
     heat = spread(np.arange(7, dtype=float), view)
     assert heat.tolist() == [[1.0, 2.0], [4.0, 5.0]]
 

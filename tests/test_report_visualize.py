@@ -16,7 +16,7 @@ from PIL import Image
 from pyramiddrop.assets import demo_images, demo_questions
 from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.run import run
-from pyramiddrop.report.grid import Box, View, values_by_view
+from pyramiddrop.report.grid import Box, View, reading_order, values_by_view
 from pyramiddrop.report.heat import heat, score_range
 from pyramiddrop.report.overlay import dim_dropped
 from pyramiddrop.report.visualize import Visual, visualize
@@ -48,7 +48,8 @@ def test_colours_follow_the_scores_and_gone_tokens_are_veiled() -> None:
 
 
 def test_values_stand_where_their_tokens_do() -> None:
-    views = [View("a", 1, 2, Box(0, 0, 2, 1), leading=1), View("b", 2, 1, Box(0, 0, 1, 2), newline=True)]
+    first = View("a", 1, 2, Box(0, 0, 2, 1), reading_order(1, 2, leading=1))
+    views = [first, View("b", 2, 1, Box(0, 0, 1, 2), reading_order(2, 1, newline=True))]
     assert values_by_view(views, [9, 1, 2, 3, 9, 4, 9]) == [[[1, 2]], [[3], [4]]]
     with pytest.raises(ValueError, match="have 7 visual tokens; there are 2 values"):
         values_by_view(views, [1, 2])

@@ -32,33 +32,52 @@ class Box:
 
 @dataclass(frozen=True)
 class View:
-    """One look at a picture: `rows` x `columns` visual tokens in reading order, spread evenly over `box`.
+    """One look at a picture: a grid of `rows` x `columns` visual tokens that is spread evenly over `box`.
 
     Args:
-        leading: tokens before the grid that have no place in the picture (a class token).
-        newline: whether each row ends with one token more that has no place in the picture.
+        cells: the place of each token in the order of the prompt, None for one that has no place in the picture; an
+            empty tuple for reading order. See :func:`reading_order` and :func:`crop_order`.
+        seams: the rows and the columns at which another crop of the picture begins.
     """
 
     name: str
     rows: int
     columns: int
     box: Box
-    leading: int = 0
-    newline: bool = False
+    cells: tuple[Cell | None, ...] = ()
+    seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def __post_init__(self) -> None:
+        if not self.cells:
+            object.__setattr__(self, "cells", reading_order(self.rows, self.columns))
 
     @property
     def tokens(self) -> int:
         """How many visual tokens this view puts into the prompt, those without a place among them."""
-        return self.leading + self.rows * (self.columns + self.newline)
+        return len(self.cells)
 
     def cell(self, token: int) -> Cell | None:
-        """The place of the view's `token`-th token; None for a class token or a newline."""
+        """The place of the view's `token`-th token; None for one that has none."""
         if not 0 <= token < self.tokens:
             raise ValueError(f"token must be in 0..{self.tokens - 1}; got {token}")
-        if token < self.leading:
-            return None
-        row, column = divmod(token - self.leading, self.columns + self.newline)
-        return (row, column) if column < self.columns else None
+        return self.cells[token]
+
+
+def reading_order(rows: int, columns: int, leading: int = 0, newline: bool = False) -> tuple[Cell | None, ...]:
+    """Row after row. `leading` tokens without a place (a class token) stand before, and a `newline` behind each row."""
+    grid = [[*((row, column) for column in range(columns)), *[None] * newline] for row in range(rows)]
+    return (*[None] * leading, *(cell for line in grid for cell in line))
+
+
+def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | None, ...]:
+    """Crop after crop, of which there are (down, across): each one's `rows` x `columns` tokens in reading order."""
+    return tuple(
+        (down * rows + row, across * columns + column)
+        for down in range(crops[0])
+        for across in range(crops[1])
+        for row in range(rows)
+        for column in range(columns)
+    )
 
 
 def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozenset[Cell]]:
@@ -122,7 +141,8 @@ def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch
         ((left + columns) * patch - pad_x) * scale_x,
         ((top + rows) * patch - pad_y) * scale_y,
     )
-    return [base, View("tiles", rows, columns, box, newline=True)]
+    seams = _seams(top, rows, side), _seams(left, columns, side)
+    return [base, View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams)]
 
 
 def shortest_edge_size(width: int, height: int, edge: int) -> tuple[int, int]:
@@ -137,6 +157,11 @@ def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
     if scale_x < scale_y:
         return min(math.ceil(height * scale_x), best[0]), best[1]
     return best[0], min(math.ceil(width * scale_y), best[1])
+
+
+def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
+    """Where in `count` rows or columns, the first of which is number `start`, another crop of `side` begins."""
+    return tuple(place - start for place in range(side, start + count, side) if place > start)
 
 
 def _locate(views: Sequence[View], token: int) -> tuple[int, int]:

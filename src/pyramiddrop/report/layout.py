@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
-from pyramiddrop.report.grid import Box, View, shortest_edge_size, single_view, tiled_views
+from pyramiddrop.report.grid import Box, View, reading_order, shortest_edge_size, single_view, tiled_views
 
 #: Vision towers that cut a picture of one fixed size into a grid of patches.
 WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
@@ -19,12 +19,17 @@ WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_
 DYNAMIC = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 
 
+class CannotPlaceError(ValueError):
+    """Nobody knows here which part of the picture each visual token of this model is made from."""
+
+
 @dataclass(frozen=True)
 class Seen:
-    """A picture, and one view of it."""
+    """A picture, and one view of it. For a video the picture is one frame, and `moment` its number among those seen."""
 
     picture: Image.Image
     view: View
+    moment: int | None = None
 
 
 def look(config: Any, image_processor: Any, pictures: Sequence[Image.Image], grids: Any = None) -> list[Seen]:
@@ -36,15 +41,15 @@ def look(config: Any, image_processor: Any, pictures: Sequence[Image.Image], gri
         grids: the processor's `image_grid_thw`, one (frames, rows, columns) of patches a picture, where it gives one.
 
     Raises:
-        ValueError: for a family whose visual tokens this module cannot place, and for a family of dynamic resolution
-            without `grids`.
+        CannotPlaceError: for a family, or a setting of it, whose visual tokens this module cannot place.
+        ValueError: for a family of dynamic resolution without `grids`.
     """
     if config.model_type in DYNAMIC:
         return _numbered(pictures, _dynamic(config, pictures, grids))
     views = _FAMILIES.get(config.model_type)
     if views is None:
         known = ", ".join([*_FAMILIES, *DYNAMIC])
-        raise ValueError(f"cannot place the visual tokens of model type {config.model_type!r} (known: {known})")
+        raise CannotPlaceError(f"cannot place the visual tokens of model type {config.model_type!r} (known: {known})")
     return _numbered(pictures, [views(config, image_processor, picture) for picture in pictures])
 
 
@@ -71,7 +76,7 @@ def _dynamic(config: Any, pictures: Sequence[Image.Image], grids: Any) -> list[l
 
 def _gemma3(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:
     if getattr(image_processor, "do_pan_and_scan", None):
-        raise ValueError("cannot place the visual tokens of gemma3 with do_pan_and_scan")
+        raise CannotPlaceError("cannot place the visual tokens of gemma3 with do_pan_and_scan")
     side = math.isqrt(config.mm_tokens_per_image)
     return [View("picture", side, side, _whole(picture))]
 
@@ -88,12 +93,12 @@ def _whole(picture: Image.Image) -> Box:
 def _llava(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:
     vision = config.vision_config.model_type
     if vision not in (*WITH_CLASS_TOKEN, *WITHOUT_CLASS_TOKEN):
-        raise ValueError(f"cannot place the visual tokens of a {vision!r} vision tower in the picture")
+        raise CannotPlaceError(f"cannot place the visual tokens of a {vision!r} vision tower in the picture")
     resized = _resized(image_processor, picture)
     crop = (_size(image_processor.crop_size) if getattr(image_processor, "do_center_crop", False) else None) or resized
     view = single_view(*picture.size, resized, crop, config.vision_config.patch_size)
     kept_class_token = config.vision_feature_select_strategy == "full" and vision in WITH_CLASS_TOKEN
-    return [replace(view, leading=1) if kept_class_token else view]
+    return [replace(view, cells=reading_order(view.rows, view.columns, leading=1)) if kept_class_token else view]
 
 
 def _llava_next(config: Any, image_processor: Any, picture: Image.Image) -> list[View]:
