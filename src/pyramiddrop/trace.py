@@ -119,9 +119,16 @@ class Trace:
             raise RuntimeError("the cost model does not know this model's text model")
         shape, batch = self._shape, len(self.visual_columns)
         vanilla = [self.length] * len(self.lengths)
+        whole = [[tokens] * len(vanilla) for tokens in self.visual_tokens]
         return Cost(
-            flops=batch * (prefill_flops(shape, self.lengths) + self._choosing),
-            vanilla_flops=batch * prefill_flops(shape, vanilla),
+            flops=sum(prefill_flops(shape, self.lengths, visual=own) for own in self._left()) + batch * self._choosing,
+            vanilla_flops=sum(prefill_flops(shape, vanilla, visual=own) for own in whole),
             kv_bytes=batch * kv_bytes(shape, self.lengths),
             vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),
         )
+
+    def _left(self) -> list[list[int]]:
+        """For each sample, its visual tokens in each layer."""
+        counts = [self.visual_tokens, *([len(kept) for kept in stage.kept] for stage in self.stages)]
+        stages = [sum(stage.layer <= layer for stage in self.stages) for layer in range(len(self.lengths))]
+        return [[counts[stage][sample] for stage in stages] for sample in range(len(self.visual_columns))]

@@ -136,7 +136,7 @@ def account(
     return Account(
         visual_by_layer=tuple(visual),
         full=Parts(
-            decoder=prefill_flops(shape, rows),
+            decoder=prefill_flops(shape, rows, visual=visual),
             ranking=sum(choosing(shape, choice) for choice in choices(schedule, prompt)),
             head=head_flops(shape),
             vision=vision_flops(model.vision, prompt) if model.vision else 0,

@@ -22,4 +22,4 @@ def fastv_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
 
 def _published(shape: DecoderShape, visual: int, layer: int, matrices: int) -> int:
     hidden = shape.hidden
-    return visual * hidden * (4 * hidden + 2 * visual + matrices * shape.mlp_width(layer))
+    return visual * hidden * (4 * hidden + 2 * visual + matrices * shape.mlp_width(layer, visual=True))

@@ -39,15 +39,16 @@ class Choice:
 Choosing = Callable[[DecoderShape, Choice], int]
 
 
-def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None) -> int:
+def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None, visual: int = 0) -> int:
     """The 0-based decoder `layer` over `rows` rows: what each row goes through, attention over all pairs, MLP.
 
     Args:
         keys: rows that are attended to, where they are those of an earlier layer.
+        visual: visual tokens among the rows, which matters where they have experts of their own.
     """
     mixer = shape.mixer(layer)
     attention = _attention_flops(mixer, rows, rows if keys is None else keys)
-    return rows * _row_flops(shape, layer) + attention + _filled(mixer, rows) * mixer.scan
+    return _rows_flops(shape, layer, rows, visual) + attention + _filled(mixer, rows) * mixer.scan
 
 
 def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
@@ -71,11 +72,14 @@ def merging_flops(shape: DecoderShape, choice: Choice) -> int:
     return 2 * choice.rows * (choice.rows - choice.visual + choice.kept) * shape.hidden
 
 
-def prefill_flops(shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = ()) -> int:
-    """A prefill of one sample, without the head: `lengths` rows in each layer, `ranked` rows at each ranking by
-    attention."""
+def prefill_flops(
+    shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = (), visual: Sequence[int] = ()
+) -> int:
+    """A prefill of one sample, without the head: `lengths` rows in each layer, `visual` tokens of them (none where
+    nothing is said), and `ranked` rows at each ranking by attention."""
     layers = sum(
-        layer_flops(shape, rows, layer, _attended(shape, layer, lengths)) for layer, rows in enumerate(lengths)
+        layer_flops(shape, rows, layer, _attended(shape, layer, lengths), visual[layer] if visual else 0)
+        for layer, rows in enumerate(lengths)
     )
     return layers + sum(ranking_flops(shape, rows) for rows in ranked)
 
@@ -101,7 +105,7 @@ def _attended(shape: DecoderShape, layer: int, rows: Sequence[int]) -> int:
 
 def _layer_step(shape: DecoderShape, layer: int, cached: int) -> int:
     mixer = shape.mixer(layer)
-    return _row_flops(shape, layer) + _attention_flops(mixer, 1, mixer.held(cached) + 1) + mixer.step
+    return _rows_flops(shape, layer, 1) + _attention_flops(mixer, 1, mixer.held(cached) + 1) + mixer.step
 
 
 def _attention_flops(mixer: Mixer, queries: int, keys: int) -> int:
@@ -140,10 +144,10 @@ def _crops(shape: VisionShape, prompt: Prompt) -> tuple[int, int]:
     return prompt.crops or -(-prompt.visual_tokens // shape.crop_tokens), shape.crop_tokens
 
 
-def _row_flops(shape: DecoderShape, layer: int) -> int:
-    """What one row costs in `layer`, without what depends on other rows."""
+def _rows_flops(shape: DecoderShape, layer: int, rows: int, visual: int = 0) -> int:
+    """What so many rows cost in `layer`, without what each costs for there being others."""
     mixer, experts = shape.mixer(layer), shape.experts_of(layer)
     gate = bool(experts and experts.shared and experts.shared_gate)
     routing = shape.hidden * (experts.count + gate) if experts else 0
-    mlp = 3 * shape.hidden * shape.mlp_width(layer)
-    return 2 * (mixer.inputs + mixer.output + routing + mlp + shape.further_weights(layer))
+    mlp = shape.matrices * shape.hidden * shape.mlp_values(layer, rows, visual)
+    return 2 * (rows * (mixer.inputs + mixer.output + routing + shape.further_weights(layer)) + mlp)

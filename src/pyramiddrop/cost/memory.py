@@ -34,4 +34,4 @@ def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
 def _row_width(shape: DecoderShape, layer: int) -> int:
     mixer = shape.mixer(layer)
     mixing = mixer.inputs // shape.hidden + mixer.query_width + mixer.key_width + mixer.value_width
-    return 2 * shape.hidden + max(mixing, 3 * shape.mlp_width(layer))
+    return 2 * shape.hidden + max(mixing, shape.matrices * shape.mlp_width(layer))

@@ -64,7 +64,8 @@ def grouped_attention(
     head_dim: int,
     *,
     window: int = 0,
-    gated: bool = False,
+    gate: int = 0,
+    before: int = 0,
     keys_are_values: bool = False,
     fused: bool = False,
     source: int | None = None,
@@ -73,19 +74,20 @@ def grouped_attention(
 
     Args:
         window: how far a row sees, itself included; 0 without limit.
-        gated: whether the query projection makes a gate of the output, too (Qwen3.5).
+        gate: numbers of a row's gate of the output, which a matrix makes (Qwen3.5 and others).
+        before: weights that a row goes through in its layer before the attention, also to be ranked (Gemma 3n).
         keys_are_values: whether values are the keys before their rotation, without a matrix (Gemma 4, full layers).
         fused: whether one matrix makes queries, keys and values, so that a ranking cannot do without the others.
-        source: the earlier layer whose keys and values are attended to, where there are none of its own (Gemma 4,
-            last layers).
+        source: the earlier layer whose keys and values are attended to, where there are none of its own (Gemma 3n
+            and 4, last layers).
     """
     queries, keys = heads * head_dim, kv_heads * head_dim
     made = 0 if source is not None else 1 if keys_are_values else 2
-    inputs = hidden * ((1 + gated) * queries + made * keys)
+    inputs = before + hidden * (queries + gate + made * keys)
     return Mixer(
         inputs=inputs,
         output=hidden * queries,
-        keys=inputs if fused else min(made, 1) * hidden * keys,
+        keys=inputs if fused else before + min(made, 1) * hidden * keys,
         query_width=queries,
         key_width=keys,
         value_width=queries,

@@ -16,10 +16,11 @@ class Experts:
 
     Attributes:
         count: experts in a layer; the router scores each of them.
-        active: experts that one token goes through.
+        active: experts that are computed for one token.
         intermediate: width of one expert.
         shared: width of the MLPs that every token goes through besides, 0 where there are none.
         shared_gate: whether a gate, a single column, weighs what those give.
+        visual: width of an expert of visual tokens, where they have experts of their own, as many; None where not.
         layers: 0-based layers that have experts, the others have the dense MLP; None for all.
     """
 
@@ -29,6 +30,7 @@ class Experts:
     shared: int = 0
     layers: tuple[int, ...] | None = None
     shared_gate: bool = True
+    visual: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class DecoderShape:
     Attributes:
         layers: number of decoder layers.
         hidden: width of the hidden states.
-        intermediate: width of the gated MLP.
+        intermediate: width of the MLP.
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: width of one head.
@@ -48,6 +50,7 @@ class DecoderShape:
         mixers: of each layer, what mixes its rows; empty: grouped-query attention of the heads above in all.
         widths: of each layer, the width of its dense MLP; empty: `intermediate` in all.
         further: of each layer, the weights that a row goes through beside mixer and MLP; empty: none.
+        matrices: of an MLP: 3 with a gate, 2 without.
 
     Raises:
         ValueError: where `mixers`, `widths` or `further` are not one for each layer.
@@ -65,6 +68,7 @@ class DecoderShape:
     mixers: tuple[Mixer, ...] = ()
     widths: tuple[int, ...] = ()
     further: tuple[int, ...] = ()
+    matrices: int = 3
 
     def __post_init__(self) -> None:
         for name in ("mixers", "widths", "further"):
@@ -114,12 +118,18 @@ class DecoderShape:
         experts = self.experts
         return experts if experts and (experts.layers is None or layer in experts.layers) else None
 
-    def mlp_width(self, layer: int) -> int:
-        """The width of the MLPs that one token goes through in `layer`: of a mixture the active and shared experts."""
+    def mlp_width(self, layer: int, visual: bool = False) -> int:
+        """The width of the MLPs that one token, a `visual` one or not, goes through in `layer`: of a mixture the active
+        and shared experts."""
         experts = self.experts_of(layer)
         if experts:
-            return experts.active * experts.intermediate + experts.shared
+            own = experts.visual if visual and experts.visual is not None else experts.intermediate
+            return experts.active * own + experts.shared
         return self.widths[layer] if self.widths else self.intermediate
+
+    def mlp_values(self, layer: int, rows: int, visual: int) -> int:
+        """Numbers between the matrices of the MLPs that `rows` rows go through in `layer`, `visual` tokens of them."""
+        return (rows - visual) * self.mlp_width(layer) + visual * self.mlp_width(layer, visual=True)
 
     def further_weights(self, layer: int) -> int:
         """The weights that a row goes through in `layer` beside mixer and MLP."""

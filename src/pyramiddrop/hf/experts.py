@@ -9,6 +9,8 @@ from pyramiddrop.cost import Experts
 _COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 _SHARED = ("n_shared_experts", "moe_num_shared_experts")
+#: Transformers sends every row through every expert here, and through most of them zeros.
+_ALL_RUN = ("llama4_text",)
 
 
 def experts_of(text: Any) -> Experts | None:
@@ -16,22 +18,30 @@ def experts_of(text: Any) -> Experts | None:
     count = _first(text, _COUNT)
     if not count or not getattr(text, "enable_moe_block", True):
         return None
-    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    width, visual = _widths(text)
     gated = getattr(text, "shared_expert_intermediate_size", 0)
     return Experts(
         count=count,
-        active=_first(text, _ACTIVE),
+        active=count if text.model_type in _ALL_RUN else _first(text, _ACTIVE),
         intermediate=width,
         shared=gated or _shared(text, width),
         layers=_layers(text),
         shared_gate=bool(gated),
+        visual=visual,
     )
+
+
+def _widths(text: Any) -> tuple[int, int | None]:
+    """The width of one expert, and of one of visual tokens where these have their own (ERNIE 4.5 VL)."""
+    width: Any = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return (width, None) if isinstance(width, int) else (width[0], width[1])
 
 
 def _shared(text: Any, width: int) -> int:
     """The width of what stands beside the experts: shared ones, or in Gemma 4 the dense MLP."""
-    beside = getattr(text, "enable_moe_block", False) or text.model_type == "llama4_text"
-    return int(text.intermediate_size) if beside else width * _first(text, _SHARED)
+    if getattr(text, "enable_moe_block", False) or text.model_type == "llama4_text":
+        return int(text.intermediate_size)
+    return getattr(text, "share_expert_dim", None) or width * _first(text, _SHARED)
 
 
 def _layers(text: Any) -> tuple[int, ...]:

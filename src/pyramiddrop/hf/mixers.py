@@ -7,9 +7,11 @@ from typing import Any
 from pyramiddrop.cost import Mixer, delta_rule, grouped_attention, latent_attention, short_convolution
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-WIDER = ("gemma4_text", "gemma4_unified_text")
-FUSED = ("phi4_multimodal",)
-GATED = ("qwen3_5_text", "qwen3_5_moe_text")
+#: Heads differ from layer to layer: Gemma 4's key heads and their width, Step 3.7's query heads.
+UNEVEN = ("gemma4_text", "gemma4_unified_text", "step3p5")
+FUSED = ("persimmon", "phi4_multimodal")
+#: Attention's output has a gate for each of its numbers.
+GATED = ("muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def mixers_of(text: Any) -> tuple[Mixer, ...]:
@@ -17,13 +19,12 @@ def mixers_of(text: Any) -> tuple[Mixer, ...]:
     return tuple(_mixer(text, index, kind) for index, kind in enumerate(_layer_types(text)))
 
 
-def key_heads(text: Any, index: int = 0) -> tuple[int, int]:
-    """How many key and value heads the 0-based layer has, and the width of one head."""
-    # Gemma 4 has wider heads, and other key heads, in the layers that see everything.
-    own = text.per_layer_config[index] if text.model_type in WIDER else text
-    heads = text.num_attention_heads
+def heads_of(text: Any, index: int = 0) -> tuple[int, int, int]:
+    """How many query heads the 0-based layer has, how many key and value heads, and the width of one head."""
+    own = text.per_layer_config[index] if text.model_type in UNEVEN else text
+    heads: int = own.num_attention_heads
     width = getattr(own, "head_dim", None) or text.hidden_size // heads
-    return getattr(own, "num_key_value_heads", None) or heads, width
+    return heads, getattr(own, "num_key_value_heads", None) or heads, width
 
 
 def _layer_types(text: Any) -> list[str]:
@@ -62,19 +63,41 @@ def _mixer(text: Any, index: int, kind: str) -> Mixer:
 
 def _attention(text: Any, index: int, kind: str) -> Mixer:
     window = getattr(text, _WINDOWS[kind], None) if kind in _WINDOWS else None
+    heads, kv_heads, width = heads_of(text, index)
     return grouped_attention(
         text.hidden_size,
-        text.num_attention_heads,
-        *key_heads(text, index),
+        heads,
+        kv_heads,
+        width,
         window=window or 0,
-        gated=text.model_type in GATED,
+        gate=_gate(text, heads, width),
+        before=_before(text, heads),
         keys_are_values=bool(getattr(text, "attention_k_eq_v", False)) and kind == "full_attention",
         fused=text.model_type in FUSED,
         source=_source(text, index, kind),
     )
 
 
+def _gate(text: Any, heads: int, width: int) -> int:
+    """Numbers of a row's gate of attention's output; LFM3 has one for each head."""
+    if text.model_type in GATED:
+        return heads * width
+    return heads if getattr(text, "use_attention_gate", False) else 0
+
+
+def _before(text: Any, heads: int) -> int:
+    """Weights in front of the attention: Step 3.7 makes its heads' gates there; Gemma 3n predicts each of its streams
+    of all of them, and adds a detour of low rank around the attention."""
+    hidden: int = text.hidden_size
+    if text.model_type == "step3p5":
+        return hidden * heads
+    streams: int = getattr(text, "altup_num_inputs", 1)
+    if streams == 1:
+        return 0
+    return streams * (hidden + streams**2 + streams * hidden) + 2 * hidden * int(text.laurel_rank)
+
+
 def _source(text: Any, index: int, kind: str) -> int | None:
-    """The last of Gemma 4's layers attend to the keys of the last layer of their kind that has some."""
+    """The last of Gemma 3n's and Gemma 4's layers attend to the keys of the last layer of their kind that has some."""
     own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     return None if index < own else max(layer for layer in range(own) if text.layer_types[layer] == kind)

@@ -7,21 +7,24 @@ from typing import Any
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, VisionShape
 from pyramiddrop.hf.experts import experts_of
-from pyramiddrop.hf.mixers import key_heads, mixers_of
+from pyramiddrop.hf.mixers import heads_of, mixers_of
 
-#: Text models whose layers are of kinds that are known (`hf.mixers`), with gated MLPs, dense or mixtures of experts.
+#: Text models whose layers are of kinds that are known (`hf.mixers`), with MLPs or mixtures of experts.
 TEXT_MODELS = (
     "aria_text",
     "chameleon",
     "cohere2",
     "cohere_compass_text",
+    "cosmos3_edge_text",
     "deepseek_ocr2_text",
     "deepseek_v3",
     "emu3_text_model",
+    "ernie4_5_vl_moe_text",
     "exaone4",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma3n_text",
     "gemma4_text",
     "gemma4_unified_text",
     "glm4v_moe_text",
@@ -32,12 +35,16 @@ TEXT_MODELS = (
     "hunyuan_vl_text",
     "hyperclovax",
     "lfm2",
+    "lfm3",
     "llama",
+    "llama4_text",
     "mistral",
     "mistral4",
     "mixtral",
     "molmo2_text",
+    "muse_glimmer_text",
     "paddleocr_vl_text",
+    "persimmon",
     "phi4_multimodal",
     "qwen2",
     "qwen2_5_omni_text",
@@ -51,7 +58,10 @@ TEXT_MODELS = (
     "qwen3_omni_moe_text",
     "qwen3_vl_moe_text",
     "qwen3_vl_text",
+    "step3p5",
 )
+#: Those of them whose MLPs have no gate.
+PLAIN_MLPS = ("cosmos3_edge_text", "persimmon")
 LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
 
@@ -86,21 +96,21 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
         raise ValueError(
             f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
         )
-    kv_heads, head_dim = key_heads(text)
-    experts = experts_of(text)
-    dense = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None)
+    heads, kv_heads, head_dim = heads_of(text)
+    experts, widths = experts_of(text), _widths(text)
     shape = DecoderShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=dense or (experts.intermediate if experts else 0),
-        heads=text.num_attention_heads,
+        intermediate=max(widths) or (experts.intermediate if experts else 0),
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         bytes_per_value=bytes_per_value,
         vocabulary=text.vocab_size,
         experts=experts,
-        widths=_widths(text),
+        widths=widths if len(set(widths)) > 1 else (),
         further=_further(text),
+        matrices=2 if text.model_type in PLAIN_MLPS else 3,
     )
     return _with_mixers(shape, mixers_of(text))
 
@@ -117,24 +127,33 @@ def _with_mixers(shape: DecoderShape, mixers: tuple[Mixer, ...]) -> DecoderShape
 
 
 def _widths(text: Any) -> tuple[int, ...]:
-    """Gemma 4 has MLPs of twice the width in layers that reuse keys."""
-    shared: int = getattr(text, "num_kv_shared_layers", None) or 0
-    if not shared or not getattr(text, "use_double_wide_mlp", False):
-        return ()
-    width: int = text.intermediate_size
+    """The width of each layer's dense MLP. Gemma 3n names each; Gemma 4 has MLPs of twice the width in layers that
+    reuse keys; 0 where all MLPs are experts."""
+    width: Any = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None) or 0
+    if not isinstance(width, int):
+        return tuple(width)
     layers: int = text.num_hidden_layers
-    return (width,) * (layers - shared) + (2 * width,) * shared
+    shared: int = getattr(text, "num_kv_shared_layers", None) or 0
+    wider = shared if getattr(text, "use_double_wide_mlp", False) else 0
+    return (width,) * (layers - wider) + (2 * width,) * wider
 
 
 def _further(text: Any) -> tuple[int, ...]:
-    """Gemma 4's inputs per layer: a matrix each way in every layer; before the first one, a matrix makes them of the
-    embeddings."""
+    """The inputs per layer of Gemma 3n and 4: a matrix each way in every layer; before the first one, a matrix makes
+    them of the embeddings. Gemma 3n's further streams: made before the first layer, corrected in each, joined after
+    the last."""
     width: int = getattr(text, "hidden_size_per_layer_input", None) or 0
     if not width:
         return ()
     layers: int = text.num_hidden_layers
     one: int = width * text.hidden_size
-    return (2 * one + layers * one, *(2 * one,) * (layers - 1))
+    streams: int = getattr(text, "altup_num_inputs", 1)
+    correcting = streams * (text.hidden_size + streams) if streams > 1 else 0
+    weights = [2 * one + correcting] * layers
+    projecting = (streams - 1) * text.hidden_size**2
+    weights[0] += layers * one + projecting
+    weights[-1] += projecting
+    return tuple(weights)
 
 
 def _vision_shape(config: Any) -> VisionShape | None:

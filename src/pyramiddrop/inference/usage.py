@@ -107,8 +107,9 @@ def _account(
     unknown = Usage(visual, text, stages, math.nan, math.nan)
     if shape is None:
         return unknown
-    lengths = [text + count for count in unknown.by_layer(shape.layers)]
-    flops = prefill_flops(shape, lengths)
+    tokens = unknown.by_layer(shape.layers)
+    lengths = [text + count for count in tokens]
+    flops = prefill_flops(shape, lengths, visual=tokens)
     for stage, before in zip(stages, unknown.tokens_by_stage, strict=False):
         if method is not None and stage.tokens < before:
             choice = Choice(stage.layer, text + before, before, stage.tokens, instruction=instruction)

@@ -136,7 +136,7 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
     if budget.convention == "fastv":
         return Meter(lambda layer, n: fastv_layer_flops(shape, n, layer), _nothing, 0, whole, units, *sizes)
     return Meter(
-        lambda layer, n: layer_flops(shape, n + text, layer),
+        lambda layer, n: layer_flops(shape, n + text, layer, visual=n),
         lambda n: ranking_flops(shape, n + text),
         vanilla.full.total - vanilla.full.decoder,
         whole,

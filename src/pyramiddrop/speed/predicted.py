@@ -68,7 +68,8 @@ def predict_step(
     rows = rows_by_layer(way, prompt)
     decoder = 3 * way.cost.full.decoder
     if checkpointing:
-        last = sum(2 * count * shape.hidden * shape.mlp_width(layer) for layer, count in enumerate(rows))
+        visual = way.cost.visual_by_layer
+        last = sum(2 * shape.hidden * shape.mlp_values(layer, rows[layer], visual[layer]) for layer in range(len(rows)))
         decoder += way.cost.full.decoder - last
     head = 3 * head_flops(shape, rows[-1] if kept_logits else rows[0])
     return batch * (decoder + way.cost.full.ranking + head)
