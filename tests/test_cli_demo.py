@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +11,23 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from browser import act, needs_browser
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference.demo import bundled_questions, pick_questions
 from pyramiddrop.inference.midsize import midsize_prefill
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 #: What a person does: hold the third stage, and point at the first patch of the second row.
 TOUCH = """
 document.querySelectorAll(".stage")[2].click();
 const panel = document.querySelector(".card svg"), box = panel.getBoundingClientRect();
 const place = {clientX: box.left + box.width / 16, clientY: box.top + box.height * 3 / 16};
 panel.dispatchEvent(new PointerEvent("pointermove", place));
+return [
+  document.body.dataset.stage,
+  document.querySelectorAll("[aria-pressed=true]").length,
+  document.querySelector(".fate").textContent,
+  document.querySelectorAll(".mark[x='0'][y='1']").length,
+];
 """
 
 
@@ -76,16 +70,12 @@ def test_the_page_needs_no_network(demo: tuple[Path, str]) -> None:
     assert set(re.findall(r'(?:src|href)="([^"]{5})', page)) == {"data:", "#pict"}
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@needs_browser
 def test_the_page_in_a_browser(demo: tuple[Path, str], tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    touched = f"{(demo[0] / 'index.html').read_text(encoding='utf-8')}<script>{TOUCH}</script>"
-    page.write_text(touched, encoding="utf-8")
-    shown = _dom(page, tmp_path / "profile")
-    assert '<body data-stage="2">' in shown
-    assert shown.count('aria-pressed="true"') == 1
-    assert "Patch in row 2, column 1: " in shown
-    assert shown.count('x="0" y="1"') == 4  # the same patch is marked in each stage's panel
+    page = (demo[0] / "index.html").read_text(encoding="utf-8")
+    stage, pressed, said, marked = act(page, TOUCH, tmp_path)
+    assert (stage, pressed, marked) == ("2", 1, 4)  # the same patch is marked in each stage's panel
+    assert said.startswith("Patch in row 2, column 1: ")
 
 
 def test_json(tmp_path: Path) -> None:
@@ -134,9 +124,3 @@ def test_the_midsize_model_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
     assert 0 < ratio.predicted < 1
     assert ratio.measured > 0
-
-
-def _dom(page: Path, profile: Path) -> str:
-    """The document after its scripts have run."""
-    command = [str(BROWSER), *QUIET, f"--user-data-dir={profile}", "--dump-dom", f"file://{page}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

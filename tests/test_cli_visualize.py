@@ -28,7 +28,7 @@ def test_without_a_word_it_draws_a_bundled_picture(tmp_path: Path, monkeypatch: 
         ("--method vanilla", "vanilla keeps every token"),
         ("--image x.png", "--prompt"),
         ("--output kept.odd", "by its suffix"),
-        ("--output kept.png --scores s.gif", "not the scores"),
+        ("--output kept.png --scores s.gif", "no picture of the scores alone"),
     ],
 )
 def test_one_line_for_what_cannot_be_drawn(words: str, said: str, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from checkpoints import save_picture
 from pyramiddrop.report.grid import Box, View, reading_order
 from pyramiddrop.report.layout import Seen
-from pyramiddrop.report.overlay import check_overlay_path, dim_dropped, draw_overlay, save_overlay, seen_pixels
+from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels
+from pyramiddrop.report.pictures.visual import Visual, check_picture_path
 from pyramiddrop.report.spans import spans
 
 VIEW = View("picture", rows=2, columns=3, box=Box(0, 0, 60, 40))
@@ -80,22 +81,24 @@ def test_one_panel_a_view_and_span(tmp_path: Path) -> None:
     tiles = View("tiles", 2, 3, Box(0, 0, 90, 60), reading_order(2, 3, newline=True))
     trace = hand_made_trace(list(range(12)), {2: list(range(6)), 4: [1, 7]})
     picture = Image.open(save_picture(tmp_path / "p.png"))
-    figure = draw_overlay(
-        [Seen(picture, base), Seen(picture, tiles)], spans(trace, [base, tiles]), "What? " * 40, "this"
-    )
+    views = [Seen(picture, base), Seen(picture, tiles)]
+    visual = Visual(views, spans(trace, [base, tiles]), [], "What? " * 40, "this")
+    figure = visual.draw()
     assert len(figure.axes) == 6
-    assert [axis.get_title() for axis in figure.axes[:3]] == [
+    written = [text.get_text() for text in figure.texts]
+    assert [text for text in written if text.startswith("layers")] == [
         "layers 0-1 · 12 tokens",
         "layers 2-3 · 6 tokens",
         "layers 4-7 · 2 tokens",
     ]
-    save_overlay(figure, tmp_path / "overlay.png")
+    assert {"base", "tiles", "answer: this"} <= set(written)
+    visual.save(tmp_path / "overlay.png")
     assert Image.open(tmp_path / "overlay.png").width > 600
 
 
 def test_an_overlay_needs_a_known_suffix_and_a_folder(tmp_path: Path) -> None:
-    check_overlay_path(tmp_path / "o.png")
+    check_picture_path(tmp_path / "o.png")
     with pytest.raises(ValueError, match=r"by its suffix; got 'o\.odd'"):
-        check_overlay_path(tmp_path / "o.odd")
+        check_picture_path(tmp_path / "o.odd")
     with pytest.raises(ValueError, match="no folder"):
-        check_overlay_path(tmp_path / "nowhere" / "o.png")
+        check_picture_path(tmp_path / "nowhere" / "o.png")

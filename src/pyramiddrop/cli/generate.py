@@ -77,14 +77,12 @@ def generate(
 
 
 def _check_overlay(path: Path, method: str | None) -> None:
-    from pyramiddrop.inference.errors import InputError, user_input
-    from pyramiddrop.report.overlay import check_drawn_method, check_overlay_path
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
-    if method == "vanilla":
-        raise InputError("--overlay draws what a method keeps, and vanilla keeps every token")
-    with user_input():
+    with user_input("--overlay"):
         check_drawn_method(method)
-        check_overlay_path(path)
+        check_picture_path(path)
 
 
 def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> Run:
@@ -102,14 +100,12 @@ def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> R
 
 def _draw(done: Run, path: Path) -> None:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.run_overlay import write_overlay
+    from pyramiddrop.report.run_visual import run_visual
 
-    ready = done.ready
-    assert done.trace is not None, "an overlay of vanilla was refused before"
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
-        grids, subtitle = ready.inputs.get("image_grid_thw"), f"answer: {done.answer}"
-        write_overlay(path, ready.checkpoint, ready.pictures, done.trace, ready.request.prompt, subtitle, grids)
-    remarks().print(f"overlay: {path}", soft_wrap=True)
+        visual = run_visual(done)
+        visual.save(path)
+    remarks().print(f"overlay: {path}{f' ({visual.note})' if visual.note else ''}", soft_wrap=True)
 
 
 def _show(done: Run, streamed: bool) -> None:

@@ -1,4 +1,4 @@
-"""Owns the verb `visualize`: what each stage kept of the pictures and how it scored them, as pictures."""
+"""Owns the verb `visualize`: what each stage kept of the pictures and how it scored them, as pictures and a page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import typer
 from pyramiddrop.cli.asking import AsJson, Device, Dtype, MaxNewTokens, Model
 from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.generate import SeveralImages
-from pyramiddrop.cli.terminal import results, waiting
+from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.request import Ready
     from pyramiddrop.inference.run import Run
-    from pyramiddrop.report.visualize import Visual
+    from pyramiddrop.report import Visual
 
 
 class SeveralFiles(SeveralImages):
@@ -46,7 +45,8 @@ def visualize(
     device: Device = None,
     dtype: Dtype = None,
     output: Annotated[
-        list[Path] | None, typer.Option(help="png, svg, pdf or gif by suffix. (default: kept.png)", metavar="FILE...")
+        list[Path] | None,
+        typer.Option(help="html, png, svg, pdf or gif by suffix. (default: kept.html kept.png)", metavar="FILE..."),
     ] = None,
     scores: Annotated[
         Path | None, typer.Option(help="Draw a heat map of each stage's scores into this file.", metavar="FILE")
@@ -61,7 +61,7 @@ def visualize(
     from pyramiddrop.inference.request import Request, prepare
     from pyramiddrop.inference.run import run
 
-    outputs = output or [Path("kept.png")]
+    outputs = output or [Path("kept.html"), Path("kept.png")]
     _check(outputs, scores, prompt, image, method)
     prompt, image = _asked(prompt, image)
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
@@ -69,7 +69,7 @@ def visualize(
         ready = prepare(Request(prompt, tuple(image), model, options, device, dtype))
     with waiting("answering"):
         done = run(ready, max_new_tokens)
-    visual = _visual(ready, done, outputs, scores)
+    visual = _draw(done, outputs, scores)
     written = [str(path) for path in [*outputs, *([scores] if scores else [])]]
     if as_json:
         print(json.dumps({**done.as_dict(), **visual.as_dict(), "files": written}, indent=2))
@@ -81,11 +81,8 @@ def _check(
     outputs: list[Path], scores: Path | None, prompt: str | None, image: list[Path] | None, method: str | None
 ) -> None:
     from pyramiddrop.inference.errors import InputError, user_input
-    from pyramiddrop.report.overlay import check_drawn_method
-    from pyramiddrop.report.visualize import check_picture_path
+    from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
-    if method == "vanilla":
-        raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
     if image and prompt is None:
         raise InputError("--image needs a question about it (--prompt)")
     with user_input():
@@ -104,23 +101,12 @@ def _asked(prompt: str | None, image: list[Path] | None) -> tuple[str, list[Path
     return prompt if prompt is not None else demo_questions()[pictures[0].name][0]["question"], pictures
 
 
-def _visual(ready: Ready, done: Run, outputs: list[Path], scores: Path | None) -> Visual:
-    from pyramiddrop.inference.errors import InputError, user_input
-    from pyramiddrop.report.visualize import visualize as place
+def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
+    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.report.run_visual import run_visual
 
-    if done.trace is None:
-        raise InputError("visualize draws what a method keeps, and vanilla keeps every token")
-    checkpoint, prompt = ready.checkpoint, ready.request.prompt
     with user_input("cannot draw", (OSError, ValueError)):
-        visual = place(
-            done.trace,
-            checkpoint.model.config,
-            checkpoint.processor,
-            ready.pictures,
-            ready.inputs,
-            prompt,
-            done.answer,
-        )
+        visual = run_visual(done)
         for path in outputs:
             visual.save(path)
         if scores:
@@ -136,5 +122,7 @@ def _show(visual: Visual, done: Run, written: list[str]) -> None:
         table.add_row(span.layers, str(span.tokens))
     results().print(table)
     print(done.answer)
+    if visual.note:
+        remarks().print(visual.note, soft_wrap=True)
     for path in written:
         print(path)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.page import Card, render_page
-from pyramiddrop.report.run_overlay import kept_views, write_overlay
+from pyramiddrop.report.demo_page import Card, render_page
+from pyramiddrop.report.pictures.visual import Visual, visualize
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,24 @@ class Written:
 
 def write_demo(demo: Demo, folder: Path) -> Written:
     """Write `index.html` and `overlay-N-KIND.png` for each question into `folder`, which is there already."""
-    overlays = [_write_overlay(demo, asked, folder, number) for number, asked in enumerate(demo.asked, start=1)]
-    cards = [Card(asked, *kept_views(demo.checkpoint, [asked.picture], asked.comparison.trace)) for asked in demo.asked]
+    visuals = [_visual(demo, asked) for asked in demo.asked]
+    overlays = []
+    for number, (asked, visual) in enumerate(zip(demo.asked, visuals, strict=True), start=1):
+        overlays.append(folder / f"overlay-{number}-{asked.question.kind}.png")
+        visual.save(overlays[-1])
+    cards = [Card(asked, visual.seen, visual.spans) for asked, visual in zip(demo.asked, visuals, strict=True)]
     page = folder / "index.html"
     page.write_text(render_page(demo, cards), encoding="utf-8")
     return Written(page, overlays)
 
 
-def _write_overlay(demo: Demo, asked: Asked, folder: Path, number: int) -> Path:
-    path = folder / f"overlay-{number}-{asked.question.kind}.png"
+def _visual(demo: Demo, asked: Asked) -> Visual:
     pruned, vanilla = asked.comparison.pruned.answer, asked.comparison.vanilla.answer
-    subtitle = f"PyramidDrop: {pruned} · vanilla: {vanilla} · true: {asked.question.answer}"
-    write_overlay(path, demo.checkpoint, [asked.picture], asked.comparison.trace, asked.question.question, subtitle)
-    return path
+    return visualize(
+        asked.comparison.trace,
+        demo.checkpoint.model.config,
+        demo.checkpoint.processor,
+        [asked.picture],
+        question=asked.question.question,
+        answer=f"{pruned} · vanilla: {vanilla} · true: {asked.question.answer}",
+    )

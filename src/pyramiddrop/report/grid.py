@@ -56,6 +56,11 @@ class View:
         """How many visual tokens this view puts into the prompt, those without a place among them."""
         return len(self.cells)
 
+    @property
+    def places(self) -> frozenset[Cell]:
+        """The cells of the grid that have a token."""
+        return frozenset(cell for cell in self.cells if cell is not None)
+
     def cell(self, token: int) -> Cell | None:
         """The place of the view's `token`-th token; None for one that has none."""
         if not 0 <= token < self.tokens:

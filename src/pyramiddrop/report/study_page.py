@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pyramiddrop.report.study import Plot, Record, Shown
+from pyramiddrop.report.template import template
 
 #: Of the page, for an inch of a figure.
 PIXELS = 150
@@ -21,10 +20,7 @@ def render_study(name: str, shown: Shown, record: Record, svgs: Mapping[str, str
         record: holds its `command` and its `setting`.
         svgs: for each plot, by its name, the text of its SVG file.
     """
-    environment = Environment(
-        loader=PackageLoader("pyramiddrop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("study.html.j2").render(
+    return template("study").render(
         name=name,
         shown=shown,
         plots=[_figure(plot, svgs[plot.name]) for plot in shown.plots],

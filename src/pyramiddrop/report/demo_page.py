@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report import tables, units
+from pyramiddrop.report import tables
 from pyramiddrop.report.grid import Cell, View
 from pyramiddrop.report.layout import Seen
-from pyramiddrop.report.overlay import seen_pixels, veil
+from pyramiddrop.report.pictures.veil import picture_data, seen_pixels, veil
 from pyramiddrop.report.spans import Span
+from pyramiddrop.report.template import template
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,10 @@ class Card:
 
 def render_page(demo: Demo, cards: Sequence[Card]) -> str:
     """The whole page as text."""
-    environment = Environment(
-        loader=PackageLoader("pyramiddrop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"flops": units.flops, "size": units.size, "seconds": units.seconds, "share": units.share}
-    return environment.get_template("page.html.j2").render(
+    return template("demo").render(
         demo=demo,
         cards=cards,
-        pictures={card.picture: picture_data(card.seen[0]) for card in cards},
+        pictures={card.picture: picture_data(seen_pixels(card.seen[0].picture, card.view)) for card in cards},
         dark_pictures={card.picture: veil(card.asked.picture) > 128 for card in cards},
         ratios={name: after / before if before else 1.0 for name, (before, after) in _medians(demo).items()},
         medians=_medians(demo),
@@ -75,13 +68,6 @@ def dropped_path(view: View, kept: frozenset[Cell]) -> str:
     """An SVG path, in units of patches, that covers every patch that is not `kept`."""
     cells = [(row, column) for row in range(view.rows) for column in range(view.columns)]
     return "".join(f"M{column} {row}h1v1h-1z" for row, column in cells if (row, column) not in kept)
-
-
-def picture_data(seen: Seen) -> str:
-    """What a view sees of its picture, as a `data:` address."""
-    buffer = io.BytesIO()
-    seen_pixels(seen.picture, seen.view).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _medians(demo: Demo) -> dict[str, tuple[float, float]]:

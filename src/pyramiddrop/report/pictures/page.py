@@ -1,0 +1,69 @@
+"""Owns the page of one prefill: its stages to step through and to play, the fate and the scores of each token."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pyramiddrop.report.grid import Cell
+from pyramiddrop.report.pictures.heat import COVER, ramp
+from pyramiddrop.report.pictures.veil import SEAM, SHOWS_THROUGH, picture_data, seen_pixels, veil
+from pyramiddrop.report.template import template
+
+if TYPE_CHECKING:
+    from pyramiddrop.report.pictures.visual import Visual
+
+
+def render(visual: Visual) -> str:
+    """The whole page as text; it needs no network."""
+    data = {
+        "stages": [_stage(visual, number) for number in range(len(visual.spans))],
+        "views": [_view(visual, number) for number in range(len(visual.seen))],
+        "ramp": ramp(),
+        "veiled": 1 - SHOWS_THROUGH,
+        "covered": COVER,
+        "seam": SEAM,
+    }
+    return template("visual").render(visual=visual, data=data)
+
+
+def _stage(visual: Visual, number: int) -> dict[str, Any]:
+    """A span of layers; and of the stage end behind it, where it ranked: its layer, its tokens, the outer scores."""
+    span, after = visual.spans[number], visual.spans[number + 1 : number + 2]
+    ranked = next((one for one in visual.scored if after and one.layer == after[0].first), None)
+    scores = None
+    if ranked is not None:
+        low, high = (f"{score:.3g}" for score in ranked.at((0, 1)))
+        scores = {"layer": ranked.layer, "tokens": ranked.tokens, "low": low, "high": high}
+    return {"layers": span.layers, "first": span.first, "tokens": span.tokens, "scores": scores}
+
+
+def _view(visual: Visual, number: int) -> dict[str, Any]:
+    """What a view draws: `tokens`, `fates`, each of `scores` and of `ranks` have an entry a cell, row by row."""
+    seen = visual.seen[number]
+    view = seen.view
+    pixels = seen_pixels(seen.picture, view)
+    before = sum(one.view.tokens for one in visual.seen[:number])
+    numbers = {cell: before + token for token, cell in enumerate(view.cells) if cell is not None}
+    cells: list[Cell] = [(row, column) for row in range(view.rows) for column in range(view.columns)]
+    return {
+        "name": view.name,
+        "rows": view.rows,
+        "columns": view.columns,
+        "seams": view.seams,
+        "picture": picture_data(pixels),
+        "width": pixels.width,
+        "height": pixels.height,
+        "veil": veil(pixels),
+        "tokens": [numbers.get(cell) for cell in cells],
+        "fates": [sum(cell in span.cells[number] for span in visual.spans) - 1 for cell in cells],
+        "scores": [_flat(stage.scores[number], 4) for stage in visual.scored],
+        "ranks": [_flat(stage.ranks[number], 0) for stage in visual.scored],
+        "scored": [stage.layer for stage in visual.scored],
+    }
+
+
+def _flat(grid: list[list[float]], digits: int) -> list[float | None]:
+    """Row after row, to so many digits (0: whole numbers); None for NaN, which JSON does not have."""
+    values = [value for line in grid for value in line]
+    return [None if math.isnan(value) else float(f"{value:.{digits}g}") if digits else int(value) for value in values]

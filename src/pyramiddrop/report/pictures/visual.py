@@ -1,0 +1,215 @@
+"""Owns what is drawn of one sample of a prefill, from its trace to a picture, a film or a page on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pyramiddrop.cost import Cost
+from pyramiddrop.report.grid import Box, View
+from pyramiddrop.report.layout import CannotPlaceError, Seen, look
+from pyramiddrop.report.pictures import film, page
+from pyramiddrop.report.pictures.heat import COLOURS, Scored, heat
+from pyramiddrop.report.pictures.sheet import Scale, Stage, draw_film, draw_table
+from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
+from pyramiddrop.report.spans import Span, spans
+from pyramiddrop.trace import Trace
+
+#: What a page and a film have for a suffix; every other one is matplotlib's.
+PAGE, FILM = ".html", ".gif"
+#: Tokens without a known place, and the empty cells behind the last of them.
+UNPLACED, EMPTY = (108, 142, 191), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Visual:
+    """Everything that is drawn of one sample of a prefill.
+
+    Attributes:
+        seen: the pictures and the views of them, in the order of the prompt.
+        spans: of layers, with the tokens alive in each.
+        scored: the stage ends that ranked.
+        made_by: the model and the method, in words.
+        cost: of the whole prefill against vanilla, where it is known.
+        note: why the tokens are not drawn where they lie in the picture; empty where they are.
+    """
+
+    seen: list[Seen]
+    spans: list[Span]
+    scored: list[Scored]
+    question: str = ""
+    answer: str = ""
+    made_by: str = ""
+    cost: Cost | None = None
+    note: str = ""
+
+    def save(self, path: str | Path, scores: bool = False) -> None:
+        """Write what was kept, or the `scores`; the suffix chooses html (it has both), gif, or png, pdf, svg, ...
+
+        Raises:
+            ValueError: for another suffix, a folder that is not there, and `scores` where no stage ranked a token.
+        """
+        path = Path(path)
+        check_picture_path(path, scores)
+        if path.suffix.lower() == PAGE:
+            path.write_text(self.html(), encoding="utf-8")
+        elif path.suffix.lower() == FILM:
+            self._animate(path)
+        else:
+            (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
+
+    def draw(self) -> Figure:
+        """The tokens alive in each span of layers; places of dropped ones are veiled (the paper's Figure 5).
+
+        One row a view and one column a span; of a video a contact sheet for each span.
+        """
+        return self._sheet(self._kept())
+
+    def draw_scores(self) -> Figure:
+        """The scores at each stage end that ranked: light is high, tokens that were gone are veiled.
+
+        Raises:
+            ValueError: where no stage ranked a token.
+        """
+        if not self.scored:
+            raise ValueError("no scores to draw: no stage of this run ranked a token")
+        return self._sheet([self._heat(stage) for stage in self.scored])
+
+    def html(self) -> str:
+        """One page without a network: stages to step through and to play, scores under the pointer."""
+        return page.render(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers: for each span of layers the visual tokens alive, and how many of them in each view."""
+        names = [one.view.name for one in self.seen]
+        return {
+            "views": [{"name": one.view.name, "tokens": one.view.tokens} for one in self.seen],
+            "kept": [
+                {
+                    "layers": [span.first, span.last],
+                    "tokens": span.tokens,
+                    "placed": {name: len(cells) for name, cells in zip(names, span.cells, strict=True)},
+                }
+                for span in self.spans
+            ],
+            "note": self.note or None,
+        }
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether there is a video among the pictures."""
+        return any(one.moment is not None for one in self.seen)
+
+    def _sheet(self, stages: list[Stage]) -> Figure:
+        names = [one.view.name for one in self.seen]
+        draw = draw_film if self.has_frames else draw_table
+        under = [f"answer: {self.answer}"] if self.answer else []
+        return draw(stages, names, self.question, " · ".join([*under, *([self.note] if self.note else [])]))
+
+    def _kept(self) -> list[Stage]:
+        pixels = [seen_pixels(one.picture, one.view) for one in self.seen]
+        return [
+            Stage(
+                f"{span.layers} · {span.tokens} tokens",
+                [
+                    with_seams(dim_dropped(part, one.view, cells), one.view)
+                    for part, one, cells in zip(pixels, self.seen, span.cells, strict=True)
+                ],
+            )
+            for span in self.spans
+        ]
+
+    def _heat(self, stage: Scored) -> Stage:
+        panels = [
+            with_seams(heat(seen_pixels(one.picture, one.view), one.view, ranks, stage.tokens), one.view)
+            for one, ranks in zip(self.seen, stage.ranks, strict=True)
+        ]
+        ticks = [f"{score:.2g}" for score in stage.at((0, 0.25, 0.5, 0.75, 1))]
+        return Stage(f"scores before layer {stage.layer}", panels, Scale(COLOURS, ticks))
+
+    def _animate(self, path: Path) -> None:
+        if self.has_frames:
+            film.play(self._kept(), [one.moment for one in self.seen], path)
+        else:
+            film.step_through(self._kept(), path)
+
+
+def visualize(
+    trace: Trace,
+    config: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    inputs: Any = None,
+    question: str = "",
+    answer: str = "",
+    made_by: str = "",
+    sample: int = 0,
+) -> Visual:
+    """Place the visual tokens of a prefill in its pictures: `visualize(trace, ...).save("kept.html")`.
+
+    Where nobody knows which part of a picture a family's tokens are made from, they are drawn as a plain grid in the
+    order of the prompt, and `note` says so.
+
+    Args:
+        trace: of the prefill.
+        config: the model's configuration.
+        processor: the checkpoint's processor.
+        images: of this sample, in the order of the prompt.
+        inputs: what the processor returned for this sample alone; families of dynamic resolution need its
+            `image_grid_thw`.
+        question: written above.
+        answer: written under the question; empty for none.
+        made_by: the model and the method in words, for the page; empty for none.
+        sample: which one of the batch.
+
+    Raises:
+        ValueError: for an empty trace, and images that are not this trace's.
+    """
+    if not trace.visual_columns:
+        raise ValueError("the trace is empty: run the patched model first")
+    note = ""
+    try:
+        seen = look(config, processor.image_processor, images, None if inputs is None else inputs.get("image_grid_thw"))
+    except CannotPlaceError as error:
+        seen, note = [_unplaced(trace.visual_tokens[sample])], f"{error}: drawn in the order of the prompt"
+    views = [one.view for one in seen]
+    ranked = [(stage.layer, stage.scores) for stage in trace.stages]
+    scored = [Scored(layer, views, scores[sample]) for layer, scores in ranked if scores is not None]
+    cost = trace.cost() if trace.has_sizes else None
+    return Visual(seen, spans(trace, views, sample), scored, question, answer, made_by, cost, note)
+
+
+def check_picture_path(path: Path, scores: bool = False) -> None:
+    """Raise ValueError where no picture can be written to `path`, by its suffix or for want of its folder."""
+    suffix = path.suffix.lower()
+    known = [*sorted(Figure().canvas.get_supported_filetypes()), *([] if scores else [PAGE[1:], FILM[1:]])]
+    if scores and suffix in (PAGE, FILM):
+        raise ValueError(f"a {suffix[1:]} is no picture of the scores alone; choose one of {', '.join(known)}")
+    if suffix[1:] not in known:
+        raise ValueError(f"a picture must be one of {', '.join(known)} by its suffix; got {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write the picture into")
+
+
+def check_drawn_method(name: str | None) -> None:
+    """Raise ValueError where there is nothing to draw of what the named method does."""
+    if name == "vanilla":
+        raise ValueError("vanilla keeps every token: there is nothing to draw")
+    if name == "downsample":
+        raise ValueError("downsample shows the model a smaller picture: its tokens are no patches of this one")
+
+
+def _unplaced(tokens: int) -> Seen:
+    """A grid of so many tokens in the order of the prompt, over a picture that shows nothing."""
+    columns = math.ceil(math.sqrt(tokens * 4 / 3))
+    rows = math.ceil(tokens / columns)
+    picture = Image.new("RGB", (columns, rows), UNPLACED)
+    picture.paste(EMPTY, (tokens - (rows - 1) * columns, rows - 1, columns, rows))
+    cells = tuple(divmod(token, columns) for token in range(tokens))
+    return Seen(picture, View("tokens in the order of the prompt", rows, columns, Box(0, 0, columns, rows), cells))
