@@ -96,7 +96,7 @@ def debiased(look: Look) -> list[float]:
     scores = np.zeros(len(numbers))
     for image in set(look.images):
         mine = np.array(look.images) == image
-        fit = np.polyfit(numbers[mine], logarithms[mine], 1) if mine.sum() > 1 else [0, logarithms[mine][0]]
+        fit = np.polyfit(numbers[mine], logarithms[mine], 1) if mine.sum() > 3 else [logarithms[mine].mean()]
         scores[mine] = logarithms[mine] - np.polyval(fit, numbers[mine])
     return list(scores)
 

@@ -195,9 +195,18 @@ def test_an_exponential_trend_is_taken_out() -> None:
 
 
 def test_each_group_has_a_trend_of_its_own_and_one_token_none() -> None:
-    attention = looking([[0.1, 0.2, 0.4, 0.4, 0.2, 0.1, 0.7]])
-    case = evidence([[1] * 7], [[1, 1, 1]], [[0, 0, 0, 1, 1, 1, 2]], attention=attention, hidden=torch.ones(1, 7, 2))
-    torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 7), atol=1e-5, rtol=0)
+    attention = looking([[0.1, 0.2, 0.4, 0.8, 0.8, 0.4, 0.2, 0.1, 0.7]])
+    groups = [[0, 0, 0, 0, 1, 1, 1, 1, 2]]
+    case = evidence([[1] * 9], [[1, 1, 1]], groups, attention=attention, hidden=torch.ones(1, 9, 2))
+    torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 9), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [[0.1, 0.2], [0.3, 0.2], [0.2, 0.1, 0.3], [0.3, 0.1, 0.2]])
+def test_two_or_three_tokens_have_no_trend_and_are_ranked_by_attention(weights: list[float]) -> None:
+    """A line leaves nothing of two, and of three the same to the first and the last: rounding would choose."""
+    case = evidence([[1] * len(weights)], [[1]], attention=looking([weights]), hidden=torch.ones(1, len(weights), 2))
+    logarithms = torch.tensor([weights]).log()
+    torch.testing.assert_close(DebiasedScorer()(case), logarithms - logarithms.mean())
 
 
 def test_a_sink_goes_first_whatever_attention_it_gets() -> None:

@@ -125,6 +125,7 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
         (PyramidDrop(lam=0.4, reserve=0.5), {"max_num_batched_tokens": 40}),
         (PyramidDrop(lam=0.4, score="top_heads", random_from=4, per_image=True), {}),
         (FastV(layer=3, keep=0.4, score="diversity"), {"max_num_batched_tokens": 24}),
+        (PyramidDrop(lam=0.4, score="debiased"), {"max_num_batched_tokens": 40}),
     ],
     ids=[
         "uneven",
@@ -135,6 +136,7 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
         "a grid reserved",
         "top heads, then chance",
         "diversity",
+        "debiased, the last stage from two tokens",
     ],
 )
 def test_methods(llava: Path, method: Method, options: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def test_settings_that_cannot_be_served_are_refused(overrides: Any, additional: 
         settle(configuration(overrides, additional))
 
 
-SERVED = {"attention", "diversity", "random", "top_heads", "uniform"}
+SERVED = {"attention", "debiased", "diversity", "random", "top_heads", "uniform"}
 
 
 @pytest.mark.parametrize("around", [{}, {"reserve": 0.5}, {"random_from": 4}, {"reserve": 0.5, "random_from": 4}])

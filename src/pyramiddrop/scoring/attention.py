@@ -59,8 +59,9 @@ class DebiasedScorer(_Attending):
     """The attention divided by its trend over the picture, and none for attention sinks.
 
     The trend is exponential in a token's original number: the least-squares line through the logarithms of a group's
-    attention. A sink is a token with a massive activation: some hidden value of at least `sink` times the root mean
-    square of them all. (The paper takes the attention of padding instead, whose place only the processor knows.)
+    attention; a group of fewer than four tokens has none, and is ranked by attention. A sink is a token with a massive
+    activation: some hidden value of at least `sink` times the root mean square of them all. (The paper takes the
+    attention of padding instead, whose place only the processor knows.)
     """
 
     sink: float = 20.0
@@ -97,12 +98,16 @@ class TopHeadsScorer(_Attending):
 
 
 def _line(evidence: Evidence, x: Tensor, y: Tensor) -> Tensor:
-    """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean where all x are equal."""
+    """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean of fewer than four points.
+
+    What a line leaves of two points is nothing, and of three, one number times what their places say: ties, and
+    rounding would choose.
+    """
     count = evidence.per_group(evidence.visual.float()).clamp(min=1)
     mean_x, mean_y = (evidence.per_token(evidence.per_group(values) / count) for values in (x, y))
     offset = x - mean_x
     variance = evidence.per_group(offset * offset)
-    slope = evidence.per_group(offset * (y - mean_y)) / torch.where(variance > 0, variance, 1)
+    slope = evidence.per_group(offset * (y - mean_y)) / torch.where(count > 3, variance, float("inf"))
     return mean_y + evidence.per_token(slope) * offset
 
 

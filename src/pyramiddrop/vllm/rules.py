@@ -10,6 +10,7 @@ from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
+    DebiasedScorer,
     DiversityScorer,
     RandomFrom,
     RandomScorer,
@@ -21,7 +22,7 @@ from pyramiddrop.scoring import (
 from pyramiddrop.vllm.names import KEY
 
 #: Scorers whose tokens on the engine were seen to be those of the adapter, one by one.
-SERVED = (AttentionScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
+SERVED = (AttentionScorer, DebiasedScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
 
 
 @dataclass(frozen=True)
