@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account
+from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account, grouped_attention
 from pyramiddrop.hf.shapes import model_shape
 from pyramiddrop.inference.clock import LayerClock
 from pyramiddrop.inference.errors import InputError
@@ -21,6 +22,14 @@ from pyramiddrop.schedule import Schedule, powers
 from tiny import make_batch, tiny_model
 
 SHAPE = ModelShape(DecoderShape(layers=8, hidden=64, intermediate=176, heads=4, kv_heads=2, head_dim=16))
+#: The last layer attends to the keys of layer 2, behind which tokens may be dropped twice.
+SHARED = ModelShape(
+    replace(
+        SHAPE.decoder,
+        mixers=(grouped_attention(64, 4, 2, 16),) * 7 + (grouped_attention(64, 4, 2, 16, source=2),),
+    )
+)
+SHAPES = {"plain": SHAPE, "shared keys": SHARED}
 PROMPT = Prompt(30, 12)
 LLAVA = PRESETS["llava-1.5-7b"].shape
 CELLS = [
@@ -50,9 +59,9 @@ class LinearClock:
         return rows / 100
 
 
-def budgets_of(schedule: Schedule | None, prompt: Prompt = PROMPT) -> dict[str, Any]:
+def budgets_of(schedule: Schedule | None, prompt: Prompt = PROMPT, shape: ModelShape = SHAPE) -> dict[str, Any]:
     """What each kind of budget would have to be to afford `schedule` exactly, by the account and not by the planner."""
-    cost, vanilla = account(SHAPE, prompt, schedule), account(SHAPE, prompt)
+    cost, vanilla = account(shape, prompt, schedule), account(shape, prompt)
     return {
         "tokens": cost.average_tokens,
         "kv_bytes": cost.kv_bytes,
@@ -114,14 +123,15 @@ def test_the_number_of_stages_is_the_best_of_all(kind: str, lam: float) -> None:
         assert spent[found.arguments["stages"]] == max(value for value in spent.values() if value <= limit)
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_profile_gives_the_least_loss_of_all(kind: str) -> None:
-    profile = Profile.from_dict(PROFILE)
+def test_a_profile_gives_the_least_loss_of_all(kind: str, sizes: str) -> None:
+    profile, shape = Profile.from_dict(PROFILE), SHAPES[sizes]
     ways = list(all_schedules(profile))
-    spent = [(budgets_of(schedule)[kind], predicted_loss(profile, schedule)) for schedule in ways]
-    cheapest, dearest = min(spent)[0], budgets_of(None)[kind]
+    spent = [(budgets_of(schedule, shape=shape)[kind], predicted_loss(profile, schedule)) for schedule in ways]
+    cheapest, dearest = min(spent)[0], budgets_of(None, shape=shape)[kind]
     for limit in (cheapest + share * (dearest - cheapest) for share in (0, 0.05, 0.2, 0.4, 0.6, 0.8, 1)):
-        found = plan(SHAPE, PROMPT, budget_of(kind, limit * (1 + 1e-12)), profile=profile)
+        found = plan(shape, PROMPT, budget_of(kind, limit * (1 + 1e-12)), profile=profile)
         least = min(loss for value, loss in spent if value <= limit)
         assert found.loss == pytest.approx(least)
         assert predicted_loss(profile, found.schedule) == pytest.approx(least)
@@ -282,9 +292,16 @@ def test_a_layer_is_timed_on_this_machine() -> None:
     assert found.vanilla_spent == pytest.approx(4 * many)
 
 
-def test_a_mixture_is_not_timed() -> None:
-    shape = DecoderShape(2, 64, 96, 4, 4, 16, experts=Experts(4, 2, 32))
-    with pytest.raises(InputError, match="mixture of experts"):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (DecoderShape(2, 64, 96, 4, 4, 16, experts=Experts(4, 2, 32)), "mixture of experts"),
+        (DecoderShape(2, 64, 96, 4, 4, 16, matrices=2), "layers that differ from Llama's"),
+        (SHARED.decoder, "layers that differ from Llama's"),
+    ],
+)
+def test_what_is_not_timed(shape: DecoderShape, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         LayerClock(shape)
 
 

@@ -99,8 +99,7 @@ def step_flops(shape: DecoderShape, cached: Sequence[int]) -> int:
 
 def _attended(shape: DecoderShape, layer: int, rows: Sequence[int]) -> int:
     """Of `rows` in each layer, those to which `layer` attends."""
-    source = shape.mixer(layer).source
-    return rows[layer if source is None else source]
+    return rows[shape.sources[layer]]
 
 
 def _layer_step(shape: DecoderShape, layer: int, cached: int) -> int:

@@ -81,6 +81,12 @@ class DecoderShape:
         return self.mixers[layer] if self.mixers else self.plain_mixer
 
     @property
+    def sources(self) -> tuple[int, ...]:
+        """Of each layer the one whose keys it attends to: itself, or an earlier one."""
+        given = (self.mixer(layer).source for layer in range(self.layers))
+        return tuple(layer if source is None else source for layer, source in enumerate(given))
+
+    @property
     def plain_mixer(self) -> Mixer:
         """Grouped-query attention of the shape's heads."""
         return grouped_attention(self.hidden, self.heads, self.kv_heads, self.head_dim)

@@ -35,7 +35,7 @@ class LayerClock:
     def __init__(self, shape: DecoderShape) -> None:
         if shape.experts is not None:
             raise InputError("--measure cannot time a mixture of experts from its sizes; give another kind of budget")
-        if shape.mixers or shape.widths or shape.further:
+        if shape.mixers or shape.widths or shape.further or shape.matrices != 3:
             raise InputError("--measure cannot time layers that differ from Llama's; give another kind of budget")
         self.device = pick_device(None)
         dtype = pick_dtype(self.device, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from pyramiddrop.cost import (
@@ -92,24 +93,29 @@ class Meter:
     """What a schedule spends of a budget: a sum over layers and rankings.
 
     Attributes:
-        layer: of the 0-based layer, with so many visual tokens in it (also where it attends to an earlier layer's).
+        layer: of the 0-based layer, with so many visual tokens in it, and in the layer whose keys it attends to.
         ranking: of a ranking of so many visual tokens and the text.
+        sources: of each layer the one whose keys it attends to: itself, or an earlier one.
         fixed: what no schedule changes.
         whole: the sum that makes `units` of the budget's units.
     """
 
-    layer: Callable[[int, int], float]
+    layer: Callable[[int, int, int], float]
     ranking: Callable[[int], float]
+    sources: tuple[int, ...]
     fixed: float
     whole: float
     units: int
     tokens: int
-    layers: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.sources)
 
     def spent(self, schedule: Schedule | None) -> float:
         """What `schedule` (None for vanilla) spends, in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
-        layers = sum(self.layer(layer, count) for layer, count in enumerate(visual))
+        layers = sum(self.layer(layer, count, visual[self.sources[layer]]) for layer, count in enumerate(visual))
         ranked = sum(self.ranking(choice.visual) for choice in choices(schedule, Prompt(self.tokens)))
         return self.in_units(layers + ranked)
 
@@ -121,27 +127,27 @@ class Meter:
 def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
     """The meter of `budget` for a prefill of `prompt`."""
     shape, text = model.decoder, prompt.text_tokens
-    sizes = (prompt.visual_tokens, shape.layers)
+    made = partial(Meter, sources=shape.sources, tokens=prompt.visual_tokens)
     if budget.clock is not None:
         clock = budget.clock
-        return Meter(lambda _, n: clock.layer(n + text), lambda n: clock.ranking(n + text), 0, 1, 1, *sizes)
+        return made(
+            lambda _, n, __: clock.layer(n + text), lambda n: clock.ranking(n + text), fixed=0, whole=1, units=1
+        )
     if budget.kind == "tokens":
-        return Meter(lambda _, n: n, _nothing, 0, shape.layers, 1, *sizes)
+        return made(lambda _, n, __: n, _nothing, fixed=0, whole=shape.layers, units=1)
     if budget.kind == "kv_bytes":
-        return Meter(lambda layer, n: layer_kv_bytes(shape, n + text, layer), _nothing, 0, 1, 1, *sizes)
+        return made(lambda layer, n, _: layer_kv_bytes(shape, n + text, layer), _nothing, fixed=0, whole=1, units=1)
     vanilla = account(model, prompt)
     whole, units = (1e12, 1) if budget.kind == "tflops" else (vanilla.flops(budget.convention), 100)
+    counted = partial(made, whole=whole, units=units)
     if budget.convention == "paper":
-        return Meter(lambda layer, n: paper_layer_flops(shape, n, layer), _nothing, 0, whole, units, *sizes)
+        return counted(lambda layer, n, _: paper_layer_flops(shape, n, layer), _nothing, fixed=0)
     if budget.convention == "fastv":
-        return Meter(lambda layer, n: fastv_layer_flops(shape, n, layer), _nothing, 0, whole, units, *sizes)
-    return Meter(
-        lambda layer, n: layer_flops(shape, n + text, layer, visual=n),
+        return counted(lambda layer, n, _: fastv_layer_flops(shape, n, layer), _nothing, fixed=0)
+    return counted(
+        lambda layer, n, keys: layer_flops(shape, n + text, layer, keys + text, n),
         lambda n: ranking_flops(shape, n + text),
-        vanilla.full.total - vanilla.full.decoder,
-        whole,
-        units,
-        *sizes,
+        fixed=vanilla.full.total - vanilla.full.decoder,
     )
 
 

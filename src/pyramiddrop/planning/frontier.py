@@ -10,6 +10,10 @@ from pyramiddrop.planning.budget import Meter
 from pyramiddrop.planning.profile import Profile
 from pyramiddrop.schedule import Stage
 
+#: What the cost of the layers to come depends on: the share that is kept, and the visual tokens in each layer so far
+#: whose keys a later one attends to.
+State = tuple[float, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -23,29 +27,38 @@ class Point:
 def frontier(profile: Profile, meter: Meter) -> list[Point]:
     """All schedules on the profile's grid that none beats, cheapest first, the loss falling.
 
-    Exact: cost and loss are sums over layers and drops, so of two ways to reach a layer with the same share kept, one
-    that is worse in both can never become better.
+    Exact: cost and loss are sums over layers and drops, so of two ways to reach a layer in the same state, one that is
+    worse in both can never become better.
     """
     tokens = {share: Stage(1, share).count(meter.tokens) for share in profile.keep}
-    start = sum(meter.layer(layer, meter.tokens) for layer in range(profile.layers[0]))
-    reached: dict[float, list[Point]] = {1.0: [Point(start, 0.0)]}
+    shared = sorted({source for layer, source in enumerate(meter.sources) if source != layer})
+
+    def through(first: int, end: int, share: float, held: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+        """What the layers from `first` to `end` spend, and the visual tokens in the shared ones then."""
+        spent, here = 0.0, tokens[share]
+        for layer in range(first, end):
+            source = meter.sources[layer]
+            spent += meter.layer(layer, here, here if source == layer else held[shared.index(source)])
+            held = (*held, here) if layer in shared else held
+        return spent, held
+
+    start, held = through(0, profile.layers[0], 1.0, ())
+    reached: dict[State, list[Point]] = {(1.0, held): [Point(start, 0.0)]}
     for layer, following in pairwise([*profile.layers, meter.layers]):
-        arriving: dict[float, list[Point]] = {share: [] for share in profile.keep}
-        for before, points in reached.items():
+        arriving: dict[State, list[Point]] = {}
+        for (before, held), points in reached.items():
             ranking = meter.ranking(tokens[before])
-            for after in profile.keep:
-                if after == before:
-                    arriving[after] += points
-                elif tokens[after] < tokens[before]:
-                    loss = profile.loss(layer, before, after)
-                    arriving[after] += [
-                        Point(point.amount + ranking, point.loss + loss, (*point.drops, (layer, after)))
-                        for point in points
-                    ]
+            arriving.setdefault((before, held), []).extend(points)
+            for after in (share for share in profile.keep if tokens[share] < tokens[before]):
+                loss = profile.loss(layer, before, after)
+                arriving.setdefault((after, held), []).extend(
+                    Point(point.amount + ranking, point.loss + loss, (*point.drops, (layer, after))) for point in points
+                )
         reached = {}
-        for share, points in arriving.items():
-            segment = sum(meter.layer(index, tokens[share]) for index in range(layer, following))
-            reached[share] = [Point(one.amount + segment, one.loss, one.drops) for one in _unbeaten(points)]
+        for (share, held), points in arriving.items():
+            segment, then = through(layer, following, share, held)
+            passed = [Point(one.amount + segment, one.loss, one.drops) for one in _unbeaten(points)]
+            reached.setdefault((share, then), []).extend(passed)
     return _unbeaten(point for points in reached.values() for point in points)
 
 
