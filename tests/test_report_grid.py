@@ -7,38 +7,12 @@ import torch
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.anyres import unpadded
-from pyramiddrop.report.grid import (
-    Box,
-    View,
-    cells_by_view,
-    crop_order,
-    reading_order,
-    shortest_edge_size,
-    single_view,
-    tiled_views,
-)
+from pyramiddrop.report.grid import Box, View, cells_by_view, crop_order, reading_order
+from pyramiddrop.report.places.anyres import tiled_views
 from tiny import tiny_model
 
 PATCH, TILE = 7, 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
-
-
-def test_a_picture_cut_from_the_middle() -> None:
-    # 100 x 60 pixels, shorter edge to 336: 560 x 336, of which columns 112..448 are cut: 20..80 of the original
-    assert shortest_edge_size(100, 60, 336) == (336, 560)
-    view = single_view(100, 60, (336, 560), (336, 336), 14)
-    assert (view.rows, view.columns, view.tokens) == (24, 24, 576)
-    assert view.box == Box(20, 0, 80, 60)
-
-
-def test_a_tall_picture_keeps_its_shorter_edge() -> None:
-    assert shortest_edge_size(60, 100, 336) == (560, 336)
-
-
-def test_a_picture_that_is_stretched_is_seen_whole() -> None:
-    view = single_view(100, 60, (80, 80), (80, 80), 10)
-    assert (view.rows, view.columns) == (8, 8)
-    assert view.box == Box(0, 0, 100, 60)
 
 
 def test_tokens_in_reading_order_with_a_newline_after_each_row() -> None:

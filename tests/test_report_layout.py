@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.inference.prompt import build_inputs
-from pyramiddrop.report.grid import View
-from pyramiddrop.report.layout import look
+from pyramiddrop.report.grid import Box, View
+from pyramiddrop.report.layout import CannotPlaceError, look
 from tiny import CROP
 
 PATCH = CROP // 4
@@ -26,7 +25,7 @@ def test_llava_sees_the_light_where_its_view_says(llava_folder: Path, size: tupl
     config, processor = read_config(llava_folder), load_processor(llava_folder)
     for place in ((0.5, 0.5), (0.45, 0.58)):
         picture, spot = _lit(size, place)
-        (seen,) = look(config, processor.image_processor, [picture])
+        (seen,) = look(config, processor, [picture])
         pixels = build_inputs(processor, [picture], "w7")["pixel_values"]
         assert _covers(seen.view, _brightest(pixels[0]), spot)
 
@@ -36,7 +35,7 @@ def test_llava_next_sees_the_light_in_both_views(next_folder: Path, size: tuple[
     config, processor = read_config(next_folder), load_processor(next_folder)
     for place in ((0.1, 0.2), (0.7, 0.9)):
         picture, spot = _lit(size, place)
-        base, tiles = (seen.view for seen in look(config, processor.image_processor, [picture]))
+        base, tiles = (seen.view for seen in look(config, processor, [picture]))
         pixels = build_inputs(processor, [picture], "w7")["pixel_values"][0]
         assert _covers(base, _brightest(pixels[0]), spot)
         row, column = _brightest(_together(pixels[1:], config, picture))
@@ -48,7 +47,7 @@ def test_the_views_have_as_many_tokens_as_the_prompt(next_folder: Path, llava_fo
     pictures = [Image.new("RGB", size) for size in SIZES]
     for folder in (next_folder, llava_folder):
         config, processor = read_config(folder), load_processor(folder)
-        seen = look(config, processor.image_processor, pictures)
+        seen = look(config, processor, pictures)
         ids = build_inputs(processor, pictures, "w7")["input_ids"]
         assert sum(one.view.tokens for one in seen) == int((ids == config.image_token_index).sum())
         assert seen[0].view.name.endswith(" 1")
@@ -57,23 +56,25 @@ def test_the_views_have_as_many_tokens_as_the_prompt(next_folder: Path, llava_fo
 def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:
     config, processor = read_config(llava_folder), load_processor(llava_folder)
     config.vision_feature_select_strategy = "full"
-    (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
+    (seen,) = look(config, processor, [Image.new("RGB", (50, 50))])
     assert (seen.view.cell(0), seen.view.tokens) == (None, 17)
     config.vision_config.model_type = "siglip_vision_model"  # it never had one
-    (seen,) = look(config, processor.image_processor, [Image.new("RGB", (50, 50))])
+    (seen,) = look(config, processor, [Image.new("RGB", (50, 50))])
     assert (seen.view.cell(0), seen.view.tokens) == ((0, 0), 16)
 
 
 def test_a_vision_tower_without_a_fixed_grid_is_refused(llava_folder: Path) -> None:
     config = read_config(llava_folder)
-    config.vision_config.model_type = "pixtral"
-    with pytest.raises(ValueError, match="cannot place the visual tokens of a 'pixtral' vision tower"):
+    config.vision_config.model_type = "odd_vision"
+    with pytest.raises(CannotPlaceError, match="cannot place the visual tokens of a 'odd_vision' vision tower"):
         look(config, None, [Image.new("RGB", (50, 50))])
 
 
-def test_a_family_without_known_views_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot place the visual tokens of model type 'qwen9'"):
-        look(SimpleNamespace(model_type="qwen9"), None, [])
+def test_a_pixtral_tower_keeps_the_pictures_shape(llava_folder: Path) -> None:
+    config = read_config(llava_folder)
+    config.vision_config.model_type = "pixtral"
+    (seen,) = look(config, None, [Image.new("RGB", (50, 30))], {"image_sizes": [(2 * PATCH, 3 * PATCH)]})
+    assert (seen.view.rows, seen.view.columns, seen.view.box) == (2, 3, Box(0, 0, 50, 30))
 
 
 def _lit(size: tuple[int, int], place: tuple[float, float]) -> tuple[Image.Image, tuple[float, float]]:

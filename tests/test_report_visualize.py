@@ -133,7 +133,7 @@ def test_tokens_of_a_family_without_places_are_drawn_in_the_order_of_the_prompt(
     trace: Any = SimpleNamespace(
         visual_columns=[columns], visual_tokens=[7], stages=[stage], lengths=[8, 6], has_sizes=False
     )
-    found = visualize(trace, SimpleNamespace(model_type="qwen9"), SimpleNamespace(image_processor=None), [])
+    found = visualize(trace, SimpleNamespace(model_type="qwen9"), None, [])
     assert "model type 'qwen9'" in found.note
     view = found.seen[0].view
     assert (view.rows, view.columns, view.tokens) == (2, 4, 7)
@@ -158,10 +158,10 @@ def test_another_sample_of_the_batch_is_drawn_by_its_own_tokens() -> None:
     kept, scores = [torch.tensor([3, 4]), torch.tensor([6])], [torch.ones(4), torch.tensor([0.0, 1.0, 2.0, 3.0])]
     stage = SimpleNamespace(layer=1, kept=kept, scores=scores)
     trace: Any = SimpleNamespace(visual_columns=columns, stages=[stage], lengths=[8, 6], has_sizes=False)
-    vision = SimpleNamespace(image_size=4, patch_size=2)
-    config = SimpleNamespace(model_type="paligemma", vision_config=vision)
+    merging = SimpleNamespace(image_processor=SimpleNamespace(merge_size=2))
+    config = SimpleNamespace(model_type="qwen2_vl")
     picture = Image.new("RGB", (8, 8))
-    found = visualize(trace, config, SimpleNamespace(image_processor=None), [picture], sample=1)
+    found = visualize(trace, config, merging, [picture], {"image_grid_thw": [(1, 4, 4)]}, sample=1)
     assert found.spans[1].cells == [{(1, 1)}]
     assert found.scored[0].scores == [[[0.0, 1.0], [2.0, 3.0]]]
 

@@ -89,19 +89,19 @@ def build_batch(processor: Any, questions: Sequence[tuple[Sequence[Image.Image],
 
 def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> None:
     check_prompt(prompt, len(pictures))
-    image_token = _image_token(processor)
-    if image_token in prompt:
-        raise InputError(
-            f"the prompt must not hold {image_token}: each image gets its place before the words by itself"
-        )
+    token = image_token(processor)
+    if token in prompt:
+        raise InputError(f"the prompt must not hold {token}: each image gets its place before the words by itself")
 
 
-def _image_token(processor: Any) -> str:
-    return str(getattr(processor, "image_token", "<image>"))
+def image_token(processor: Any) -> str:
+    """What stands for an image in a text that the processor is given."""
+    placeholder = getattr(processor, "image_placeholder_token", None)  # where the token itself is another one
+    return str(placeholder or getattr(processor, "image_token", "<image>"))
 
 
 def _plain(processor: Any, pictures: int, prompt: str) -> str:
-    return PLAIN.format(images=_image_token(processor) * pictures, prompt=prompt)
+    return PLAIN.format(images=image_token(processor) * pictures, prompt=prompt)
 
 
 def _content(pictures: Sequence[Image.Image], prompt: str) -> list[dict[str, Any]]:

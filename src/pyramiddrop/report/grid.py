@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pyramiddrop.hf.anyres import unpadded
-
 #: A place in a grid of visual tokens: row and column, both from 0.
 Cell = tuple[int, int]
 
@@ -116,57 +114,6 @@ def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[
         if cell is not None:
             grids[index][cell[0]][cell[1]] = value
     return grids
-
-
-def single_view(width: int, height: int, resized: tuple[int, int], crop: tuple[int, int], patch: int) -> View:
-    """LLaVA-1.5: the picture is resized to `resized` and `crop` is cut from its middle, both (height, width)."""
-    top, left = (int((full - part) / 2) for full, part in zip(resized, crop, strict=True))
-    scale_y, scale_x = height / resized[0], width / resized[1]
-    box = Box(left * scale_x, top * scale_y, (left + crop[1]) * scale_x, (top + crop[0]) * scale_y)
-    return View("picture", crop[0] // patch, crop[1] // patch, box)
-
-
-def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch: int) -> list[View]:
-    """LLaVA-NeXT: the order is the base features, then the high-resolution grid with one newline token a row.
-
-    The base view is the whole picture, squeezed into one square tile. For the other one the picture is fitted into
-    `best` (height, width, multiples of `tile`), centred and padded; the tokens of its tiles are put together again to
-    one grid, and the rows or columns that are nothing but padding are cut off.
-    """
-    side = tile // patch
-    base = View("base", side, side, Box(0, 0, width, height))
-    grid = (best[0] // tile * side, best[1] // tile * side)
-    top, left, rows, columns = unpadded(*grid, height, width)
-    fitted_height, fitted_width = _fitted(height, width, best)
-    pad_y, pad_x = (best[0] - fitted_height) // 2, (best[1] - fitted_width) // 2
-    scale_y, scale_x = height / fitted_height, width / fitted_width
-    box = Box(
-        (left * patch - pad_x) * scale_x,
-        (top * patch - pad_y) * scale_y,
-        ((left + columns) * patch - pad_x) * scale_x,
-        ((top + rows) * patch - pad_y) * scale_y,
-    )
-    seams = _seams(top, rows, side), _seams(left, columns, side)
-    return [base, View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams)]
-
-
-def shortest_edge_size(width: int, height: int, edge: int) -> tuple[int, int]:
-    """The size (height, width) of a picture after its shorter edge was resized to `edge` pixels."""
-    longer = int(edge * max(width, height) / min(width, height))
-    return (edge, longer) if height <= width else (longer, edge)
-
-
-def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
-    """The largest size (height, width) of the picture's own shape that fits into `best`."""
-    scale_y, scale_x = best[0] / height, best[1] / width
-    if scale_x < scale_y:
-        return min(math.ceil(height * scale_x), best[0]), best[1]
-    return best[0], min(math.ceil(width * scale_y), best[1])
-
-
-def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
-    """Where in `count` rows or columns, the first of which is number `start`, another crop of `side` begins."""
-    return tuple(place - start for place in range(side, start + count, side) if place > start)
 
 
 def _locate(views: Sequence[View], token: int) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def _profile_names(models: Sequence[str]) -> list[str]:
 def _look(glance: Glance) -> Looks:
     return Looks(
         title=f"{glance.sample.question} → {glance.answer}",
-        seen=look(glance.config, glance.image_processor, list(glance.sample.images)),
+        seen=look(glance.config, glance.processor, list(glance.sample.images), glance.inputs),
         scores={layer: scores.double().numpy() for layer, scores in glance.scores.items()},
     )
 

@@ -24,14 +24,16 @@ class Glance:
 
     Attributes:
         scores: for each layer the attention on each visual token, (N,).
-        config, image_processor: of the model, which tell where in the picture a token is.
+        config, processor, inputs: the model's, the checkpoint's, and what the processor made of the prompt; they tell
+            where in the picture a token is.
     """
 
     sample: Sample
     answer: str
     scores: dict[int, Tensor]
     config: Any
-    image_processor: Any
+    processor: Any
+    inputs: Any = None
 
 
 def take_glances(
@@ -68,5 +70,6 @@ def _glance(checkpoint: Checkpoint, sample: Sample, layers: Sequence[int], max_n
         answer,
         {layer: found[0] for layer, found in scores.items() if found},
         checkpoint.model.config,
-        checkpoint.processor.image_processor,
+        checkpoint.processor,
+        inputs,
     )

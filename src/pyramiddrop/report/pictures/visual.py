@@ -161,8 +161,7 @@ def visualize(
         config: the model's configuration.
         processor: the checkpoint's processor.
         images: of this sample, in the order of the prompt.
-        inputs: what the processor returned for this sample alone; families of dynamic resolution need its
-            `image_grid_thw`.
+        inputs: what the processor returned for this sample alone; families that keep a picture's shape need it.
         question: written above.
         answer: written under the question; empty for none.
         made_by: the model and the method in words, for the page; empty for none.
@@ -175,7 +174,7 @@ def visualize(
         raise ValueError("the trace is empty: run the patched model first")
     note = ""
     try:
-        seen = look(config, processor.image_processor, images, None if inputs is None else inputs.get("image_grid_thw"))
+        seen = look(config, processor, images, inputs)
     except CannotPlaceError as error:
         seen, note = [_unplaced(trace.visual_tokens[sample])], f"{error}: drawn in the order of the prompt"
     views = [one.view for one in seen]

@@ -1,0 +1,105 @@
+"""Owns the question to a processor, which part of a picture each of its crops shows: it is shown a ruled picture.
+
+The picture's red grows from left to right, its green from top to bottom, and it is all blue. What red and green a crop
+has where it is blue tells where it was cut, however it was resized; where it is not blue it was padded. So no family's
+arithmetic of crops is repeated here, and a processor's settings count as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pyramiddrop.inference.prompt import image_token
+from pyramiddrop.report.grid import Box
+from pyramiddrop.report.places.prompt import CannotPlaceError
+
+_FULL = 255
+_BLUE = 250  # at least so blue is what belongs to the picture; resampling makes pixels beside padding less so
+_READING = 2 / _FULL  # how exact the ruler is read, as a share of the picture; edges so near to its own are its own
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What a vision tower gets at one time: the part `box` of the picture, as `height` x `width` pixels."""
+
+    box: Box
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a processor makes of a picture of one size: its crops in order, and how many visual tokens in all."""
+
+    crops: list[Crop]
+    tokens: int
+
+
+def chart(config: Any, processor: Any, size: tuple[int, int]) -> Chart:
+    """Show `processor` a ruled picture of `size` (width, height).
+
+    Raises:
+        CannotPlaceError: where its crops cannot be read, as of pictures a pixel or two wide.
+    """
+    made = processor(
+        images=[_ruled(*size)],
+        text=[image_token(processor)],
+        return_tensors="pt",
+        do_rescale=False,
+        do_normalize=False,
+    )
+    pixels = made["pixel_values"] if "pixel_values" in made else made["pixel_values_images"]
+    crops = [_crop(crop, size) for crop in _crops(pixels) if (crop[2] >= _BLUE).any()]
+    return Chart(crops, int((torch.as_tensor(made["input_ids"]) == image_id(config)).sum()))
+
+
+def image_id(config: Any) -> int:
+    """The id of the placeholder of an image's tokens."""
+    return int(config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index)
+
+
+def _ruled(width: int, height: int) -> Image.Image:
+    values = np.full((height, width, 3), _FULL, dtype=np.uint8)
+    values[:, :, 0] = np.linspace(0, _FULL, width).round()[None]
+    values[:, :, 1] = np.linspace(0, _FULL, height).round()[:, None]
+    return Image.fromarray(values)
+
+
+def _crops(pixels: Any) -> list[NDArray[np.float64]]:
+    """Every (3, H, W) in tensors or lists of any depth."""
+    if isinstance(pixels, Tensor) or hasattr(pixels, "shape"):
+        flat = np.asarray(pixels, dtype=np.float64)
+        return list(flat.reshape(-1, *flat.shape[-3:]))
+    return [crop for part in pixels for crop in _crops(part)]
+
+
+def _crop(pixels: NDArray[np.float64], size: tuple[int, int]) -> Crop:
+    _, height, width = pixels.shape
+    blue = pixels[2] >= _BLUE
+    left, right = _ends(pixels[0], blue, size[0])
+    top, bottom = _ends(pixels[1].T, blue.T, size[1])
+    return Crop(Box(left, top, right, bottom), height, width)
+
+
+def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> tuple[float, float]:
+    """Where in `length` pixels of the picture the first of the columns of `values` begins, and the last one ends."""
+    columns = np.flatnonzero(blue.any(0))
+    inner = columns[len(columns) // 8 : len(columns) - len(columns) // 8]  # resampling bends the ruler at its ends
+    if len(inner) < 2 or length < 2:
+        raise CannotPlaceError(f"cannot place the visual tokens of a picture that is only {length} pixels wide or high")
+    means = np.array([values[:, column][blue[:, column]].mean() for column in inner])
+    places = means / _FULL * (length - 1) + 0.5
+    scale, start = np.polyfit(inner + 0.5, places, 1)
+    return _snapped(start, length), _snapped(start + scale * values.shape[1], length)
+
+
+def _snapped(place: float, length: int) -> float:
+    edge = 0.0 if place < length / 2 else float(length)
+    return edge if abs(place - edge) <= _READING * length else float(place)

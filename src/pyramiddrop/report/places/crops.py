@@ -1,0 +1,88 @@
+"""Owns the views of families that look at crops of one size: those that tile the picture are put together again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from PIL import Image
+
+from pyramiddrop.report.grid import Box, View, crop_order, reading_order
+from pyramiddrop.report.places.chart import Chart, Crop, chart
+from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
+
+#: A crop that misses less than this share of each side shows the whole picture.
+_SLACK = 0.05
+
+
+def charted(prompt: Prompt, picture: Image.Image) -> list[View]:
+    """The views of a picture whose crops stand one after another, each one's tokens row by row."""
+    found = chart(prompt.config, prompt.processor, picture.size)
+    return crop_views(found, picture.size)
+
+
+def charted_whole(prompt: Prompt, picture: Image.Image, patch: int, class_token: bool) -> list[View]:
+    """The view of a picture that is one crop, cut into squares of `patch` pixels, a class token before them or none."""
+    (crop,) = chart(prompt.config, prompt.processor, picture.size).crops
+    rows, columns = crop.height // patch, crop.width // patch
+    return [View("picture", rows, columns, crop.box, reading_order(rows, columns, leading=int(class_token)))]
+
+
+def crop_views(found: Chart, size: tuple[int, int]) -> list[View]:
+    """The crops in their order; those between or beside the ones that show the whole picture are one view, `tiles`.
+
+    Raises:
+        CannotPlaceError: where tokens and crops do not go together.
+    """
+    crops = found.crops
+    each, left = divmod(found.tokens, len(crops))
+    if left:
+        raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {len(crops)} crops")
+    if len(crops) == 1:
+        return [replace(_alone(crops[0], each), name="picture")]
+    views: list[View] = []
+    tiles: list[Crop] = []
+    for crop in crops:
+        if not _shows_all(crop.box, size):
+            tiles.append(crop)
+            continue
+        views += _together(tiles, each)
+        views.append(_alone(crop, each))
+        tiles = []
+    return views + _together(tiles, each)
+
+
+def _shows_all(box: Box, size: tuple[int, int]) -> bool:
+    width, height = size
+    misses = (box.left / width, box.top / height, 1 - box.right / width, 1 - box.bottom / height)
+    return max(misses) < _SLACK
+
+
+def _alone(crop: Crop, tokens: int) -> View:
+    rows, columns = _grid(crop, tokens)
+    return View("whole", rows, columns, crop.box)
+
+
+def _together(tiles: Sequence[Crop], tokens: int) -> list[View]:
+    """One view of crops that come row after row and fill a rectangle."""
+    if not tiles:
+        return []
+    first = tiles[0].box
+    across = sum(abs(tile.box.top - first.top) < first.height / 2 for tile in tiles)
+    down, left = divmod(len(tiles), across)
+    if left:
+        raise CannotPlaceError(f"cannot place {len(tiles)} crops that are no rows of {across}")
+    rows, columns = _grid(tiles[0], tokens)
+    box = Box(first.left, first.top, tiles[across - 1].box.right, tiles[-1].box.bottom)
+    cells = crop_order((down, across), rows, columns)
+    seams = tuple(range(rows, down * rows, rows)), tuple(range(columns, across * columns, columns))
+    return [View("tiles", down * rows, across * columns, box, cells, seams)]
+
+
+def _grid(crop: Crop, tokens: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens, as near to squares as they come."""
+    rows = max(round(math.sqrt(tokens * crop.height / crop.width)), 1)
+    if tokens % rows:
+        raise CannotPlaceError(f"cannot place {tokens} visual tokens in {crop.height} x {crop.width} pixels")
+    return rows, tokens // rows

@@ -1,0 +1,123 @@
+"""Owns the list of families whose visual tokens have a known place, and the reasons why those of others have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import Image
+
+from pyramiddrop.report.grid import View
+from pyramiddrop.report.places.anyres import next_views, onevision_views
+from pyramiddrop.report.places.crops import charted, charted_whole
+from pyramiddrop.report.places.dynamic import newline_grids, patch_grids, pixel_sizes
+from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
+
+#: The views of each picture of a prompt.
+Views = list[list[View]]
+
+#: Vision towers that cut a picture of one fixed size into a grid of patches.
+WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
+
+
+def views(prompt: Prompt) -> Views:
+    """The views of each picture, in the order in which their tokens stand in the prompt.
+
+    Raises:
+        CannotPlaceError: for a family, or a setting of it, whose visual tokens have no known place.
+        ValueError: where the processor's outputs are needed and were not given.
+    """
+    family = prompt.config.model_type
+    if family in NO_PLACE:
+        raise CannotPlaceError(f"cannot place the visual tokens of model type {family!r}: {NO_PLACE[family]}")
+    if family not in FAMILIES:
+        reason = "nobody has worked out here how it cuts a picture"
+        raise CannotPlaceError(f"cannot place the visual tokens of model type {family!r}: {reason}")
+    return FAMILIES[family](prompt)
+
+
+def _each(one: Callable[[Prompt, Image.Image], list[View]]) -> Callable[[Prompt], Views]:
+    return lambda prompt: [one(prompt, picture) for picture in prompt.pictures]
+
+
+def _llava(prompt: Prompt) -> Views:
+    vision = prompt.config.vision_config
+    if vision.model_type == "pixtral":
+        return pixel_sizes(prompt)
+    if vision.model_type not in (*WITH_CLASS_TOKEN, *WITHOUT_CLASS_TOKEN):
+        raise CannotPlaceError(f"cannot place the visual tokens of a {vision.model_type!r} vision tower in the picture")
+    return _of_one_crop(prompt, vision.model_type in WITH_CLASS_TOKEN)
+
+
+def _of_one_crop(prompt: Prompt, has_class_token: bool = True) -> Views:
+    kept = has_class_token and prompt.config.vision_feature_select_strategy == "full"
+    patch = prompt.config.vision_config.patch_size
+    return [charted_whole(prompt, picture, patch, kept) for picture in prompt.pictures]
+
+
+FAMILIES: dict[str, Callable[[Prompt], Views]] = {
+    "llava": _llava,
+    "video_llava": _of_one_crop,
+    **dict.fromkeys(("llava_next", "llava_next_video"), _each(next_views)),
+    "llava_onevision": _each(onevision_views),
+    **dict.fromkeys(
+        (
+            "aya_vision",
+            "chameleon",
+            "cohere2_vision",
+            "deepseek_vl",
+            "fast_vlm",
+            "gemma3",
+            "gemma3n",
+            "got_ocr2",
+            "granite_docling",
+            "idefics3",
+            "internvl",
+            "janus",
+            "ovis2",
+            "paligemma",
+            "qianfan_ocr",
+            "smolvlm",
+            "vipllava",
+        ),
+        _each(charted),
+    ),
+    **dict.fromkeys(
+        (
+            "cohere_compass",
+            "cosmos3_edge",
+            "cosmos3_omni",
+            "ernie4_5_vl_moe",
+            "exaone4_5",
+            "glm46v",
+            "glm4v",
+            "glm4v_moe",
+            "glm_ocr",
+            "glmga",
+            "hyperclovax_vision_v2",
+            "lfm3_vl",
+            "muse_glimmer",
+            "paddleocr_vl",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_omni_moe_thinker",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+            "video_llama_3",
+        ),
+        patch_grids,
+    ),
+    "hunyuan_vl": newline_grids,
+    **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
+}
+
+_RESAMPLED = "a resampler makes each of its tokens from the whole picture"
+_QUERIED = "a Q-Former makes each of its tokens from the whole picture"
+
+NO_PLACE: dict[str, str] = {
+    **dict.fromkeys(("aria", "idefics2"), _RESAMPLED),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIED),
+    "deepseek_ocr2": "its encoder's learned queries make each of its tokens from the whole picture",
+}
