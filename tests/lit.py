@@ -85,7 +85,7 @@ def _embeddings(model: Any, inputs: Any) -> Tensor:
     hook = anatomy(model).layers[0].register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(**inputs)
+            model(**{name: value.float() if value.is_floating_point() else value for name, value in inputs.items()})
     finally:
         hook.remove()
     return found[0].reshape(-1, *found[0].shape[-2:])[0]

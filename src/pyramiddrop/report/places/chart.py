@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.grid import Box
@@ -74,8 +73,8 @@ def _ruled(width: int, height: int) -> Image.Image:
 
 def _crops(pixels: Any) -> list[NDArray[np.float64]]:
     """Every (3, H, W) in tensors or lists of any depth."""
-    if isinstance(pixels, Tensor) or hasattr(pixels, "shape"):
-        flat = np.asarray(pixels, dtype=np.float64)
+    if hasattr(pixels, "shape"):
+        flat = torch.as_tensor(pixels).double().numpy()
         return list(flat.reshape(-1, *flat.shape[-3:]))
     return [crop for part in pixels for crop in _crops(part)]
 

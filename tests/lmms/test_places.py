@@ -1,0 +1,107 @@
+"""A lit spot in the families whose processors need torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlamaConfig, PixtralVisionConfig
+from transformers.models.cohere2_vision.image_processing_cohere2_vision import Cohere2VisionImageProcessor
+from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
+from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+from transformers.models.llama4.processing_llama4 import Llama4Processor
+from transformers.models.muse_glimmer.image_processing_muse_glimmer import MuseGlimmerImageProcessor
+from transformers.models.perception_lm.image_processing_perception_lm import PerceptionLMImageProcessor
+from transformers.models.perception_lm.processing_perception_lm import PerceptionLMProcessor
+from transformers.models.perception_lm.video_processing_perception_lm import PerceptionLMVideoProcessor
+from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+from lit import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
+from lit_grids import grid_inputs, stand_in
+from pyramiddrop.inference.prompt import image_token
+from pyramiddrop.report.layout import look
+from zoo import MEMBERS
+from zoo.vision import END, IMAGE, LINE, SIDE, START, TOWER, VIDEO
+from zoo.weights import TEXT, drawn
+
+Made = tuple[Any, Any]
+SQUARE = {"height": SIDE, "width": SIDE}
+
+
+def cohere2_vision() -> Made:
+    tokenizer = word_tokenizer(
+        {"<image>": IMAGE, "<boi>": START, "<eoi>": END, "<line>": LINE},
+        image_token="<image>",
+        boi_token="<boi>",
+        eoi_token="<eoi>",
+        img_line_break_token="<line>",
+    )
+    images = Cohere2VisionImageProcessor(size=SQUARE, patch_size=2)  # tokens on a side of a tile, and no pixels
+    return MEMBERS["cohere2_vision"].build(0), Cohere2VisionProcessor(images, tokenizer)
+
+
+def llama4() -> Made:
+    ids = {"<|patch|>": IMAGE, "<|image_start|>": START, "<|image_end|>": END, "<|image|>": 192}
+    tokenizer = word_tokenizer(ids | {"<|tile_x_separator|>": 190, "<|tile_y_separator|>": 191})
+    images = Llama4ImageProcessor(size=SQUARE, max_patches=4)
+    return MEMBERS["llama4"].build(0), Llama4Processor(images, tokenizer, patch_size=SIDE // 4)
+
+
+def perception_lm() -> Made:
+    tokenizer = word_tokenizer({"<image>": IMAGE, "<video>": VIDEO}, image_token="<image>", video_token="<video>")
+    images = PerceptionLMImageProcessor(tile_size=56, size={"height": 56, "width": 56}, vision_input_type="thumb+tile")
+    return MEMBERS["perception_lm"].build(0), PerceptionLMProcessor(
+        PerceptionLMVideoProcessor(), images, tokenizer, patch_size=7
+    )
+
+
+def _pixtral(merge: int) -> Any:
+    tokenizer = word_tokenizer({"[IMG]": IMAGE, "[IMG_BREAK]": LINE, "[IMG_END]": END})
+    images = PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 7, "width": 7})
+    return PixtralProcessor(images, tokenizer, patch_size=7, spatial_merge_size=merge)
+
+
+def mistral3() -> Made:
+    return MEMBERS["mistral3"].build(0), _pixtral(2)
+
+
+def pixtral() -> Made:
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**TOWER | {"image_size": 56}, head_dim=16),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return drawn(lambda: LlavaForConditionalGeneration(config), 0), _pixtral(1)
+
+
+FAMILIES: dict[str, Callable[[], Made]] = {
+    made.__name__: made for made in (cohere2_vision, llama4, mistral3, perception_lm, pixtral)
+}
+SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
+
+
+@SHAPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stills(family: str, size: tuple[int, int]) -> None:
+    model, processor = FAMILIES[family]()
+    for place in SPOTS:
+        picture = lit(size, place)
+        inputs, dark = (
+            processor(images=[one], text=[f"w5 {image_token(processor)} w7"], return_tensors="pt")
+            for one in (picture, lit(size, (-9, -9)))
+        )
+        assert assert_lit(look(model.config, processor, [picture], inputs), token_light(model, inputs, dark), place)
+
+
+@SHAPES
+def test_muse_glimmer(size: tuple[int, int]) -> None:
+    model, processor = MEMBERS["muse_glimmer"].build(0), MuseGlimmerImageProcessor(patch_size=4)
+    for place in SPOTS:
+        picture = lit(size, place)
+        inputs, dark = (grid_inputs("muse_glimmer", model, processor, one) for one in (picture, lit(size, (-9, -9))))
+        seen = look(model.config, stand_in(processor), [picture], inputs)
+        assert assert_lit(seen, token_light(model, inputs, dark), place)
