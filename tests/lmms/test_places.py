@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlamaConfig, PixtralVisionConfig
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 from transformers.models.cohere2_vision.image_processing_cohere2_vision import Cohere2VisionImageProcessor
 from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
 from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
