@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig
+from transformers import Gemma3Config, MixtralConfig, MllamaConfig, Qwen3_5Config
 from typer.testing import CliRunner, Result
 
 from pyramiddrop.cli.main import app
 from pyramiddrop.cost import PRESETS, Prompt, account
 from pyramiddrop.evaluation.paper import paper_figures
+from pyramiddrop.report import units
 from pyramiddrop.report.cost_tables import paper_markdown, shapes_markdown
 from pyramiddrop.schedule import Schedule, powers
 
@@ -138,6 +140,60 @@ def test_a_configuration_without_weights(llava_folder: Path, tmp_path: Path) -> 
     assert answer["prompt"]["visual_tokens"] == 16
     assert answer["methods"][1]["visual_tokens_by_layer"] == [16, 16, 8, 8, 4, 4, 2, 2]
     assert answer["shape"]["decoder"]["bytes_per_value"] == 4
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the configuration of a Qwen3.5, every fourth layer of which attends."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    Qwen3_5Config(text_config={"num_hidden_layers": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_cannot_have_fastv_is_shown_without(hybrid: str) -> None:
+    result = run("--model", hybrid, "--visual-tokens", "100")
+    assert result.exit_code == 0
+    assert re.search(r"vanilla +PyramidDrop *\n", result.stdout)
+    assert result.stderr.startswith(
+        "FastV is left out: this model cannot drop before layer 2; allowed are layers [4, 8"
+    )
+    assert "No vision tower and no projector are counted" in result.stdout
+    named = run("--model", hybrid, "--visual-tokens", "100", "--method", "fastv")
+    assert (named.exit_code, named.stdout) == (2, "")
+    assert named.stderr == f"error: {result.stderr.partition(': ')[2]}"
+
+
+def test_layers_of_several_kinds_are_one_size_a_stage(hybrid: str) -> None:
+    words = ["--model", hybrid, "--visual-tokens", "100", "--method", "pyramiddrop:stages=2"]
+    sizes = found(*words)["methods"][1]["kv_bytes_by_layer"]
+    assert len(set(sizes[:7])) == 2  # states and keys
+    shown = re.search(r"mean of a layer, by stage +(\S+ \S+) +(\S+ \S+) → (\S+ \S+) *\n", run(*words).stdout)
+    assert shown is not None
+    assert list(shown.groups()[1:]) == [units.size(mean(part)) for part in (sizes[:7], sizes[7:])]
+
+
+def test_a_ranking_layer_that_does_not_see_the_picture_is_refused(tmp_path: Path) -> None:
+    Gemma3Config(text_config={"num_hidden_layers": 12, "sliding_window": 64}).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--method", "fastv:layer=3"]
+    assert found(*words, "--visual-tokens", "60")["methods"][1]["method"] == "FastV(layer=3)"
+    refused = run(*words)
+    assert refused.exit_code == 2
+    seen = "layer 2, which would rank 256 visual tokens, sees 64 tokens; best are layers [6]"
+    assert seen in refused.stderr  # a picture of Gemma 3 has 256
+
+
+@pytest.mark.parametrize("method", ["vision", "downsample"])
+def test_a_drop_before_the_decoder_suits_any_layers(hybrid: str, method: str) -> None:
+    answer = found("--model", hybrid, "--visual-tokens", "100", "--method", method)
+    assert answer["methods"][1]["visual_tokens_by_layer"] == [50] * 16
+
+
+def test_a_refused_family_is_named_with_the_reason(tmp_path: Path) -> None:
+    MllamaConfig().save_pretrained(tmp_path)
+    refused = run("--model", str(tmp_path), "--visual-tokens", "5")
+    assert (
+        "the family 'mllama' is not supported: its text model looks at the image by cross-attention" in refused.stderr
+    )
 
 
 def test_a_configuration_of_a_text_model(tmp_path: Path) -> None:

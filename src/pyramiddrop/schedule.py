@@ -106,7 +106,10 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
     if allowed is None:
         return equal
     if len(allowed) < len(equal):
-        raise ValueError(f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}")
+        raise ValueError(
+            f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}: at most "
+            f"{len(allowed) + 1} stages"
+        )
     left, chosen = list(allowed), list[int]()
     for drop in range(len(equal), 0, -1):
         candidates = left[drop - 1 :]  # the stages before need a layer each

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramiddrop.cli import sizes as words
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import remarks, results
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.choice import MethodOptions
@@ -60,7 +60,7 @@ def cost(
         _show_paper(as_json)
         return
     from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.side_by_side import side_by_side
+    from pyramiddrop.inference.side_by_side import published, side_by_side
     from pyramiddrop.inference.sizes import SizeOptions, choose_sizes
 
     sizes = choose_sizes(
@@ -69,11 +69,16 @@ def cost(
         )
     )
     shared = MethodOptions(lam=lam, stages=stages, layers=layers_at, layer=layer, keep=keep)
-    columns = side_by_side(method or _usual(shared), shared, sizes)
+    if method:
+        columns, left_out = side_by_side(method, shared, sizes), list[str]()
+    else:
+        columns, left_out = published(_usual(shared), shared, sizes)
     if as_json:
         print(json.dumps(_as_dict(sizes, columns), indent=2))
     else:
         _show(sizes, columns)
+    for reason in left_out:
+        remarks().print(reason, soft_wrap=True)
 
 
 def _usual(shared: MethodOptions) -> list[str]:
@@ -96,12 +101,15 @@ def _show_paper(as_json: bool) -> None:
 
 
 def _show(sizes: Sizes, columns: list[Column]) -> None:
+    from pyramiddrop.inference.sizes import PLAIN
     from pyramiddrop.report.cost_tables import account_table
 
     prompt = sizes.prompt
     console = results()
     console.print(f"{sizes.name}: {prompt.visual_tokens} visual and {prompt.text_tokens} text tokens\n", soft_wrap=True)
     console.print(account_table([(column.label, column.cost) for column in columns]))
+    if sizes.shape.vision is None and sizes.name != PLAIN:
+        console.print("\nNo vision tower and no projector are counted: their sizes are not known.", soft_wrap=True)
 
 
 def _as_dict(sizes: Sizes, columns: list[Column]) -> dict[str, Any]:

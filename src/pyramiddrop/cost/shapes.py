@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyramiddrop.cost.mixers import Mixer, grouped_attention
@@ -106,18 +107,36 @@ class DecoderShape:
             rank_layer: "next" or "last", of the method.
             attends: whether the method ranks by attention.
         """
-        if not self.mixers:
-            return tuple(range(1, self.layers))
-        shift = 0 if rank_layer == "next" else 1
-        attention = [layer for layer, mixer in enumerate(self.mixers) if mixer.query_width]
-        own = sum(mixer.source is None for mixer in self.mixers)
-        possible = [
-            layer + shift
-            for layer in (attention if attends else range(self.layers))
-            if attention[0] < layer + shift < own
-        ]
-        far = [layer for layer in possible if self.mixers[layer - shift].ranks]
+        possible = self._possible(rank_layer, attends)
+        far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]
         return tuple(far if far and attends else possible)
+
+    def check_layers(self, layers: Sequence[int], rank_layer: str, attends: bool, visual_tokens: int) -> None:
+        """Raise ValueError where the model itself would refuse to drop before one of `layers`.
+
+        Args:
+            rank_layer, attends: of the method.
+            visual_tokens: of the prompt; the layer that ranks must see them all.
+        """
+        possible = self._possible(rank_layer, attends)
+        for layer in layers:
+            if layer and layer not in possible:  # 0 is before the decoder, whatever its layers
+                raise ValueError(f"this model cannot drop before layer {layer}; allowed are layers {possible}")
+            ranking = _ranking(layer, rank_layer)
+            window = self.mixer(ranking).window if attends else 0
+            if window and visual_tokens > window:
+                raise ValueError(
+                    f"layer {ranking}, which would rank {visual_tokens} visual tokens, sees {window} tokens; best are "
+                    f"layers {list(self.drop_layers(rank_layer))}"
+                )
+
+    def _possible(self, rank_layer: str, attends: bool) -> list[int]:
+        """The layers before which the model lets tokens be dropped at all."""
+        attention = [layer for layer in range(self.layers) if self.mixer(layer).query_width]
+        own = sum(source == layer for layer, source in enumerate(self.sources))
+        return [
+            layer for layer in range(attention[0] + 1, own) if not attends or _ranking(layer, rank_layer) in attention
+        ]
 
     def experts_of(self, layer: int) -> Experts | None:
         """The experts of the 0-based `layer`, or None where its MLP is dense."""
@@ -140,6 +159,11 @@ class DecoderShape:
     def further_weights(self, layer: int) -> int:
         """The weights that a row goes through in `layer` beside mixer and MLP."""
         return self.further[layer] if self.further else 0
+
+
+def _ranking(layer: int, rank_layer: str) -> int:
+    """The layer that ranks for a drop before `layer`."""
+    return layer if rank_layer == "next" else layer - 1
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, VisionShape
 from pyramiddrop.hf.experts import experts_of
+from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.hf.mixers import heads_of, mixers_of
 
 #: Text models whose layers are of kinds that are known (`hf.mixers`), with MLPs or mixtures of experts.
@@ -64,6 +65,8 @@ TEXT_MODELS = (
 PLAIN_MLPS = ("cosmos3_edge_text", "persimmon")
 LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
+#: Families that bring every picture to one size and name its tokens.
+EQUAL_PICTURES = {"gemma3": "mm_tokens_per_image", "gemma3n": "vision_soft_tokens_per_image"}
 
 
 def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
@@ -77,8 +80,11 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
         bytes_per_value: of the KV cache; None takes the checkpoint's dtype, or 2 where it names none.
 
     Raises:
-        ValueError: for a text model that the cost model does not know.
+        ValueError: for a family that is refused, with the reason; for a text model that the cost model does not know.
     """
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.refused:
+        raise ValueError(f"the family {config.model_type!r} is not supported: {family.refused}")
     text = config.get_text_config(decoder=True)
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
@@ -94,7 +100,8 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
     """
     if text.model_type not in TEXT_MODELS:
         raise ValueError(
-            f"the cost model does not know the text model {text.model_type!r}; it knows {', '.join(TEXT_MODELS)}"
+            f"the cost model does not know the layers of the text model {text.model_type!r}; it knows those of every "
+            "proven family (pyramiddrop families)"
         )
     heads, kv_heads, head_dim = heads_of(text)
     experts, widths = experts_of(text), _widths(text)
@@ -117,6 +124,8 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
 
 def visual_tokens_of(config: Any) -> int | None:
     """The visual tokens of one picture where every picture has the same number, or None."""
+    if config.model_type in EQUAL_PICTURES:
+        return int(getattr(config, EQUAL_PICTURES[config.model_type]))
     vision = _vision_shape(config) if config.model_type == "llava" else None
     return vision.crop_tokens if vision else None
 

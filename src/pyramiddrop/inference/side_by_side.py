@@ -41,6 +41,23 @@ def side_by_side(words: Sequence[str], shared: MethodOptions, sizes: Sizes) -> l
     return columns + [_column(method, sizes) for method in methods if method is not None]
 
 
+def published(words: Sequence[str], shared: MethodOptions, sizes: Sizes) -> tuple[list[Column], list[str]]:
+    """The same for methods that nobody named: those that this model cannot have are left out. And why they are.
+
+    Raises:
+        InputError: where it can have none of them.
+    """
+    columns, errors = side_by_side([], MethodOptions(), sizes), dict[str, InputError]()
+    for word in words:
+        try:
+            columns += side_by_side([word], shared, sizes)[1:]
+        except InputError as error:
+            errors[word] = error
+    if len(columns) == 1:
+        raise next(iter(errors.values()))
+    return columns, [f"{NAMES[word].__name__} is left out: {error}" for word, error in errors.items()]
+
+
 def _stated(word: str) -> MethodOptions:
     """`fastv:layer=3,keep=0.25` as options."""
     name, values = read_words(word)
@@ -74,6 +91,8 @@ def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
 def _column(method: Method, sizes: Sizes) -> Column:
     shape = sizes.shape.decoder
     with user_input():
-        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, method.scorer().attends))
+        attends = method.scorer().attends
+        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
+        shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt.visual_tokens)
     cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)
     return Column(method_label(method), method, cost)

@@ -9,6 +9,7 @@ from pyramiddrop.cost import BYTES, PRESETS, DecoderShape, ModelShape, Prompt
 from pyramiddrop.inference.errors import InputError, user_input
 
 DEFAULT_SHAPE = "llava-1.5-7b"
+PLAIN = "plain numbers"
 TEXT_TOKENS = 64  # a short question in a chat template
 NUMBERS = ("layers", "hidden", "intermediate", "heads", "kv_heads")
 NEEDED = NUMBERS[:3]
@@ -64,7 +65,7 @@ def choose_sizes(options: SizeOptions) -> Sizes:
     if options.dtype is not None and options.dtype not in BYTES:
         raise InputError(f"dtype {options.dtype!r} is not one of {', '.join(BYTES)}")
     if given:
-        name, shape, visual = "plain numbers", _plain(options), None
+        name, shape, visual = PLAIN, _plain(options), None
     elif options.model is not None:
         name, shape, visual = options.model, *_read(options.model)
     else:

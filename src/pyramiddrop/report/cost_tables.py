@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from statistics import mean
 
 from rich.table import Table
 from rich.text import Text
@@ -40,8 +41,8 @@ def account_table(costs: Sequence[tuple[str, Account]]) -> Table:
     _add(table, "prefill FLOPs, fastv", [one.fastv for one in accounts])
     _add(table, "a decode step", [one.step_flops for one in accounts])
     _add(table, "KV cache", [one.kv_bytes for one in accounts], units.size)
-    by_stage = [[units.size(count) for count in _steps(one.kv_by_layer)] for one in accounts]
-    table.add_row("  of a layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
+    by_stage = [[units.size(bytes_held) for bytes_held in _kv_by_stage(one)] for one in accounts]
+    table.add_row("  mean of a layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
     _add(table, "activations, estimated peak", [one.activation_bytes for one in accounts], units.size)
     return table
 
@@ -103,6 +104,13 @@ def _add(table: Table, name: str, values: Sequence[int], written: Callable[[floa
         first, *others = values
         shares = [f"  ({units.share(value / first)})" if first else "" for value in others]
         table.add_row(name, *(written(value) + share for value, share in zip(values, ["", *shares], strict=True)))
+
+
+def _kv_by_stage(cost: Account) -> list[float]:
+    """Bytes of a layer's cache, on average over the layers with equally many visual tokens: where some have windows or
+    states, each has its own."""
+    layers = zip(cost.visual_by_layer, cost.kv_by_layer, strict=True)
+    return [mean(size for _, size in stage) for _, stage in groupby(layers, key=lambda layer: layer[0])]
 
 
 def _steps(values: Sequence[int]) -> list[int]:

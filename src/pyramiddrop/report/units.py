@@ -38,6 +38,8 @@ def arrow(counts: Sequence[int]) -> str:
 def _scaled(value: float, base: int, names: Sequence[str]) -> str:
     if math.isnan(value):
         return UNKNOWN
+    if value == 0:
+        return f"0 {names[0]}"
     power = 0
     while value >= base and power < len(names) - 1:
         value, power = value / base, power + 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
 from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.side_by_side import Column, side_by_side
+from pyramiddrop.inference.side_by_side import Column, published, side_by_side
 from pyramiddrop.inference.sizes import Sizes
 
 PUBLISHED = ("pyramiddrop", "fastv")
@@ -30,12 +30,16 @@ class Predicted:
 
 
 def choose_ways(words: Sequence[str], shape: DecoderShape, prompt: Prompt) -> list[Column]:
-    """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, the two published ones.
+    """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, those of the two published
+    ones that the model can have.
 
     Raises:
         InputError: for an unknown method, option or value, one that does not fit the model, or one that is named twice.
     """
-    ways = side_by_side(words or PUBLISHED, MethodOptions(), Sizes("", ModelShape(shape), prompt))
+    sizes = Sizes("", ModelShape(shape), prompt)
+    if not words:
+        return published(PUBLISHED, MethodOptions(), sizes)[0]
+    ways = side_by_side(words, MethodOptions(), sizes)
     labels = [way.label for way in ways]
     for label in labels:
         if labels.count(label) > 1:
