@@ -42,6 +42,7 @@ class Anatomy:
         sizes: for the cost model, or None where it does not know the text model.
         spans: how far each decoder layer sees.
         sources: for each decoder layer the one whose keys it attends to: itself, or an earlier one that shares them.
+        alike: for each decoder layer the first one that sees as far, through keys of its own or of the same source.
     """
 
     wrappers: tuple[nn.Module, ...]
@@ -54,6 +55,7 @@ class Anatomy:
     sizes: DecoderShape | None
     spans: tuple[Span, ...]
     sources: tuple[int, ...]
+    alike: tuple[int, ...]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -134,6 +136,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     text = _text_model(core)
     wrappers = tuple(module for module in model.modules() if _contains(module, text))
     images, videos = _image_ids(core), _ids(core.config, ("video_token_id", "video_token_index"))
+    spans, sources = _spans(core, text), _sources(text)
     return Anatomy(
         wrappers=wrappers,
         generator=next((module for module in wrappers if _generates(module)), None),
@@ -143,8 +146,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         family=family,
         config=config,
         sizes=decoder_shape(text.config, text.dtype.itemsize) if text.config.model_type in TEXT_MODELS else None,
-        spans=_spans(core, text),
-        sources=_sources(text),
+        spans=spans,
+        sources=sources,
+        alike=_alike(spans, sources),
     )
 
 
@@ -223,3 +227,11 @@ def _sources(text: PreTrainedModel) -> tuple[int, ...]:
     types = getattr(text.config, "layer_types", None) or [""] * count
     last = {layer_type: index for index, layer_type in enumerate(types[:own])}
     return tuple(index if index < own else last[types[index]] for index in range(count))
+
+
+def _alike(spans: Sequence[Span], sources: Sequence[int]) -> tuple[int, ...]:
+    kinds = [
+        (span, None if source == index else source)
+        for index, (span, source) in enumerate(zip(spans, sources, strict=True))
+    ]
+    return tuple(kinds.index(kind) for kind in kinds)

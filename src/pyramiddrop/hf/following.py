@@ -47,10 +47,10 @@ class Following:
         self.first, self.padding = first, padding
         self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
-    def kwargs(
+    def changes(
         self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, hidden: Tensor, kwargs: Kwargs
     ) -> Kwargs:
-        """What layer `index`, with `stage` drops behind it, is called with.
+        """What layer `index`, with `stage` drops behind it, is called with otherwise than by the text model.
 
         Args:
             kept: the rows of this call that are left, or None for all.
@@ -61,12 +61,9 @@ class Following:
         """
         mask = kwargs.get("attention_mask")
         own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
-        if own is mask and kept is None and not self.compact:
-            return kwargs  # a step of decoding to which the missing slots make no difference
-        followed = {**kwargs, "attention_mask": own}
         if kept is not None or self.compact:
-            followed |= self._followed(stage, kept, hidden, kwargs)
-        return followed
+            return {"attention_mask": own} | self._followed(stage, kept, hidden, kwargs)
+        return {} if own is mask else {"attention_mask": own}  # {}: a step to which the missing slots are all one
 
     def _mask(
         self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, count: int, kwargs: Kwargs
@@ -102,7 +99,7 @@ class Following:
 
     def _followed(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """`tokens`, of which layers of the same stage share what they share in `kwargs`."""
-        source = _first_tensor(kwargs.get("position_embeddings"))
+        source = first_table(kwargs.get("position_embeddings"))
         positions: Kwargs = self._once(
             ("positions", stage), source, lambda: self._positions(stage, kept, hidden, kwargs)
         )
@@ -171,7 +168,8 @@ def _taken(embeddings: Any, rows: Tensor) -> Any:
     return tuple(take_embeddings(table, rows) for table in embeddings)
 
 
-def _first_tensor(positions: Any) -> Any:
+def first_table(positions: Any) -> Any:
+    """Of position embeddings the first tensor: it is one and the same object for layers that share them."""
     return positions[0] if isinstance(positions, tuple | list) else positions
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pyramiddrop.cost import Choosing
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.deepstack import DeepStack
-from pyramiddrop.hf.following import Following, Kwargs
+from pyramiddrop.hf.following import Following, Kwargs, first_table
 from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
@@ -36,6 +36,19 @@ class Rules:
     logits: str
     merge: bool
     choosing: Choosing
+
+
+class Step(NamedTuple):
+    """The changes for a layer of a step of decoding, and the arguments of the text model that they follow."""
+
+    mask: Any
+    positions: Any
+    changes: Kwargs
+
+    def fits(self, kwargs: Kwargs) -> bool:
+        """Whether `kwargs` are those that the changes were worked out for, as far as they follow them."""
+        positions = first_table(kwargs.get("position_embeddings"))
+        return kwargs.get("attention_mask") is self.mask and positions is self.positions
 
 
 class Run:
@@ -84,6 +97,7 @@ class Run:
         self._sizes: dict[int, Tensor] = {}
         self._previous: Tensor | None = None  # what the layer before received, where the scorer compares
         self._held: dict[tuple[int, int], Slots | None] = {}
+        self._steps: dict[tuple[int, int], Step] = {}
         self._labels = labels
         self.shift_labels: Tensor | None = None
         if plan is not None and labels is not None:
@@ -95,17 +109,32 @@ class Run:
         """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
         if self._deepstack is not None:
             hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
-        if self._ranking is not None:
+        if self._ranking is None:
+            changes = self._step(stage, index, hidden, kwargs)
+        else:
             hidden = self._drop(self._ranking, stage, index, layer, hidden, kwargs)
+            changes = self._changes(stage, index, hidden, kwargs)
+        return hidden, {**kwargs, **changes} if changes else kwargs
+
+    def _step(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """The changes for a layer of a call that drops nothing: worked out once for all layers alike, for in a step of
+        decoding Python is what takes the time."""
+        kind = stage, self.anatomy.alike[index]
+        step = self._steps.get(kind)
+        if step is None or not step.fits(kwargs):
+            mask, positions = kwargs.get("attention_mask"), first_table(kwargs.get("position_embeddings"))
+            step = self._steps[kind] = Step(mask, positions, self._changes(stage, index, hidden, kwargs))
+        return step.changes
+
+    def _changes(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """What layer `index` is called with otherwise than by the text model."""
         source = self.anatomy.sources[index]
         kept, slots = self._kept.get(stage), self._slots(stage, source)
         if slots is None:
-            return hidden, kwargs
+            return {}
         if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
             kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
-        return hidden, self._following.kwargs(
-            stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs
-        )
+        return self._following.changes(stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs)
 
     def _written(self, stage: int, index: int, source: int) -> int:
         """How many rows of this call layer `source` has written, whose cache layer `index` reads."""
