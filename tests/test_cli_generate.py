@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pyramiddrop import FastV, UniformDrop
+from pyramiddrop import Downsample, FastV, UniformDrop
 from pyramiddrop.cli.main import app
+from pyramiddrop.report.layout import CannotPlaceError
 
 PROMPT = ["--prompt", "w7 w8 w9", "--max-new-tokens", "4"]
 
@@ -130,6 +131,29 @@ def test_overlay(family: str, request: pytest.FixtureRequest, picture: Path, tmp
     found = run_json("--model", request.getfixturevalue(family), "--image", picture, *PROMPT, "--overlay", path)
     assert found["overlay"] == str(path)
     assert Image.open(path).width > 600
+
+
+def test_an_overlay_says_where_tokens_have_no_known_place(
+    llava_folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody_knows(*_: Any) -> None:
+        raise CannotPlaceError("cannot place the visual tokens of this model")
+
+    monkeypatch.setattr("pyramiddrop.report.pictures.visual.look", nobody_knows)
+    path = tmp_path / "overlay.png"
+    result = run("--model", llava_folder, "--image", picture, *PROMPT, "--overlay", path)
+    assert result.exit_code == 0
+    assert "cannot place the visual tokens of this model: drawn in the order of the prompt" in result.stderr
+    assert Image.open(path).width > 600
+
+
+def test_a_saved_method_of_which_nothing_can_be_drawn_is_one_line(
+    llava_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llava_folder, tmp_path / "smaller")
+    Downsample(keep=0.25).save_pretrained(folder)
+    result = run("--model", folder, "--image", picture, *PROMPT, "--overlay", tmp_path / "overlay.png")
+    assert_one_line(result, "downsample shows the model a smaller picture")
 
 
 def test_a_processor_without_a_chat_template(llava_folder: Path, picture: Path, tmp_path: Path) -> None:
