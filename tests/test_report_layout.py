@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,47 @@ def test_a_pixtral_tower_keeps_the_pictures_shape(llava_folder: Path) -> None:
     config.vision_config.model_type = "pixtral"
     (seen,) = look(config, None, [Image.new("RGB", (50, 30))], {"image_sizes": [(2 * PATCH, 3 * PATCH)]})
     assert (seen.view.rows, seen.view.columns, seen.view.box) == (2, 3, Box(0, 0, 50, 30))
+
+
+def test_frames_stand_behind_the_pictures_and_tell_their_moment() -> None:
+    merging = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    processor = SimpleNamespace(image_processor=merging, video_processor=merging)
+    picture, clip = Image.new("RGB", (8, 8)), _frames(5)
+    inputs = {"image_grid_thw": [(1, 2, 4)], "video_grid_thw": [(3, 4, 2)]}
+    seen = look(SimpleNamespace(model_type="qwen2_vl"), processor, [picture], inputs, [clip])
+    assert [one.view.name for one in seen] == ["picture", "frames 1-2", "frames 3-4", "frame 5"]
+
+
+def test_several_videos_are_numbered() -> None:
+    merging = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    processor = SimpleNamespace(image_processor=merging, video_processor=merging)
+    clip, short = _frames(5), _frames(2)
+    inputs = {"video_grid_thw": torch.tensor([(3, 4, 2), (1, 2, 2)])}
+    seen = look(SimpleNamespace(model_type="glm4v"), processor, [], inputs, [clip, short])
+    assert [one.view.name for one in seen] == [
+        "frames 1-2 of video 1",
+        "frames 3-4 of video 1",
+        "frame 5 of video 1",
+        "frames 1-2 of video 2",
+    ]
+    assert [one.moment for one in seen] == [0, 2, 4, 0]
+    assert [one.picture for one in seen] == [clip[0], clip[2], clip[4], short[0]]
+    assert [(one.view.rows, one.view.columns) for one in seen] == [(2, 1)] * 3 + [(1, 1)]
+
+
+def test_videos_that_cannot_be_placed_say_why() -> None:
+    merging = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    processor = SimpleNamespace(video_processor=merging)
+    with pytest.raises(ValueError, match="the processor made 2 times 2 frames of a video of 5"):
+        look(SimpleNamespace(model_type="qwen2_vl"), processor, [], {"video_grid_thw": [(2, 2, 2)]}, [_frames(5)])
+    with pytest.raises(ValueError, match="needs the processor's video_grid_thw, one row a video"):
+        look(SimpleNamespace(model_type="qwen2_vl"), processor, [], {}, [_frames(5)])
+    with pytest.raises(CannotPlaceError, match="of a video of model type 'video_llama_3': nobody has worked out here"):
+        look(SimpleNamespace(model_type="video_llama_3"), processor, [], {}, [_frames(5)])
+
+
+def _frames(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(count)]
 
 
 def _lit(size: tuple[int, int], place: tuple[float, float]) -> tuple[Image.Image, tuple[float, float]]:

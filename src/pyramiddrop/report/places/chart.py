@@ -7,6 +7,7 @@ arithmetic of crops is repeated here, and a processor's settings count as they a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pyramiddrop.inference.film import untimed
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.grid import Box
 from pyramiddrop.report.places.prompt import CannotPlaceError
 
+_AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
 _FULL = 255
 _BLUE = 250  # at least so blue is what belongs to the picture; resampling makes pixels beside padding less so
 _READING = 2 / _FULL  # how exact the ruler is read, as a share of the picture; edges so near to its own are its own
@@ -47,21 +50,34 @@ def chart(config: Any, processor: Any, size: tuple[int, int]) -> Chart:
     Raises:
         CannotPlaceError: where its crops cannot be read, as of pictures a pixel or two wide.
     """
+    made = processor(images=[_ruled(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
+    return _chart(config, made, ("pixel_values", "pixel_values_images"), size)
+
+
+def chart_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Chart:
+    """Show `processor` a video of so many ruled pictures; the crops are those of all frames. See :func:`chart`."""
     made = processor(
-        images=[_ruled(*size)],
-        text=[image_token(processor)],
-        return_tensors="pt",
-        do_rescale=False,
-        do_normalize=False,
+        videos=[[_ruled(*size)] * frames],
+        text=[processor.video_token],
+        video_metadata=[untimed(frames)],
+        do_sample_frames=False,
+        return_metadata=True,
+        **_AS_THEY_ARE,
     )
-    pixels = made["pixel_values"] if "pixel_values" in made else made["pixel_values_images"]
+    return _chart(config, made, ("pixel_values_videos", "pixel_values"), size)
+
+
+def _chart(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Chart:
+    pixels = next(made[name] for name in names if name in made)
     crops = [_crop(crop, size) for crop in _crops(pixels) if (crop[2] >= _BLUE).any()]
-    return Chart(crops, int((torch.as_tensor(made["input_ids"]) == image_id(config)).sum()))
+    ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
+    return Chart(crops, int(torch.isin(ids, visual).sum()))
 
 
-def image_id(config: Any) -> int:
-    """The id of the placeholder of an image's tokens."""
-    return int(config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index)
+def _visual_ids(config: Any) -> list[int]:
+    """The ids of the placeholders of images and videos."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return sorted({int(getattr(config, name)) for name in names if getattr(config, name, None) is not None})
 
 
 def _ruled(width: int, height: int) -> Image.Image:

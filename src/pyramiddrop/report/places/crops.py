@@ -9,8 +9,8 @@ from dataclasses import replace
 from PIL import Image
 
 from pyramiddrop.report.grid import Box, View, crop_order, reading_order
-from pyramiddrop.report.places.chart import Chart, Crop, chart
-from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
+from pyramiddrop.report.places.chart import Chart, Crop, chart, chart_video
+from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
 #: A crop that misses less than this share of each side shows the whole picture.
 _SLACK = 0.05
@@ -27,6 +27,29 @@ def charted_whole(prompt: Prompt, picture: Image.Image, patch: int, class_token:
     (crop,) = chart(prompt.config, prompt.processor, picture.size).crops
     rows, columns = crop.height // patch, crop.width // patch
     return [View("picture", rows, columns, crop.box, reading_order(rows, columns, leading=int(class_token)))]
+
+
+def charted_in_time(prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int) -> list[Moment]:
+    """The views of a video each frame of which is one crop.
+
+    Args:
+        leading: tokens without a place before each frame.
+        trailing: tokens without a place behind the last frame.
+
+    Raises:
+        CannotPlaceError: where tokens and frames do not go together.
+    """
+    count = len(frames)
+    found = chart_video(prompt.config, prompt.processor, frames[0].size, count)
+    each, left = divmod(found.tokens - trailing, count)
+    if left or len(found.crops) != count:
+        raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {count} frames")
+    crop = found.crops[0]
+    rows, columns = _grid(crop, each - leading)
+    cells = reading_order(rows, columns, leading)
+    view = View("", rows, columns, crop.box, cells)
+    last = replace(view, cells=(*cells, *[None] * trailing))
+    return [Moment(number, number, last if number == count - 1 else view) for number in range(count)]
 
 
 def crop_views(found: Chart, size: tuple[int, int]) -> list[View]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from PIL import Image
 
 from pyramiddrop.report.grid import Box, View, reading_order
-from pyramiddrop.report.places.prompt import Prompt
+from pyramiddrop.report.places.prompt import Moment, Prompt
 
 
 def patch_grids(prompt: Prompt) -> list[list[View]]:
@@ -13,14 +15,14 @@ def patch_grids(prompt: Prompt) -> list[list[View]]:
     merge = merge_size(prompt)
     return [
         [View("picture", rows // merge, columns // merge, whole(picture))]
-        for picture, (_, rows, columns) in zip(prompt.pictures, prompt.told("image_grid_thw"), strict=True)
+        for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True)
     ]
 
 
 def newline_grids(prompt: Prompt) -> list[list[View]]:
     """HunYuan-VL: `image_grid_thw`, too; a newline ends each row, one token stands before the grid and one behind."""
     merge, found = merge_size(prompt), []
-    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.told("image_grid_thw"), strict=True):
+    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True):
         down, across = rows // merge, columns // merge
         cells = (*reading_order(down, across, leading=1, newline=True), None)
         found.append([View("picture", down, across, whole(picture), cells)])
@@ -32,8 +34,25 @@ def pixel_sizes(prompt: Prompt) -> list[list[View]]:
     side = prompt.config.vision_config.patch_size * getattr(prompt.config, "spatial_merge_size", 1)
     return [
         [View("picture", height // side, width // side, whole(picture))]
-        for picture, (height, width) in zip(prompt.pictures, prompt.told("image_sizes"), strict=True)
+        for picture, (height, width) in zip(prompt.pictures, prompt.of_pictures("image_sizes"), strict=True)
     ]
+
+
+def patch_grids_in_time(prompt: Prompt) -> list[list[Moment]]:
+    """Qwen-VL and its kin: `video_grid_thw` tells the patches, each of which covers a few frames, one after another.
+
+    Raises:
+        ValueError: where the processor took other frames than those of the prompt.
+    """
+    depth, merge = prompt.processor.video_processor.temporal_patch_size, prompt.processor.video_processor.merge_size
+    found = []
+    for frames, (times, rows, columns) in zip(prompt.videos, prompt.of_videos("video_grid_thw"), strict=True):
+        if math.ceil(len(frames) / depth) != times:
+            raise ValueError(f"the processor made {times} times {depth} frames of a video of {len(frames)}")
+        view = View("", rows // merge, columns // merge, whole(frames[0]))
+        firsts = range(0, len(frames), depth)
+        found.append([Moment(first, min(first + depth, len(frames)) - 1, view) for first in firsts])
+    return found
 
 
 def merge_size(prompt: Prompt) -> int:

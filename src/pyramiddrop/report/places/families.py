@@ -8,9 +8,9 @@ from PIL import Image
 
 from pyramiddrop.report.grid import View
 from pyramiddrop.report.places.anyres import next_views, onevision_views
-from pyramiddrop.report.places.crops import charted, charted_whole
-from pyramiddrop.report.places.dynamic import newline_grids, patch_grids, pixel_sizes
-from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
+from pyramiddrop.report.places.crops import charted, charted_in_time, charted_whole
+from pyramiddrop.report.places.dynamic import newline_grids, patch_grids, patch_grids_in_time, pixel_sizes
+from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
 #: The views of each picture of a prompt.
 Views = list[list[View]]
@@ -32,7 +32,16 @@ def views(prompt: Prompt) -> Views:
     if family not in FAMILIES:
         reason = "nobody has worked out here how it cuts a picture"
         raise CannotPlaceError(f"cannot place the visual tokens of model type {family!r}: {reason}")
-    return FAMILIES[family](prompt)
+    return FAMILIES[family](prompt) if prompt.pictures else []
+
+
+def moments(prompt: Prompt) -> list[list[Moment]]:
+    """The views of each video, in the order of the prompt. Raises as :func:`views` does."""
+    family = prompt.config.model_type
+    if prompt.videos and family not in VIDEOS:
+        reason = NO_PLACE.get(family, "nobody has worked out here how it cuts a frame")
+        raise CannotPlaceError(f"cannot place the visual tokens of a video of model type {family!r}: {reason}")
+    return VIDEOS[family](prompt) if prompt.videos else []
 
 
 def _each(one: Callable[[Prompt, Image.Image], list[View]]) -> Callable[[Prompt], Views]:
@@ -52,6 +61,10 @@ def _of_one_crop(prompt: Prompt, has_class_token: bool = True) -> Views:
     kept = has_class_token and prompt.config.vision_feature_select_strategy == "full"
     patch = prompt.config.vision_config.patch_size
     return [charted_whole(prompt, picture, patch, kept) for picture in prompt.pictures]
+
+
+def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[list[Moment]]]:
+    return lambda prompt: [charted_in_time(prompt, frames, leading, trailing) for frames in prompt.videos]
 
 
 FAMILIES: dict[str, Callable[[Prompt], Views]] = {
@@ -113,6 +126,38 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
     ),
     "hunyuan_vl": newline_grids,
     **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
+}
+
+#: Of these also videos can be placed.
+VIDEOS: dict[str, Callable[[Prompt], list[list[Moment]]]] = {
+    **dict.fromkeys(
+        (
+            "cohere_compass",
+            "cosmos3_edge",
+            "cosmos3_omni",
+            "exaone4_5",
+            "glm46v",
+            "glm4v",
+            "glm4v_moe",
+            "glm_ocr",
+            "glmga",
+            "hyperclovax_vision_v2",
+            "lfm3_vl",
+            "muse_glimmer",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_omni_moe_thinker",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+        ),
+        patch_grids_in_time,
+    ),
+    **dict.fromkeys(("internvl", "llava_next_video", "perception_lm", "smolvlm"), _each_video()),
+    "llava_onevision": _each_video(trailing=1),  # one newline token
+    "video_llava": _each_video(leading=1),  # each frame keeps its class token
 }
 
 _RESAMPLED = "a resampler makes each of its tokens from the whole picture"

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from pyramiddrop.report.grid import View
+
 
 class CannotPlaceError(ValueError):
     """Nobody knows here which part of the picture each visual token of this model is made from."""
@@ -22,22 +24,45 @@ class Prompt:
         processor: of the checkpoint.
         pictures: in the order of the prompt.
         inputs: what the processor returned for this prompt alone; empty where that is not known.
+        videos: the frames of each one, as the model saw them; they stand behind the pictures.
     """
 
     config: Any
     processor: Any
     pictures: Sequence[Image.Image]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    videos: Sequence[Sequence[Image.Image]] = ()
 
-    def told(self, name: str) -> list[list[int]]:
+    def of_pictures(self, name: str) -> list[list[int]]:
         """The rows of `inputs[name]`, one a picture.
 
         Raises:
             ValueError: where the processor's outputs are not those of these pictures.
         """
-        rows = self.inputs.get(name)
-        if rows is None or len(rows) != len(self.pictures):
+        return self._told(name, len(self.pictures), "picture")
+
+    def of_videos(self, name: str) -> list[list[int]]:
+        """The rows of `inputs[name]`, one a video; see :meth:`of_pictures`."""
+        return self._told(name, len(self.videos), "video")
+
+    def _told(self, name: str, count: int, what: str) -> list[list[int]]:
+        rows = self.inputs.get(name, [] if not count else None)
+        if rows is None or len(rows) != count:
             raise ValueError(
-                f"{self.config.model_type} needs the processor's {name}, one row a picture, to place tokens"
+                f"{self.config.model_type} needs the processor's {name}, one row a {what}, to place tokens"
             )
         return [[int(value) for value in row] for row in rows]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the visual tokens of one time of a video are made from: its frames from `first` to `last`, both from 0."""
+
+    first: int
+    last: int
+    view: View
+
+    @property
+    def name(self) -> str:
+        """Frames are counted from 1 for people."""
+        return f"frame {self.first + 1}" if self.first == self.last else f"frames {self.first + 1}-{self.last + 1}"
