@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from speed_document import ROOT, filled
 
-from pyramiddrop.report.eval_tables import eval_markdown
+from pyramiddrop.report.tables.evaluation import eval_markdown
 
 DOCUMENT = ROOT / "docs" / "evaluation.md"
 

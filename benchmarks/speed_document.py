@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.report.speed_plot import draw_speed
-from pyramiddrop.report.speed_tables import speed_markdown
+from pyramiddrop.report.tables.speed import speed_markdown
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "speed.md"

@@ -17,16 +17,16 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.studies.glances import pick_samples, take_glances
 from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.report.ablation_plot import draw_ablation
-from pyramiddrop.report.ablation_report import ablation_sheets
-from pyramiddrop.report.attention_plot import draw_attention
-from pyramiddrop.report.eval_tables import difference_cell, score_cell
-from pyramiddrop.report.paper_figure import styled
-from pyramiddrop.report.redundancy_plot import draw_redundancy
-from pyramiddrop.report.redundancy_report import glances_to_looks, redundancy_sheets
-from pyramiddrop.report.study import Sheet
-from pyramiddrop.report.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
-from pyramiddrop.report.tradeoff_report import tradeoff_sheets
+from pyramiddrop.report.studies.ablation_plot import draw_ablation
+from pyramiddrop.report.studies.ablation_report import ablation_sheets
+from pyramiddrop.report.studies.attention_plot import draw_attention
+from pyramiddrop.report.studies.paper_figure import styled
+from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.redundancy_report import glances_to_looks, redundancy_sheets
+from pyramiddrop.report.studies.study import Sheet
+from pyramiddrop.report.studies.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
+from pyramiddrop.report.studies.tradeoff_report import tradeoff_sheets
+from pyramiddrop.report.tables.evaluation import difference_cell, score_cell
 
 DOCUMENT = ROOT / "docs" / "studies.md"
 IMAGES = ROOT / "docs" / "images"

@@ -16,7 +16,7 @@ from pyramiddrop.cli.main import app
 from pyramiddrop.cost import PRESETS, Prompt, account
 from pyramiddrop.evaluation.paper import paper_figures
 from pyramiddrop.report import units
-from pyramiddrop.report.cost_tables import paper_markdown, shapes_markdown
+from pyramiddrop.report.tables.cost import paper_markdown, shapes_markdown
 from pyramiddrop.schedule import Schedule, powers
 
 DOCS = Path(__file__).parents[1] / "docs" / "cost.md"

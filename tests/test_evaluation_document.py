@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pyramiddrop.report.eval_tables import eval_markdown
+from pyramiddrop.report.tables.evaluation import eval_markdown
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from pyramiddrop.inference.prompt import build_inputs, open_picture
 from pyramiddrop.inference.timing import time_prefills
 from pyramiddrop.inference.usage import usage, vanilla_usage
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import usage_line
+from pyramiddrop.report.tables.runs import usage_line
 
 
 @pytest.mark.parametrize(

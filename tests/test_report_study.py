@@ -19,14 +19,14 @@ from PIL import Image
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.planning import Profile
-from pyramiddrop.report.attention_plot import Looks, draw_attention, spread
 from pyramiddrop.report.grid import Box, View, reading_order
 from pyramiddrop.report.layout import Seen
-from pyramiddrop.report.paper_figure import depth_colors, save
-from pyramiddrop.report.redundancy_plot import draw_redundancy
-from pyramiddrop.report.redundancy_report import glances_to_looks, show_redundancy, write_profiles
-from pyramiddrop.report.study import bounds, percent, small
-from pyramiddrop.report.study_files import write_study
+from pyramiddrop.report.studies.attention_plot import Looks, draw_attention, spread
+from pyramiddrop.report.studies.files import write_study
+from pyramiddrop.report.studies.paper_figure import depth_colors, save
+from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+from pyramiddrop.report.studies.study import bounds, percent, small
 
 
 def scored(mean: float, error: float | None = 0.02) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _draw(record: dict[str, Any], path: Path) -> None:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from pyramiddrop.report.speed_tables import speed_heading, speed_notes, speed_tables
+    from pyramiddrop.report.tables.speed import speed_heading, speed_notes, speed_tables
 
     console = results()
     for part in (*speed_heading(record), *speed_tables(record), *speed_notes(record)):

@@ -90,7 +90,7 @@ def _usual(shared: MethodOptions) -> list[str]:
 
 def _show_paper(as_json: bool) -> None:
     from pyramiddrop.evaluation.paper import paper_figures
-    from pyramiddrop.report.cost_tables import paper_summary, paper_table
+    from pyramiddrop.report.tables.cost import paper_summary, paper_table
 
     figures = paper_figures()
     if as_json:
@@ -102,7 +102,7 @@ def _show_paper(as_json: bool) -> None:
 
 def _show(sizes: Sizes, columns: list[Column]) -> None:
     from pyramiddrop.inference.sizes import PLAIN
-    from pyramiddrop.report.cost_tables import account_table
+    from pyramiddrop.report.tables.cost import account_table
 
     prompt = sizes.prompt
     console = results()

@@ -24,7 +24,7 @@ def demo(
     from pyramiddrop.inference.demo import run_demo
     from pyramiddrop.inference.errors import user_input
     from pyramiddrop.report.demo import write_demo
-    from pyramiddrop.report.tables import costs_table, questions_table, summary
+    from pyramiddrop.report.tables.runs import costs_table, questions_table, summary
 
     with user_input(f"cannot write into {out}", (OSError,)):
         out.mkdir(parents=True, exist_ok=True)

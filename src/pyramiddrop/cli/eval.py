@@ -189,7 +189,7 @@ def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
     from pyramiddrop.evaluation.record import evaluation_record
     from pyramiddrop.evaluation.run import Evaluator
     from pyramiddrop.evaluation.store import write_json
-    from pyramiddrop.report.eval_tables import eval_heading, eval_notes, eval_tables
+    from pyramiddrop.report.tables.evaluation import eval_heading, eval_notes, eval_tables
 
     with waiting(f"loading {options.model or 'the bundled model'}"):
         evaluator = Evaluator(task, options)
@@ -213,7 +213,7 @@ def _run_benchmarks(
 ) -> None:
     from pyramiddrop.evaluation.benchmarks import RESULTS, benchmarks_record, run_benchmarks
     from pyramiddrop.evaluation.store import write_json
-    from pyramiddrop.report.paper_tables import benchmarks_table
+    from pyramiddrop.report.tables.paper import benchmarks_table
 
     with redirect_stdout(sys.stderr):  # lmms-eval prints what it likes
         found = run_benchmarks(tasks.split(","), methods, model, limit, batch, device, output, progress=remarks().print)
@@ -229,7 +229,7 @@ def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
     from pyramiddrop.evaluation.benchmarks import read_measured
     from pyramiddrop.evaluation.suite import suite_record
     from pyramiddrop.inference.errors import InputError
-    from pyramiddrop.report.paper_tables import suite_tables, tasks_table
+    from pyramiddrop.report.tables.paper import suite_tables, tasks_table
 
     if suite != PAPER:
         raise InputError(f"--suite must be {PAPER}; got {suite!r}")

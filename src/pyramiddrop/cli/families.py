@@ -19,7 +19,7 @@ def families(
 ) -> None:
     """List the model families: text model, modalities, status, limits, and how each was tested."""
     from pyramiddrop.inference.families import all_families, find_family
-    from pyramiddrop.report.family_tables import families_page, families_summary, families_table, family_in_full
+    from pyramiddrop.report.tables.families import families_page, families_summary, families_table, family_in_full
 
     entries = all_families() if model is None else [find_family(model)]
     if as_json:

@@ -109,7 +109,7 @@ def _draw(done: Run, path: Path) -> None:
 
 
 def _show(done: Run, streamed: bool) -> None:
-    from pyramiddrop.report.tables import comparison_table, usage_line
+    from pyramiddrop.report.tables.runs import comparison_table, usage_line
 
     if done.comparison:
         results().print(comparison_table(done.comparison, done.method))

@@ -18,7 +18,7 @@ def methods(
     Every argument is also an option in words, as bench, cost, eval and study read them: pyramiddrop:score=diversity.
     """
     from pyramiddrop.inference.remedies import all_entries
-    from pyramiddrop.report.method_tables import methods_table
+    from pyramiddrop.report.tables.methods import methods_table
 
     entries = all_entries()
     if as_json:

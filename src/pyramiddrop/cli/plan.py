@@ -85,7 +85,7 @@ def plan(
 
 
 def _show(sizes: Sizes, found: Plan) -> None:
-    from pyramiddrop.report.cost_tables import account_table, stages_table
+    from pyramiddrop.report.tables.cost import account_table, stages_table
 
     console = results()
     console.print("from pyramiddrop import PyramidDrop\n")

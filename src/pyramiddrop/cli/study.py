@@ -17,7 +17,7 @@ from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.studies.labelled import Labelled
-    from pyramiddrop.report.study import Shown
+    from pyramiddrop.report.studies.study import Shown
 
 study = typer.Typer()
 
@@ -72,7 +72,7 @@ def redundancy(
     from pyramiddrop.evaluation.studies.redundancy_run import RedundancyOptions, run_redundancy
     from pyramiddrop.evaluation.studies.subjects import Questions, named_models
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+    from pyramiddrop.report.studies.redundancy_report import glances_to_looks, show_redundancy, write_profiles
 
     options = RedundancyOptions(
         models=named_models(model or (), name or ()),
@@ -134,7 +134,7 @@ def tradeoff(
     from pyramiddrop.evaluation.run import EvalOptions
     from pyramiddrop.evaluation.studies.subjects import Questions
     from pyramiddrop.evaluation.studies.tradeoff import prepare_tradeoff
-    from pyramiddrop.report.tradeoff_report import show_tradeoff
+    from pyramiddrop.report.studies.tradeoff_report import show_tradeoff
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions(
@@ -168,7 +168,7 @@ def ablation(
     from pyramiddrop.evaluation.studies.ablation import LAMBDAS, prepare_ablation
     from pyramiddrop.evaluation.studies.subjects import Questions
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.ablation_report import show_ablation
+    from pyramiddrop.report.studies.ablation_report import show_ablation
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions((), (), model, batch, max_new_tokens, device, dtype, output)
@@ -195,7 +195,7 @@ def _run(prepare: Callable[[], Labelled]) -> dict[str, Any]:
 def _finish(record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -> None:
     """Write the files, and print the tables or the record."""
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.study_files import write_study
+    from pyramiddrop.report.studies.files import write_study
 
     record = {**record, "command": shlex.join(["pyramiddrop", *sys.argv[1:]])}
     with user_input(f"cannot write into {output}", (OSError,)):

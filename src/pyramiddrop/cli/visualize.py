@@ -115,7 +115,7 @@ def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
 
 
 def _show(visual: Visual, done: Run, written: list[str]) -> None:
-    from pyramiddrop.report.look import new_table
+    from pyramiddrop.report.tables.look import new_table
 
     table = new_table("layers", "visual tokens")
     for span in visual.spans:

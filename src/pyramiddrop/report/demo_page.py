@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report import tables
 from pyramiddrop.report.grid import Cell, View
 from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.pictures.veil import picture_data, seen_pixels, veil
 from pyramiddrop.report.spans import Span
+from pyramiddrop.report.tables import runs
 from pyramiddrop.report.template import template
 
 
@@ -60,7 +60,7 @@ def render_page(demo: Demo, cards: Sequence[Card]) -> str:
         medians=_medians(demo),
         pyramid=cards[0].spans,
         right=[sum(right) for right in zip(*demo.right, strict=True)],
-        remarks=tables.summary(demo),
+        remarks=runs.summary(demo),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.speed_tables import speed_heading, way_label
+from pyramiddrop.report.tables.speed import speed_heading, way_label
 
 Record = Mapping[str, Any]
 COLORS = ("#8a8f98", "#1f6fb2", "#d9822b", "#3a8f5c", "#8d5fb0", "#b0413e")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pyramiddrop.report.grid import View
 from pyramiddrop.report.layout import Seen
-from pyramiddrop.report.paper_figure import PAGE, styled
 from pyramiddrop.report.pictures.veil import seen_pixels
+from pyramiddrop.report.studies.paper_figure import PAGE, styled
 
 HEAT = "inferno"
 

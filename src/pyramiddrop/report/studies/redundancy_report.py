@@ -10,10 +10,10 @@ from typing import Any
 
 from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.evaluation.studies.profiles import profile_of
-from pyramiddrop.report.attention_plot import Looks, draw_attention
 from pyramiddrop.report.layout import look
-from pyramiddrop.report.redundancy_plot import draw_redundancy
-from pyramiddrop.report.study import Plot, Record, Sheet, Shown, percent, small
+from pyramiddrop.report.studies.attention_plot import Looks, draw_attention
+from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, percent, small
 
 LEAD = (
     "One drop of visual tokens, ranked by the attention from the prompt's last token, tried before each layer and with "

@@ -6,9 +6,9 @@ import csv
 import json
 from pathlib import Path
 
-from pyramiddrop.report.paper_figure import save
-from pyramiddrop.report.study import Record, Shown
-from pyramiddrop.report.study_page import render_study
+from pyramiddrop.report.studies.page import render_study
+from pyramiddrop.report.studies.paper_figure import save
+from pyramiddrop.report.studies.study import Record, Shown
 
 PAGE = "index.html"
 

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.paper_figure import (
+from pyramiddrop.report.studies.paper_figure import (
     COLORS,
     COLUMN,
     DASHES,
@@ -22,7 +22,7 @@ from pyramiddrop.report.paper_figure import (
     share_axis,
     styled,
 )
-from pyramiddrop.report.study import Record, bounds
+from pyramiddrop.report.studies.study import Record, bounds
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from pyramiddrop.evaluation.benchmarks import Measured
 from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
-from pyramiddrop.report.eval_tables import folded
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.evaluation import folded
+from pyramiddrop.report.tables.look import new_table
 
 Record = Mapping[str, Any]
 

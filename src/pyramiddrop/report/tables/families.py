@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, SAYS, TESTED, Entry
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.look import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
 COLORS = {PROVEN: "green", REFUSED: "red", BY_STRUCTURE: "yellow"}

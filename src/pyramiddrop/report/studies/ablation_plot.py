@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.study import Record, bounds
+from pyramiddrop.report.studies.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
+from pyramiddrop.report.studies.study import Record, bounds
 
 #: What is drawn of the costs, by their names in `costs_of`.
 COSTS = {"flops": "decoder FLOPs", "kv": "KV cache", "tokens": "visual tokens of a layer"}

@@ -11,7 +11,7 @@ from pyramiddrop.inference.comparison import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
 from pyramiddrop.inference.usage import Usage
 from pyramiddrop.report import units
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.look import new_table
 
 #: Of a number that each way to run has: that of vanilla, and that of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]

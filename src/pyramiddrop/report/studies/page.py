@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pyramiddrop.report.study import Plot, Record, Shown
+from pyramiddrop.report.studies.study import Plot, Record, Shown
 from pyramiddrop.report.template import template
 
 #: Of the page, for an inch of a figure.

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pyramiddrop.report.eval_tables import score_cell
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.evaluation import score_cell
+from pyramiddrop.report.tables.look import new_table
 
 Record = Mapping[str, Any]
 

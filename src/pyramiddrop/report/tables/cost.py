@@ -13,7 +13,7 @@ from pyramiddrop.cost import PRESETS, Account, Preset
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import Plan
 from pyramiddrop.report import units
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.look import new_table
 
 SHAPES_HEAD = (
     "name",

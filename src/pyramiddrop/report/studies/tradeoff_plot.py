@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.study import Record, bounds
+from pyramiddrop.report.studies.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
+from pyramiddrop.report.studies.study import Record, bounds
 
 #: What FLOPs are counted in, largest first.
 UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))

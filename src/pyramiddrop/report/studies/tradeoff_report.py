@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pyramiddrop.report.eval_tables import difference_cell, score_cell, share_cell
-from pyramiddrop.report.study import Plot, Record, Sheet, Shown
-from pyramiddrop.report.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown
+from pyramiddrop.report.studies.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
+from pyramiddrop.report.tables.evaluation import difference_cell, score_cell, share_cell
 
 LEAD = (
     "Every method's shares are solved so that it spends the same part of vanilla's decoder FLOPs, ranking included, or "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
-from pyramiddrop.report.ablation_plot import draw_ablation
-from pyramiddrop.report.eval_tables import share_cell
-from pyramiddrop.report.study import Plot, Record, Sheet, Shown
-from pyramiddrop.report.tradeoff_report import kind_sheet, scored_cells, way_numbers
+from pyramiddrop.report.studies.ablation_plot import draw_ablation
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown
+from pyramiddrop.report.studies.tradeoff_report import kind_sheet, scored_cells, way_numbers
+from pyramiddrop.report.tables.evaluation import share_cell
 
 #: The number of the paper's table.
 ABLATION = 4

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pyramiddrop.inference.remedies import Entry
-from pyramiddrop.report.look import new_table
+from pyramiddrop.report.tables.look import new_table
 
 
 def methods_table(entries: Sequence[Entry]) -> Table:
