@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyramiddrop import PyramidDrop
+from pyramiddrop.hf import projections
 from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.hf.following import take_tokens
 from pyramiddrop.hf.projections import NoAttentionError, Projection, Projector
@@ -205,6 +206,16 @@ def entangle(model: PreTrainedModel) -> None:
         return self.o_proj(output.flatten(2)), weights
 
     attention.__class__ = type("Entangled", (own,), {"forward": forward})
+
+
+def test_whether_keys_may_be_had_alone_is_asked_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is a number that the host waits for: on a GPU everything queued has to be done first."""
+    asked, agree = [], projections._agree
+    monkeypatch.setattr(projections, "_agree", lambda *given: asked.append(given) or agree(*given))
+    case, projector = llava_case(), Projector()
+    for index in (3, 3, 2, 3):
+        case.project(index, torch.tensor([[1, 2]] * 2), projector)
+    assert len(asked) == 2
 
 
 def test_keys_that_need_the_queries_make_it_ask_the_whole_layer() -> None:

@@ -90,7 +90,9 @@ class Projector:
         if self._splits.get(index, True):
             asked = _run(_twin(layer), take_hidden(hidden, asking), arguments(asking))
             keyed = _run(_twin(layer, (*_QUERIES, *_VALUES)), hidden, arguments(None))
-            if self._splits.setdefault(index, _agree(keyed.keys, asked.keys, asking)):
+            if index not in self._splits:  # once, for the answer makes the host wait for the device
+                self._splits[index] = _agree(keyed.keys, asked.keys, asking)
+            if self._splits[index]:
                 return Projection(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
         whole = _run(_twin(layer), hidden, arguments(None))
         return Projection(_columns(whole.queries, asking), whole.keys, whole.scale, whole.softcap, whole.sinks)

@@ -70,13 +70,20 @@ class WallClock(CpuClock):
 
 
 class CudaClock(Clock):
-    """CUDA events: marks cost no synchronisation, and count what the device waits for Python, too."""
+    """CUDA events: marks cost no synchronisation, and count what the device waits for Python, too.
+
+    Args:
+        device: whose work is timed; it need not be the current one.
+    """
 
     name = "CUDA event seconds"
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -87,5 +94,5 @@ class CudaClock(Clock):
 def clock_for(device: torch.device, threads: int) -> Clock:
     """The clock for work on `device`, of `threads` threads where that is a CPU."""
     if device.type == "cuda":
-        return CudaClock()
+        return CudaClock(device)
     return CpuClock() if threads == 1 else WallClock()

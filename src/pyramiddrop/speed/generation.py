@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,6 +117,8 @@ def _generate(subject: Subject, way: Column, batch: int, new_tokens: int, clock:
         watch.before_method()
         with subject.under(way.method):
             watch.after_method()
+            if way.method and subject.model.device.type == "cuda":
+                _settle(subject, inputs, watch)
             tokens = _Tokens(clock, cache, watch)
             start = clock.mark()
             subject.model.generate(
@@ -161,6 +163,13 @@ def _held(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
+def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch) -> None:
+    """A prefill that is not timed. The first one after a method is put on asks its ranking layers whether they may give
+    their keys alone, and waits for the device to answer: that belongs to putting it on."""
+    subject.model(**inputs, use_cache=False, logits_to_keep=1)
+    watch.forget()
+
+
 class _PrefillWatch:
     """Marks the time inside a method's hooks, by hooks that stand before and after them, and inside the text model."""
 
@@ -184,6 +193,10 @@ class _PrefillWatch:
             end = partial(self._end, inside)
             self.handles += [module.register_forward_pre_hook(end) for module in modules]
         self.handles.append(self.text.register_forward_hook(partial(self._end, True)))
+
+    def forget(self) -> None:
+        """What was marked so far."""
+        self.spans = {True: [], False: []}
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -41,6 +41,7 @@ def total_memory(device: torch.device) -> int:
 def _on_cuda(device: torch.device, peak: Peak) -> Iterator[None]:
     square = torch.ones(64, 64, device=device)
     _ = square @ square  # cuBLAS takes its workspace once; the first run shall not be charged for it
+    del square, _
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
