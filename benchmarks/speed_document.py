@@ -18,18 +18,27 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+ON_GPU = "*-cuda.json"
+NOT_RUN = "**No GPU has run it yet.**"
 
 
-def filled(text: str, written: Callable[[dict[str, Any]], str] = speed_markdown) -> str:
-    """`text` with what each named file holds between its `begin` and `end`."""
-    return PLACE.sub(lambda place: place[1] + written(_record(place[2])) + place[3], text)
+def filled(text: str, written: Callable[[dict[str, Any]], str] = speed_markdown, results: Path = RESULTS) -> str:
+    """`text` with what each named file holds between its `begin` and `end`; `*-cuda.json` names all that there are."""
+
+    def content(name: str) -> str:
+        if name != ON_GPU:
+            return written(_record(results / name))
+        found = sorted(results.glob(ON_GPU))
+        return "\n\n".join(f"### {path.stem}\n\n{written(_record(path))}" for path in found) or NOT_RUN
+
+    return PLACE.sub(lambda place: place[1] + content(place[2]) + place[3], text)
 
 
-def _record(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
 if __name__ == "__main__":
     DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_speed(_record("prefill-cpu.json")).savefig(ROOT / "docs" / "images" / "speed.png", facecolor="white")
+    draw_speed(_record(RESULTS / "prefill-cpu.json")).savefig(ROOT / "docs" / "images" / "speed.png", facecolor="white")

@@ -6,12 +6,13 @@ import re
 import sys
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyramiddrop.hf import projections
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.timing import in_turn
 from pyramiddrop.speed import generation, training
@@ -133,6 +134,56 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
     assert [result.step for result in one_token] == [None, None]
 
 
+def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, agree = [], projections._agree
+    monkeypatch.setattr(projections, "_agree", lambda *given: asked.append(given) or agree(*given))
+    watch = generation._PrefillWatch(subject.parts, Ticks())
+    watch.before_method()
+    with subject.under(ways_for(subject, "pyramiddrop")[1].method), torch.inference_mode():
+        watch.after_method()
+        generation._settle(subject, subject.batch(1), watch)
+        assert len(asked) == 3
+        assert watch.spans == {True: [], False: []}
+        subject.model(**subject.batch(1))
+    watch.remove()
+    assert len(asked) == 3
+    assert watch.spans[True]
+
+
+class FakeEvent:
+    """Stands in for CUDA's: a stream's work is done at once, and each mark is 250 ms after the one before."""
+
+    made: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.stream: Any = None
+        self.waited = False
+        self.made.append(self)
+
+    def record(self, stream: Any) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.waited, "the time of an event that was not waited for is not known"
+        return 250.0 * (self.made.index(end) - self.made.index(self))
+
+
+def test_cuda_events_are_marked_on_the_stream_of_the_device_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = clock_for(torch.device("cuda:1"), 1)
+    start, end = clock.mark(), clock.mark()
+    assert start.stream == end.stream == "stream of cuda:1"
+    assert not start.waited
+    assert clock.seconds(start, end) == 0.25
+
+
 def test_the_model_is_bare_afterwards(subject: Subject) -> None:
     ways = ways_for(subject)
     generation.measure_generation(subject, ways, 1, 2, 1, Ticks())
@@ -242,4 +293,4 @@ def test_the_document_shows_what_the_result_files_hold() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert filled(text) == text, "run python benchmarks/speed_document.py"
     named = set(re.findall(r"<!-- begin (\S+) -->", text))
-    assert named == {path.name for path in (ROOT / "benchmarks" / "results").glob("*-cpu.json")}
+    assert named - {"*-cuda.json"} == {path.name for path in (ROOT / "benchmarks" / "results").glob("*-cpu.json")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,18 @@ from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import cpu_threads
 from pyramiddrop.speed.clock import clock_for
+from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
+from pyramiddrop.speed.graphs import count_graphs
 from pyramiddrop.speed.predicted import choose_ways
-from pyramiddrop.speed.record import generation_records, machine, subject_record, training_records
+from pyramiddrop.speed.record import (
+    decoding_records,
+    generation_records,
+    graph_records,
+    machine,
+    subject_record,
+    training_records,
+)
 from pyramiddrop.speed.subject import Subject, checkpoint_subject, shape_subject, sizes_of
 from pyramiddrop.speed.training import measure_training, training_ways
 
@@ -93,6 +102,35 @@ class Bench:
             ]
         setting = {"optimizer": "AdamW" if optimizer else None, "repeats": repeats, "clock": clock.name}
         return self._record("training", setting, training_records(results))
+
+    def decoding(
+        self,
+        new_tokens: int,
+        repeats: int,
+        compilers: Mapping[str, Compiler],
+        tick: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Measure steps on a static cache, by each of `compilers`; see :meth:`generation`."""
+        clock = clock_for(self.subject.model.device, self.threads)
+        with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
+            results = [
+                result
+                for batch in self.batches
+                for result in measure_decoding(
+                    self.subject, self.ways, batch, new_tokens, repeats, clock, compilers, tick
+                )
+            ]
+        setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
+        return self._record("decoding", setting, decoding_records(results))
+
+    def graphs(
+        self, visual_tokens: Sequence[int], backend: str, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Count graphs of compiled layers over pictures of so many visual tokens; see :meth:`generation`."""
+        with cpu_threads(self.threads):
+            results = count_graphs(self.subject, self.ways, visual_tokens, backend, tick)
+        setting = {"visual_tokens": list(visual_tokens), "backend": backend}
+        return self._record("graphs", setting, graph_records(results))
 
     def runs(self, repeats: int, train: bool) -> int:
         """How many runs there will be, the warm-up among them."""

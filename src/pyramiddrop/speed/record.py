@@ -13,18 +13,23 @@ import transformers
 
 import pyramiddrop
 from pyramiddrop.inference.choice import VANILLA
+from pyramiddrop.speed.decoding import Decoding
 from pyramiddrop.speed.generation import Generation
+from pyramiddrop.speed.graphs import Graphs
+from pyramiddrop.speed.memory import total_memory
 from pyramiddrop.speed.subject import Subject
 from pyramiddrop.speed.training import TrainingStep
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
     """What ran: the processor's kind or the GPU's name, and versions; nothing that tells one machine from its like."""
+    on_gpu = device.type == "cuda"
     return {
         "architecture": platform.machine(),
         "cpu_cores": os.cpu_count(),
         "threads": threads,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "device_bytes": total_memory(device) if on_gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -66,6 +71,24 @@ def training_records(results: Sequence[TrainingStep]) -> list[dict[str, Any]]:
     """Each result with its ratios to vanilla of the same batch, with or without checkpointing as it is."""
     vanilla = {(result.batch, result.checkpointing): result for result in results if result.way == VANILLA}
     return [_training(result, vanilla[result.batch, result.checkpointing]) for result in results]
+
+
+def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
+    """Each result with its ratio to vanilla of the same batch, compiled or not as it is."""
+    vanilla = {(result.batch, result.compiled): result.step.median for result in results if result.way == VANILLA}
+    return [
+        {
+            **_rounded(asdict(result)),
+            "tokens_per_second": result.batch / result.step.median,
+            "ratios": {"step": result.step.median / vanilla[result.batch, result.compiled]},
+        }
+        for result in results
+    ]
+
+
+def graph_records(results: Sequence[Graphs]) -> list[dict[str, Any]]:
+    """Each result as plain numbers."""
+    return [asdict(result) for result in results]
 
 
 def _generation(result: Generation, vanilla: Generation) -> dict[str, Any]:

@@ -114,6 +114,11 @@ def shape_subject(
     return _fed_with_embeddings(name, model, visual or usual, text)
 
 
+def resized(subject: Subject, visual: int) -> Subject:
+    """The random weights of a shape with a prompt of another number of visual tokens."""
+    return _fed_with_embeddings(subject.name, subject.model, visual, subject.prompt.text_tokens)
+
+
 def sizes_of(name: str, depth: int | None) -> tuple[DecoderShape, int]:
     """The sizes of a shape, cut to `depth` layers, and the visual tokens of its usual picture.
 

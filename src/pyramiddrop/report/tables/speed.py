@@ -20,17 +20,27 @@ Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
 def speed_heading(record: Record) -> list[str]:
     """What was run, on what, and how it was timed: a line each."""
     machine, subject, setting = record["machine"], record["subject"], record["setting"]
-    prompt = f"{subject['visual_tokens']} visual + {subject['text_tokens']} text tokens"
+    visual = ", ".join(map(str, setting.get("visual_tokens", [subject["visual_tokens"]])))
+    prompt = f"{visual} visual + {subject['text_tokens']} text tokens"
     if "new_tokens" in setting:
         prompt += f", {setting['new_tokens']} new"
-    where = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    where = "" if machine["device"] == "cpu" else f"{machine['device']}, {units.size(machine['device_bytes'])}; "
     return [
         f"{subject['name']}: {subject['about']}; {subject['layers']} layers, hidden {subject['hidden']}, {prompt}, "
         f"{subject['dtype']}, {subject['attention']}",
-        f"{machine['architecture']}, {machine['cpu_cores']} cores, {machine['threads']} thread(s){where}; "
+        f"{where}{machine['architecture']}, {machine['cpu_cores']} cores, {machine['threads']} thread(s); "
         f"torch {machine['torch']}, transformers {machine['transformers']}",
-        f"{setting['clock']}, median and quartiles of {setting['repeats']} run(s), ways taken in turn after a warm-up",
+        _how(record["kind"], setting),
     ]
+
+
+def _how(kind: str, setting: Record) -> str:
+    if kind == "graphs":
+        return f"graphs after each picture, each layer compiled (backend {setting['backend']}), no cache"
+    runs = f"{setting['clock']}, median and quartiles of {setting['repeats']} run(s)"
+    if kind == "decoding":
+        return f"{runs}, on a StaticCache, one way after another, each after a warm-up that compiles"
+    return f"{runs}, ways taken in turn after a warm-up"
 
 
 def speed_notes(record: Record) -> list[str]:
@@ -67,8 +77,9 @@ def speed_markdown(record: Record) -> str:
 
 
 def speed_grids(record: Record) -> list[Grid]:
-    """The ways side by side, a grid for each batch size; of training also for each answer to checkpointing."""
-    column = _training_column if record["kind"] == "training" else _generation_column
+    """The ways side by side, a grid for each batch size; of training also for each answer to checkpointing, of decoding
+    for each way to compile."""
+    column = _COLUMNS[record["kind"]]
     grids: list[Grid] = []
     for title, found in groupby(record["results"], _title):
         results = list(found)
@@ -84,8 +95,11 @@ def way_label(result: Record) -> str:
 
 
 def _title(result: Record) -> str:
+    if "batch" not in result:
+        return ""
     checkpointing = {None: "", True: ", checkpointing", False: ", no checkpointing"}[result.get("checkpointing")]
-    return f"batch {result['batch']}{checkpointing}"
+    compiled = f", {result['compiled']}" if "compiled" in result else ""
+    return f"batch {result['batch']}{checkpointing}{compiled}"
 
 
 def _generation_column(result: Record) -> dict[str, str]:
@@ -132,6 +146,30 @@ def _training_column(result: Record) -> dict[str, str]:
         "peak memory": units.size(result["peak_bytes"]),
         "peak memory, ratio": _ratio(ratios["peak_bytes"]),
     }
+
+
+def _decoding_column(result: Record) -> dict[str, str]:
+    return {
+        "a step": units.seconds(result["step"]["median"]),
+        "a step, quartiles": _quartiles(result["step"]),
+        "a step, ratio": _ratio(result["ratios"]["step"]),
+        "tokens/s": f"{result['tokens_per_second']:.1f}",
+        "graphs": str(result["graphs"]),
+        "no CUDA graph": str(result["not_captured"]),
+    }
+
+
+def _graphs_column(result: Record) -> dict[str, str]:
+    waits = {} if result["waits"] is None else {"host waits, a prefill": str(result["waits"])}
+    return {"graphs": ", ".join(map(str, result["graphs"])), **waits}
+
+
+_COLUMNS = {
+    "generation": _generation_column,
+    "training": _training_column,
+    "decoding": _decoding_column,
+    "graphs": _graphs_column,
+}
 
 
 def _quartiles(spread: Record) -> str:

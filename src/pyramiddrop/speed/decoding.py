@@ -1,0 +1,107 @@
+"""Owns the measurement of decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.speed.subject import Subject
+
+#: What makes the function that runs a step of the model itself.
+Compiler = Callable[[Any], Any]
+
+
+def eager(model: Any) -> Any:
+    """Leaves the model as it is."""
+    return model
+
+
+#: A step as one CUDA graph, without a break.
+reduce_overhead: Compiler = partial(torch.compile, mode="reduce-overhead", fullgraph=True)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One way to decode, summed up over its runs.
+
+    Attributes:
+        compiled: how a step was compiled, by name.
+        step: seconds of a token, on average over a run.
+        graphs: compiled graphs that all runs took; 0 where nothing is compiled.
+        not_captured: those of them that PyTorch would not make CUDA graphs of.
+    """
+
+    way: str
+    compiled: str
+    batch: int
+    step: Spread
+    graphs: int
+    not_captured: int
+
+
+def measure_decoding(
+    subject: Subject,
+    ways: Sequence[Column],
+    batch: int,
+    steps: int,
+    repeats: int,
+    clock: Clock,
+    compilers: Mapping[str, Compiler],
+    tick: Callable[[], None] = lambda: None,
+) -> list[Decoding]:
+    """Decode `steps` tokens of `batch` equal samples in each of `ways`, by each of `compilers`, `repeats` times each.
+
+    The prompt runs as it is. The ways come one after another, for a compiled step holds the hooks that it was compiled
+    with; all runs of one share a cache, whose place in memory a CUDA graph holds. A first run compiles, and does not
+    count.
+
+    Args:
+        tick: called after every run, also of the first ones.
+    """
+    found = []
+    for name, compiler in compilers.items():
+        for way in ways:
+            torch._dynamo.reset()
+            counters.clear()
+            cache = StaticCache(config=subject.parts.text.config, max_cache_len=subject.visual.shape[1] + steps + 1)
+            with torch.no_grad(), subject.under(way.method):
+                step, times = compiler(subject.model), []
+                for run in range(repeats + 1):
+                    seconds = _decode(subject, batch, steps, clock, cache, step)
+                    times += [seconds / steps] if run else []
+                    tick()
+            graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+            found.append(Decoding(way.label, name, batch, Spread.of(times), graphs, skipped))
+    return found
+
+
+def _decode(subject: Subject, batch: int, steps: int, clock: Clock, cache: StaticCache, step: Any) -> float:
+    """Seconds of `steps` greedy tokens behind the prompt, in a cache that is emptied first."""
+    cache.reset()
+    inputs = subject.batch(batch)
+    mask = inputs["attention_mask"]
+    output = subject.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    start = clock.mark()
+    for _ in range(steps):
+        tokens = output.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        output = step(**_prepared(subject.model, tokens, mask, cache))
+    return clock.seconds(start, clock.mark())
+
+
+def _prepared(model: Any, tokens: Tensor, mask: Tensor, cache: StaticCache) -> dict[str, Any]:
+    """The arguments of a step, as `generate` prepares them."""
+    positions = (mask.cumsum(1) - 1)[:, -1:].contiguous()
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
+        tokens, past_key_values=cache, attention_mask=mask, position_ids=positions
+    )
+    return prepared

@@ -1,0 +1,68 @@
+"""Owns the count of compiled graphs: each decoder layer compiled, over pictures of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._dynamo.utils import counters
+
+from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.speed.subject import Subject, resized
+from pyramiddrop.speed.waits import count_waits
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """One way to prefill.
+
+    Attributes:
+        graphs: with each layer compiled, how many there are after each of the pictures.
+        waits: how often the host waits for the device in a prefill that is not compiled; None where there is no GPU.
+    """
+
+    way: str
+    graphs: tuple[int, ...]
+    waits: int | None
+
+
+def count_graphs(
+    subject: Subject,
+    ways: Sequence[Column],
+    visual_tokens: Sequence[int],
+    backend: str,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Graphs]:
+    """Prefill one sample of each of `visual_tokens` in each of `ways`, without a cache. A graph that breaks raises.
+
+    Args:
+        subject: of a shape.
+        backend: of `torch.compile`.
+        tick: called after each way.
+    """
+    found = []
+    for way in ways:
+        waits = count_waits(subject, way)
+        found.append(Graphs(way.label, tuple(_counts(subject, way, visual_tokens, backend)), waits))
+        tick()
+    return found
+
+
+def _counts(subject: Subject, way: Column, visual_tokens: Sequence[int], backend: str) -> list[int]:
+    torch._dynamo.reset()
+    counters.clear()
+    layers = subject.parts.layers
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+    try:
+        return [_prefilled(resized(subject, tokens), way) for tokens in visual_tokens]
+    finally:
+        for layer in layers:
+            del layer.forward  # of this layer; its class's stands behind it
+
+
+def _prefilled(subject: Subject, way: Column) -> int:
+    with torch.no_grad(), subject.under(way.method):
+        subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
+    return int(counters["stats"]["unique_graphs"])
