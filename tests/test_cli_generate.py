@@ -210,6 +210,8 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
         ("--odd", "--odd"),
         ("--image missing.png", "no such picture: missing.png"),
         ("--model ./missing", "no such folder: ./missing"),
+        ("--video clip.gif", "model family 'llava'"),
+        ("--frames 0", "--frames"),
     ],
 )
 def test_bad_values_are_one_line(llava_folder: Path, picture: Path, options: str, words: str) -> None:

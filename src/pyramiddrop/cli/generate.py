@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from pyramiddrop.cli.asking import AsJson, Device, Dtype, MaxNewTokens, Model
+from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
 from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
@@ -35,6 +35,8 @@ class SeveralImages(TyperCommand):
 def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...")] = None,
+    video: Video = None,
+    frames: Frames = 8,
     model: Model = None,
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.")] = None,
     lam: Lam = None,
@@ -65,7 +67,7 @@ def generate(
         _check_overlay(overlay, method)
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype))
+        ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype, video, frames))
     stream = sys.stdout.isatty() and not compare and not as_json
     done = _answer(ready, max_new_tokens, compare, stream)
     if overlay:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.asking import AsJson, Device, Dtype, MaxNewTokens, Model
+from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
 from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
 from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import remarks, results, waiting
@@ -29,6 +29,8 @@ def visualize(
     image: Annotated[
         list[Path] | None, typer.Option(help="One or more pictures. (default: a bundled one)", metavar="FILE...")
     ] = None,
+    video: Video = None,
+    frames: Frames = 8,
     model: Model = None,
     method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
     lam: Lam = None,
@@ -62,11 +64,11 @@ def visualize(
     from pyramiddrop.inference.run import run
 
     outputs = output or [Path("kept.html"), Path("kept.png")]
-    _check(outputs, scores, prompt, image, method)
-    prompt, image = _asked(prompt, image)
+    _check(outputs, scores, prompt, bool(image or video), method)
+    prompt, image = _asked(prompt, image, video)
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image), model, options, device, dtype))
+        ready = prepare(Request(prompt, tuple(image), model, options, device, dtype, video, frames))
     with waiting("answering"):
         done = run(ready, max_new_tokens)
     visual = _draw(done, outputs, scores)
@@ -77,14 +79,12 @@ def visualize(
         _show(visual, done, written)
 
 
-def _check(
-    outputs: list[Path], scores: Path | None, prompt: str | None, image: list[Path] | None, method: str | None
-) -> None:
+def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: bool, method: str | None) -> None:
     from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
-    if image and prompt is None:
-        raise InputError("--image needs a question about it (--prompt)")
+    if shown and prompt is None:
+        raise InputError("--image and --video need a question about it (--prompt)")
     with user_input():
         check_drawn_method(method)
         for path in outputs:
@@ -93,11 +93,11 @@ def _check(
             check_picture_path(scores, scores=True)
 
 
-def _asked(prompt: str | None, image: list[Path] | None) -> tuple[str, list[Path]]:
+def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> tuple[str, list[Path]]:
     """What the user asked, or what the bundled picture's first question asks."""
     from pyramiddrop.assets import demo_images, demo_questions
 
-    pictures = image or demo_images()[:1]
+    pictures = image or ([] if video else demo_images()[:1])
     return prompt if prompt is not None else demo_questions()[pictures[0].name][0]["question"], pictures
 
 

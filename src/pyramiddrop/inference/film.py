@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from transformers.utils import is_torchvision_available
 
+from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prompt import open_picture
 
@@ -49,6 +51,14 @@ def open_film(path: Path, count: int) -> Film:
     return film
 
 
+def check_film(family: str, source: str | Path) -> None:
+    """Raise InputError where the model `source` of a family cannot be shown a video, or no video on this machine."""
+    if family in FAMILIES and "video" not in FAMILIES[family].modalities:
+        raise InputError(f"model family {family!r} of {source} takes no videos; give it frames as --image")
+    if not is_torchvision_available():
+        raise InputError("Transformers needs torchvision for videos, and it is not installed (pip install torchvision)")
+
+
 def untimed(count: int) -> dict[str, Any]:
     """What a processor must know of so many frames that do not tell when they were taken."""
     return _about(count, range(count), UNTOLD)
@@ -85,6 +95,7 @@ def _moving_picture(path: Path, count: int) -> Film | None:
         taken = _spaced(total, count)
         for place in range(total):
             picture.seek(place)
+            picture.load()  # WebP tells a frame's duration only then
             milliseconds += picture.info.get("duration", 0)
             if place in taken:
                 frames[place] = picture.convert("RGB")

@@ -1,15 +1,18 @@
-"""Owns the way from picture files and a question to the tensors that a model reads."""
+"""Owns the way from pictures, frames and a question to the tensors that a model reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pyramiddrop.inference.errors import InputError
+
+if TYPE_CHECKING:
+    from pyramiddrop.inference.film import Film
 
 #: For a processor without a chat template: the format of the first LLaVA models.
 PLAIN = "USER: {images}\n{prompt} ASSISTANT:"
@@ -43,21 +46,28 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"cannot read the picture {path}: {reason}") from error
 
 
-def check_prompt(prompt: str, pictures: int) -> None:
-    """Raise InputError for an empty prompt, or one without a picture."""
-    if not pictures:
-        raise InputError("a prompt needs an image: without one there are no visual tokens to drop (--image FILE)")
+def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
+    """Raise InputError for an empty prompt, or one without a picture or a video."""
+    if not pictures and not videos:
+        raise InputError(
+            "a prompt needs an image or a video: without one there are no visual tokens to drop (--image, --video)"
+        )
     if not prompt.strip():
         raise InputError("the prompt is empty")
 
 
-def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any:
-    """The tensors for one question about `pictures`, on the CPU: batch size 1, the pictures before the words.
+def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, film: Film | None = None) -> Any:
+    """The tensors for one question, on the CPU: batch size 1, the pictures before the film, and both before the words.
+
+    The processor takes the film's frames as they are, and samples none.
 
     Raises:
-        InputError: for no picture, an empty prompt, or one that holds the processor's own image token.
+        InputError: for neither picture nor film, an empty prompt, one that holds the processor's own image token, and a
+            film for a processor of images alone.
     """
-    return build_batch(processor, [(pictures, prompt)])
+    if film and getattr(processor, "video_processor", None) is None:
+        raise InputError("the checkpoint's processor takes no videos; give the frames as images")
+    return _build(processor, [(pictures, prompt)], film)
 
 
 def build_batch(processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
@@ -66,32 +76,7 @@ def build_batch(processor: Any, questions: Sequence[tuple[Sequence[Image.Image],
     Raises:
         InputError: as for `build_inputs`, for any of them.
     """
-    for pictures, prompt in questions:
-        _check_question(processor, pictures, prompt)
-    single = len(questions) == 1
-    padding = {} if single else {"padding": True}
-    with _left_padding(processor.tokenizer):
-        if getattr(processor, "chat_template", None) is None:
-            images = [list(pictures) for pictures, _ in questions]
-            text = [_plain(processor, len(pictures), prompt) for pictures, prompt in questions]
-            own = (images[0], text[0]) if single else (images, text)
-            return processor(images=own[0], text=own[1], return_tensors="pt", **padding)
-        turns = [[{"role": "user", "content": _content(pictures, prompt)}] for pictures, prompt in questions]
-        return processor.apply_chat_template(
-            turns[0] if single else turns,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=padding,
-        )
-
-
-def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> None:
-    check_prompt(prompt, len(pictures))
-    token = image_token(processor)
-    if token in prompt:
-        raise InputError(f"the prompt must not hold {token}: each image gets its place before the words by itself")
+    return _build(processor, questions)
 
 
 def image_token(processor: Any) -> str:
@@ -100,12 +85,64 @@ def image_token(processor: Any) -> str:
     return str(placeholder or getattr(processor, "image_token", "<image>"))
 
 
-def _plain(processor: Any, pictures: int, prompt: str) -> str:
-    return PLAIN.format(images=image_token(processor) * pictures, prompt=prompt)
+def _build(processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None = None) -> Any:
+    for pictures, prompt in questions:
+        _check_question(processor, pictures, prompt, film)
+    single = len(questions) == 1
+    settings: dict[str, Any] = {} if single else {"padding": True}
+    if film:
+        settings |= {"video_metadata": [film.about], "do_sample_frames": False, "return_metadata": True}
+    with _left_padding(processor.tokenizer):
+        build = _of_template if getattr(processor, "chat_template", None) is not None else _of_text
+        inputs = build(processor, questions, film, settings)
+    inputs.pop("video_metadata", None)  # no tensor, and nothing for the model
+    return inputs
 
 
-def _content(pictures: Sequence[Image.Image], prompt: str) -> list[dict[str, Any]]:
-    return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": prompt}]
+def _of_template(
+    processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None, settings: dict[str, Any]
+) -> Any:
+    turns = [[{"role": "user", "content": _content(pictures, prompt, film)}] for pictures, prompt in questions]
+    return processor.apply_chat_template(
+        turns[0] if len(turns) == 1 else turns,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=settings,
+    )
+
+
+def _of_text(
+    processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None, settings: dict[str, Any]
+) -> Any:
+    images = [list(pictures) for pictures, _ in questions]
+    text = [_plain(processor, len(pictures), prompt, film) for pictures, prompt in questions]
+    own = (images[0] or None, text[0]) if len(text) == 1 else (images, text)
+    videos = {"videos": [film.frames]} if film else {}
+    return processor(images=own[0], text=own[1], return_tensors="pt", **videos, **settings)
+
+
+def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str, film: Film | None) -> None:
+    check_prompt(prompt, len(pictures), videos=film is not None)
+    for token in (image_token(processor), *([processor.video_token] if film else [])):
+        if token in prompt:
+            raise InputError(
+                f"the prompt must not hold {token}: each image and video gets its place before the words by itself"
+            )
+
+
+def _plain(processor: Any, pictures: int, prompt: str, film: Film | None) -> str:
+    video = processor.video_token if film else ""
+    return PLAIN.format(images=image_token(processor) * pictures + video, prompt=prompt)
+
+
+def _content(pictures: Sequence[Image.Image], prompt: str, film: Film | None) -> list[dict[str, Any]]:
+    return [
+        *({"type": "image", "image": picture} for picture in pictures),
+        *([{"type": "video", "video": film.frames}] if film else []),
+        {"type": "text", "text": prompt},
+    ]
 
 
 @contextmanager

@@ -15,12 +15,16 @@ from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference.film import Film, check_film, open_film
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question about pictures, and what shall answer it. `model` None is the bundled one."""
+    """A question about pictures, then a video, and what shall answer it.
+
+    `model` None is the bundled one; `frames` is how many are taken of the video.
+    """
 
     prompt: str
     images: Sequence[Path]
@@ -28,6 +32,8 @@ class Request:
     options: MethodOptions = field(default_factory=MethodOptions)
     device: str | None = None
     dtype: str | None = None
+    video: Path | None = None
+    frames: int = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Ready:
     method: Method | None
     pictures: list[Image.Image]
     inputs: Any
+    film: Film | None = None
 
 
 def prepare(request: Request) -> Ready:
@@ -48,14 +55,18 @@ def prepare(request: Request) -> Ready:
         InputError: for anything that the user gave and that cannot be used.
     """
     source = request.model or str(digits_checkpoint())
-    check_prompt(request.prompt, len(request.images))
-    pictures = [open_picture(path) for path in request.images]
-    method = choose_method(request.options, source, decoder_layers(read_config(source)))
+    check_prompt(request.prompt, len(request.images), videos=request.video is not None)
+    pictures, config = [open_picture(path) for path in request.images], read_config(source)
+    film = None
+    if request.video:
+        check_film(config.model_type, source)
+        film = open_film(request.video, request.frames)
+    method = choose_method(request.options, source, decoder_layers(config))
     checkpoint = load_checkpoint(source, request.device, request.dtype)
-    inputs = build_inputs(checkpoint.processor, pictures, request.prompt)
+    inputs = build_inputs(checkpoint.processor, pictures, request.prompt, film)
     with user_input(caught=(UnsupportedModelError,)):
         _check_model(checkpoint, method)
-    return Ready(request, checkpoint, method, pictures, inputs)
+    return Ready(request, checkpoint, method, pictures, inputs, film)
 
 
 def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:

@@ -37,6 +37,7 @@ class Run:
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "images": [str(path) for path in request.images],
+            "video": self._video(),
             "prompt": request.prompt,
             "method": {**(self.ready.method.settings() if self.ready.method else {}), "name": self.method},
             "answer": self.answer,
@@ -47,6 +48,11 @@ class Run:
             "kv_ratio": known(self.usage.kv_bytes / self.vanilla.kv_bytes),
             "comparison": self.comparison.as_dict() if self.comparison else None,
         }
+
+    def _video(self) -> dict[str, Any] | None:
+        """The video, and the numbers of the frames that were taken of it."""
+        film = self.ready.film
+        return {"path": str(self.ready.request.video), "frames": film.about["frames_indices"]} if film else None
 
 
 def run(ready: Ready, max_new_tokens: int, streamer: Any = None) -> Run:

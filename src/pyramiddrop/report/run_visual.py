@@ -26,4 +26,5 @@ def run_visual(done: Run) -> Visual:
         ready.request.prompt,
         done.answer,
         f"{ready.request.model or 'the bundled model'} under {done.method}: {', '.join(settings)}",
+        videos=[ready.film.frames] if ready.film else [],
     )

@@ -150,6 +150,7 @@ def visualize(
     answer: str = "",
     made_by: str = "",
     sample: int = 0,
+    videos: Sequence[Sequence[Image.Image]] = (),
 ) -> Visual:
     """Place the visual tokens of a prefill in its pictures: `visualize(trace, ...).save("kept.html")`.
 
@@ -166,6 +167,7 @@ def visualize(
         answer: written under the question; empty for none.
         made_by: the model and the method in words, for the page; empty for none.
         sample: which one of the batch.
+        videos: the frames of each one, as the model saw them; they stand behind the images.
 
     Raises:
         ValueError: for an empty trace, and images that are not this trace's.
@@ -174,7 +176,7 @@ def visualize(
         raise ValueError("the trace is empty: run the patched model first")
     note = ""
     try:
-        seen = look(config, processor, images, inputs)
+        seen = look(config, processor, images, inputs, videos)
     except CannotPlaceError as error:
         seen, note = [_unplaced(trace.visual_tokens[sample])], f"{error}: drawn in the order of the prompt"
     views = [one.view for one in seen]
