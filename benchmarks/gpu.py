@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.report.speed_tables import speed_markdown
+from pyramiddrop.report.tables.speed import speed_markdown
 from pyramiddrop.speed.bench import Bench, BenchOptions, prepare_bench
 from pyramiddrop.speed.decoding import Compiler, eager, reduce_overhead
 from pyramiddrop.speed.memory import total_memory
