@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from checkpoints import save_checkpoint
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.budgets import decoder_flops
 from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
@@ -64,6 +67,20 @@ def test_a_batch_replies_as_single_samples_do(name: str, method: Method | None, 
     alone = Answerer(checkpoint, batch=1, max_new_tokens=3).answers(SAMPLES, method)
     assert together == alone
     assert len({reply.usage.visual_tokens for reply in together}) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["tiny", "plain", "tiles"])
+def test_what_answers_will_cost_is_known_before_they_are_given(
+    name: str, method: Method | None, request: pytest.FixtureRequest
+) -> None:
+    answerer = Answerer(request.getfixturevalue(name), batch=2, max_new_tokens=1)
+    prompts, replies = answerer.prompts(SAMPLES), answerer.answers(SAMPLES, method)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert (prompt.visual_tokens, prompt.text_tokens) == (reply.usage.visual_tokens, reply.usage.text_tokens)
+        assert 0 < prompt.asking < prompt.text_tokens  # something stands before the pictures, too
+    shape = anatomy(answerer.checkpoint.model).shape
+    assert decoder_flops(method, shape, Counter(prompts)) == sum(reply.usage.flops for reply in replies)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -109,7 +109,7 @@ def test_the_json_is_the_account() -> None:
     shape = PRESETS["qwen2.5-vl-7b"].shape
     expected = account(shape, Prompt(1296, 10, 2), Schedule.equal(28, 4, powers(0.5, 3)))
     assert answer["methods"][1] == {"method": "PyramidDrop", **expected.as_dict()}
-    assert answer["prompt"] == {"visual_tokens": 1296, "text_tokens": 10, "crops": 2}
+    assert answer["prompt"] == {"visual_tokens": 1296, "text_tokens": 10, "crops": 2, "instruction_tokens": None}
 
 
 def test_the_dtype_is_that_of_the_cache() -> None:

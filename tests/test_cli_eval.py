@@ -102,6 +102,18 @@ def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
     assert [list(way["differences"]) for way in ways[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
 
 
+@pytest.mark.parametrize("words", [["--percent", "5"], ["--percent", "60", "5"]])
+def test_a_budget_out_of_reach_is_found_before_anything_is_answered(
+    tiny: list[str | Path], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    answered: list[Any] = []
+    monkeypatch.setattr(Answerer, "_answer", lambda self, inputs, *others: answered.append(inputs))
+    result = run(*tiny, "--methods", "pyramiddrop", *words)
+    assert result.exit_code == 2
+    assert "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop" in result.stderr
+    assert not answered
+
+
 def test_the_table_tells_the_same(tiny: list[str | Path]) -> None:
     result = run(*tiny, "--methods", "pyramiddrop:lam=0.4")
     assert result.exit_code == 0

@@ -48,6 +48,7 @@ from pyramiddrop.evaluation.paper import Figure, paper_figures
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
 from pyramiddrop.schedule import Schedule, powers
 from pyramiddrop.scoring import SCORERS
+from pyramiddrop.scoring.attention import InstructionScorer
 from tiny import make_batch, tiny_model
 
 SHAPE = DecoderShape(layers=8, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocabulary=200)
@@ -299,6 +300,15 @@ def test_kv_bytes_by_dtype_and_heads() -> None:
     assert account(wide, Prompt(32, 16), halves).kv_bytes == 2 * cost.kv_bytes
 
 
+def test_a_score_of_the_instruction_asks_with_what_stands_behind_the_pictures() -> None:
+    model, once = ModelShape(SHAPE), Schedule.of([2], [0.5])
+    choosing = InstructionScorer().flops
+    part, whole = (account(model, Prompt(32, 16, None, asking), once, choosing).full.ranking for asking in (5, None))
+    # A token that asks needs its query, key and value, and its products with the 48 keys.
+    assert whole - part == (16 - 5) * 2 * (64 * (64 + 2 * 32) + 48 * 64)
+    assert Prompt(32, 16, instruction_tokens=0).asking == 1  # where there is none, the last token asks
+
+
 def test_a_stage_that_drops_nothing_ranks_nothing() -> None:
     twice = Schedule.of([2, 4], [0.5, 0.5])
     once = Schedule.of([2], [0.5])
@@ -325,7 +335,12 @@ def test_a_schedule_beyond_the_depth_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((0,), "visual_tokens"), ((5, -1), "text_tokens"), ((5, 5, 0), "crops")],
+    [
+        ((0,), "visual_tokens"),
+        ((5, -1), "text_tokens"),
+        ((5, 5, 0), "crops"),
+        ((5, 5, None, 6), "instruction_tokens must be from 0 to the 5 text tokens; got 6"),
+    ],
 )
 def test_bad_prompts_name_the_argument(values: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

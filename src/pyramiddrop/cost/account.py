@@ -165,6 +165,6 @@ def choices(schedule: Schedule | None, prompt: Prompt) -> list[Choice]:
         kept = stage.count(prompt.visual_tokens)
         if kept < before:
             rows = before + prompt.text_tokens
-            found.append(Choice(stage.layer, rows, before, kept, instruction=max(1, prompt.text_tokens)))
+            found.append(Choice(stage.layer, rows, before, kept, instruction=prompt.asking))
         before = kept
     return found

@@ -213,6 +213,7 @@ class Prompt:
         visual_tokens: what the pictures bring.
         text_tokens: all others.
         crops: how many crops the vision tower sees; None takes as many as the visual tokens need.
+        instruction_tokens: those of the text tokens that stand behind the last visual one; None takes all of them.
 
     Raises:
         ValueError: for a count below what makes sense.
@@ -221,6 +222,7 @@ class Prompt:
     visual_tokens: int
     text_tokens: int = 0
     crops: int | None = None
+    instruction_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.visual_tokens < 1:
@@ -229,3 +231,11 @@ class Prompt:
             raise ValueError(f"text_tokens must not be negative; got {self.text_tokens}")
         if self.crops is not None and self.crops < 1:
             raise ValueError(f"crops must be at least 1; got {self.crops}")
+        if self.instruction_tokens is not None and not 0 <= self.instruction_tokens <= self.text_tokens:
+            given = self.instruction_tokens
+            raise ValueError(f"instruction_tokens must be from 0 to the {self.text_tokens} text tokens; got {given}")
+
+    @property
+    def asking(self) -> int:
+        """The tokens that ask where the whole instruction does: where there is none, the prompt's last token."""
+        return max(1, self.text_tokens if self.instruction_tokens is None else self.instruction_tokens)

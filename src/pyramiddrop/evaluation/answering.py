@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prompt import build_batch
-from pyramiddrop.inference.usage import Usage, batch_usage
+from pyramiddrop.inference.usage import Usage, batch_prompts, batch_usage
 from pyramiddrop.methods import Method
 from pyramiddrop.trace import Trace
 
@@ -67,6 +68,12 @@ class Answerer:
     def inputs(self, samples: Sequence[Sample]) -> Any:
         """The tensors of one batch, on the CPU."""
         return build_batch(self.checkpoint.processor, [(list(one.images), one.question) for one in samples])
+
+    def prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
+        """What each sample brings, told by the processor alone: nothing is answered."""
+        starts = range(0, len(samples), self.batch)
+        batches = (self.inputs(samples[start : start + self.batch]) for start in starts)
+        return [prompt for inputs in batches for prompt in batch_prompts(self.checkpoint.model, inputs)]
 
     def _answer(self, inputs: Any, method: Method | None, trace: Trace | None) -> list[Reply]:
         texts = answer_greedily(self.checkpoint, inputs, self.max_new_tokens)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.answering import Answerer, Reply
 from pyramiddrop.evaluation.budgets import at_budget, check_percent
 from pyramiddrop.evaluation.matching import MATCHES
@@ -113,18 +112,18 @@ class Evaluator:
 
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:
         """Answer, score and time. What the output folder holds of it already is not done again."""
-        outcomes = [self._outcome(None, None, progress)]
-        for method, percent in self._solved(outcomes[0].replies):  # all are solved before the first is run
-            outcomes.append(self._outcome(method, percent, progress))
+        ways = [(None, None), *self._solved(progress)]  # all are solved before the first is run
+        outcomes = [self._outcome(method, percent, progress) for method, percent in ways]
         progress("timing prefills", 0)
         times = self._times([outcome.method for outcome in outcomes])
         return Evaluation(self.task, self.options, self.checkpoint, outcomes, times)
 
-    def _solved(self, replies: Sequence[Reply]) -> list[tuple[Method, float | None]]:
-        """The methods, at each budget for the prompts of `replies`."""
+    def _solved(self, progress: Progress) -> list[tuple[Method, float | None]]:
+        """The methods, at each budget for what is asked. A budget out of reach is found here, before any answer."""
         if not self.options.percents:
             return [(method, None) for method in self.methods]
-        prompts = [Prompt(reply.usage.visual_tokens, reply.usage.text_tokens) for reply in replies]
+        progress("counting tokens", 0)
+        prompts = self.answerer.prompts(self.task.samples)
         found: list[tuple[Method, float | None]] = []
         for percent in self.options.percents:
             for method, layers in zip(self.methods, self._layers, strict=True):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pyramiddrop import Method
-from pyramiddrop.cost import Choice, DecoderShape, kv_bytes, prefill_flops
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.cost import Choice, DecoderShape, Prompt, kv_bytes, prefill_flops
+from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.trace import Trace
 
 
@@ -80,18 +80,33 @@ def batch_usage(
         inputs: of the batch.
         method, trace: what dropped tokens in its prefill, and what that told; None where nothing was dropped.
     """
-    parts, ids = anatomy(model), inputs["input_ids"]
-    mask = inputs.get("attention_mask")
+    parts = anatomy(model)
+    kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
+    found = []
+    for sample, (visual, text, instruction) in enumerate(_counted(parts, inputs, trace)):
+        stages = tuple(StageUse(layer, keep, counts[sample]) for layer, keep, counts in kept)
+        found.append(_account(parts.sizes, method, visual, text, max(1, instruction), stages))
+    return found
+
+
+def batch_prompts(model: Any, inputs: Mapping[str, Any]) -> list[Prompt]:
+    """What each sample of a batch brings, told by its ids: nothing has to run. Each sample needs a picture."""
+    return [
+        Prompt(visual, text, instruction_tokens=instruction)
+        for visual, text, instruction in _counted(anatomy(model), inputs)
+    ]
+
+
+def _counted(parts: Anatomy, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
+    """Of each sample of a batch, without padding: visual tokens, all others, and those of them behind the pictures."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids) if mask is None else mask
     marked = torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device))
     visual = trace.visual_columns if trace else [row.nonzero()[:, 0] for row in marked]
-    kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
     found = []
-    for sample, (row, columns) in enumerate(zip(valid, visual, strict=True)):
-        stages = tuple(StageUse(layer, keep, counts[sample]) for layer, keep, counts in kept)
+    for row, columns in zip(valid, visual, strict=True):
         text = int(row.sum()) - len(columns)
-        instruction = int(row[int(columns[-1]) + 1 :].sum()) if len(columns) else text
-        found.append(_account(parts.sizes, method, len(columns), text, max(1, instruction), stages))
+        found.append((len(columns), text, int(row[int(columns[-1]) + 1 :].sum()) if len(columns) else text))
     return found
 
 
