@@ -93,6 +93,31 @@ def test_what_cannot_be_served_is_refused(
     assert message in err
 
 
+def internvl_chat(folder: Path, text: dict[str, Any]) -> str:
+    """A configuration in the format of InternVL's authors. The code that it names is not there: it must not be run."""
+    code = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
+    config = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config | {"llm_config": text}))
+    return str(folder)
+
+
+def test_a_configuration_that_comes_with_code_is_read_without_running_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = internvl_chat(tmp_path, {"model_type": "qwen2", "num_hidden_layers": 12})
+    words = command(capsys, folder, "--layers", "11", "--keep", "0.5", "--trust-remote-code")
+    assert overrides(words)["architectures"] == ["PyramidDropInternVLChatModel"]
+    assert words[-1] == "--trust-remote-code"
+    code, _, err = run(capsys, folder, "--layers", "12", "--keep", "0.5", "--show-command")
+    assert (code, "layers must be in 1..11" in err) == (2, True)
+
+
+def test_a_language_model_that_nobody_knows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, internvl_chat(tmp_path, {"model_type": "internlm2"}), "--show-command")
+    assert (code, out) == (2, "")
+    assert "internlm2" in err
+
+
 def test_without_vllm_nothing_starts(
     llava_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,15 @@ ENGINE: dict[str, Any] = {
     "num_gpu_blocks_override": 256,
     "seed": 0,
 }
+ABOUT_FILM = {
+    "total_num_frames": 4,
+    "fps": 2.0,
+    "duration": 2.0,
+    "frames_indices": [0, 1, 2, 3],
+    "video_backend": "opencv",
+}
 Watch = Callable[[Any], None]
+Pixels = Callable[[list[Image.Image]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,33 @@ class Question:
     def inputs(self) -> dict[str, Any]:
         """As vLLM takes it."""
         return {"prompt": self.prompt} | ({"multi_modal_data": {"image": list(self.images)}} if self.images else {})
+
+
+@dataclass(frozen=True)
+class Film(Question):
+    """A question about a video, (frames, height, width, 3) of bytes, with its pictures before it."""
+
+    frames: Any = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        film = (self.frames, ABOUT_FILM | {"do_sample_frames": False})
+        media = {"video": [film]} | ({"image": list(self.images)} if self.images else {})
+        return {"prompt": self.prompt, "multi_modal_data": media}
+
+
+def films(count: int, image: str, video: str) -> list[Film]:
+    """Each one video and one picture, written as `video` and `image` in the prompt."""
+    draw = np.random.default_rng(3)
+    return [
+        Film(
+            f"w{number} {image} w9 {video} w{number + 7} w3",
+            (picture(number),),
+            6 + number,
+            draw.integers(0, 255, (4, 56, 84, 3), dtype=np.uint8),
+        )
+        for number in range(count)
+    ]
 
 
 def questions(count: int = 16, seed: int = 0, tokens: tuple[int, int] = (8, 40)) -> list[Question]:
@@ -101,13 +136,19 @@ def save_served(folder: Path, family: str = "llava", layers: int = 8) -> Path:
 
 
 @torch.inference_mode()
-def expected(folder: Path, asked: Sequence[Question], method: Method | None) -> list[list[int]]:
-    """What Transformers answers, one request at a time, under `method` by the `hf` adapter; None drops nothing."""
+def expected(
+    folder: Path, asked: Sequence[Question], method: Method | None, pixels: Pixels | None = None
+) -> list[list[int]]:
+    """What Transformers answers, one request at a time, under `method` by the `hf` adapter; None drops nothing.
+
+    Args:
+        pixels: makes the pixel values of a question's pictures, where vLLM has another processor than Transformers.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
 
     def answers() -> list[list[int]]:
-        return [_answer(model, processor, question) for question in asked]
+        return [_answer(model, processor, question, pixels) for question in asked]
 
     if method is None:
         return answers()
@@ -115,8 +156,18 @@ def expected(folder: Path, asked: Sequence[Question], method: Method | None) -> 
         return answers()
 
 
-def _answer(model: Any, processor: Any, question: Question) -> list[int]:
-    inputs = processor(text=question.prompt, images=list(question.images) or None, return_tensors="pt")
+def processed(processor: Any, question: Question) -> Any:
+    """What Transformers' processor makes of a question."""
+    film = {}
+    if isinstance(question, Film):
+        film = {"videos": [question.frames], "video_metadata": [ABOUT_FILM], "do_sample_frames": False}
+    return processor(text=[question.prompt], images=list(question.images) or None, return_tensors="pt", **film)
+
+
+def _answer(model: Any, processor: Any, question: Question, pixels: Pixels | None) -> list[int]:
+    inputs = processed(processor, question)
+    if pixels is not None and question.images:
+        inputs["pixel_values"] = pixels(list(question.images))
     ids = model.generate(
         **inputs, do_sample=False, max_new_tokens=question.tokens, min_new_tokens=question.tokens, pad_token_id=0
     )

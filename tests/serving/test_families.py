@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from qwen import films, masked_answers, with_pictures
-from served import answers, engine, questions
+from qwen import masked_answers, with_pictures
+from served import answers, engine, films, questions
 
 from pyramiddrop import PyramidDrop
-from qwen_checkpoints import FAMILIES, save_qwen
+from qwen_checkpoints import FAMILIES, FILM, PICTURE, save_qwen
 from reference import Rule
 
 RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
@@ -33,7 +33,7 @@ FILM_ENGINE = {"limit_mm_per_prompt": {"image": 1, "video": 1}}
 
 def test_videos(tmp_path: Path) -> None:
     """All visual tokens of a prompt share one quota, those of its video and of its picture."""
-    folder, asked = save_qwen(tmp_path, "qwen2_5_vl"), films(3)
+    folder, asked = save_qwen(tmp_path, "qwen2_5_vl"), films(3, PICTURE, FILM)
     wanted = masked_answers(folder, asked, RULE)
     with engine(folder, METHOD, max_num_batched_tokens=24, **FILM_ENGINE) as llm:
         assert answers(llm, asked) == wanted
@@ -42,7 +42,7 @@ def test_videos(tmp_path: Path) -> None:
 def test_videos_whose_frames_stand_apart(tmp_path: Path) -> None:
     """Qwen3-VL's, with timestamps between them. On this tiny checkpoint plain vLLM and Transformers differ, dropping or
     not: so vLLM is held against itself."""
-    folder, asked = save_qwen(tmp_path, "qwen3_vl"), films(3)
+    folder, asked = save_qwen(tmp_path, "qwen3_vl"), films(3, PICTURE, FILM)
     found = {}
     for name, method, options in (
         ("plain", None, {}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
@@ -55,6 +55,28 @@ def read_any_config(source: str | Path) -> Any:
     Raises:
         InputError: where there is no checkpoint.
     """
+    _check_place(source)
+    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
+        return AutoConfig.from_pretrained(source)
+
+
+def read_served_config(source: str | Path) -> Any:
+    """The configuration of a checkpoint that vLLM may know and Transformers not: then that of its language model.
+
+    InternVL in its authors' format brings code that reads its configuration. It is not run here.
+
+    Raises:
+        InputError: where there is no checkpoint, or its language model is none that Transformers knows.
+    """
+    _check_place(source)
+    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
+        values, _ = PretrainedConfig.get_config_dict(source)
+        if values.get("model_type") in CONFIG_MAPPING or "llm_config" not in values:
+            return AutoConfig.from_pretrained(source)
+        return AutoConfig.for_model(**values["llm_config"])
+
+
+def _check_place(source: str | Path) -> None:
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no checkpoint in {folder}: it has no config.json")
@@ -62,8 +84,6 @@ def read_any_config(source: str | Path) -> Any:
         raise InputError(f"{folder} is a file; a checkpoint is a folder or a name on the hub")
     if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
         raise InputError(f"no such folder: {source}")
-    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
-        return AutoConfig.from_pretrained(source)
 
 
 def decoder_layers(config: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, Prompt, account
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
-from pyramiddrop.inference.checkpoint import decoder_layers, read_any_config
+from pyramiddrop.inference.checkpoint import decoder_layers, read_served_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.vllm import hf_overrides
@@ -68,7 +68,7 @@ def prepare_launch(model: str, options: MethodOptions, arguments: Sequence[str])
     Raises:
         InputError: for anything that the user gave and that cannot be used.
     """
-    config = read_any_config(model)
+    config = read_served_config(model)
     method = choose_method(options, model, decoder_layers(config))
     if method is None:
         raise InputError("--method vanilla drops nothing: for that, start vLLM itself")

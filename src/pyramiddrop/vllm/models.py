@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.internvl import InternVLChatModel
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -117,3 +119,11 @@ class PyramidDropQwen3VLForConditionalGeneration(_Staged, Qwen3VLForConditionalG
         levels = {level: held[f"deepstack_input_embeds_{level}"].clone() for level in range(self.deepstack_num_level)}
         self._clear_deepstack_input_embeds(tokens)
         return levels
+
+
+class PyramidDropInternVLForConditionalGeneration(_Staged, InternS1ForConditionalGeneration):
+    """InternVL in Transformers' format, which vLLM serves by its class of Intern-S1."""
+
+
+class PyramidDropInternVLChatModel(_Staged, InternVLChatModel):
+    """InternVL in its authors' format."""

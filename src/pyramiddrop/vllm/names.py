@@ -14,6 +14,8 @@ ARCHITECTURES = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "InternVLChatModel",
 )
 
 
