@@ -115,9 +115,9 @@ def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def save_served(folder: Path, family: str = "llava", layers: int = 8) -> Path:
+def save_served(folder: Path, family: str = "llava", layers: int = 8, **text_changes: Any) -> Path:
     """A tiny random checkpoint of `family` with the weight names of the published ones."""
-    model = tiny_model(family, layers=layers, **WIDE_ENOUGH)
+    model = tiny_model(family, layers=layers, **(WIDE_ENOUGH | text_changes))
     model.save_pretrained(folder)
     save_processor(folder, model, family)
     weights = load_file(folder / "model.safetensors")

@@ -53,11 +53,10 @@ def test_videos(tmp_path: Path) -> None:
 
 def cut_by_vllm(pictures: list[Image.Image]) -> torch.Tensor:
     """The tiles of a checkpoint in the authors' format; Transformers' differ by how they are resized."""
-    from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+    from vllm.transformers_utils.processors.internvl import image_to_pixel_values_internvl
 
-    cut = InternVLImageProcessor(TILE, 1, MOST_TILES, dynamic_image_size=True, use_thumbnail=True)
-    tiles: torch.Tensor = cut(pictures)["pixel_values_flat"]
-    return tiles
+    sizes = {"input_size": TILE, "min_num": 1, "max_num": MOST_TILES, "use_thumbnail": True}
+    return torch.cat([image_to_pixel_values_internvl(one, **sizes) for one in pictures])
 
 
 @pytest.mark.parametrize("family", ["internvl-qwen2", "internvl-qwen3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
 import vllm
-from served import ENGINE, answers, engine, expected, questions, sampling
+from served import ENGINE, answers, engine, expected, questions, sampling, save_served
 from vllm.exceptions import VLLMValidationError
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.vllm import hf_overrides, register
+from pyramiddrop.vllm.attention import join_stage
+from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.soundness import SCHEDULER, unsound
 
 
@@ -63,9 +66,10 @@ def test_the_method_beside_the_checkpoint_is_read(llava: Path, tmp_path: Path) -
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"kv_offloading_size": 0.5}, "KV offloading"),
         ({"max_num_batched_tokens": 3, "max_num_seqs": 2}, "--max-num-batched-tokens below 4"),
     ],
-    ids=["lora", "speculation", "pipeline", "one group", "scheduler", "fast prefill", "connector", "budget"],
+    ids=["lora", "speculation", "pipeline", "one group", "scheduler", "fast prefill", "connector", "offload", "budget"],
 )
 def test_what_is_unsound_is_refused_at_start(llava: Path, options: dict[str, Any], named: str) -> None:
     if "kv_transfer_config" in options:
@@ -95,6 +99,18 @@ def test_what_a_cpu_cannot_be_asked_for_is_refused_too(
     assert named in "; ".join(unsound(config))
 
 
+def test_latent_attention_is_refused() -> None:
+    latent = SimpleNamespace(sliding_window=None, attn_backend=SimpleNamespace(is_mla=lambda: True))
+    with pytest.raises(ValueError, match="serves full attention only"):
+        join_stage(latent, 1, Batch())
+
+
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    folder = save_served(tmp_path, "llava-mistral", sliding_window=16)
+    with pytest.raises(ValueError, match="serves full attention only"), engine(folder, PyramidDrop()):
+        pass
+
+
 def test_full_graphs_of_mixed_batches_are_refused(llava: Path) -> None:
     from vllm.config.compilation import CUDAGraphMode
 
@@ -102,6 +118,17 @@ def test_full_graphs_of_mixed_batches_are_refused(llava: Path) -> None:
     for mode in CUDAGraphMode:
         config.compilation_config.cudagraph_mode = mode
         assert any("cudagraph_mode FULL" in reason for reason in unsound(config)) == (mode == CUDAGraphMode.FULL)
+
+
+def test_what_vllm_sets_after_it_asked_is_refused_by_the_model(llava: Path) -> None:
+    """With splitting_ops=[] for one it makes FULL of FULL_AND_PIECEWISE, its default."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    config = configured(llava)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(ValueError, match="cannot be served with cudagraph_mode FULL"):
+        LLMEngine.from_vllm_config(config)
 
 
 def test_twofold_pruning_of_videos_is_refused(llava: Path) -> None:

@@ -30,9 +30,7 @@ class StagedConfig(VerifyAndUpdateConfig):
             ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
         """
         settle(vllm_config)
-        refused = list(unsound(vllm_config))
-        if refused:
-            raise ValueError(f"pyramiddrop cannot be served with {'; nor with '.join(refused)}")
+        refuse_unsound(vllm_config)
         _switch_off(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         rules = rules_of(vllm_config)
@@ -42,6 +40,13 @@ class StagedConfig(VerifyAndUpdateConfig):
             list(rules.schedule.layers),
             list(rules.schedule.keep),
         )
+
+
+def refuse_unsound(vllm_config: Any) -> None:
+    """Raise ValueError for a feature of vLLM that dropping would make wrong."""
+    refused = list(unsound(vllm_config))
+    if refused:
+        raise ValueError(f"pyramiddrop cannot be served with {'; nor with '.join(refused)}")
 
 
 def unsound(vllm_config: Any) -> Iterator[str]:
@@ -56,7 +61,8 @@ def _unsound_features(vllm_config: Any) -> Iterator[str]:
         yield "speculative decoding (a draft is not made of what the stages hold)"
     if vllm_config.lora_config is not None:
         yield "LoRA (its map of tokens to adapters counts every token in every layer)"
-    if vllm_config.kv_transfer_config is not None:
+    # vLLM makes a connector of --kv-offloading-size later than it asks here.
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
         yield "KV connectors or KV offloading (they move blocks by the length of the prompt)"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "--kv-sharing-fast-prefill (it picks rows of the whole prompt in later layers)"
