@@ -36,6 +36,21 @@ def test_crops(family: str, size: tuple[int, int]) -> None:
     assert shown >= (1 if family in CENTRED else len(SPOTS))
 
 
+@pytest.mark.parametrize("family", ["internvl", "idefics3", "gemma3", "llava_next", "llava_onevision", "ovis2"])
+def test_the_second_of_two_pictures(family: str) -> None:
+    model, processor = FAMILIES[family]()
+    for place in SPOTS:
+        first, second = lit(SIZES[1], DARK), lit(SIZES[2], place)
+        inputs = _inputs(processor, first, second)
+        dark = _inputs(processor, first, lit(SIZES[2], DARK))
+        seen, light = look(model.config, processor, [first, second], inputs), token_light(model, inputs, dark)
+        before = sum(one.view.tokens for one in seen if one.picture is first)
+        assert light[:before].max() < 1e-4 < light[before:].max()
+        own = [one for one in seen if one.picture is second]
+        assert all(one.view.name.endswith(" 2") for one in own)
+        assert assert_lit(own, light[before:], place)
+
+
 @SHAPES
 @pytest.mark.parametrize("family", GRIDS)
 def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:
@@ -74,8 +89,10 @@ def test_families_without_known_places_are_refused_with_the_reason(family: str, 
         look(SimpleNamespace(model_type=family), None, [])
 
 
-def _inputs(processor: Any, picture: Image.Image) -> Any:
-    return processor(images=[picture], text=[f"w5 {image_token(processor)} w7"], return_tensors="pt")
+def _inputs(processor: Any, *pictures: Image.Image) -> Any:
+    text = " ".join(["w5", *[image_token(processor)] * len(pictures), "w7"])
+    images: Any = [list(pictures)] if len(pictures) > 1 else list(pictures)
+    return processor(images=images, text=[text], return_tensors="pt")
 
 
 def _pixtral_inputs(family: str, model: Any, processor: Any, picture: Image.Image) -> Any:
