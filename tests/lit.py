@@ -47,6 +47,13 @@ def word_tokenizer(ids: dict[str, int], **named: str) -> PreTrainedTokenizerFast
     )
 
 
+def wide_gemma4(model: Any) -> Any:
+    """A tiny Gemma 4 with places for more rows and columns of patches."""
+    embedder = model.model.vision_tower.patch_embedder
+    embedder.position_embedding_table.data = torch.zeros(2, 64, embedder.hidden_size)
+    return model
+
+
 def token_light(model: Any, inputs: Any, dark: Any) -> Tensor:
     """What each visual token of `inputs` has beyond what it has in `dark`, in the order of the prompt."""
     with _keeping_to_itself(model):

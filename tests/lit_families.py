@@ -16,6 +16,8 @@ from transformers.models.deepseek_vl.processing_deepseek_vl import DeepseekVLPro
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.gemma3n.processing_gemma3n import Gemma3nProcessor
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.got_ocr2.processing_got_ocr2 import GotOcr2Processor
 from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
@@ -39,7 +41,7 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 
-from lit import word_tokenizer
+from lit import wide_gemma4, word_tokenizer
 from zoo import MEMBERS, weights
 from zoo.llava_like import PINPOINTS
 from zoo.tiled import GLOBAL, INDICATORS, TILE
@@ -228,9 +230,10 @@ def got_ocr2() -> Made:
     return model, processor
 
 
-def _gemma_tokenizer() -> Any:
+def gemma_tokenizer() -> Any:
+    """With the marks of Gemma 3, 3n and 4."""
     return word_tokenizer(
-        {"<soft>": IMAGE, "<boi>": START, "<eoi>": END, "<audio>": 180, "<boa>": 181, "<eoa>": 182},
+        {"<soft>": IMAGE, "<boi>": START, "<eoi>": END, "<|video|>": VIDEO, "<audio>": 180, "<boa>": 181, "<eoa>": 182},
         image_token="<soft>",
         boi_token="<boi>",
         eoi_token="<eoi>",
@@ -242,7 +245,7 @@ def _gemma_tokenizer() -> Any:
 
 def _gemma3(**settings: Any) -> Made:
     images = Gemma3ImageProcessorPil(size=_side(2 * SIDE), **settings)
-    return _model("gemma3"), Gemma3Processor(images, _gemma_tokenizer(), image_seq_length=16)
+    return _model("gemma3"), Gemma3Processor(images, gemma_tokenizer(), image_seq_length=16)
 
 
 def gemma3() -> Made:
@@ -255,7 +258,14 @@ def gemma3_pan_and_scan() -> Made:
 
 def gemma3n() -> Made:
     images = SiglipImageProcessorPil(size=_side(32))
-    return _model("gemma3n"), _processor(Gemma3nProcessor, None, images, _gemma_tokenizer(), image_seq_length=16)
+    return _model("gemma3n"), _processor(Gemma3nProcessor, None, images, gemma_tokenizer(), image_seq_length=16)
+
+
+def gemma4() -> Made:
+    images = Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+    parts = {"feature_extractor": None, "image_processor": images, "video_processor": None}
+    processor = _processor(Gemma4Processor, tokenizer=gemma_tokenizer(), **parts)
+    return wide_gemma4(_model("gemma4")), processor
 
 
 def paligemma() -> Made:
@@ -267,8 +277,9 @@ def paligemma() -> Made:
 #: They see the middle of a picture alone.
 CENTRED = ("chameleon", "fast_vlm", "llava", "video_llava", "vipllava")
 
-#: How far beside a token's cell its light may lie: the convolutions of GOT-OCR2's tower reach beyond it.
-SLACK = {"got_ocr2": 0.5}
+#: How far beside a token's cell its light may lie: the convolutions of GOT-OCR2's tower reach beyond it, and norms of
+#: Gemma 4's bare patches make a little light look like much.
+SLACK = {"got_ocr2": 0.5, "gemma4_unified": 0.5}
 
 FAMILIES: dict[str, Callable[[], Made]] = {
     made.__name__: made
@@ -280,6 +291,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
         gemma3,
         gemma3_pan_and_scan,
         gemma3n,
+        gemma4,
         got_ocr2,
         granite_docling,
         idefics3,

@@ -55,6 +55,30 @@ def patch_grids_in_time(prompt: Prompt) -> list[list[Moment]]:
     return found
 
 
+def placed_patches(prompt: Prompt) -> list[list[View]]:
+    """Gemma 4: `image_position_ids` tells the place of each patch, (column, row), and -1 for padding."""
+    return [
+        [_placed(prompt, picture, places)]
+        for picture, places in zip(prompt.pictures, prompt.of_pictures("image_position_ids"), strict=True)
+    ]
+
+
+def placed_patches_in_time(prompt: Prompt) -> list[list[Moment]]:
+    """The same of each frame: `video_position_ids`."""
+    places = iter(prompt.of_frames("video_position_ids"))
+    return [
+        [Moment(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
+        for frames in prompt.videos
+    ]
+
+
+def _placed(prompt: Prompt, picture: Image.Image, places: list[tuple[int, int]]) -> View:
+    pooled = prompt.config.model_type == "gemma4"  # the other ones' patches are merged before they are placed
+    side = prompt.config.vision_config.pooling_kernel_size if pooled else 1
+    columns, rows = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    return View("picture", rows // side, columns // side, whole(picture))
+
+
 def merge_size(prompt: Prompt) -> int:
     """How many patches, down and across, are one token."""
     return int(prompt.processor.image_processor.merge_size)

@@ -9,7 +9,14 @@ from PIL import Image
 from pyramiddrop.report.grid import View
 from pyramiddrop.report.places.anyres import next_views, onevision_views
 from pyramiddrop.report.places.crops import charted, charted_in_time, charted_whole
-from pyramiddrop.report.places.dynamic import newline_grids, patch_grids, patch_grids_in_time, pixel_sizes
+from pyramiddrop.report.places.dynamic import (
+    newline_grids,
+    patch_grids,
+    patch_grids_in_time,
+    pixel_sizes,
+    placed_patches,
+    placed_patches_in_time,
+)
 from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
 #: The views of each picture of a prompt.
@@ -125,6 +132,7 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
         patch_grids,
     ),
     "hunyuan_vl": newline_grids,
+    **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches),
     **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
 }
 
@@ -155,6 +163,7 @@ VIDEOS: dict[str, Callable[[Prompt], list[list[Moment]]]] = {
         ),
         patch_grids_in_time,
     ),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches_in_time),
     **dict.fromkeys(("internvl", "llava_next_video", "perception_lm", "smolvlm"), _each_video()),
     "llava_onevision": _each_video(trailing=1),  # one newline token
     "video_llava": _each_video(leading=1),  # each frame keeps its class token

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from PIL import Image
 
 from pyramiddrop.report.grid import View
@@ -33,25 +34,29 @@ class Prompt:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     videos: Sequence[Sequence[Image.Image]] = ()
 
-    def of_pictures(self, name: str) -> list[list[int]]:
-        """The rows of `inputs[name]`, one a picture.
+    def of_pictures(self, name: str) -> list[Any]:
+        """The rows of `inputs[name]` as lists of numbers, one a picture.
 
         Raises:
             ValueError: where the processor's outputs are not those of these pictures.
         """
         return self._told(name, len(self.pictures), "picture")
 
-    def of_videos(self, name: str) -> list[list[int]]:
-        """The rows of `inputs[name]`, one a video; see :meth:`of_pictures`."""
+    def of_videos(self, name: str) -> list[Any]:
+        """The same, one a video."""
         return self._told(name, len(self.videos), "video")
 
-    def _told(self, name: str, count: int, what: str) -> list[list[int]]:
+    def of_frames(self, name: str) -> list[Any]:
+        """The same, one a frame of any video."""
+        return self._told(name, sum(map(len, self.videos)), "frame")
+
+    def _told(self, name: str, count: int, what: str) -> list[Any]:
         rows = self.inputs.get(name, [] if not count else None)
         if rows is None or len(rows) != count:
             raise ValueError(
                 f"{self.config.model_type} needs the processor's {name}, one row a {what}, to place tokens"
             )
-        return [[int(value) for value in row] for row in rows]
+        return [torch.as_tensor(row).tolist() for row in rows]
 
 
 @dataclass(frozen=True)
