@@ -48,7 +48,7 @@ def test_parts_of_the_picture_are_read_where_they_were_cut() -> None:
 
 
 def test_padding_sticks_out_of_the_picture_whatever_its_colour() -> None:
-    for colour in (0, 127):
+    for colour in (0, 127, 255):
         found = chart(CONFIG, processor(lambda whole, colour=colour: padded(whole, 20, 5, 30, 0, colour)), (100, 50))
         assert_near(found.crops[0].box, -20, -5, 130, 50)
 

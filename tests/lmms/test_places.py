@@ -13,12 +13,18 @@ from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2
 from transformers.models.gemma4_unified.image_processing_gemma4_unified import Gemma4UnifiedImageProcessor
 from transformers.models.gemma4_unified.processing_gemma4_unified import Gemma4UnifiedProcessor
 from transformers.models.gemma4_unified.video_processing_gemma4_unified import Gemma4UnifiedVideoProcessor
+from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+from transformers.models.kimi_k25.processing_kimi_k25 import Kimi_K25Processor
+from transformers.models.lfm2_vl.image_processing_lfm2_vl import Lfm2VlImageProcessor
+from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
 from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.muse_glimmer.image_processing_muse_glimmer import MuseGlimmerImageProcessor
 from transformers.models.perception_lm.image_processing_perception_lm import PerceptionLMImageProcessor
 from transformers.models.perception_lm.processing_perception_lm import PerceptionLMProcessor
 from transformers.models.perception_lm.video_processing_perception_lm import PerceptionLMVideoProcessor
+from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import Phi4MultimodalImageProcessor
+from transformers.models.phi4_multimodal.processing_phi4_multimodal import Phi4MultimodalProcessor
 from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
 from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
@@ -27,7 +33,7 @@ from lit_families import SLACK, gemma_tokenizer
 from lit_grids import grid_inputs, stand_in
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.layout import look
-from zoo import MEMBERS
+from zoo import MEMBERS, weights
 from zoo.vision import END, IMAGE, LINE, SIDE, START, TOWER, VIDEO
 from zoo.weights import TEXT, drawn
 
@@ -55,6 +61,20 @@ def gemma4_unified() -> Made:
     return MEMBERS["gemma4_unified"].build(0), processor
 
 
+def kimi_k25() -> Made:
+    tokenizer = word_tokenizer({"<image>": weights.IMAGE, "<video>": weights.VIDEO}, image_token="<image>")
+    images = Kimi_K25ImageProcessor(patch_size=4, size={"max_height": 16, "max_width": 16}, max_patches=256)
+    with patch("transformers.processing_utils.ProcessorMixin.check_argument_for_proper_class"):
+        return MEMBERS["kimi_k25"].build(0), Kimi_K25Processor(images, tokenizer)
+
+
+def lfm2_vl() -> Made:
+    ids = {"<image>": weights.IMAGE, "<|image_start|>": START, "<|image_end|>": END, "<|img_thumbnail|>": LINE}
+    settings = {"min_image_tokens": 4, "max_image_tokens": 16, "tile_size": 32, "max_tiles": 6}
+    images = Lfm2VlImageProcessor(encoder_patch_size=4, **settings)
+    return MEMBERS["lfm2_vl"].build(0), Lfm2VlProcessor(images, word_tokenizer(ids, image_token="<image>"))
+
+
 def llama4() -> Made:
     ids = {"<|patch|>": IMAGE, "<|image_start|>": START, "<|image_end|>": END, "<|image|>": 192}
     tokenizer = word_tokenizer(ids | {"<|tile_x_separator|>": 190, "<|tile_y_separator|>": 191})
@@ -68,6 +88,21 @@ def perception_lm() -> Made:
     return MEMBERS["perception_lm"].build(0), PerceptionLMProcessor(
         PerceptionLMVideoProcessor(), images, tokenizer, patch_size=7
     )
+
+
+class _SmallPhi4Processor(Phi4MultimodalProcessor):  # type: ignore[misc]
+    """The family's image processor counts 16 x 16 tokens of the whole, whatever its size: here they are 4 x 4."""
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **settings: Any) -> str:
+        counted = image_inputs["num_img_tokens"][image_idx] - 16 * 17 + 4 * 5
+        return str(self.image_token) * counted
+
+
+def phi4_multimodal() -> Made:
+    tokenizer = word_tokenizer({"<image>": weights.IMAGE, "<audio>": 198}, image_token="<image>", audio_token="<audio>")
+    images = Phi4MultimodalImageProcessor(size={"height": 32, "width": 32}, patch_size=4, dynamic_hd=6)
+    with patch("transformers.processing_utils.ProcessorMixin.check_argument_for_proper_class"):
+        return MEMBERS["phi4_multimodal"].build(0), _SmallPhi4Processor(images, None, tokenizer)
 
 
 def _pixtral(merge: int) -> Any:
@@ -91,9 +126,8 @@ def pixtral() -> Made:
     return drawn(lambda: LlavaForConditionalGeneration(config), 0), _pixtral(1)
 
 
-FAMILIES: dict[str, Callable[[], Made]] = {
-    made.__name__: made for made in (cohere2_vision, gemma4_unified, llama4, mistral3, perception_lm, pixtral)
-}
+_MADE = (cohere2_vision, gemma4_unified, kimi_k25, lfm2_vl, llama4, mistral3, perception_lm, phi4_multimodal, pixtral)
+FAMILIES: dict[str, Callable[[], Made]] = {made.__name__: made for made in _MADE}
 SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
 
 

@@ -1,8 +1,8 @@
 """Owns the question to a processor, which part of a picture each of its crops shows: it is shown a ruled picture.
 
-The picture's red grows from left to right, its green from top to bottom, and it is all blue. What red and green a crop
-has where it is blue tells where it was cut, however it was resized; where it is not blue it was padded. So no family's
-arithmetic of crops is repeated here, and a processor's settings count as they are.
+The picture's red grows from left to right, its green from top to bottom, and its blue is all the same. What red and
+green a crop has where it has this blue tells where it was cut, however it was resized; where its blue is another one it
+was padded. So no family's arithmetic of crops is repeated here, and a processor's settings count as they are.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from PIL import Image
 from pyramiddrop.inference.film import untimed
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.grid import Box
+from pyramiddrop.report.places.patches import unpatched
 from pyramiddrop.report.places.prompt import CannotPlaceError
 
 _AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
 _FULL = 255
-_BLUE = 250  # at least so blue is what belongs to the picture; resampling makes pixels beside padding less so
+_BLUE, _NEARLY = 200, 3  # no processor pads with it; resampling changes the blue of pixels beside padding
 _READING = 2 / _FULL  # how exact the ruler is read, as a share of the picture; edges so near to its own are its own
 
 
@@ -51,7 +52,7 @@ def chart(config: Any, processor: Any, size: tuple[int, int]) -> Chart:
         CannotPlaceError: where its crops cannot be read, as of pictures a pixel or two wide.
     """
     made = processor(images=[_ruled(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
-    return _chart(config, made, ("pixel_values", "pixel_values_images"), size)
+    return _chart(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
 
 
 def chart_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Chart:
@@ -69,7 +70,7 @@ def chart_video(config: Any, processor: Any, size: tuple[int, int], frames: int)
 
 def _chart(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Chart:
     pixels = next(made[name] for name in names if name in made)
-    crops = [_crop(crop, size) for crop in _crops(pixels) if (crop[2] >= _BLUE).any()]
+    crops = [_crop(crop, size) for crop in _crops(unpatched(made, pixels)) if _blue(crop).any()]
     ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
     return Chart(crops, int(torch.isin(ids, visual).sum()))
 
@@ -77,11 +78,13 @@ def _chart(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) 
 def _visual_ids(config: Any) -> list[int]:
     """The ids of the placeholders of images and videos."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    return sorted({int(getattr(config, name)) for name in names if getattr(config, name, None) is not None})
+    parts = (config, getattr(config, "vision_config", None))  # Phi-4-multimodal's vision has it
+    found = {getattr(part, name, None) for part in parts for name in names}
+    return sorted(int(number) for number in found if number is not None)
 
 
 def _ruled(width: int, height: int) -> Image.Image:
-    values = np.full((height, width, 3), _FULL, dtype=np.uint8)
+    values = np.full((height, width, 3), _BLUE, dtype=np.uint8)
     values[:, :, 0] = np.linspace(0, _FULL, width).round()[None]
     values[:, :, 1] = np.linspace(0, _FULL, height).round()[:, None]
     return Image.fromarray(values)
@@ -97,10 +100,16 @@ def _crops(pixels: Any) -> list[NDArray[np.float64]]:
 
 def _crop(pixels: NDArray[np.float64], size: tuple[int, int]) -> Crop:
     _, height, width = pixels.shape
-    blue = pixels[2] >= _BLUE
+    blue = _blue(pixels)
     left, right = _ends(pixels[0], blue, size[0])
     top, bottom = _ends(pixels[1].T, blue.T, size[1])
     return Crop(Box(left, top, right, bottom), height, width)
+
+
+def _blue(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where (3, H, W) shows the picture, and no padding."""
+    near: NDArray[np.bool_] = np.abs(pixels[2] - _BLUE) <= _NEARLY
+    return near
 
 
 def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> tuple[float, float]:

@@ -55,23 +55,27 @@ def charted_in_time(prompt: Prompt, frames: Sequence[Image.Image], leading: int,
 def crop_views(found: Chart, size: tuple[int, int]) -> list[View]:
     """The crops in their order; those between or beside the ones that show the whole picture are one view, `tiles`.
 
+    A crop has as many tokens as go with its pixels; tiles are all of one size.
+
     Raises:
         CannotPlaceError: where tokens and crops do not go together.
     """
-    crops = found.crops
-    each, left = divmod(found.tokens, len(crops))
-    if left:
+    crops, area = found.crops, sum(crop.height * crop.width for crop in found.crops)
+    shares = [divmod(found.tokens * crop.height * crop.width, area) for crop in crops]
+    if any(left for _, left in shares):
         raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {len(crops)} crops")
     if len(crops) == 1:
-        return [replace(_alone(crops[0], each), name="picture")]
+        return [replace(_alone(crops[0], found.tokens), name="picture")]
     views: list[View] = []
     tiles: list[Crop] = []
-    for crop in crops:
+    each = 0
+    for crop, (tokens, _) in zip(crops, shares, strict=True):
         if not _shows_all(crop.box, size):
             tiles.append(crop)
+            each = tokens
             continue
         views += _together(tiles, each)
-        views.append(_alone(crop, each))
+        views.append(_alone(crop, tokens))
         tiles = []
     return views + _together(tiles, each)
 

@@ -17,6 +17,7 @@ from pyramiddrop.report.places.dynamic import (
     placed_patches,
     placed_patches_in_time,
 )
+from pyramiddrop.report.places.phi4 import phi4_views
 from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
 #: The views of each picture of a prompt.
@@ -93,6 +94,8 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
             "idefics3",
             "internvl",
             "janus",
+            "kimi_k25",
+            "lfm2_vl",
             "llama4",
             "ovis2",
             "paligemma",
@@ -134,6 +137,7 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
     "hunyuan_vl": newline_grids,
     **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches),
     **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
+    "phi4_multimodal": phi4_views,
 }
 
 #: Of these also videos can be placed.
