@@ -178,7 +178,9 @@ def test_a_ranking_layer_that_does_not_see_the_picture_is_refused(tmp_path: Path
     assert found(*words, "--visual-tokens", "60")["methods"][1]["method"] == "FastV(layer=3)"
     refused = run(*words)
     assert refused.exit_code == 2
-    seen = "layer 2, which would rank 256 visual tokens, sees 64 tokens; best are layers [6]"
+    seen = (
+        "layer 2, which would rank, sees 64 tokens, and the visual ones begin 256 tokens before the end of the prompt"
+    )
     assert seen in refused.stderr  # a picture of Gemma 3 has 256
 
 

@@ -17,6 +17,7 @@ from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.hf.limits import drop_layers
 from pyramiddrop.scoring import AttentionScorer, UniformScorer
+from pyramiddrop.speed.memory import cache_bytes
 from test_cost import FUSED_ON_CPU
 from zoo import MEMBERS, make_batch
 
@@ -84,6 +85,8 @@ def test_a_text_model_is_what_the_counter_and_its_cache_say(name: str) -> None:
     held = held_bytes(cache)
     assert [layer_kv_bytes(shape, ROWS, layer) for layer in range(len(held))] == held
     assert kv_bytes(shape, lengths) == sum(held)  # layers that reuse keys have no cache
+    if not any(mixer.window for mixer in shape.mixers):  # whose keys are views of all rows until the next step
+        assert cache_bytes(cache) == sum(held)
     step, _ = counted(parts.text, text_inputs(1), cache)
     assert step_flops(shape, lengths) - head_flops(shape) == pytest.approx(step + uncounted(parts), rel=0.01)
 

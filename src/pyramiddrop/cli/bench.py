@@ -110,7 +110,7 @@ def bench(
         dtype=dtype,
     )
     with waiting(f"preparing {shape or model or 'the bundled model'}"):
-        ready = prepare_bench(options)
+        ready = prepare_bench(options, lambda reason: remarks().print(reason, soft_wrap=True))
     with progress() as begin:
         tick = begin("measuring", ready.runs(repeats, train))
         record = _measure(ready, train, optimizer, new_tokens or NEW_TOKENS, repeats, tick)

@@ -111,12 +111,12 @@ class DecoderShape:
         far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]
         return tuple(far if far and attends else possible)
 
-    def check_layers(self, layers: Sequence[int], rank_layer: str, attends: bool, visual_tokens: int) -> None:
+    def check_layers(self, layers: Sequence[int], rank_layer: str, attends: bool, prompt: Prompt) -> None:
         """Raise ValueError where the model itself would refuse to drop before one of `layers`.
 
         Args:
             rank_layer, attends: of the method.
-            visual_tokens: of the prompt; the layer that ranks must see them all.
+            prompt: the layer that ranks must see all visual tokens from its end.
         """
         possible = self._possible(rank_layer, attends)
         for layer in layers:
@@ -124,10 +124,11 @@ class DecoderShape:
                 raise ValueError(f"this model cannot drop before layer {layer}; allowed are layers {possible}")
             ranking = _ranking(layer, rank_layer)
             window = self.mixer(ranking).window if attends else 0
-            if window and visual_tokens > window:
+            if window and prompt.reach > window:
                 raise ValueError(
-                    f"layer {ranking}, which would rank {visual_tokens} visual tokens, sees {window} tokens; best are "
-                    f"layers {list(self.drop_layers(rank_layer))}"
+                    f"layer {ranking}, which would rank, sees {window} tokens, and the visual ones begin "
+                    f"{prompt.reach} tokens before the end of the prompt; best are layers "
+                    f"{list(self.drop_layers(rank_layer))}"
                 )
 
     def _possible(self, rank_layer: str, attends: bool) -> list[int]:
@@ -234,6 +235,11 @@ class Prompt:
         if self.instruction_tokens is not None and not 0 <= self.instruction_tokens <= self.text_tokens:
             given = self.instruction_tokens
             raise ValueError(f"instruction_tokens must be from 0 to the {self.text_tokens} text tokens; got {given}")
+
+    @property
+    def reach(self) -> int:
+        """How far before the end of the prompt the visual tokens begin, as far as that is known."""
+        return self.visual_tokens + (self.instruction_tokens or 0)
 
     @property
     def asking(self) -> int:

@@ -93,6 +93,6 @@ def _column(method: Method, sizes: Sizes) -> Column:
     with user_input():
         attends = method.scorer().attends
         schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
-        shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt.visual_tokens)
+        shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt)
     cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)
     return Column(method_label(method), method, cost)

@@ -147,8 +147,11 @@ class Bench:
         }
 
 
-def prepare_bench(options: BenchOptions) -> Bench:
+def prepare_bench(options: BenchOptions, tell: Callable[[str], None] = lambda reason: None) -> Bench:
     """Check what was asked for, and load or make the model.
+
+    Args:
+        tell: told why a method that nobody named is left out.
 
     Raises:
         InputError: for anything that was asked for and cannot be done.
@@ -159,7 +162,7 @@ def prepare_bench(options: BenchOptions) -> Bench:
             subject = _of_shape(options, options.shape, device)
         else:
             subject = _of_checkpoint(options, device)
-    ways = choose_ways(options.methods, subject.parts.shape, subject.prompt)
+    ways = choose_ways(options.methods, subject.parts.shape, subject.prompt, tell)
     return Bench(subject, ways, options.batches, options.threads)
 
 

@@ -15,7 +15,7 @@ from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import in_turn
 from pyramiddrop.speed.clock import Clock, Spread
-from pyramiddrop.speed.memory import peak_memory
+from pyramiddrop.speed.memory import cache_bytes, peak_memory
 from pyramiddrop.speed.predicted import Predicted, predict
 from pyramiddrop.speed.subject import Subject
 
@@ -46,7 +46,7 @@ class Generation:
     Attributes:
         first_token, decoder, dropping, step, whole: seconds, see :class:`GenerationTimes`.
         peak_bytes: the most memory during the call, above the weights and the inputs.
-        kv_bytes: of the keys and values that the cache holds after the prefill.
+        kv_bytes: of the keys, values and states that the cache holds after the prefill.
         predicted: by the cost model.
     """
 
@@ -154,13 +154,8 @@ class _Tokens:
         self.marks.append(self.clock.mark())
         if len(self.marks) == 1:
             self.watch.remove()
-            self.kv_bytes = sum(_held(layer.keys) + _held(layer.values) for layer in self.cache.layers)
+            self.kv_bytes = cache_bytes(self.cache)
         return scores
-
-
-def _held(tensor: Tensor) -> int:
-    """Bytes that a tensor keeps from being freed, which are more than its own where it is a view."""
-    return tensor.untyped_storage().nbytes()
 
 
 def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch) -> None:

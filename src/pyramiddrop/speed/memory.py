@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import profile
 
 
@@ -35,6 +36,20 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache keeps from being freed: of keys and values, and of the states of recurrent layers.
+
+    Of a tensor that is a view this is more than its own: after a prefill a layer with a window still holds all rows.
+    """
+    return sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in _cached(layer))
+
+
+def _cached(layer: Any) -> list[Tensor]:
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    found = (getattr(layer, "keys", None), getattr(layer, "values", None), *states)
+    return [tensor for tensor in found if tensor is not None]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
@@ -29,16 +29,24 @@ class Predicted:
     kv_bytes: int
 
 
-def choose_ways(words: Sequence[str], shape: DecoderShape, prompt: Prompt) -> list[Column]:
+def choose_ways(
+    words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
+) -> list[Column]:
     """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, those of the two published
     ones that the model can have.
+
+    Args:
+        tell: told why one of the published ones is left out.
 
     Raises:
         InputError: for an unknown method, option or value, one that does not fit the model, or one that is named twice.
     """
     sizes = Sizes("", ModelShape(shape), prompt)
     if not words:
-        return published(PUBLISHED, MethodOptions(), sizes)[0]
+        ways, left_out = published(PUBLISHED, MethodOptions(), sizes)
+        for reason in left_out:
+            tell(reason)
+        return ways
     ways = side_by_side(words, MethodOptions(), sizes)
     labels = [way.label for way in ways]
     for label in labels:

@@ -60,8 +60,9 @@ class Subject:
     @property
     def prompt(self) -> Prompt:
         """What one sample brings."""
-        visual = int(self.visual.sum())
-        return Prompt(visual, self.visual.shape[1] - visual)
+        visual, length = int(self.visual.sum()), self.visual.shape[1]
+        behind = length - 1 - int(self.visual[0].nonzero().max())
+        return Prompt(visual, length - visual, instruction_tokens=behind)
 
     def batch(self, count: int) -> dict[str, Tensor]:
         """The inputs of `count` equal samples."""
