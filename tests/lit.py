@@ -101,7 +101,7 @@ def _embeddings(model: Any, inputs: Any) -> Tensor:
 @contextmanager
 def _keeping_to_itself(model: Any) -> Iterator[None]:
     text = set(anatomy(model).text.modules())
-    blocks = [block for block in model.modules() if block not in text and any(map(_attends, block.children()))]
+    blocks = [block for block in model.modules() if block not in text and _is_block(block)]
     parts = [part for block in blocks for part in block.children() if _attends(part) or _mixes(part)]
     hooks = [part.register_forward_hook(_nothing) for part in parts]
     try:
@@ -109,6 +109,11 @@ def _keeping_to_itself(model: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A layer of a tower; what pools patches by attention has no norm."""
+    return any(map(_attends, module.children())) and any("Norm" in type(part).__name__ for part in module.children())
 
 
 def _attends(part: nn.Module) -> bool:

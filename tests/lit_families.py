@@ -277,9 +277,9 @@ def paligemma() -> Made:
 #: They see the middle of a picture alone.
 CENTRED = ("chameleon", "fast_vlm", "llava", "video_llava", "vipllava")
 
-#: How far beside a token's cell its light may lie: the convolutions of GOT-OCR2's tower reach beyond it, and norms of
-#: Gemma 4's bare patches make a little light look like much.
-SLACK = {"got_ocr2": 0.5, "gemma4_unified": 0.5}
+#: How far beside a token's cell its light may lie: the convolutions of GOT-OCR2's and Step 3.7's towers reach beyond
+#: it, and norms of Gemma 4's bare patches make a little light look like much.
+SLACK = {"got_ocr2": 0.5, "step3p7": 0.5, "gemma4_unified": 0.5}
 
 FAMILIES: dict[str, Callable[[], Made]] = {
     made.__name__: made

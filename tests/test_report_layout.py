@@ -78,6 +78,15 @@ def test_a_pixtral_tower_keeps_the_pictures_shape(llava_folder: Path) -> None:
     assert (seen.view.rows, seen.view.columns, seen.view.box) == (2, 3, Box(0, 0, 50, 30))
 
 
+def test_windows_of_patches_that_are_not_full_stick_out_of_the_picture() -> None:
+    # 3 x 3 patches of 10 x 20 pixels in windows of 2 x 2: the last row and column of windows are half full
+    pooling = [[0, 1, 3, 4], [2, -1, 5, -1], [6, 7, -1, -1], [8, -1, -1, -1]]
+    inputs = {"image_grids": [[1, 1, 2, 2]], "image_token_pooling": torch.tensor([[0, 1, 2, 3], *pooling])}
+    whole, picture = look(SimpleNamespace(model_type="molmo2"), None, [Image.new("RGB", (30, 60))], inputs)
+    assert (whole.view.tokens, whole.view.box) == (1, Box(0, 0, 30, 60))
+    assert (picture.view.rows, picture.view.columns, picture.view.box) == (2, 2, Box(0, 0, 40, 80))
+
+
 def test_frames_stand_behind_the_pictures_and_tell_their_moment() -> None:
     merging = SimpleNamespace(merge_size=2, temporal_patch_size=2)
     processor = SimpleNamespace(image_processor=merging, video_processor=merging)

@@ -19,6 +19,8 @@ from transformers.models.lfm2_vl.image_processing_lfm2_vl import Lfm2VlImageProc
 from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
 from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
 from transformers.models.llama4.processing_llama4 import Llama4Processor
+from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
+from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.models.muse_glimmer.image_processing_muse_glimmer import MuseGlimmerImageProcessor
 from transformers.models.perception_lm.image_processing_perception_lm import PerceptionLMImageProcessor
 from transformers.models.perception_lm.processing_perception_lm import PerceptionLMProcessor
@@ -27,6 +29,8 @@ from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import
 from transformers.models.phi4_multimodal.processing_phi4_multimodal import Phi4MultimodalProcessor
 from transformers.models.pixtral.image_processing_pixtral import PixtralImageProcessor
 from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
+from transformers.models.step3p7.processing_step3p7 import Step3p7Processor
 
 from lit import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
@@ -90,6 +94,21 @@ def perception_lm() -> Made:
     )
 
 
+def molmo2() -> Made:
+    ids = {"<im_patch>": IMAGE, "<im_col>": LINE, "<im_start>": START, "<im_end>": END, "<low_res_im_start>": 190}
+    tokenizer = word_tokenizer(ids | {"<|image|>": 189, "<|video|>": 188, "<frame_start>": 191, "<frame_end>": 192})
+    images = Molmo2ImageProcessor(size=SQUARE, patch_size=7, overlap_margins=[1, 1], max_crops=6)
+    with patch("transformers.processing_utils.ProcessorMixin.check_argument_for_proper_class"):
+        return MEMBERS["molmo2"].build(0), Molmo2Processor(images, None, tokenizer)
+
+
+def step3p7() -> Made:
+    ids = {"<im_patch>": weights.IMAGE, "<patch_start>": 194, "<patch_end>": 195, "<patch_newline>": 196}
+    tokenizer = word_tokenizer(ids | {"<im_start>": weights.START, "<im_end>": weights.END})
+    images = Step3p7ImageProcessor(size={"height": 64, "width": 64}, patch_size=32, vision_patch_size=4)
+    return MEMBERS["step3p7"].build(0), Step3p7Processor(images, tokenizer)
+
+
 class _SmallPhi4Processor(Phi4MultimodalProcessor):  # type: ignore[misc]
     """The family's image processor counts 16 x 16 tokens of the whole, whatever its size: here they are 4 x 4."""
 
@@ -126,7 +145,19 @@ def pixtral() -> Made:
     return drawn(lambda: LlavaForConditionalGeneration(config), 0), _pixtral(1)
 
 
-_MADE = (cohere2_vision, gemma4_unified, kimi_k25, lfm2_vl, llama4, mistral3, perception_lm, phi4_multimodal, pixtral)
+_MADE = (
+    cohere2_vision,
+    gemma4_unified,
+    kimi_k25,
+    lfm2_vl,
+    llama4,
+    mistral3,
+    molmo2,
+    perception_lm,
+    phi4_multimodal,
+    pixtral,
+    step3p7,
+)
 FAMILIES: dict[str, Callable[[], Made]] = {made.__name__: made for made in _MADE}
 SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
 

@@ -32,6 +32,8 @@ from transformers.models.llava_next_video.processing_llava_next_video import Lla
 from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
+from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor
 from transformers.models.muse_glimmer.processing_muse_glimmer import MuseGlimmerProcessor
 from transformers.models.muse_glimmer.video_processing_muse_glimmer import MuseGlimmerVideoProcessor
 from transformers.models.perception_lm.processing_perception_lm import PerceptionLMProcessor
@@ -106,6 +108,13 @@ def _omni(family: str, kind: Any, videos: Any) -> Made:
         audio_eos_token="<|audio_eos|>",
     )
     return _grid(family, partial(kind, feature_extractor=None), videos, tokenizer)
+
+
+def molmo2() -> Made:
+    ids = {"<im_patch>": vision.IMAGE, "<|video|>": 188, "<|image|>": 189, "<frame_start>": 191, "<frame_end>": 192}
+    parts = {"image_processor": None, "tokenizer": word_tokenizer(ids)}
+    videos = Molmo2VideoProcessor(size=SQUARE, patch_size=7, pooling_size=[2, 2])
+    return MEMBERS["molmo2"].build(0), _processor(Molmo2Processor, video_processor=videos, **parts)
 
 
 def muse_glimmer() -> Made:
@@ -188,6 +197,7 @@ _OTHERS = (
     internvl,
     llava_next_video,
     llava_onevision,
+    molmo2,
     muse_glimmer,
     perception_lm,
     smolvlm,

@@ -70,7 +70,8 @@ def chart_video(config: Any, processor: Any, size: tuple[int, int], frames: int)
 
 def _chart(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Chart:
     pixels = next(made[name] for name in names if name in made)
-    crops = [_crop(crop, size) for crop in _crops(unpatched(made, pixels)) if _blue(crop).any()]
+    local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens stand before the whole picture's
+    crops = [_crop(crop, size) for crop in [*_crops(local), *_crops(unpatched(made, pixels))] if _blue(crop).any()]
     ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
     return Chart(crops, int(torch.isin(ids, visual).sum()))
 

@@ -17,6 +17,7 @@ from pyramiddrop.report.places.dynamic import (
     placed_patches,
     placed_patches_in_time,
 )
+from pyramiddrop.report.places.molmo import molmo_moments, molmo_views
 from pyramiddrop.report.places.phi4 import phi4_views
 from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
@@ -102,6 +103,7 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
             "perception_lm",
             "qianfan_ocr",
             "smolvlm",
+            "step3p7",
             "vipllava",
         ),
         _each(charted),
@@ -137,6 +139,7 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
     "hunyuan_vl": newline_grids,
     **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches),
     **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
+    "molmo2": molmo_views,
     "phi4_multimodal": phi4_views,
 }
 
@@ -169,6 +172,7 @@ VIDEOS: dict[str, Callable[[Prompt], list[list[Moment]]]] = {
     ),
     **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches_in_time),
     **dict.fromkeys(("internvl", "llava_next_video", "perception_lm", "smolvlm"), _each_video()),
+    "molmo2": molmo_moments,
     "llava_onevision": _each_video(trailing=1),  # one newline token
     "video_llava": _each_video(leading=1),  # each frame keeps its class token
 }
