@@ -167,7 +167,7 @@ def test_layers_of_several_kinds_are_one_size_a_stage(hybrid: str) -> None:
     words = ["--model", hybrid, "--visual-tokens", "100", "--method", "pyramiddrop:stages=2"]
     sizes = found(*words)["methods"][1]["kv_bytes_by_layer"]
     assert len(set(sizes[:7])) == 2  # states and keys
-    shown = re.search(r"mean of a layer, by stage +(\S+ \S+) +(\S+ \S+) → (\S+ \S+) *\n", run(*words).stdout)
+    shown = re.search(r"mean layer, by stage +(\S+ \S+) +(\S+ \S+) → (\S+ \S+) *\n", run(*words).stdout)
     assert shown is not None
     assert list(shown.groups()[1:]) == [units.size(mean(part)) for part in (sizes[:7], sizes[7:])]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3_5Config
 from typer.testing import CliRunner, Result
 
 from pyramiddrop import PyramidDrop
@@ -165,3 +166,13 @@ def test_the_page_has_examples_and_a_profile(capsys: pytest.CaptureFixture[str])
     (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.startswith("PyramidDrop(lam=0.42, stages=4) ")
+
+
+def test_a_long_name_does_not_make_a_column_wide(tmp_path: Path) -> None:
+    folder = tmp_path / "a-rather-long-name-of-a-folder"
+    Qwen3_5Config(text_config={"num_hidden_layers": 16}).save_pretrained(folder)
+    printed = run("--model", str(folder), "--visual-tokens", "100", "--percent", "90").stdout
+    assert f"{folder}: 100 visual and 64 text tokens\n" in printed
+    assert re.search(r"^ +vanilla +PyramidDrop *$", printed, flags=re.MULTILINE)
+    assert "No vision tower and no projector are counted" in printed
+    assert "No vision tower" not in run("--percent", "90").stdout

@@ -101,15 +101,13 @@ def _show_paper(as_json: bool) -> None:
 
 
 def _show(sizes: Sizes, columns: list[Column]) -> None:
-    from pyramiddrop.inference.sizes import PLAIN
     from pyramiddrop.report.tables.cost import account_table
 
-    prompt = sizes.prompt
     console = results()
-    console.print(f"{sizes.name}: {prompt.visual_tokens} visual and {prompt.text_tokens} text tokens\n", soft_wrap=True)
+    console.print(f"{sizes.about}\n", soft_wrap=True)
     console.print(account_table([(column.label, column.cost) for column in columns]))
-    if sizes.shape.vision is None and sizes.name != PLAIN:
-        console.print("\nNo vision tower and no projector are counted: their sizes are not known.", soft_wrap=True)
+    if sizes.remark:
+        console.print(f"\n{sizes.remark}", soft_wrap=True)
 
 
 def _as_dict(sizes: Sizes, columns: list[Column]) -> dict[str, Any]:

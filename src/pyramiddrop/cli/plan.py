@@ -85,14 +85,17 @@ def plan(
 
 
 def _show(sizes: Sizes, found: Plan) -> None:
+    from pyramiddrop.inference.choice import VANILLA
     from pyramiddrop.report.tables.cost import account_table, stages_table
 
     console = results()
     console.print("from pyramiddrop import PyramidDrop\n")
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
-    console.print()
-    console.print(account_table([(f"{sizes.name}, vanilla", found.vanilla), ("PyramidDrop", found.cost)]))
+    console.print(f"\n{sizes.about}\n", soft_wrap=True)
+    console.print(account_table([(VANILLA, found.vanilla), ("PyramidDrop", found.cost)]))
+    if sizes.remark:
+        console.print(f"\n{sizes.remark}", soft_wrap=True)
     limit, spent, vanilla = map(found.budget.describe, (found.budget.limit, found.spent, found.vanilla_spent))
     console.print(f"\nThe budget is {limit}. This spends {spent}; vanilla, {vanilla}.", soft_wrap=True)
     if found.loss is not None:

@@ -49,6 +49,18 @@ class Sizes:
     shape: ModelShape
     prompt: Prompt
 
+    @property
+    def about(self) -> str:
+        """What is counted, for a reader."""
+        return f"{self.name}: {self.prompt.visual_tokens} visual and {self.prompt.text_tokens} text tokens"
+
+    @property
+    def remark(self) -> str:
+        """What of a model is not counted, for a reader; empty where all of it is."""
+        if self.shape.vision is not None or self.name == PLAIN:
+            return ""
+        return "No vision tower and no projector are counted: their sizes are not known."
+
 
 def choose_sizes(options: SizeOptions) -> Sizes:
     """The sizes that `options` name.

@@ -42,8 +42,8 @@ def account_table(costs: Sequence[tuple[str, Account]]) -> Table:
     _add(table, "a decode step", [one.step_flops for one in accounts])
     _add(table, "KV cache", [one.kv_bytes for one in accounts], units.size)
     by_stage = [[units.size(bytes_held) for bytes_held in _kv_by_stage(one)] for one in accounts]
-    table.add_row("  mean of a layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
-    _add(table, "activations, estimated peak", [one.activation_bytes for one in accounts], units.size)
+    table.add_row("  mean layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
+    _add(table, "activations (estimate)", [one.activation_bytes for one in accounts], units.size)
     return table
 
 
