@@ -1,32 +1,61 @@
-"""Run by test_second_runner.py in a process of its own: mixed requests through vLLM's second model runner."""
+"""Run by test_second_runner.py in a process of its own: mixed requests through vLLM's second model runner.
+
+Arguments: the checkpoint of LLaVA, and an empty folder for those of other families.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from served import answers, blocks_in_use, engine, expected, questions, scheduler
+from qwen import masked_answers, with_pictures
+from served import Question, answers, blocks_in_use, engine, expected, films, questions, scheduler
 
+import internvl_checkpoints
+import qwen_checkpoints
 from pyramiddrop import PyramidDrop
+from reference import Rule
 
-METHOD = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
+RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
+METHOD = PyramidDrop(layers=RULE.layers, keep=RULE.keep)
 ASKED = questions(8, tokens=(4, 10))
 TIGHT = {"max_num_batched_tokens": 24, "max_model_len": 192, "num_gpu_blocks_override": 25}
+PARTS = {"max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 3, "video": 1}}
 
 
-def main(folder: Path) -> None:
-    """Exit with an AssertionError where an answer is wrong."""
-    wanted = expected(folder, ASKED, METHOD)
-    options: dict[str, Any]
-    for options in ({}, TIGHT):
-        with engine(folder, METHOD, **options) as llm:
-            runner = llm.llm_engine.model_executor.driver_worker.model_runner
-            assert type(runner.model_state).__name__ == "StagedModelState", "this is not the second runner"
-            assert answers(llm, ASKED, every=0 if options else 2) == wanted
-            assert blocks_in_use(scheduler(llm)) == 0
-            assert not runner.get_model().pyramiddrop_batch.waiting
+def check(
+    folder: Path, asked: Sequence[Question], wanted: list[list[int]], every: int, options: dict[str, Any]
+) -> None:
+    """AssertionError where an answer is wrong or something is left over."""
+    with engine(folder, METHOD, **options) as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        assert type(runner.model_state).__name__ == "StagedModelState", "this is not the second runner"
+        assert answers(llm, asked, every) == wanted, f"{folder}, {options}"
+        assert blocks_in_use(scheduler(llm)) == 0
+        assert not runner.get_model().pyramiddrop_batch.waiting
+
+
+def main(llava: Path, scratch: Path) -> None:
+    """LLaVA, InternVL, and Qwen's families, whose positions have three axes."""
+    wanted = expected(llava, ASKED, METHOD)
+    check(llava, ASKED, wanted, 2, {})
+    check(llava, ASKED, wanted, 0, TIGHT)
+
+    picture, film = internvl_checkpoints.PICTURE, internvl_checkpoints.FILM
+    folder = internvl_checkpoints.save_internvl(scratch / "internvl")
+    asked = [Question(one.prompt.replace("<image>", picture), one.images, one.tokens) for one in ASKED]
+    asked += films(1, picture, film)
+    check(folder, asked, expected(folder, asked, METHOD), 2, PARTS)
+
+    for family in qwen_checkpoints.FAMILIES:
+        folder = qwen_checkpoints.save_qwen(scratch / family, family)
+        asked = [with_pictures(one) for one in ASKED]
+        if family != "qwen3_vl":  # there plain vLLM and Transformers differ
+            asked += films(1, qwen_checkpoints.PICTURE, qwen_checkpoints.FILM)
+        check(folder, asked, masked_answers(folder, asked, RULE), 2, PARTS)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

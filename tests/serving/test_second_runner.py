@@ -27,7 +27,8 @@ def test_the_second_model_runner(llava: Path, tmp_path: Path) -> None:
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
     }
-    done = subprocess.run(
-        [sys.executable, HERE / "second_runner.py", llava], env=environment, capture_output=True, text=True, timeout=900
-    )
+    scratch = tmp_path / "checkpoints"
+    scratch.mkdir()
+    command = [sys.executable, HERE / "second_runner.py", llava, scratch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

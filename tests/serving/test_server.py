@@ -22,12 +22,17 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
 from PIL import Image
-from served import Question, engine, expected, picture, sampling
+from qwen import masked_answers, with_pictures
+from served import Question, engine, expected, picture, questions, sampling
 from transformers import AutoTokenizer
 
+from internvl_checkpoints import PICTURE, save_internvl
 from pyramiddrop import PyramidDrop
+from qwen_checkpoints import save_qwen
+from reference import Rule
 
-HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
+RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
+HALVES = PyramidDrop(layers=RULE.layers, keep=RULE.keep)
 
 
 def chats(count: int) -> list[Question]:
@@ -56,16 +61,26 @@ def test_the_engine_in_a_process_of_its_own(
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-def test_tensor_parallelism(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])
+def test_tensor_parallelism(family: str, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, half of the heads each: they must keep the same tokens, those of all heads."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    asked = chats(9)
-    with engine(llava, HALVES, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+    if family == "qwen3_vl":  # three axes of positions, norms of queries and keys, features added to the first layers
+        folder, asked = save_qwen(tmp_path, family), [with_pictures(question) for question in questions(6)]
+        wanted = masked_answers(folder, asked, RULE)
+    elif family == "internvl":
+        folder = save_internvl(tmp_path)
+        asked = [Question(one.prompt.replace("<image>", PICTURE), one.images, one.tokens) for one in questions(6)]
+        wanted = expected(folder, asked, HALVES)
+    else:
+        folder, asked = llava, chats(9)
+        wanted = expected(folder, asked, HALVES)
+    with engine(folder, HALVES, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         outputs = llm.generate(
             [question.inputs for question in asked], [sampling(question.tokens) for question in asked], use_tqdm=False
         )
-    assert [list(output.outputs[0].token_ids) for output in outputs] == expected(llava, asked, HALVES)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == wanted
 
 
 @contextmanager
