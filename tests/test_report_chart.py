@@ -65,7 +65,7 @@ def test_crops_that_are_padding_alone_are_none() -> None:
 
 @pytest.mark.parametrize("size", [(1, 50), (50, 1)])
 def test_a_picture_without_width_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(CannotPlaceError, match="a picture that is only 1 pixels wide or high"):
+    with pytest.raises(CannotPlaceError, match="a crop that shows but one row or column"):
         chart(CONFIG, processor(lambda whole: whole), size)
 
 

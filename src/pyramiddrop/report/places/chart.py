@@ -49,7 +49,7 @@ def chart(config: Any, processor: Any, size: tuple[int, int]) -> Chart:
     """Show `processor` a ruled picture of `size` (width, height).
 
     Raises:
-        CannotPlaceError: where its crops cannot be read, as of pictures a pixel or two wide.
+        CannotPlaceError: where a crop shows too little of the picture to be read.
     """
     made = processor(images=[_ruled(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
     return _chart(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
@@ -118,7 +118,9 @@ def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> 
     columns = np.flatnonzero(blue.any(0))
     inner = columns[len(columns) // 8 : len(columns) - len(columns) // 8]  # resampling bends the ruler at its ends
     if len(inner) < 2 or length < 2:
-        raise CannotPlaceError(f"cannot place the visual tokens of a picture that is only {length} pixels wide or high")
+        raise CannotPlaceError(
+            "cannot place the visual tokens of a crop that shows but one row or column of the picture"
+        )
     means = np.array([values[:, column][blue[:, column]].mean() for column in inner])
     places = means / _FULL * (length - 1) + 0.5
     scale, start = np.polyfit(inner + 0.5, places, 1)
