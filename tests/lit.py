@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from pyramiddrop.hf.anatomy import anatomy
-from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.places.layout import Seen
 
 SIZES = [(120, 120), (260, 90), (90, 260)]
 SPOTS = [(0.1, 0.2), (0.75, 0.4), (0.55, 0.9), (0.45, 0.58)]

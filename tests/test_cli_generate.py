@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pyramiddrop import Downsample, FastV, UniformDrop
 from pyramiddrop.cli.main import app
-from pyramiddrop.report.layout import CannotPlaceError
+from pyramiddrop.report.places.layout import CannotPlaceError
 
 PROMPT = ["--prompt", "w7 w8 w9", "--max-new-tokens", "4"]
 

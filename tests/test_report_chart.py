@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
-from pyramiddrop.report.grid import Box
 from pyramiddrop.report.places.chart import Chart, Crop, chart
 from pyramiddrop.report.places.crops import crop_views
+from pyramiddrop.report.places.grid import Box
 from pyramiddrop.report.places.prompt import CannotPlaceError
 from tiny import CROP
 

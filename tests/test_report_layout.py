@@ -13,8 +13,8 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.inference.prompt import build_inputs
-from pyramiddrop.report.grid import Box, View
-from pyramiddrop.report.layout import CannotPlaceError, look
+from pyramiddrop.report.places.grid import Box, View
+from pyramiddrop.report.places.layout import CannotPlaceError, look
 from tiny import CROP
 
 PATCH = CROP // 4

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from checkpoints import save_picture
-from pyramiddrop.report.grid import Box, View, reading_order
-from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.pictures.spans import spans
 from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, check_picture_path
-from pyramiddrop.report.spans import spans
+from pyramiddrop.report.places.grid import Box, View, reading_order
+from pyramiddrop.report.places.layout import Seen
 
 VIEW = View("picture", rows=2, columns=3, box=Box(0, 0, 60, 40))
 

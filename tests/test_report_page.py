@@ -15,11 +15,11 @@ from PIL import Image
 
 from browser import act, needs_browser
 from pyramiddrop.report import Visual
-from pyramiddrop.report.grid import Box, View, reading_order
-from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.pictures.heat import Scored, heat
+from pyramiddrop.report.pictures.spans import spans
 from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels
-from pyramiddrop.report.spans import spans
+from pyramiddrop.report.places.grid import Box, View, reading_order
+from pyramiddrop.report.places.layout import Seen
 
 #: Six tokens of a picture, then a view of two rows with newline tokens.
 VIEWS = [

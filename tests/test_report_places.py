@@ -10,7 +10,7 @@ from PIL import Image
 
 from lit import SIZES, SPOTS, assert_lit, lit, token_light
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.layout import CannotPlaceError, look
+from pyramiddrop.report.places.layout import CannotPlaceError, look
 
 pytest.importorskip("transformers", minversion="5.23")
 

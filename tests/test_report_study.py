@@ -19,8 +19,8 @@ from PIL import Image
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.planning import Profile
-from pyramiddrop.report.grid import Box, View, reading_order
-from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.places.grid import Box, View, reading_order
+from pyramiddrop.report.places.layout import Seen
 from pyramiddrop.report.studies.attention_plot import Looks, draw_attention, spread
 from pyramiddrop.report.studies.files import write_study
 from pyramiddrop.report.studies.paper_figure import depth_colors, save

@@ -17,12 +17,12 @@ from pyramiddrop.assets import demo_images, demo_questions
 from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.run import run
 from pyramiddrop.report import Visual, visualize
-from pyramiddrop.report.grid import Box, View, reading_order, values_by_view
-from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.pictures import film
 from pyramiddrop.report.pictures.heat import Scored, heat
+from pyramiddrop.report.pictures.spans import spans
 from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
-from pyramiddrop.report.spans import spans
+from pyramiddrop.report.places.grid import Box, View, reading_order, values_by_view
+from pyramiddrop.report.places.layout import Seen
 
 GONE = math.nan
 

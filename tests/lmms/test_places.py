@@ -36,7 +36,7 @@ from lit import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
 from lit_grids import grid_inputs, stand_in
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.layout import look
+from pyramiddrop.report.places.layout import look
 from zoo import MEMBERS, weights
 from zoo.vision import END, IMAGE, LINE, SIDE, START, TOWER, VIDEO
 from zoo.weights import TEXT, drawn

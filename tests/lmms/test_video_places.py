@@ -50,7 +50,7 @@ from transformers.models.video_llava.video_processing_video_llava import VideoLl
 from lit import SIZES, SPOTS, lit, token_light, wide_gemma4, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
 from pyramiddrop.inference.film import untimed
-from pyramiddrop.report.layout import Seen, look
+from pyramiddrop.report.places.layout import Seen, look
 from zoo import MEMBERS, vision, weights
 from zoo.tiled import GLOBAL
 from zoo.vision import SIDE

@@ -103,7 +103,7 @@ def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> 
 
 def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.run_visual import run_visual
+    from pyramiddrop.report.pictures.run import run_visual
 
     with user_input("cannot draw", (OSError, ValueError)):
         visual = run_visual(done)

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.grid import Cell, View
-from pyramiddrop.report.layout import Seen
+from pyramiddrop.report.pictures.spans import Span
 from pyramiddrop.report.pictures.veil import picture_data, seen_pixels, veil
-from pyramiddrop.report.spans import Span
+from pyramiddrop.report.places.grid import Cell, View
+from pyramiddrop.report.places.layout import Seen
 from pyramiddrop.report.tables import runs
 from pyramiddrop.report.template import template
 

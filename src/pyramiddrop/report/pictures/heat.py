@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyramiddrop.report.grid import View, values_by_view
 from pyramiddrop.report.pictures.veil import dim_dropped
+from pyramiddrop.report.places.grid import View, values_by_view
 
 #: The colours, dark for low and light for high scores, and how much of them covers the picture.
 COLOURS, COVER = "magma", 0.72

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pyramiddrop.report.grid import Cell
 from pyramiddrop.report.pictures.heat import COVER, ramp
 from pyramiddrop.report.pictures.veil import SEAM, SHOWS_THROUGH, picture_data, seen_pixels, veil
+from pyramiddrop.report.places.grid import Cell
 from pyramiddrop.report.template import template
 
 if TYPE_CHECKING:

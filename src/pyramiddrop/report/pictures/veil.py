@@ -10,7 +10,7 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
-from pyramiddrop.report.grid import Cell, View
+from pyramiddrop.report.places.grid import Cell, View
 
 #: Share of a dropped patch's own colour that still shows through the veil.
 SHOWS_THROUGH = 0.14

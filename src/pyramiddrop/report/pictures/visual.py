@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyramiddrop.cost import Cost
-from pyramiddrop.report.grid import Box, View
-from pyramiddrop.report.layout import CannotPlaceError, Seen, look
 from pyramiddrop.report.pictures import film, page
 from pyramiddrop.report.pictures.heat import COLOURS, Scored, heat
 from pyramiddrop.report.pictures.sheet import Scale, Stage, draw_film, draw_table
+from pyramiddrop.report.pictures.spans import Span, spans
 from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
-from pyramiddrop.report.spans import Span, spans
+from pyramiddrop.report.places.grid import Box, View
+from pyramiddrop.report.places.layout import CannotPlaceError, Seen, look
 from pyramiddrop.trace import Trace
 
 #: What a page and a film have for a suffix; every other one is matplotlib's.

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.anyres import unpadded
-from pyramiddrop.report.grid import Box, View, reading_order
+from pyramiddrop.report.places.grid import Box, View, reading_order
 from pyramiddrop.report.places.prompt import Prompt
 
 #: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pyramiddrop.inference.film import untimed
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.grid import Box
+from pyramiddrop.report.places.grid import Box
 from pyramiddrop.report.places.patches import unpatched
 from pyramiddrop.report.places.prompt import CannotPlaceError
 

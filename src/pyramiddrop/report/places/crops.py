@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from PIL import Image
 
-from pyramiddrop.report.grid import Box, View, crop_order, reading_order
 from pyramiddrop.report.places.chart import Chart, Crop, chart, chart_video
+from pyramiddrop.report.places.grid import Box, View, crop_order, reading_order
 from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
 
 #: A crop that misses less than this share of each side shows the whole picture.

@@ -6,7 +6,7 @@ import math
 
 from PIL import Image
 
-from pyramiddrop.report.grid import Box, View, reading_order
+from pyramiddrop.report.places.grid import Box, View, reading_order
 from pyramiddrop.report.places.prompt import Moment, Prompt
 
 

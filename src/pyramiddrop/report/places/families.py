@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from pyramiddrop.report.grid import View
 from pyramiddrop.report.places.anyres import next_views, onevision_views
 from pyramiddrop.report.places.crops import charted, charted_in_time, charted_whole
 from pyramiddrop.report.places.dynamic import (
@@ -17,6 +16,7 @@ from pyramiddrop.report.places.dynamic import (
     placed_patches,
     placed_patches_in_time,
 )
+from pyramiddrop.report.places.grid import View
 from pyramiddrop.report.places.molmo import molmo_moments, molmo_views
 from pyramiddrop.report.places.phi4 import phi4_views
 from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt

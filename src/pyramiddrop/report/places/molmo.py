@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyramiddrop.report.grid import Box, View
+from pyramiddrop.report.places.grid import Box, View
 from pyramiddrop.report.places.prompt import Moment, Prompt
 
 

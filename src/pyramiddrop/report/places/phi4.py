@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from pyramiddrop.report.grid import Box, View, reading_order
 from pyramiddrop.report.places.chart import chart
+from pyramiddrop.report.places.grid import Box, View, reading_order
 from pyramiddrop.report.places.prompt import Prompt
 
 

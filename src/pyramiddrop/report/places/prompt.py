@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pyramiddrop.report.grid import View
+from pyramiddrop.report.places.grid import View
 
 
 class CannotPlaceError(ValueError):

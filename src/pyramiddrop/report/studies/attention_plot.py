@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyramiddrop.report.grid import View
-from pyramiddrop.report.layout import Seen
 from pyramiddrop.report.pictures.veil import seen_pixels
+from pyramiddrop.report.places.grid import View
+from pyramiddrop.report.places.layout import Seen
 from pyramiddrop.report.studies.paper_figure import PAGE, styled
 
 HEAT = "inferno"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyramiddrop.evaluation.studies.glances import Glance
 from pyramiddrop.evaluation.studies.profiles import profile_of
-from pyramiddrop.report.layout import look
+from pyramiddrop.report.places.layout import look
 from pyramiddrop.report.studies.attention_plot import Looks, draw_attention
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
 from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, percent, small

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyramiddrop.report.grid import Cell, View, cells_by_view
+from pyramiddrop.report.places.grid import Cell, View, cells_by_view
 from pyramiddrop.trace import Trace
 
 

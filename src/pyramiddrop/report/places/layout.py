@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from pyramiddrop.report.grid import View
 from pyramiddrop.report.places.families import moments, views
+from pyramiddrop.report.places.grid import View
 from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
 
 __all__ = ["CannotPlaceError", "Seen", "look"]
