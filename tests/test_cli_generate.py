@@ -156,6 +156,16 @@ def test_a_saved_method_of_which_nothing_can_be_drawn_is_one_line(
     assert_one_line(result, "downsample shows the model a smaller picture")
 
 
+def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "configuration.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration.py").write_text("raise SystemExit('its code was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    assert_one_line(run("--model", tmp_path, "--image", picture, *PROMPT), "contains custom code")
+
+
 def test_a_processor_without_a_chat_template(llava_folder: Path, picture: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llava_folder, tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()

@@ -50,14 +50,14 @@ def read_config(source: str | Path) -> Any:
 
 
 def read_any_config(source: str | Path) -> Any:
-    """The configuration of a checkpoint of any family that Transformers knows.
+    """The configuration of a checkpoint of any family that Transformers knows; code that it brings along is not run.
 
     Raises:
         InputError: where there is no checkpoint.
     """
     _check_place(source)
     with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)  # else Transformers asks, and waits
 
 
 def read_served_config(source: str | Path) -> Any:
@@ -72,7 +72,7 @@ def read_served_config(source: str | Path) -> Any:
     with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
         values, _ = PretrainedConfig.get_config_dict(source)
         if values.get("model_type") in CONFIG_MAPPING or "llm_config" not in values:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoConfig.for_model(**values["llm_config"])
 
 
