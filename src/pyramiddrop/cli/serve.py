@@ -49,15 +49,16 @@ def serve(
 
 
 def _say(launch: Launch) -> None:
+    from pyramiddrop.inference.choice import method_label
     from pyramiddrop.report.units import arrow, share, size
 
-    saving = launch.saving
+    saving, method = launch.saving, method_label(launch.method)
     if saving is None:
-        remarks().print(f"{launch.method}: the cost model does not know this text model", soft_wrap=True)
+        remarks().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
         return
     kept = arrow(list(dict.fromkeys(saving.pruned.visual_by_layer)))
     remarks().print(
-        f"{launch.method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
+        f"{method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
         f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
         f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of {size(saving.vanilla.kv_bytes)})",
         soft_wrap=True,

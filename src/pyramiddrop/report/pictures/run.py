@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyramiddrop.inference.choice import method_label
 from pyramiddrop.inference.run import Run
 from pyramiddrop.report.pictures.visual import Visual, check_drawn_method, visualize
 
@@ -16,7 +17,6 @@ def run_visual(done: Run) -> Visual:
     ready, method, trace = done.ready, done.ready.method, done.trace
     assert method is not None, "vanilla has been refused"
     assert trace is not None, "every method leaves a trace"
-    settings = [f"{name} {value}" for name, value in method.settings().items() if name != "method" and value]
     return visualize(
         trace,
         ready.checkpoint.model.config,
@@ -25,6 +25,6 @@ def run_visual(done: Run) -> Visual:
         ready.inputs,
         ready.request.prompt,
         done.answer,
-        f"{ready.request.model or 'the bundled model'} under {done.method}: {', '.join(settings)}",
+        f"{ready.request.model or 'the bundled model'} under {method_label(method)}",
         videos=[ready.film.frames] if ready.film else [],
     )
