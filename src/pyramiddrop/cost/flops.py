@@ -99,7 +99,7 @@ def step_flops(shape: DecoderShape, cached: Sequence[int]) -> int:
 
 def _attended(shape: DecoderShape, layer: int, rows: Sequence[int]) -> int:
     """Of `rows` in each layer, those to which `layer` attends."""
-    return rows[shape.sources[layer]]
+    return rows[shape.source(layer)]
 
 
 def _layer_step(shape: DecoderShape, layer: int, cached: int) -> int:

@@ -81,11 +81,15 @@ class DecoderShape:
         """What mixes the rows of the 0-based `layer`."""
         return self.mixers[layer] if self.mixers else self.plain_mixer
 
+    def source(self, layer: int) -> int:
+        """The layer whose keys the 0-based `layer` attends to: itself, or an earlier one."""
+        source = self.mixer(layer).source
+        return layer if source is None else source
+
     @property
     def sources(self) -> tuple[int, ...]:
-        """Of each layer the one whose keys it attends to: itself, or an earlier one."""
-        given = (self.mixer(layer).source for layer in range(self.layers))
-        return tuple(layer if source is None else source for layer, source in enumerate(given))
+        """Of each layer the one whose keys it attends to."""
+        return tuple(map(self.source, range(self.layers)))
 
     @property
     def plain_mixer(self) -> Mixer:
