@@ -45,11 +45,6 @@ class Step(NamedTuple):
     positions: Any
     changes: Kwargs
 
-    def fits(self, kwargs: Kwargs) -> bool:
-        """Whether `kwargs` are those that the changes were worked out for, as far as they follow them."""
-        positions = first_table(kwargs.get("position_embeddings"))
-        return kwargs.get("attention_mask") is self.mask and positions is self.positions
-
 
 class Run:
     """State of one forward, carried from layer to layer in the call's kwargs.
@@ -119,10 +114,10 @@ class Run:
     def _step(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """The changes for a layer of a call that drops nothing: worked out once for all layers alike, for in a step of
         decoding Python is what takes the time."""
+        mask, positions = kwargs.get("attention_mask"), first_table(kwargs.get("position_embeddings"))
         kind = stage, self.anatomy.alike[index]
         step = self._steps.get(kind)
-        if step is None or not step.fits(kwargs):
-            mask, positions = kwargs.get("attention_mask"), first_table(kwargs.get("position_embeddings"))
+        if step is None or step.mask is not mask or step.positions is not positions:
             step = self._steps[kind] = Step(mask, positions, self._changes(stage, index, hidden, kwargs))
         return step.changes
 
@@ -203,8 +198,10 @@ class Run:
             self._remember(stage, index, kept, cache, kwargs.get("position_ids"))
         if self.trace is not None:
             rows, _, visual = present(ranking.plan, kept)
-            there, _, candidates = present(ranking.plan, before)
-            ranked = None if scores is None else Ranked(there, candidates, scores)
+            ranked = None
+            if scores is not None:
+                there, _, candidates = present(ranking.plan, before)
+                ranked = Ranked(there, candidates, scores)
             self.trace.record(ending.layer, ending.keep, rows, visual, self.past, ranked)
 
     def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
