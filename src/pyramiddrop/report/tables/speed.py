@@ -103,17 +103,7 @@ def _title(result: Record) -> str:
 
 
 def _generation_column(result: Record) -> dict[str, str]:
-    ratios, step = result["ratios"], result["step"]
-    decoding = (
-        {
-            "a step": units.seconds(step["median"]),
-            "a step, quartiles": _quartiles(step),
-            "a step, ratio": _ratio(ratios["step"]),
-            "tokens/s": f"{result['tokens_per_second']:.1f}",
-        }
-        if step
-        else {}
-    )
+    ratios = result["ratios"]
     return {
         "first token": units.seconds(result["first_token"]["median"]),
         "first token, quartiles": _quartiles(result["first_token"]),
@@ -123,7 +113,7 @@ def _generation_column(result: Record) -> dict[str, str]:
         "predicted: FLOPs, causal": _ratio(ratios["causal_flops"]),
         "speed-up, of predicted": units.share(result["of_predicted"]),
         "dropping, of its prefill": f"{100 * result['dropping_share']:.1f} %",
-        **decoding,
+        **(_step_rows(result) if result["step"] else {}),
         "whole call": units.seconds(result["whole"]["median"]),
         "whole call, ratio": _ratio(ratios["whole"]),
         "peak memory": units.size(result["peak_bytes"]),
@@ -149,13 +139,17 @@ def _training_column(result: Record) -> dict[str, str]:
 
 
 def _decoding_column(result: Record) -> dict[str, str]:
+    graphs = {"graphs": str(result["graphs"]), "no CUDA graph": str(result["not_captured"])}
+    return _step_rows(result) | graphs
+
+
+def _step_rows(result: Record) -> dict[str, str]:
+    """Of a step of decoding, and what it comes to."""
     return {
         "a step": units.seconds(result["step"]["median"]),
         "a step, quartiles": _quartiles(result["step"]),
         "a step, ratio": _ratio(result["ratios"]["step"]),
         "tokens/s": f"{result['tokens_per_second']:.1f}",
-        "graphs": str(result["graphs"]),
-        "no CUDA graph": str(result["not_captured"]),
     }
 
 
