@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.pictures.spans import Span
+from pyramiddrop.report.pictures.spans import Span, fates
 from pyramiddrop.report.pictures.veil import picture_data, seen_pixels, veil
 from pyramiddrop.report.places.grid import Cell, View
 from pyramiddrop.report.places.layout import Seen
@@ -45,8 +45,7 @@ class Card:
     @property
     def fates(self) -> list[int]:
         """For each patch in reading order the number of the last span in which it is alive."""
-        cells = [(row, column) for row in range(self.view.rows) for column in range(self.view.columns)]
-        return [sum(cell in span.cells[0] for span in self.spans) - 1 for cell in cells]
+        return fates(self.spans, 0, self.view)
 
 
 def render_page(demo: Demo, cards: Sequence[Card]) -> str:
@@ -66,8 +65,7 @@ def render_page(demo: Demo, cards: Sequence[Card]) -> str:
 
 def dropped_path(view: View, kept: frozenset[Cell]) -> str:
     """An SVG path, in units of patches, that covers every patch that is not `kept`."""
-    cells = [(row, column) for row in range(view.rows) for column in range(view.columns)]
-    return "".join(f"M{column} {row}h1v1h-1z" for row, column in cells if (row, column) not in kept)
+    return "".join(f"M{column} {row}h1v1h-1z" for row, column in view.grid if (row, column) not in kept)
 
 
 def _medians(demo: Demo) -> dict[str, tuple[float, float]]:

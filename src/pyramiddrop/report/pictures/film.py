@@ -54,9 +54,5 @@ def _stacked(parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def _beside(parts: Sequence[Image.Image]) -> Image.Image:
-    width, height = sum(part.width + GAP for part in parts) - GAP, max(part.height for part in parts)
-    whole, left = Image.new("RGB", (width, height), "white"), 0
-    for part in parts:
-        whole.paste(part, (left, 0))
-        left += part.width + GAP
-    return whole
+    turned = [part.transpose(Image.Transpose.TRANSPOSE) for part in parts]
+    return _stacked(turned).transpose(Image.Transpose.TRANSPOSE)

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyramiddrop.report.pictures.veil import dim_dropped
+from pyramiddrop.report.pictures.veil import dim_dropped, patch_pixels
 from pyramiddrop.report.places.grid import View, values_by_view
 
 #: The colours, dark for low and light for high scores, and how much of them covers the picture.
@@ -68,7 +68,7 @@ def heat(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float]], toke
     alive = np.argwhere(~np.isnan(values)).tolist()
     base = np.asarray(dim_dropped(pixels, view, [(row, column) for row, column in alive]), dtype=np.float64)
     colours = matplotlib.colormaps[COLOURS](1 - (np.nan_to_num(values, nan=1.0) - 1) / max(1, tokens - 1))
-    height, width = base.shape[0] // view.rows, base.shape[1] // view.columns
+    height, width = patch_pixels(pixels, view)
     painted = 255 * colours[..., :3].repeat(height, axis=0).repeat(width, axis=1)
     there = (~np.isnan(values)).repeat(height, axis=0).repeat(width, axis=1)[..., None]
     return Image.fromarray(np.where(there, base * (1 - COVER) + painted * COVER, base).round().astype(np.uint8))

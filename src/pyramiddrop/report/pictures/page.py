@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pyramiddrop.report.pictures.heat import COVER, ramp
-from pyramiddrop.report.pictures.veil import SEAM, SHOWS_THROUGH, picture_data, seen_pixels, veil
-from pyramiddrop.report.places.grid import Cell
+from pyramiddrop.report.pictures.spans import fates
+from pyramiddrop.report.pictures.veil import SEAM, SHOWS_THROUGH, picture_data, veil
 from pyramiddrop.report.template import template
 
 if TYPE_CHECKING:
@@ -40,12 +40,9 @@ def _stage(visual: Visual, number: int) -> dict[str, Any]:
 
 def _view(visual: Visual, number: int) -> dict[str, Any]:
     """What a view draws: `tokens`, `fates`, each of `scores` and of `ranks` have an entry a cell, row by row."""
-    seen = visual.seen[number]
-    view = seen.view
-    pixels = seen_pixels(seen.picture, view)
+    view, pixels = visual.seen[number].view, visual.pixels[number]
     before = sum(one.view.tokens for one in visual.seen[:number])
     numbers = {cell: before + token for token, cell in enumerate(view.cells) if cell is not None}
-    cells: list[Cell] = [(row, column) for row in range(view.rows) for column in range(view.columns)]
     return {
         "name": view.name,
         "rows": view.rows,
@@ -55,8 +52,8 @@ def _view(visual: Visual, number: int) -> dict[str, Any]:
         "width": pixels.width,
         "height": pixels.height,
         "veil": veil(pixels),
-        "tokens": [numbers.get(cell) for cell in cells],
-        "fates": [sum(cell in span.cells[number] for span in visual.spans) - 1 for cell in cells],
+        "tokens": [numbers.get(cell) for cell in view.grid],
+        "fates": fates(visual.spans, number, view),
         "scores": [_flat(stage.scores[number], 4) for stage in visual.scored],
         "ranks": [_flat(stage.ranks[number], 0) for stage in visual.scored],
         "scored": [stage.layer for stage in visual.scored],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyramiddrop.report.places.grid import Cell, View, cells_by_view
 from pyramiddrop.trace import Trace
@@ -32,15 +33,29 @@ class Span:
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
 
 
+def fates(layers: Sequence[Span], number: int, view: View) -> list[int]:
+    """For each cell of `view`, the one of this `number`, row by row: the last of `layers` in which it is alive."""
+    return [sum(cell in span.cells[number] for span in layers) - 1 for cell in view.grid]
+
+
+def visual_columns(trace: Trace, sample: int) -> Tensor:
+    """The columns of the visual tokens of a sample.
+
+    Raises:
+        ValueError: where the trace has no prefill.
+    """
+    if not trace.visual_columns:
+        raise ValueError("the trace is empty: run the patched model first")
+    return trace.visual_columns[sample]
+
+
 def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
     """The layers of a model cut at the drops of `trace`: the first span has every token, the last one the fewest.
 
     Raises:
         ValueError: where the trace has no prefill, or `views` do not have as many tokens as its sample brought.
     """
-    if not trace.visual_columns:
-        raise ValueError("the trace is empty: run the patched model first")
-    columns = trace.visual_columns[sample]
+    columns = visual_columns(trace, sample)
     expected = sum(view.tokens for view in views)
     if len(columns) != expected:
         raise ValueError(f"the views have {expected} visual tokens; the trace has {len(columns)}")

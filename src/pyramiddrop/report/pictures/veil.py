@@ -35,6 +35,11 @@ def seen_pixels(picture: Image.Image, view: View, long_side: int = 448) -> Image
     return part.resize((view.columns * cell_width, view.rows * cell_height), resample, box=inner)
 
 
+def patch_pixels(pixels: Image.Image, view: View) -> tuple[int, int]:
+    """Height and width of a patch in `pixels` (of :func:`seen_pixels`)."""
+    return pixels.height // view.rows, pixels.width // view.columns
+
+
 def dim_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Image.Image:
     """`pixels` (of :func:`seen_pixels`) with the place of every token that is not `kept` under a veil.
 
@@ -45,7 +50,7 @@ def dim_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Imag
     dropped = np.zeros((view.rows, view.columns), dtype=bool)
     for row, column in view.places.difference(kept):
         dropped[row, column] = True
-    height, width = values.shape[0] // view.rows, values.shape[1] // view.columns
+    height, width = patch_pixels(pixels, view)
     mask = np.kron(dropped, np.ones((height, width), dtype=bool))[..., None]
     veiled = values * SHOWS_THROUGH + veil(pixels) * (1 - SHOWS_THROUGH)
     return Image.fromarray(np.where(mask, veiled, values).round().astype(np.uint8))
@@ -59,7 +64,7 @@ def veil(pixels: Image.Image) -> int:
 def with_seams(pixels: Image.Image, view: View) -> Image.Image:
     """`pixels` with a line where another crop of the picture begins."""
     values = np.array(pixels, dtype=np.float32)
-    height, width = values.shape[0] // view.rows, values.shape[1] // view.columns
+    height, width = patch_pixels(pixels, view)
     rows, columns = view.seams
     line = np.zeros(values.shape[:2], dtype=bool)
     line[[row * height for row in rows]] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from pyramiddrop.cost import Cost
 from pyramiddrop.report.pictures import film, page
 from pyramiddrop.report.pictures.heat import COLOURS, Scored, heat
 from pyramiddrop.report.pictures.sheet import Scale, Stage, draw_film, draw_table
-from pyramiddrop.report.pictures.spans import Span, spans
+from pyramiddrop.report.pictures.spans import Span, spans, visual_columns
 from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
-from pyramiddrop.report.places.grid import Box, View
+from pyramiddrop.report.places.grid import Box, View, reading_order
 from pyramiddrop.report.places.layout import CannotPlaceError, Seen, look
 from pyramiddrop.trace import Trace
 
@@ -101,6 +102,11 @@ class Visual:
             "note": self.note or None,
         }
 
+    @cached_property
+    def pixels(self) -> list[Image.Image]:
+        """Each view's part of its picture."""
+        return [seen_pixels(one.picture, one.view) for one in self.seen]
+
     @property
     def has_frames(self) -> bool:
         """Whether there is a video among the pictures."""
@@ -109,17 +115,16 @@ class Visual:
     def _sheet(self, stages: list[Stage]) -> Figure:
         names = [one.view.name for one in self.seen]
         draw = draw_film if self.has_frames else draw_table
-        under = [f"answer: {self.answer}"] if self.answer else []
-        return draw(stages, names, self.question, " · ".join([*under, *([self.note] if self.note else [])]))
+        answer = f"answer: {self.answer}" if self.answer else ""
+        return draw(stages, names, self.question, " · ".join(filter(None, (answer, self.note))))
 
     def _kept(self) -> list[Stage]:
-        pixels = [seen_pixels(one.picture, one.view) for one in self.seen]
         return [
             Stage(
                 f"{span.layers} · {span.tokens} tokens",
                 [
                     with_seams(dim_dropped(part, one.view, cells), one.view)
-                    for part, one, cells in zip(pixels, self.seen, span.cells, strict=True)
+                    for part, one, cells in zip(self.pixels, self.seen, span.cells, strict=True)
                 ],
             )
             for span in self.spans
@@ -127,8 +132,8 @@ class Visual:
 
     def _heat(self, stage: Scored) -> Stage:
         panels = [
-            with_seams(heat(seen_pixels(one.picture, one.view), one.view, ranks, stage.tokens), one.view)
-            for one, ranks in zip(self.seen, stage.ranks, strict=True)
+            with_seams(heat(part, one.view, ranks, stage.tokens), one.view)
+            for part, one, ranks in zip(self.pixels, self.seen, stage.ranks, strict=True)
         ]
         ticks = [f"{score:.2g}" for score in stage.at((0, 0.25, 0.5, 0.75, 1))]
         return Stage(f"scores before layer {stage.layer}", panels, Scale(COLOURS, ticks))
@@ -172,13 +177,11 @@ def visualize(
     Raises:
         ValueError: for an empty trace, and images that are not this trace's.
     """
-    if not trace.visual_columns:
-        raise ValueError("the trace is empty: run the patched model first")
-    note = ""
+    tokens, note = len(visual_columns(trace, sample)), ""
     try:
         seen = look(config, processor, images, inputs, videos)
     except CannotPlaceError as error:
-        seen, note = [_unplaced(trace.visual_tokens[sample])], f"{error}: drawn in the order of the prompt"
+        seen, note = [_unplaced(tokens)], f"{error}: drawn in the order of the prompt"
     views = [one.view for one in seen]
     ranked = [(stage.layer, stage.scores) for stage in trace.stages]
     scored = [Scored(layer, views, scores[sample]) for layer, scores in ranked if scores is not None]
@@ -212,5 +215,5 @@ def _unplaced(tokens: int) -> Seen:
     rows = math.ceil(tokens / columns)
     picture = Image.new("RGB", (columns, rows), UNPLACED)
     picture.paste(EMPTY, (tokens - (rows - 1) * columns, rows - 1, columns, rows))
-    cells = tuple(divmod(token, columns) for token in range(tokens))
+    cells = reading_order(rows, columns)[:tokens]
     return Seen(picture, View("tokens in the order of the prompt", rows, columns, Box(0, 0, columns, rows), cells))

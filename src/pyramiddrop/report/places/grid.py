@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 #: A place in a grid of visual tokens: row and column, both from 0.
 Cell = tuple[int, int]
@@ -55,6 +56,11 @@ class View:
         return len(self.cells)
 
     @property
+    def grid(self) -> list[Cell]:
+        """All cells, row after row."""
+        return [(row, column) for row in range(self.rows) for column in range(self.columns)]
+
+    @property
     def places(self) -> frozenset[Cell]:
         """The cells of the grid that have a token."""
         return frozenset(cell for cell in self.cells if cell is not None)
@@ -68,8 +74,8 @@ class View:
 
 def reading_order(rows: int, columns: int, leading: int = 0, newline: bool = False) -> tuple[Cell | None, ...]:
     """Row after row. `leading` tokens without a place (a class token) stand before, and a `newline` behind each row."""
-    grid = [[*((row, column) for column in range(columns)), *[None] * newline] for row in range(rows)]
-    return (*[None] * leading, *(cell for line in grid for cell in line))
+    lines = [(*((row, column) for column in range(columns)), *[None] * newline) for row in range(rows)]
+    return (*[None] * leading, *chain.from_iterable(lines))
 
 
 def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | None, ...]:
@@ -89,10 +95,11 @@ def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozense
     Raises:
         ValueError: for a token that lies beyond the last view.
     """
-    places: list[set[Cell]] = [set() for _ in views]
+    located, places = _located(views), [set[Cell]() for _ in views]
     for token in tokens:
-        index, within = _locate(views, token)
-        cell = views[index].cell(within)
+        if not 0 <= token < len(located):
+            raise ValueError(f"token {token} is beyond the {len(located)} visual tokens of the picture's views")
+        index, cell = located[token]
         if cell is not None:
             places[index].add(cell)
     return [frozenset(cells) for cells in places]
@@ -104,22 +111,16 @@ def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[
     Raises:
         ValueError: where there are more or fewer values than tokens.
     """
-    expected = sum(view.tokens for view in views)
-    if len(values) != expected:
-        raise ValueError(f"the views have {expected} visual tokens; there are {len(values)} values")
+    located = _located(views)
+    if len(values) != len(located):
+        raise ValueError(f"the views have {len(located)} visual tokens; there are {len(values)} values")
     grids = [[[math.nan] * view.columns for _ in range(view.rows)] for view in views]
-    for token, value in enumerate(values):
-        index, within = _locate(views, token)
-        cell = views[index].cell(within)
+    for (index, cell), value in zip(located, values, strict=True):
         if cell is not None:
             grids[index][cell[0]][cell[1]] = value
     return grids
 
 
-def _locate(views: Sequence[View], token: int) -> tuple[int, int]:
-    first = 0
-    for index, view in enumerate(views):
-        if token < first + view.tokens:
-            return index, token - first
-        first += view.tokens
-    raise ValueError(f"token {token} is beyond the {first} visual tokens of the picture's views")
+def _located(views: Sequence[View]) -> list[tuple[int, Cell | None]]:
+    """For each token through all `views` the number of its view, and its place there."""
+    return [(index, cell) for index, view in enumerate(views) for cell in view.cells]
