@@ -13,6 +13,7 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.inference.prompt import build_inputs
+from pyramiddrop.report.places.chart import chart
 from pyramiddrop.report.places.grid import Box, View
 from pyramiddrop.report.places.layout import CannotPlaceError, look
 from tiny import CROP
@@ -52,6 +53,22 @@ def test_the_views_have_as_many_tokens_as_the_prompt(next_folder: Path, llava_fo
         ids = build_inputs(processor, pictures, "w7")["input_ids"]
         assert sum(one.view.tokens for one in seen) == int((ids == config.image_token_index).sum())
         assert seen[0].view.name.endswith(" 1")
+
+
+def test_a_processor_is_asked_once_for_pictures_of_one_size(
+    llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def counted(config: Any, processor: Any, size: tuple[int, int]) -> Any:
+        asked.append(size)
+        return chart(config, processor, size)
+
+    monkeypatch.setattr("pyramiddrop.report.places.crops.chart", counted)
+    pictures = [Image.new("RGB", size) for size in (SIZES[0], SIZES[1], SIZES[0])]
+    seen = look(read_config(llava_folder), load_processor(llava_folder), pictures)
+    assert asked == SIZES[:2]
+    assert seen[0].view.box == seen[2].view.box != seen[1].view.box
 
 
 def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:

@@ -5,34 +5,33 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.anyres import unpadded
 from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.prompt import Prompt
+from pyramiddrop.report.places.prompt import Prompt, Size
 
 #: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.
 _TOLERANCE = 1.1
 
 
-def next_views(prompt: Prompt, picture: Image.Image) -> list[View]:
+def next_views(prompt: Prompt, size: Size) -> list[View]:
     """LLaVA-NeXT: the base view, then the tiles with one newline token a row."""
-    height, width = picture.height, picture.width
+    width, height = size
     best = select_best_resolution((height, width), prompt.config.image_grid_pinpoints)
     vision = prompt.config.vision_config
     return tiled_views(width, height, tuple(best), vision.image_size, vision.patch_size)
 
 
-def onevision_views(prompt: Prompt, picture: Image.Image) -> list[View]:
+def onevision_views(prompt: Prompt, size: Size) -> list[View]:
     """LLaVA-OneVision: as LLaVA-NeXT, but the tiles' grid is made smaller where it is large.
 
     Of several pictures each is one view, padded to a square, with one newline token behind it.
     """
     side = prompt.config.vision_config.image_size // prompt.config.vision_config.patch_size
     if any(count > 1 for count in prompt.inputs.get("batch_num_images", [1])):
-        return [_squared(picture, side)]
-    base, tiles = next_views(prompt, picture)
+        return [_squared(size, side)]
+    base, tiles = next_views(prompt, size)
     most = int(prompt.config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(tiles.rows * tiles.columns / (most * side**2))
     if ratio <= _TOLERANCE:
@@ -66,9 +65,9 @@ def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch
     return [base, View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams)]
 
 
-def _squared(picture: Image.Image, side: int) -> View:
-    longer = max(picture.size)
-    left, top = -((longer - picture.width) // 2), -((longer - picture.height) // 2)
+def _squared(size: Size, side: int) -> View:
+    longer = max(size)
+    left, top = (-((longer - length) // 2) for length in size)
     cells = (*reading_order(side, side), None)
     return View("picture", side, side, Box(left, top, left + longer, top + longer), cells)
 

@@ -10,21 +10,21 @@ from PIL import Image
 
 from pyramiddrop.report.places.chart import Chart, Crop, chart, chart_video
 from pyramiddrop.report.places.grid import Box, View, crop_order, reading_order
-from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
+from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt, Size
 
 #: A crop that misses less than this share of each side shows the whole picture.
 _SLACK = 0.05
 
 
-def charted(prompt: Prompt, picture: Image.Image) -> list[View]:
+def charted(prompt: Prompt, size: Size) -> list[View]:
     """The views of a picture whose crops stand one after another, each one's tokens row by row."""
-    found = chart(prompt.config, prompt.processor, picture.size)
-    return crop_views(found, picture.size)
+    return crop_views(chart(prompt.config, prompt.processor, size), size)
 
 
-def charted_whole(prompt: Prompt, picture: Image.Image, patch: int, class_token: bool) -> list[View]:
-    """The view of a picture that is one crop, cut into squares of `patch` pixels, a class token before them or none."""
-    (crop,) = chart(prompt.config, prompt.processor, picture.size).crops
+def charted_whole(prompt: Prompt, size: Size, class_token: bool) -> list[View]:
+    """The view of a picture that is one crop, cut into the tower's patches, a class token before them or none."""
+    (crop,) = chart(prompt.config, prompt.processor, size).crops
+    patch = prompt.config.vision_config.patch_size
     rows, columns = crop.height // patch, crop.width // patch
     return [View("picture", rows, columns, crop.box, reading_order(rows, columns, leading=int(class_token)))]
 

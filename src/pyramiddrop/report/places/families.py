@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from PIL import Image
+from functools import cache, partial
 
 from pyramiddrop.report.places.anyres import next_views, onevision_views
 from pyramiddrop.report.places.crops import charted, charted_in_time, charted_whole
@@ -19,7 +18,7 @@ from pyramiddrop.report.places.dynamic import (
 from pyramiddrop.report.places.grid import View
 from pyramiddrop.report.places.molmo import molmo_moments, molmo_views
 from pyramiddrop.report.places.phi4 import phi4_views
-from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt
+from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt, Size
 
 #: The views of each picture of a prompt.
 Views = list[list[View]]
@@ -53,8 +52,14 @@ def moments(prompt: Prompt) -> list[list[Moment]]:
     return VIDEOS[family](prompt) if prompt.videos else []
 
 
-def _each(one: Callable[[Prompt, Image.Image], list[View]]) -> Callable[[Prompt], Views]:
-    return lambda prompt: [one(prompt, picture) for picture in prompt.pictures]
+def _each(one: Callable[[Prompt, Size], list[View]]) -> Callable[[Prompt], Views]:
+    """By the size of each picture: those of one size are cut alike, and a processor is asked once for all of them."""
+
+    def each(prompt: Prompt) -> Views:
+        of_size = cache(partial(one, prompt))
+        return [of_size(picture.size) for picture in prompt.pictures]
+
+    return each
 
 
 def _llava(prompt: Prompt) -> Views:
@@ -68,8 +73,7 @@ def _llava(prompt: Prompt) -> Views:
 
 def _of_one_crop(prompt: Prompt, has_class_token: bool = True) -> Views:
     kept = has_class_token and prompt.config.vision_feature_select_strategy == "full"
-    patch = prompt.config.vision_config.patch_size
-    return [charted_whole(prompt, picture, patch, kept) for picture in prompt.pictures]
+    return _each(partial(charted_whole, class_token=kept))(prompt)
 
 
 def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[list[Moment]]]:

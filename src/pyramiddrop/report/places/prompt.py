@@ -11,6 +11,9 @@ from PIL import Image
 
 from pyramiddrop.report.places.grid import View
 
+#: Of a picture in pixels: width and height.
+Size = tuple[int, int]
+
 
 class CannotPlaceError(ValueError):
     """Nobody knows here which part of the picture each visual token of this model is made from."""
