@@ -24,7 +24,7 @@ from pyramiddrop.hf.limits import (
     check_grouping,
     check_layers,
 )
-from pyramiddrop.hf.memory import CacheMemory
+from pyramiddrop.hf.memory import CacheMemory, cache_of
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
@@ -174,7 +174,7 @@ class Attachment:
 
     def _open(self, call: Kwargs) -> Run | None:
         """The run of this forward: a prefill that drops, a step that follows an earlier one, or None."""
-        cache, (_, length) = call.get("past_key_values"), call_shape(call) or (0, 0)
+        cache, (_, length) = cache_of(call), call_shape(call) or (0, 0)
         memory = CacheMemory.of(cache)
         follows = length == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
@@ -229,7 +229,7 @@ class Attachment:
         if generation is not None and generation.prompt is not None:
             # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
             # never dropped; without one the prompt is ranked again, by its own last token.
-            if call.get("past_key_values") is not None:
+            if cache_of(call) is not None:
                 return None
             request = extend_request(generation.prompt, call)
         elif shape[1] == 1 and past:

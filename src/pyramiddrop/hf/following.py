@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
-from pyramiddrop.hf.memory import Slots, static_width
+from pyramiddrop.hf.memory import Slots, static_width, cache_of
 from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
 
 Kwargs = dict[str, Any]
@@ -74,7 +74,7 @@ class Following:
                 ("mask", stage, span), mask, lambda: follow_recurrent_mask(mask, kept)
             )
             return recurrent
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         width = static_width(cache, source)
         if span.windowed:
             if width is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.memory import cache_of
 
 _FEATURES = "get_image_features"
 
@@ -78,7 +79,7 @@ class Prefix:
     def _recording(self, index: int, forward: Forward) -> Forward:
         @_once(forward)
         def record(*args: Any, **kwargs: Any) -> Any:
-            output, cache = forward(*args, **kwargs), kwargs.get("past_key_values")
+            output, cache = forward(*args, **kwargs), cache_of(kwargs)
             if cache is not None:
                 self._caches[index] = deepcopy(cache.layers[index])
             if index in self._ends:
@@ -90,7 +91,7 @@ class Prefix:
     def _replaying(self, index: int, last: int, forward: Forward) -> Forward:
         @_once(forward)
         def replay(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if cache is not None:
                 cache.layers[index] = deepcopy(self._caches[index])
             return deepcopy(self._outputs[last])  # of the layers in between only the shape matters

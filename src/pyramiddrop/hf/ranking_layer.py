@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
-from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.memory import Slots, cache_of, CACHE_NAMES
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projection, Projector
 from pyramiddrop.hf.rows import Kept, take_rows
@@ -103,7 +103,7 @@ class RankingLayer:
         """Keys (B, Hkv, K, d) with those that the layer's cache holds before them; the column of each (B, K), and which
         are no filler."""
         past: int = self.plan.past
-        cache: Any = self.kwargs.get("past_key_values")
+        cache: Any = cache_of(self.kwargs)
         if not past:
             return keys, rows, alive
         before = self.earlier.get(self.stage, Slots(rows[:, :0], None, 0)).until(past)
@@ -150,7 +150,7 @@ class RankingLayer:
             )
 
 
-_CACHING = ("past_key_values", "use_cache")
+_CACHING = (*CACHE_NAMES, "use_cache")
 
 
 def unrotated(tokens: Kwargs) -> Kwargs:

@@ -13,7 +13,7 @@ from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs, first_table
-from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
+from pyramiddrop.hf.memory import CacheMemory, Slots, static_width, cache_of
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
@@ -193,7 +193,7 @@ class Run:
                 scores = ranking.score(stage, before, index, layer, hidden, self._previous, kwargs)
             kept = choose(ranking.plan, stage, before, scores)
         self._kept[stage] = kept
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if kept is not None and cache is not None:
             self._remember(stage, index, kept, cache, kwargs.get("position_ids"))
         if self.trace is not None:
