@@ -440,12 +440,16 @@ def remove(model: nn.Module) -> None:
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
-    from pyramiddrop.hf import Rules, anatomy, drop_layers
+    from pyramiddrop.hf import Rules, UnsupportedModelError, anatomy, drop_layers
 
     parts, scorer = anatomy(model), method.scorer()
     allowed = drop_layers(parts, method.rank_layer, scorer)
+    try:
+        schedule = method.schedule(len(parts.layers), allowed)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(method).__name__} does not fit this model: {error}") from error
     rules = Rules(
-        schedule=method.schedule(len(parts.layers), allowed),
+        schedule=schedule,
         scorer=scorer,
         positions=method.positions,
         rank_layer=method.rank_layer,

@@ -106,9 +106,9 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
     if allowed is None:
         return equal
     if len(allowed) < len(equal):
+        way_out = f"give at most {len(allowed) + 1} stages" if allowed else "no stages fit it"
         raise ValueError(
-            f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}: at most "
-            f"{len(allowed) + 1} stages"
+            f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}: {way_out}"
         )
     left, chosen = list(allowed), list[int]()
     for drop in range(len(equal), 0, -1):

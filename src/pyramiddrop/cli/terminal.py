@@ -62,7 +62,8 @@ def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
 
 
 class OneLineErrors(TyperGroup):
-    """Shows every error about what the user gave as one line `error: ...`, exit code 2; others keep their traceback."""
+    """Shows every error about what the user gave, and every method that does not fit a model, as one line `error: ...`,
+    exit code 2; others keep their traceback."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         standalone, settings["standalone_mode"] = settings.get("standalone_mode", True), False
@@ -85,9 +86,10 @@ def _about_input(error: Exception) -> str | None:
     shown = getattr(error, "format_message", None)  # click's own errors; Typer has no public name for their class
     if shown is not None:
         return str(shown())
+    from pyramiddrop.hf import UnsupportedModelError
     from pyramiddrop.inference.errors import InputError
 
-    return str(error) if isinstance(error, InputError) else None
+    return str(error) if isinstance(error, InputError | UnsupportedModelError) else None
 
 
 def _fail(message: str) -> NoReturn:

@@ -23,7 +23,10 @@ from pyramiddrop.hf.spans import Span, UnknownLayerTypeError, spans_of
 
 
 class UnsupportedModelError(ValueError):
-    """The model, or a setting of it, cannot work with staged dropping; the message says which and why."""
+    """The model, a setting of it or its prompt cannot work with the method; the message says which and why.
+
+    The command line shows it as one line.
+    """
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ class Anatomy:
             image: (B, L) bool, the call's visual tokens of images.
 
         Raises:
-            ValueError: where an image is no run, and this call does not tell how long its images are.
+            UnsupportedModelError: where an image is no run, and this call does not tell how long its images are.
         """
         lengths = self.family.image_lengths
         found, visual_tokens = lengths(self.config, call, image) if lengths else None, int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"per_image=True: this call does not tell which visual tokens are one image's, and {self.family.split} "
                 f"stand between those of one image in {self.config.model_type!r}. Give the processor's arguments with "
                 "input_ids, or leave per_image=False"

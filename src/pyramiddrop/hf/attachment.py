@@ -217,7 +217,7 @@ class Attachment:
     def _check_length(self, columns: int) -> None:
         longest = self.anatomy.longest
         if longest is not None and columns > longest:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"{type(self.anatomy.text).__name__} scales the queries of sequences of more than {longest} tokens by "
                 f"row numbers, which dropping changes; this one has {columns}. Use shorter prompts, or no method"
             )
@@ -270,7 +270,7 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.generator.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-            raise ValueError(
+            raise UnsupportedModelError(
                 "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
                 "of the whole prompt. Leave it unset"
             )

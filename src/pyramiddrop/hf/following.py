@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.memory import Slots, static_width, cache_of
 from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
@@ -78,7 +78,7 @@ class Following:
         width = static_width(cache, source)
         if span.windowed:
             if width is not None:
-                raise ValueError(
+                raise UnsupportedModelError(
                     f"a StaticCache with layers that see a window (layer {index}) is not supported once visual tokens "
                     "were dropped from it; use a DynamicCache"
                 )

@@ -74,7 +74,9 @@ class FrontAttachment(Attachment):
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Any:
         past = 0 if cache is None else int(cache.get_seq_length())
         if cache is not None and cache.is_compileable:
-            raise ValueError(f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder")
+            raise UnsupportedModelError(
+                f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder; use a DynamicCache"
+            )
         memory: _Memory | None = getattr(cache, _MEMORY, None) if past else None
         if cache is not None and not past:
             cache.__dict__.pop(_MEMORY, None)
@@ -171,7 +173,7 @@ class _Prompt:
         visual = self.plan.visual
         total = int(visual.sum())
         if values is None or total % values.shape[1] or len(values) not in (1, total // values.shape[1]):
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"the {total} visual tokens of this call are not the patches that its vision tower has seen (beams and "
                 "images given as embeddings cannot be told apart here); leave beams out"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyramiddrop.hf.anatomy import UnsupportedModelError
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
 from pyramiddrop.hf.memory import Slots, cache_of, CACHE_NAMES
@@ -137,13 +138,13 @@ class RankingLayer:
         return self.following.anatomy.spans[self.index]
 
     def _check_reach(self) -> None:
-        """Raise ValueError where the ranking layer does not see every visual token: it would rank those it cannot see
+        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it cannot see
         last, whatever they show."""
         span = self._span
         reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
         if span.windowed and reach > span.size:
             whole = [number for number, other in enumerate(self.following.anatomy.spans) if other.kind == "full"]
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"layer {self.index}, which ranks the visual tokens, sees {span.size} tokens, but they begin {reach} "
                 "tokens before the end of the prompt. Let a layer rank that sees everything "
                 f"({whole or 'this model has none'}), or use a method that needs no attention (RandomDrop, UniformDrop)"
