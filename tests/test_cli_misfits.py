@@ -1,4 +1,4 @@
-"""Every verb that runs a model: one line for a method that does not fit it, whether that shows at once or at a prompt."""
+"""Every verb that runs a model: one line for a method that does not fit it, at once or at the first prompt."""
 
 from __future__ import annotations
 

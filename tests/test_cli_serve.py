@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference import serving
+from pyramiddrop.vllm import hf_overrides, registration
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -125,3 +128,45 @@ def test_without_vllm_nothing_starts(
     code, _, err = run(capsys, str(llava_folder))
     assert code == 2
     assert "pip install 'pyramiddrop[vllm]'" in err
+
+
+@pytest.fixture
+def unknown_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A vLLM that has a version and nothing else. tests/serving does the same to a real one."""
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "0.99.1"')
+    monkeypatch.syspath_prepend(package.parent)
+    held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "vllm"}
+    yield
+    sys.modules.pop("vllm", None)
+    sys.modules.update(held)
+
+
+@pytest.mark.usefixtures("unknown_vllm")
+def test_an_unknown_vllm_is_refused(llava_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, str(llava_folder))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: pyramiddrop's plugin fits vLLM 0.32 and 0.33; 0.99.1 is installed. To drop")
+    assert err.count("\n") == 1
+    with pytest.raises(RuntimeError, match=r"0\.99\.1 is installed"):
+        hf_overrides(str(llava_folder), PyramidDrop())
+
+
+@pytest.mark.usefixtures("unknown_vllm")
+def test_the_plugin_steps_aside_of_an_unknown_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    registration._warn_once.cache_clear()
+    [plugin] = entry_points(group="vllm.general_plugins", name="pyramiddrop")
+    for _ in range(2):
+        plugin.load()()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "Nothing is registered" in caplog.text
+
+
+@pytest.mark.usefixtures("unknown_vllm")
+def test_the_plugin_steps_aside_of_a_vllm_whose_parts_have_moved(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "KNOWN", ("0.99",))
+    registration.register()
+    assert "0.99.1 is installed, but not as expected: ImportError" in caplog.text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,10 +141,44 @@ def test_twofold_pruning_of_videos_is_refused(llava: Path) -> None:
 
 
 @pytest.mark.parametrize("installed", ["0.31.2", "0.34.0", "1.0"])
-def test_other_versions_of_vllm_are_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_of_vllm_are_refused(llava: Path, installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", installed)
     with pytest.raises(RuntimeError, match=f"0.32 and 0.33; {installed} is installed"):
-        register()
+        hf_overrides(str(llava), PyramidDrop())
+
+
+#: Runs plain vLLM on a vLLM that the plugin does not fit: of another version, or with a part that cannot be imported.
+STRANGER = """
+import sys
+import vllm
+{strange}
+from served import engine, questions, sampling
+with engine({folder!r}, None) as llm:
+    [output] = llm.generate([questions(4)[2].inputs], sampling(4), use_tqdm=False)
+    print("answered", list(output.outputs[0].token_ids))
+    print("registered", sorted(name for name in vllm.ModelRegistry.get_supported_archs() if "PyramidDrop" in name))
+"""
+
+
+@pytest.mark.parametrize(
+    ("strange", "warned"),
+    [
+        ("vllm.__version__ = '0.34.0'", "fits vLLM 0.32 and 0.33; 0.34.0 is installed. To drop visual tokens"),
+        ("sys.modules['pyramiddrop.vllm.params'] = None", "is installed, but not as expected: ModuleNotFoundError"),
+    ],
+    ids=["version", "moved"],
+)
+def test_a_vllm_that_the_plugin_does_not_fit_serves_as_without_it(llava: Path, strange: str, warned: str) -> None:
+    script = STRANGER.format(strange=strange, folder=str(llava))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with engine(llava, None) as llm:
+        [output] = llm.generate([questions(4)[2].inputs], sampling(4), use_tqdm=False)
+    assert f"answered {list(output.outputs[0].token_ids)}" in done.stdout
+    assert "registered []" in done.stdout
+    [line] = [line for line in done.stderr.splitlines() if "pyramiddrop's plugin" in line]
+    assert warned in line
 
 
 def test_without_the_plugin_the_architecture_is_unknown(llava: Path) -> None:

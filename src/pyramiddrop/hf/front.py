@@ -75,7 +75,8 @@ class FrontAttachment(Attachment):
         past = 0 if cache is None else int(cache.get_seq_length())
         if cache is not None and cache.is_compileable:
             raise UnsupportedModelError(
-                f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder; use a DynamicCache"
+                f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder; use a "
+                "DynamicCache"
             )
         memory: _Memory | None = getattr(cache, _MEMORY, None) if past else None
         if cache is not None and not past:

@@ -138,8 +138,8 @@ class RankingLayer:
         return self.following.anatomy.spans[self.index]
 
     def _check_reach(self) -> None:
-        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it cannot see
-        last, whatever they show."""
+        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
+        cannot see last, whatever they show."""
         span = self._span
         reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
         if span.windowed and reach > span.size:

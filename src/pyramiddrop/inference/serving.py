@@ -72,7 +72,7 @@ def prepare_launch(model: str, options: MethodOptions, arguments: Sequence[str])
     method = choose_method(options, model, decoder_layers(config))
     if method is None:
         raise InputError("--method vanilla drops nothing: for that, start vLLM itself")
-    with user_input():
+    with user_input(caught=(ValueError, RuntimeError)):
         overrides = hf_overrides(model, method)
     merged, others = _merged(overrides, arguments)
     command = [sys.executable, "-m", SERVER, "--model", model, OVERRIDES, json.dumps(merged), *others]

@@ -11,19 +11,4 @@ nothing:
 """
 
 from pyramiddrop.vllm.options import hf_overrides as hf_overrides
-
-
-def register() -> None:
-    """Make the architectures of this plugin known to vLLM; called by vLLM in each of its processes.
-
-    Raises:
-        RuntimeError: for a version of vLLM that this plugin does not know.
-    """
-    from pyramiddrop.vllm.versions import check_version
-
-    check_version()
-    from pyramiddrop.vllm.architectures import register_architectures
-    from pyramiddrop.vllm.params import guard_requests
-
-    register_architectures()
-    guard_requests()
+from pyramiddrop.vllm.registration import register as register

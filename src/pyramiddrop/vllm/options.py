@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from pyramiddrop.methods import Method
 from pyramiddrop.vllm.names import KEY, dropping
+from pyramiddrop.vllm.registration import check_registered
 
 
 def hf_overrides(model: str, method: Method | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -18,9 +20,12 @@ def hf_overrides(model: str, method: Method | None = None, revision: str | None 
 
     Raises:
         ValueError: where no config.json can be read, or the plugin does not serve its architecture.
+        RuntimeError: where a vLLM is installed that the plugin does not fit.
     """
     from transformers import PretrainedConfig
 
+    if find_spec("vllm") is not None:  # elsewhere the server may run on another machine
+        check_registered()
     config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     named = config.get("architectures") or []
     if not named:

@@ -1,0 +1,50 @@
+"""Register the plugin with the vLLM that is installed, where that is one whose parts it knows."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+#: The plugin hooks into parts that vLLM does not promise to keep from one version to the next.
+KNOWN = ("0.32", "0.33")
+
+
+def register() -> None:
+    """Make the architectures of this plugin known to vLLM; called by vLLM in each of its processes.
+
+    vLLM calls it unguarded, whether anything is to be dropped or not. So a vLLM that does not fit is warned about once
+    and left as it is.
+    """
+    try:
+        check_registered()
+    except RuntimeError as error:
+        _warn_once(f"{error}. Nothing is registered: vLLM serves as without pyramiddrop")
+
+
+def check_registered() -> None:
+    """Register, unless that is done.
+
+    Raises:
+        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks a part which the plugin needs.
+    """
+    try:
+        from vllm import __version__ as version
+    except Exception as error:
+        raise RuntimeError(f"pyramiddrop's plugin cannot import vLLM: {type(error).__name__}: {error}") from error
+    fits = f"pyramiddrop's plugin fits vLLM {' and '.join(KNOWN)}; {version} is installed"
+    if ".".join(version.split(".")[:2]) not in KNOWN:
+        raise RuntimeError(f"{fits}. To drop visual tokens, install one that fits")
+    try:
+        # All that can be missing is imported before anything is registered.
+        from pyramiddrop.vllm.architectures import register_architectures
+        from pyramiddrop.vllm.params import guard_requests
+
+        register_architectures()
+        guard_requests()
+    except Exception as error:
+        raise RuntimeError(f"{fits}, but not as expected: {type(error).__name__}: {error}") from error
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)  # `warnings` may be errors
