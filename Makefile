@@ -2,23 +2,49 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The Transformers of `make test`: named, so that a release breaks `make test-newest` alone.
+TRANSFORMERS := 5.24.0
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST := .venv-oldest
-OLDEST_TRANSFORMERS := 5.16.0
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+MADE_OF := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo test test-all test-oldest conformance docs lint format clean
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One process a core, each with one thread: tiny models gain nothing from several.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all test-oldest test-newest test-lowest conformance docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramiddrop demo
 
 test: $(VENV)/.tested lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
-test-all: $(VENV)/.tested lint test-oldest
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-all: $(VENV)/.tested lint test-oldest test-newest test-lowest
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 # The fast tests on the oldest Transformers that is supported, in an environment of its own.
 test-oldest: $(OLDEST)/.tested
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
+
+# The fast tests on the newest Transformers that pip finds for this package, unless `make test` has that one.
+test-newest: $(VENV)/.tested
+	@newest=$$($(BIN)/python .ci/newest-transformers) && \
+	if [ "$$newest" = "$(TRANSFORMERS)" ]; then \
+	  echo "Transformers $$newest is the newest that pip finds: make test has run on it, and nothing is run again"; \
+	else \
+	  echo "Transformers $$newest is newer than $(TRANSFORMERS), the one of make test" && \
+	  { test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST); } && \
+	  $(NEWEST)/bin/python $(INSTALL) -e '.[test]' transformers==$$newest && \
+	  $(NEWEST)/bin/python $(PYTEST); \
+	fi
+
+# The fast tests on exactly the lower bound of every dependency, as far as the bounds of the others allow.
+test-lowest: $(LOWEST)/.tested
+	$(LOWEST)/bin/python $(PYTEST)
 
 # Every check on every family, with a progress bar; writes docs/conformance.md.
 conformance: $(VENV)/.tested
@@ -37,20 +63,27 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: $(MADE_OF)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python $(INSTALL) -e . transformers==$(TRANSFORMERS)
 	touch $@
 
-$(VENV)/.tested: pyproject.toml constraints.txt
+$(VENV)/.tested: $(MADE_OF)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python $(INSTALL) -e '.[test]' transformers==$(TRANSFORMERS)
 	touch $@ $(VENV)/.installed
 
-$(OLDEST)/.tested: pyproject.toml constraints.txt
+$(OLDEST)/.tested: $(MADE_OF)
 	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' transformers==$(OLDEST_TRANSFORMERS)
+	$(OLDEST)/bin/python $(INSTALL) -e '.[test]' transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+# Made anew each time: what is installed already would count as low enough.
+$(LOWEST)/.tested: $(MADE_OF)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python $(INSTALL) uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LOWEST) demo build dist
