@@ -1,4 +1,9 @@
-"""The slow reference: every layer sees the full sequence, with eager attention; dropped tokens are only masked."""
+"""The slow reference: every layer sees the full sequence, with eager attention; dropped tokens are only masked.
+
+It grows from `pyramiddrop.naive`, whose layers, masks and positions it runs. More is here: the ranking reads the
+probabilities that the layer's own attention module returns (there it is written out), turns of a conversation have
+their own queries, the kept columns can be forced, and what enters each layer is noted.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from pyramiddrop import naive
 
 IGNORED = -100
 
@@ -98,24 +105,10 @@ def run_layer(
     text: Any, layer: Any, hidden: Tensor, alive: Tensor, valid: Tensor, positions: str
 ) -> tuple[Tensor, Tensor]:
     """One decoder layer in which only living keys are seen: its own attention (B, H, L, L), and what comes out."""
-    length = hidden.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    seen = causal[None, None] & alive[:, None, None, :]
-    lowest = max(torch.finfo(hidden.dtype).min, torch.finfo(torch.float32).min)  # softmax runs in fp32
-    mask = torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(~seen, lowest)
-    counted = alive if positions == "compact" else valid
-    ids = (counted.long().cumsum(dim=1) - 1).clamp(min=0)
     seen_by_module: list[Tensor] = []
     handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen_by_module.append(output[1]))
     try:
-        output = layer(
-            hidden,
-            attention_mask=mask,
-            position_ids=ids,
-            position_embeddings=text.rotary_emb(hidden, ids),
-            past_key_values=None,
-            use_cache=False,
-        )
+        output = naive.run_layer(text, layer, hidden, alive, naive.position_ids(alive, valid, positions))
     finally:
         handle.remove()
     return seen_by_module[0], output
@@ -251,7 +244,9 @@ def training_case(model: PreTrainedModel, inputs: dict[str, Any], queries: list[
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     case = inference_case(model, inputs)
-    case.turns[0].queries = answer_queries(labels) if queries is None else queries
+    asking = answer_queries(labels) if queries is None else queries
+    # An answer at the start of a left padded row has padding before it, which asks nobody.
+    case.turns[0].queries = [[c for c in row if case.valid[n, c]] for n, row in enumerate(asking)]
     case.protected = case.visual & predictors(labels)
     return case
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import reference
-from reference import Case, Result
+from checks import check_logits, check_trace
+from reference import Case, Result, Rule
 
 
 @dataclass
@@ -55,6 +56,30 @@ class Look:
         return weights[self.sample]
 
 
+@torch.no_grad()
+def looks(model: Any, method: Any, inputs: dict[str, Tensor]) -> list[tuple[Look, Tensor, Tensor]]:
+    """For each stage and sample: what the oracle sees, the scores and the kept columns that the trace tells."""
+    with method(model) as trace:
+        output = model(**inputs)
+    rule = Rule(method.layers, method.keep, per_image=method.per_image)
+    case = reference.inference_case(model, inputs)
+    result = reference.run(model, rule, case, forced=[stage.kept for stage in trace.stages])
+    check_trace(trace, result, rule)
+    check_logits(output.logits, result)
+    found = []
+    for stage in trace.stages:
+        if stage.scores is None:  # nothing was to be dropped
+            continue
+        for sample, (columns, scores) in enumerate(zip(trace.visual_columns, stage.scores, strict=True)):
+            there = [int(c) for c in columns if result.alive[stage.layer - 1][sample, c]]
+            images = [int(case.images[sample, c]) if method.per_image else 0 for c in there]
+            every = [int(case.images[sample, c]) if method.per_image else 0 for c in columns]
+            counts = {image: reference.quota(every.count(image), stage.keep) for image in set(every)}
+            look = Look(model, case, result, stage.layer, sample, there, images, counts)
+            found.append((look, scores[~scores.isnan()], stage.kept[sample]))
+    return found
+
+
 def attention(look: Look) -> list[float]:
     return [float(look.weights()[:, look.query, c].mean()) for c in look.columns]
 
@@ -75,12 +100,13 @@ def rope_free(look: Look) -> list[float]:
     if hasattr(module, "q_norm"):
         queries, keys = module.q_norm(queries), module.k_norm(keys)
     alive = look.result.alive[look.layer - 1][look.sample]
+    scaled = look.text.rotary_emb.attention_scaling**2  # YaRN lengthens queries and keys by it
     total = torch.zeros(len(normed))
     for head in range(queries.shape[1]):
         shared = head // (queries.shape[1] // keys.shape[1])
         logits = torch.tensor(
             [
-                float(queries[look.query, head] @ keys[c, shared]) / width**0.5
+                float(queries[look.query, head] @ keys[c, shared]) * scaled / width**0.5
                 if alive[c] and c <= look.query
                 else float("-inf")
                 for c in range(len(normed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
+from pyramiddrop.hf.tower import Shrunk
 from pyramiddrop.inference.usage import usage
+from pyramiddrop.schedule import FrontSchedule
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 SPECS = [[5, "image", 7], [3, "image", 2, "image", 4], [6]]
@@ -133,6 +136,15 @@ def test_a_smaller_picture_is_what_the_tower_sees_of_a_smaller_picture() -> None
     kept = trace.stages[0].kept[0]
     assert (kept - 5).tolist() == [0, 2, 8, 10]  # 2 x 2 of 4 x 4: the first of each four
     torch.testing.assert_close(fed[0, 5:9], expected[0])
+
+
+@pytest.mark.parametrize("side", [14, 24, 27, 37])
+def test_a_smaller_picture_has_all_its_patches_for_any_number_of_pictures(side: int) -> None:
+    """The share is a fraction whose float product with the patches can fall below the whole number."""
+    for small in range(1, side):
+        [stage] = FrontSchedule.keeping(Shrunk(SimpleNamespace(side=side), small).share).stages
+        for pictures in (1, 2, 3, 5):
+            assert stage.count(pictures * side**2) == pictures * small**2
 
 
 def test_nothing_is_left_behind() -> None:

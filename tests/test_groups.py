@@ -8,15 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.groups import group_tokens, video_frames
+from pyramiddrop.hf.groups import frames_of_beams, group_tokens, video_frames
 
 
 def groups(
-    grouping: str, rows: Sequence[str], lengths: Sequence[int] | None = None, frames: Sequence[int] | None = None
+    grouping: str,
+    rows: Sequence[str],
+    lengths: Sequence[int] | None = None,
+    frames: Sequence[int] | None = None,
+    encoded: Sequence[int] | None = None,
 ) -> list[str]:
     """The group of each token of rows as "..iivv.", a dot at text."""
     visual, video = (torch.tensor([[token in kinds for token in row] for row in rows]) for kinds in ("iv", "v"))
-    found = group_tokens(grouping, visual, video, lengths, frames)
+    found = group_tokens(grouping, visual, video, lengths, frames, encoded)
     assert found.dtype == torch.long
     assert bool((found[~visual] == 0).all())
     return [
@@ -93,6 +97,27 @@ def test_a_video_of_one_frame() -> None:
     assert groups("frame", [".vv.vvvv."], None, [1, 2]) == [".00.1122."]
 
 
+def test_videos_of_one_frame_that_are_encoded_already() -> None:
+    """Their lengths alone are known: a run may be one frame or several without a gap."""
+    assert groups("image", [".vvv.vv."], None, [1, 1]) == [".000.11."]
+    assert groups("image", [".vvv.vv."], encoded=[3, 2]) == [".000.11."]
+    assert groups("image", [".vv.vv.vvv."], encoded=[4, 3]) == [".00.00.111."]
+    assert groups("frame", [".vv.vv.vvv.vvv."], encoded=[4, 6]) == [".00.11.222.333."]
+    for lengths in ([3, 2], [3]):
+        rows = [".vvv.vv."] if len(lengths) > 1 else [".vvv."]
+        with pytest.raises(ValueError, match="do not tell where its frames"):
+            groups("frame", rows, encoded=lengths)
+
+
+def test_frames_of_beams_of_videos_of_one_frame() -> None:
+    """Row by row, each repeated: two videos of one frame, then one of one."""
+    video = torch.tensor([[token == "v" for token in row] for row in (".vv.vv.", ".vv.vv.", "...vv..", "...vv..")])
+    assert frames_of_beams([1, 1, 1], video, 2) == [1, 1, 1, 1, 1, 1]
+    assert frames_of_beams([1, 2, 1], video, 2) == [1, 2, 1, 2, 1, 1]
+    assert frames_of_beams([2, 1], video, 2) == [2, 2, 1, 1]
+    assert frames_of_beams([2, 1, 1], video, 2) == [2, 1, 2, 1, 1, 1]
+
+
 def test_videos_of_a_batch_without_gaps() -> None:
     assert groups("frame", [".vvvv..", ".vvvvvv"], None, [2, 3]) == [".0011..", ".001122"]
 
@@ -133,5 +158,10 @@ def test_frames_are_in_the_grid_or_in_the_pixels() -> None:
     assert video_frames({"video_grid_thw": torch.tensor([[3, 4, 4], [2, 4, 6]])}) == [3, 2]
     assert video_frames({"video_grid_thw": torch.tensor([[3, 4, 4]])} | pixels(48, 1176)) == [3]
     assert video_frames(pixels(2, 5, 3, 8, 8)) == [5, 5]
+    assert video_frames({"num_frames_per_video": torch.tensor([4, 1])}) == [4, 1]
     assert video_frames(pixels(48, 1176)) is None
     assert video_frames({}) is None
+
+
+def test_frames_that_the_model_merges_are_at_least_one() -> None:
+    assert video_frames({"video_grid_thw": torch.tensor([[1, 4, 4], [5, 4, 4], [2, 4, 4]])}, merged=2) == [1, 2, 1]

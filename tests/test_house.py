@@ -10,7 +10,7 @@ import pyramiddrop
 PACKAGE = Path(pyramiddrop.__file__).parent
 # From the bottom up; a module may import from its own floor and from those below.
 FLOORS = (
-    ("schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
+    ("naive", "schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
     ("hf",),
     ("methods", "saving"),
     ("vllm",),

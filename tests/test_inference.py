@@ -26,6 +26,7 @@ from checks import (
     new_tokens,
     stacked,
 )
+from pyramiddrop.hf.attachment import _Generation
 from reference import Case, Rule, Turn
 from tiny import FAMILIES, IMAGE_TOKEN, IMPLEMENTATIONS, Row, collate, make_batch, make_rows, text_model, tiny_model
 
@@ -556,6 +557,7 @@ def check_conversation(model: PreTrainedModel, rule: Rule, first: list, new: lis
     for logits, wanted in zip(after.logits, talk.logits[3:], strict=True):
         torch.testing.assert_close(logits, wanted, **CLOSE)
     if any("image" in spec for spec in new):
+        check_scores_of_the_last_turn(trace, talk)
         for stage, kept in enumerate(talk.first.kept):
             start = inputs["input_ids"].shape[1] + 3
             mine = [[column for column in columns.tolist() if column >= start] for columns in kept]
@@ -563,6 +565,42 @@ def check_conversation(model: PreTrainedModel, rule: Rule, first: list, new: lis
                 [column for column in columns.tolist() if column >= start] for columns in trace.stages[stage].kept
             ]
             assert theirs == mine
+
+
+def check_scores_of_the_last_turn(trace: Any, talk: Any) -> None:
+    """Each visual token of the turn has the attention that the reference's ranking layer gives it."""
+    scores = [per_stage for number, per_stage in enumerate(talk.first.scores) if number % len(talk.case.turns)]
+    assert len(scores) == len(trace.stages)
+    for stage, expected in zip(trace.stages, scores, strict=True):
+        assert stage.scores is not None
+        for found, wanted, columns in zip(stage.scores, expected, trace.visual_columns, strict=True):
+            assert len(found) == len(columns)
+            there = ~found.isnan()
+            torch.testing.assert_close(found[there], wanted[columns[there]], **CLOSE)
+
+
+def test_a_further_turn_without_a_mask() -> None:
+    """`generate` makes its own mask; how many columns are the prompt is told by its ids."""
+    model = tiny_model()
+    inputs, rows = make_batch(model, [[5, "image", 7]]), make_rows(model, [[2, "image", 3]], seed=2)
+    talk = reference.greedy(model, HALVES, inputs, steps=3)
+    reference.further_turn(model, HALVES, talk, collate(rows), steps=3)
+    with method_of(HALVES)(model) as trace:
+        before = generated(model, inputs, 3)
+        further = further_inputs(model, before, inputs["attention_mask"], rows)
+        del further["attention_mask"]
+        after = generated(model, further, 3)
+    assert new_tokens(after, further) == stacked(talk.tokens[3:])
+    check_scores_of_the_last_turn(trace, talk)
+
+
+@pytest.mark.parametrize("guessed", [0, 3])
+def test_guessed_columns_are_counted_without_a_mask(guessed: int) -> None:
+    """20 columns in the cache, 10 new ones; `generate` was given all of them, or the new ones alone."""
+    for given in (30, 10):
+        assert _Generation(given, None, 1, None).guesses(20, 10 + guessed) == guessed
+    assert _Generation(30, None, 1, None).guesses(0, 30 + guessed) == guessed
+    assert _Generation(None, None, 1, None).guesses(0, 30) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -194,6 +194,16 @@ def test_a_rectangle_needs_a_mask(kind: str) -> None:
     assert follow_mask(None, case.kept, case.slots, case.count, case.sight("sdpa", padded=False)) is not None
 
 
+@pytest.mark.parametrize("kind", ["sliding", "chunked"])
+def test_a_window_that_holds_the_whole_sequence_needs_no_mask_and_one_column_less_does(kind: str) -> None:
+    for size, needed in ((13, False), (12, False), (11, True)):
+        case = prefill(Span(kind, size), 0)
+        found = follow_mask(None, case.kept, case.slots, case.count, case.sight("sdpa", padded=False))
+        assert (found is not None) == needed
+        if found is not None:
+            case.check(found)
+
+
 def test_eager_attention_always_needs_a_mask() -> None:
     case = prefill(FULL, 0)
     assert follow_mask(None, case.kept, case.slots, case.count, case.sight("eager", padded=False)) is not None

@@ -10,11 +10,10 @@ from torch import Tensor
 
 import reference
 import remedies
-from checks import check_logits, check_trace
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.scoring import SCORERS
 from reference import Rule
-from remedies import Look
+from remedies import Look, looks
 from tiny import Answer, collate, make_batch, make_rows, tiny_model
 
 LAYERS, KEEP = [2, 3, 6], [0.6, 0.4, 0.2]
@@ -26,35 +25,22 @@ def staged(**settings: Any) -> PyramidDrop:
     return PyramidDrop(layers=LAYERS, keep=KEEP, **settings)
 
 
-@torch.no_grad()
-def looks(model: Any, method: Any, inputs: dict[str, Tensor]) -> list[tuple[Look, Tensor, Tensor]]:
-    """For each stage and sample: what the oracle sees, the scores and the kept columns that the trace tells."""
-    with method(model) as trace:
-        output = model(**inputs)
-    rule = Rule(LAYERS, KEEP, per_image=method.per_image)
-    case = reference.inference_case(model, inputs)
-    result = reference.run(model, rule, case, forced=[stage.kept for stage in trace.stages])
-    check_trace(trace, result, rule)
-    check_logits(output.logits, result)
-    found = []
-    for stage in trace.stages:
-        assert stage.scores is not None
-        for sample, (columns, scores) in enumerate(zip(trace.visual_columns, stage.scores, strict=True)):
-            there = [int(c) for c in columns if result.alive[stage.layer - 1][sample, c]]
-            images = [int(case.images[sample, c]) if method.per_image else 0 for c in there]
-            every = [int(case.images[sample, c]) if method.per_image else 0 for c in columns]
-            counts = {image: reference.quota(every.count(image), stage.keep) for image in set(every)}
-            look = Look(model, case, result, stage.layer, sample, there, images, counts)
-            found.append((look, scores[~scores.isnan()], stage.kept[sample]))
-    return found
-
-
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("family", ["llava", "llava-qwen3"])
 @pytest.mark.parametrize("score", remedies.SCORES)
 def test_a_score_is_what_its_rule_says(score: str, family: str, per_image: bool) -> None:
     model = tiny_model(family)
     for look, scores, _ in looks(model, staged(score=score, per_image=per_image), make_batch(model, SPECS)):
+        expected = torch.tensor(remedies.SCORES[score](look), dtype=torch.float32)
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["attention", "rope_free"])
+def test_a_rotation_that_also_scales_scales_without_rotation_too(score: str) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.7, "rope_theta": 10000.0}
+    model = tiny_model(rope_parameters=rope)
+    assert model.model.language_model.rotary_emb.attention_scaling == 1.7
+    for look, scores, _ in looks(model, staged(score=score), make_batch(model, SPECS)):
         expected = torch.tensor(remedies.SCORES[score](look), dtype=torch.float32)
         torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
 
@@ -119,6 +105,17 @@ def test_training_ranks_by_every_score_and_gradients_flow(score: str) -> None:
         model(**inputs).loss.backward()
     assert all(len(stage.kept[0]) == reference.quota(16, stage.keep) for stage in trace.stages)
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_a_token_that_predicts_an_answer_stays_whatever_is_reserved() -> None:
+    """Of 32 tokens 9 stay, all on a grid that has neither the first image's last token nor the token before it."""
+    model = tiny_model()
+    inputs = make_batch(model, [[2, "image", Answer(2), "image", 4, Answer(1)]], labels=True)
+    with torch.no_grad(), PyramidDrop(layers=[2], keep=[0.3], reserve=1.0)(model) as trace:
+        model(**inputs)
+    kept = trace.stages[0].kept[0].tolist()
+    assert len(kept) == 9
+    assert 2 + 15 in kept
 
 
 def test_in_training_the_instruction_is_the_text_without_the_answers() -> None:

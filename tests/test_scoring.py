@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyramiddrop.cost import PRESETS, Choice
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
@@ -25,6 +26,7 @@ from pyramiddrop.scoring import (
     VariationScorer,
     attention_received,
 )
+from pyramiddrop.selection import select
 
 
 def evidence(
@@ -217,6 +219,13 @@ def test_a_sink_goes_first_whatever_attention_it_gets() -> None:
     assert DebiasedScorer(sink=50.0)(case).argmax() == 1
 
 
+def test_a_large_negative_activation_is_a_sink_too() -> None:
+    hidden = torch.ones(1, 3, 500)
+    hidden[0, 1, 7] = -100.0
+    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
+    assert DebiasedScorer()(case).argmin() == 1
+
+
 def test_short_keys_stay() -> None:
     keys = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 2.0]]]])  # (1, 2 heads, 2 tokens, 2)
     case = evidence([[1, 1]], [[1]], keys=lambda: keys)
@@ -264,6 +273,15 @@ def test_a_reserve_is_evenly_spaced_and_the_rest_are_the_best() -> None:
     assert chosen(Reserved(AttentionScorer(), 1.0)(case), 6) == [1, 3, 5, 7, 9, 11]
 
 
+def test_a_reserved_token_gives_way_to_one_that_must_stay() -> None:
+    """The grid of two in eight is 3 and 7; 5 and 6 must stay, as tokens that predict a label do."""
+    case = evidence([[1] * 8], [[2]], attention=looking([[0.1] * 8]))
+    scores = Reserved(AttentionScorer(), 1.0)(case)
+    assert scores[0].topk(2).indices.sort().values.tolist() == [3, 7]
+    scores[0, [5, 6]] = float("inf")
+    assert select(scores, case.visual, case.groups, case.quota)[0].nonzero()[:, 0].tolist() == [5, 6]
+
+
 def test_a_reserve_of_less_than_a_token_is_none() -> None:
     case = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.1, 0.1]]))
     assert chosen(Reserved(AttentionScorer(), 0.9)(case), 1) == [0]
@@ -275,6 +293,13 @@ def test_chance_takes_over_at_a_layer() -> None:
     scorer = RandomFrom(AttentionScorer(), 5)
     assert torch.equal(scorer(early), AttentionScorer()(early))
     assert torch.equal(scorer(late), RandomScorer()(late))
+
+
+def test_chance_costs_nothing_from_its_layer_on() -> None:
+    scorer, shape = RandomFrom(AttentionScorer(), 5), PRESETS["llava-1.5-7b"].shape.decoder
+    before, at, after = (Choice(layer, 100, 64, 32, 1, 10) for layer in (4, 5, 6))
+    assert scorer.flops(shape, before) == AttentionScorer().flops(shape, before) > 0
+    assert scorer.flops(shape, at) == scorer.flops(shape, after) == 0
 
 
 def test_what_goes_around_a_scorer_needs_what_it_needs() -> None:

@@ -37,6 +37,12 @@ def test_infinite_scores_win_and_nan_loses() -> None:
     assert stays.tolist() == [[False, True, False, True]]
 
 
+def test_an_infinite_score_is_above_the_largest_number() -> None:
+    scores = torch.tensor([[torch.finfo(torch.float32).max, float("inf")]])
+    stays = select(scores, torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1]]))
+    assert stays.tolist() == [[False, True]]
+
+
 def test_compact_keeps_the_order_and_marks_filler() -> None:
     stays = torch.tensor([[True, False, True, True], [False, False, True, False]])
     rows, valid = compact(stays, 3, ragged=True)

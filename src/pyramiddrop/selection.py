@@ -18,7 +18,8 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) ->
     Returns:
         (B, N) bool, True at the candidates that stay.
     """
-    scores = scores.nan_to_num(nan=float("-inf")).masked_fill(~candidates, float("-inf"))
+    # An infinite score stays infinite: it is that of tokens that must stay, above every number that a scorer can give.
+    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf")).masked_fill(~candidates, float("-inf"))
     order = scores.sort(dim=1, descending=True, stable=True).indices
     # Stable again, by group; those who do not compete form a last group of their own, with no quota.
     num_groups = quota.shape[1]
