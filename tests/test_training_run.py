@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from checkpoints import save_checkpoint, save_picture
 
 pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+
+from datasets import Dataset
 
 import pyramiddrop
 from pyramiddrop import Method, PyramidDrop
@@ -168,7 +169,7 @@ def test_accelerate_gives_each_sample_to_one_rank(samples: int, ranks: int, star
     part = {"type": "text", "text": "w5"}
     turns = [{"role": role, "content": [part]} for role in ("user", "assistant")]
     rows = {"messages": [turns] * samples, "images": [[]] * samples, LENGTH: [3 + n % 4 for n in range(samples)]}
-    table = with_fillers(datasets.Dataset.from_dict(rows), 2 * ranks)
+    table = with_fillers(Dataset.from_dict(rows), 2 * ranks)
     assert table[:samples] == rows
     seen: list[int] = []
     for rank in range(ranks):
