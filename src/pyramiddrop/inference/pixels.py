@@ -12,7 +12,7 @@ SIXTEEN_BITS = ("PNG", "PPM")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` in RGB; transparency is left out, as Transformers' processors do.
+    """A copy of `picture` in RGB; transparency is left out, as Transformers' processors do.
 
     Pillow alone clips values above 255 to white. Here 16-bit values are scaled from 0..65535, and floats from 0..1.
 
@@ -20,8 +20,6 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         InputError: for integers of 32 bits and floats beyond 0..1, whose range is not known, and for a mode that Pillow
             cannot convert.
     """
-    if picture.mode == "RGB":
-        return picture
     largest = _largest(picture)
     if largest is not None:
         values = np.asarray(picture, dtype=np.float64)
