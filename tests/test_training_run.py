@@ -22,11 +22,16 @@ from checkpoints import save_checkpoint, save_picture
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
+
 import pyramiddrop
 from pyramiddrop import Method, PyramidDrop
 from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.training.collate import AnswerCollator
+from pyramiddrop.training.dataset import LENGTH, with_fillers
 from pyramiddrop.training.recipes import RECIPES
 from pyramiddrop.training.run import TrainOptions, last_whole_checkpoint, prepare_training
 from pyramiddrop.training.trainer import SeededLengths
@@ -152,6 +157,30 @@ def test_batches_hold_samples_of_like_length(options: TrainOptions) -> None:
 
 def batches(order: list[int]) -> list[list[int]]:
     return [order[start : start + 4] for start in range(0, len(order), 4)]
+
+
+@pytest.mark.parametrize("samples", [1, 5, 8, 11])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_accelerate_gives_each_sample_to_one_rank(samples: int, ranks: int, start: Path) -> None:
+    """It repeats an epoch's first samples where the last batch is not full for all ranks; fillers make it full."""
+    from accelerate.data_loader import prepare_data_loader
+
+    collator = AnswerCollator(load_processor(start))
+    part = {"type": "text", "text": "w5"}
+    turns = [{"role": role, "content": [part]} for role in ("user", "assistant")]
+    rows = {"messages": [turns] * samples, "images": [[]] * samples, LENGTH: [3 + n % 4 for n in range(samples)]}
+    table = with_fillers(Dataset.from_dict(rows), 2 * ranks)
+    assert table[:samples] == rows
+    seen: list[int] = []
+    for rank in range(ranks):
+        sampler = SeededLengths(2 * ranks, table[LENGTH][:], seed=3)
+        loader = torch.utils.data.DataLoader(range(len(table)), batch_size=2, sampler=sampler)
+        shard = prepare_data_loader(loader, num_processes=ranks, process_index=rank, use_seedable_sampler=False)
+        seen += [int(index) for batch in shard.batch_sampler for index in batch]
+    assert sorted(seen) == list(range(len(table)))
+    fillers = [table[index] for index in range(samples, len(table))]
+    assert len(fillers) == -samples % (2 * ranks)
+    assert not fillers or bool((collator(fillers)["labels"] == -100).all())
 
 
 # --- Stopped and resumed --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.inference.prompt import open_picture
 
 #: Decoders of video files that Transformers can call, in the order in which they are tried: what it calls them, the
@@ -98,7 +99,7 @@ def _moving_picture(path: Path, count: int) -> Film | None:
             picture.load()  # WebP tells a frame's duration only then
             milliseconds += picture.info.get("duration", 0)
             if place in taken:
-                frames[place] = picture.convert("RGB")
+                frames[place] = to_rgb(picture)
     rate = 1000 * total / milliseconds if milliseconds else UNTOLD
     return Film([frames[place] for place in taken], _about(total, taken, rate))
 

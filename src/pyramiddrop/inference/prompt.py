@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.pixels import to_rgb
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.film import Film
@@ -18,32 +20,42 @@ if TYPE_CHECKING:
 PLAIN = "USER: {images}\n{prompt} ASSISTANT:"
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture in `path`, upright and in RGB.
+def open_picture(source: Path | bytes) -> Image.Image:
+    """The picture in a file, or in the bytes of one, upright and in RGB.
 
     Raises:
-        InputError: for a file that is not there or is no picture.
+        InputError: for a file that is not there, is no picture, or holds values whose range is not known.
     """
-    with _opened(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    with opened(source) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        upright.format = picture.format
+        return to_rgb(upright)
 
 
 def check_picture(path: Path) -> None:
     """Raise InputError for a file that is not there or does not begin as a picture does; its pixels are not read."""
-    with _opened(path):
+    with opened(path):
         pass
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """The picture in a file, or in the bytes of one, of which no more than the header is read yet.
+
+    Raises:
+        InputError: for a file that is not there or is no picture, and for whatever is wrong with it in the block.
+    """
+    name = "in the data" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             yield picture
     except FileNotFoundError:
-        raise InputError(f"no such picture: {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"no such picture: {name}") from None
+    except InputError as error:
+        raise InputError(f"cannot read the picture {name}: {error}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise InputError(f"cannot read the picture {path}: {reason}") from error
+        raise InputError(f"cannot read the picture {name}: {reason}") from error
 
 
 def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
@@ -88,6 +100,7 @@ def image_token(processor: Any) -> str:
 def _build(processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None = None) -> Any:
     for pictures, prompt in questions:
         _check_question(processor, pictures, prompt, film)
+    questions = [([to_rgb(picture) for picture in pictures], prompt) for pictures, prompt in questions]
     single = len(questions) == 1
     settings: dict[str, Any] = {} if single else {"padding": True}
     if film:

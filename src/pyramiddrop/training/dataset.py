@@ -63,6 +63,25 @@ def load_samples(
     return _table(records, good), report
 
 
+def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
+    """`table` followed by as many fillers as its last batch over all ranks lacks.
+
+    accelerate fills that batch up with the epoch's first samples, whose loss then counts twice. A filler is a question
+    without an image and without an answer, and adds nothing to any loss; its length is 0.
+
+    Args:
+        ranks_batch: samples that all ranks run at once.
+    """
+    missing = -len(table) % ranks_batch
+    question = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    filler = {"messages": question, "images": None, LENGTH: 0}
+    if not missing:
+        return table
+    return datasets.concatenate_datasets(
+        [table, datasets.Dataset.from_list([filler] * missing, features=table.features)]
+    )
+
+
 def _checked_length(sample: Sample, collator: AnswerCollator, max_length: int | None) -> int:
     length = collator.length(sample)
     if max_length is not None and length > max_length:

@@ -21,7 +21,7 @@ from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.methods import Method, apply
 from pyramiddrop.training.collate import AnswerCollator
-from pyramiddrop.training.dataset import Report, load_samples
+from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.every_rank import BlankImage, blank_pixels
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig, holds_whole_model
@@ -144,6 +144,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
             apply(model, method)
     if arguments.world_size > 1:
         BlankImage(model, blank_pixels(processor))
+        table = with_fillers(table, options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(
         model=model,
         args=arguments,

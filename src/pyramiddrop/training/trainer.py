@@ -4,6 +4,8 @@ that travels with every checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +65,28 @@ class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
 
     Transformers' own sampler draws from the global generator: ranks would have to be lucky to agree, and a run that was
     resumed in its second epoch would see other batches than one that was not.
+
+    Args:
+        batch_size: samples of a step, over all ranks.
+        lengths: of all samples. Those of length 0, the fillers of `with_fillers`, stand at the end and stay there.
+        seed: of the order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
+        samples = [length for length in lengths if length]
+        super().__init__(batch_size, lengths=samples, generator=torch.Generator())
+        self.seed, self.epoch, self.fillers = seed, 0, range(len(samples), len(lengths))
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Any:
+    def __len__(self) -> int:
+        return len(self.lengths) + len(self.fillers)
+
+    def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        return chain(super().__iter__(), self.fillers)
 
 
 __all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]

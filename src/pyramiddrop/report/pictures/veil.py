@@ -10,6 +10,7 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
+from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.report.places.grid import Cell, View
 
 #: Share of a dropped patch's own colour that still shows through the veil.
@@ -29,7 +30,7 @@ def seen_pixels(picture: Image.Image, view: View, long_side: int = 448) -> Image
     cell_width = max(1, round(box.width * scale / view.columns))
     cell_height = max(1, round(box.height * scale / view.rows))
     left, top = math.floor(box.left), math.floor(box.top)
-    part = picture.convert("RGB").crop((left, top, math.ceil(box.right), math.ceil(box.bottom)))
+    part = to_rgb(picture).crop((left, top, math.ceil(box.right), math.ceil(box.bottom)))
     inner = (box.left - left, box.top - top, box.right - left, box.bottom - top)
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return part.resize((view.columns * cell_width, view.rows * cell_height), resample, box=inner)
