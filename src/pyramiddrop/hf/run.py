@@ -171,7 +171,8 @@ class Run:
         if not self.rules.merge:
             return take_hidden(hidden, kept.local)
         rows, _, visual = present(ranking.plan, self._kept[stage - 1])
-        sizes = self._sizes.get(stage - 1, torch.ones(rows.shape, device=rows.device))
+        earlier = [end for end in self._sizes if end < stage]  # ends that drop nothing leave the sizes as they are
+        sizes = self._sizes[max(earlier)] if earlier else torch.ones(rows.shape, device=rows.device)
         groups = ranking.plan.groups.gather(1, rows)
         # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
         flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
