@@ -123,12 +123,9 @@ class Attachment:
         closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
         self._closed = type(modules[closed]).__name__ if closed >= 0 else ""
         for number, (module, (names, _)) in enumerate(zip(modules, signatures, strict=True)):
-            if number > closed:
-                hook = partial(self._before_model, names)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                hook = partial(self._note_labels, names)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            before = self._before_model if number > closed else self._note_labels
+            self._handles.append(module.register_forward_pre_hook(partial(before, names), with_kwargs=True))
+            if number <= closed:
                 self._handles.append(module.register_forward_hook(self._forget_labels, always_call=True))
         self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))

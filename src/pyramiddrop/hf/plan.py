@@ -123,6 +123,10 @@ class Plan:
             rows, before = stage.length, kept
         return found
 
+    def bounds_in(self, stage: int) -> Bounds | None:
+        """Of the documents in the rows that have `stage` drops behind them; None where no row is packed."""
+        return self.stages[stage - 1].bounds if stage else self.bounds
+
     @property
     def drops(self) -> bool:
         return any(stage.drops for stage in self.stages)
@@ -167,7 +171,7 @@ def make_plan(request: Request, schedule: Schedule) -> Plan:
         past=request.past,
         reach=_reach(visual, queries, documents),
         packing=packing,
-        bounds=packing and Bounds.of(packing.lengths),
+        bounds=None if packing is None else Bounds.of(packing.lengths),
         ignored=request.ignored,
     )
 
@@ -244,7 +248,7 @@ def _stages(
             left = rows - tokens.sum(1) + quota.sum(1)
             length = int(left.max())
             ragged = bool((left != length).any())
-        bounds = packing and Bounds.of(packing.lengths - packing.per_document(tokens - quota))
+        bounds = None if packing is None else Bounds.of(packing.lengths - packing.per_document(tokens - quota))
         plans.append(StagePlan(stage.layer, stage.keep, quota, length, ragged, drops, bounds))
         before = quota
     return plans

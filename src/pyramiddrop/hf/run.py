@@ -81,7 +81,7 @@ class Run:
         self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
         shift = dict(memory.shift) if memory else {}
         first = rules.schedule.layers[0]
-        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding)
+        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding, plan)
         self._ranking: Ranking | None = None
         if plan is not None:
             projector = projector or Projector()
