@@ -244,6 +244,7 @@ def training_case(model: PreTrainedModel, inputs: dict[str, Any], queries: list[
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     case = inference_case(model, inputs)
+    labels = answers(case, labels)
     asking = answer_queries(labels) if queries is None else queries
     # An answer at the start of a left padded row has padding before it, which asks nobody.
     case.turns[0].queries = [[c for c in row if case.valid[n, c]] for n, row in enumerate(asking)]
@@ -259,9 +260,15 @@ def train(
     forced: Any = None,
 ) -> Result:
     """The training forward pass, with its loss: the mean over all supervised tokens of the batch."""
-    result = run(model, rule, training_case(model, inputs, queries), forced)
-    result.loss = next_token_loss(result.logits, inputs["labels"])
+    case = training_case(model, inputs, queries)
+    result = run(model, rule, case, forced)
+    result.loss = next_token_loss(result.logits, answers(case, inputs["labels"]))
     return result
+
+
+def answers(case: Case, labels: Tensor) -> Tensor:
+    """The labels that count: not those of visual tokens."""
+    return labels.masked_fill(case.visual, IGNORED)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

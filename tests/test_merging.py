@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
+from pyramiddrop import UniformDrop
 from pyramiddrop.merging import merge
+from tiny import collate, make_rows, tiny_model
 
 # One sample: text, four visual tokens in two directions, text. Token 1 is like token 3, token 2 like token 4.
 HIDDEN = torch.tensor([[[9.0, 9.0], [2.0, 0.0], [0.0, 2.0], [4.0, 0.0], [0.0, 6.0], [7.0, 7.0]]])
@@ -57,3 +62,38 @@ def test_filler_takes_nothing_in() -> None:
 def test_half_precision_comes_back_as_it_was() -> None:
     half, _ = merge(HIDDEN.bfloat16(), torch.ones(1, 6), VISUAL, ONE, torch.tensor([[0, 3, 4, 5]]), None)
     assert half.dtype == torch.bfloat16
+
+
+# --- Over the stages of a model -------------------------------------------------------------------------------------
+
+
+SPECS: list[list[Any]] = [[5, "image", 7], [3, "image", 2, "image", 4], [9]]
+
+
+def merged_logits(rows: slice, layers: list[int], keep: list[float], per_image: bool = False) -> Tensor:
+    """The last token's logits of some of the rows as one batch."""
+    model = tiny_model("llava-gqa")
+    with torch.no_grad(), UniformDrop(layers=layers, keep=keep, merge=True, per_image=per_image)(model):
+        logits: Tensor = model(**collate(make_rows(model, SPECS)[rows])).logits[:, -1]
+    return logits
+
+
+@pytest.mark.parametrize("idle", [[2, 3, 6], [2, 4, 6], [2, 5, 6]])
+def test_a_stage_that_drops_nothing_changes_nothing(idle: list[int]) -> None:
+    with_idle = merged_logits(slice(1), idle, [0.5, 0.5, 0.25])
+    assert torch.equal(with_idle, merged_logits(slice(1), [2, 6], [0.5, 0.25]))
+
+
+def test_several_stages_that_drop_nothing_change_nothing() -> None:
+    with_idle = merged_logits(slice(1), [1, 2, 3, 4, 6], [1.0, 0.5, 0.5, 0.5, 0.25])
+    assert torch.equal(with_idle, merged_logits(slice(1), [2, 6], [0.5, 0.25]))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("keep", [[0.5, 0.45, 0.25], [0.6, 0.57, 0.25]], ids=["all drop", "the mate alone drops"])
+def test_a_sample_merges_as_without_its_mates(keep: list[float], per_image: bool) -> None:
+    """At 0.6 and 0.57 an image of 16 tokens keeps 9 twice, and two that share a quota keep 19 and 18."""
+    both = merged_logits(slice(3), [2, 4, 6], keep, per_image)
+    for number in range(3):
+        alone = merged_logits(slice(number, number + 1), [2, 4, 6], keep, per_image)
+        torch.testing.assert_close(both[number], alone[0], atol=1e-5, rtol=1e-5)

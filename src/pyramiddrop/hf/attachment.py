@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ from pyramiddrop.hf.limits import (
 from pyramiddrop.hf.memory import CacheMemory, cache_of
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
+from pyramiddrop.hf.request import (
+    IGNORED_LABEL,
+    GivenMasks,
+    call_shape,
+    extend_request,
+    read_request,
+    remark,
+)
 from pyramiddrop.hf.run import Rules, Run
 from pyramiddrop.trace import Trace
 
@@ -62,6 +70,9 @@ class _Generation:
         return max(0, (past if self.tokens > past else 0) + length - self.tokens)
 
 
+# By attachment: labels of the calls that are running, the innermost last, of forwards that hand no run on.
+_labels: ContextVar[Mapping[int, tuple[Tensor | None, ...]]] = ContextVar("pyramiddrop_labels", default={})  # noqa: B039
+
 # By attachment, for a patched assistant model may generate inside the generation of a patched main model.
 _generations: ContextVar[Mapping[int, _Generation]] = ContextVar("pyramiddrop_generations", default={})  # noqa: B039
 
@@ -87,6 +98,7 @@ class Attachment:
         self.anatomy, self.rules, self.given = parts, rules, given
         self._check()
         self.trace, self._projector = Trace(), Projector()
+        self._said: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -105,11 +117,16 @@ class Attachment:
 
     def _attach(self) -> None:
         text, generator = self.anatomy.text, self.anatomy.generator
-        for module in (*self.anatomy.wrappers, text):
-            names, takes_any = _parameters(module)
-            if takes_any:
-                hook = partial(self._before_model, names)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        modules = (*self.anatomy.wrappers, text)
+        signatures = [_parameters(module) for module in modules]
+        # What a run is carried in does not get through a forward that names all of its arguments.
+        closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
+        self._closed = type(modules[closed]).__name__ if closed >= 0 else ""
+        for number, (module, (names, _)) in enumerate(zip(modules, signatures, strict=True)):
+            before = self._before_model if number > closed else self._note_labels
+            self._handles.append(module.register_forward_pre_hook(partial(before, names), with_kwargs=True))
+            if number <= closed:
+                self._handles.append(module.register_forward_hook(self._forget_labels, always_call=True))
         self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
         for index, layer in enumerate(self.anatomy.layers):
@@ -130,6 +147,36 @@ class Attachment:
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
+    def _note_labels(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+        """On modules around a forward that hands no run on: for the time of the call, what its labels are."""
+        labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
+        noted = _labels.get()
+        _labels.set({**noted, id(self): (*noted.get(id(self), ()), labels)})
+
+    def _forget_labels(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        noted = _labels.get()
+        _labels.set({**noted, id(self): noted.get(id(self), ())[:-1]})
+
+    def _open_below(self, call: Kwargs) -> Run | None:
+        """The run of a call inside one that takes the loss, by the labels of that one."""
+        labels = next(reversed(_labels.get().get(id(self), ())), None)
+        if labels is None or call.get("labels") is not None:
+            return self._open(call)
+        known = {**call, "labels": labels}
+        run = self._open(known)
+        if run is not None and run.shift_labels is not None:
+            raise ValueError(
+                f'logits="kept" is not supported for {self._closed}, whose forward names all of its arguments: the '
+                'loss needs the labels of the rows that are left. Let forward take **kwargs, or use logits="full"'
+            )
+        if known["labels"] is not labels:
+            raise ValueError(
+                f"{self._closed} would score labels of visual tokens or of padding on rows that are dropped; its "
+                "forward names all of its arguments, so that they cannot be taken out. Set these labels to -100, or "
+                "let forward take **kwargs"
+            )
+        return run
+
     def _before_model(
         self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[()], Kwargs] | None:
@@ -139,7 +186,7 @@ class Attachment:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         if call_shape(call) is None:
             return None
-        run = self._open(call)
+        run = self._open_below(call) if self._closed else self._open(call)
         if run is not None and run.shift_labels is not None:
             call["shift_labels"] = run.shift_labels
         return (), {**call, _RUN: run}
@@ -203,6 +250,8 @@ class Attachment:
         if past and plan is not None and plan.drops:
             check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
+        if dropping is not None:
+            self._ignore_labels(call, dropping)
         labels = call.get("labels") if self.rules.logits == "kept" else None
         trace = self.trace if first else None
         mask = call.get("attention_mask")
@@ -213,6 +262,11 @@ class Attachment:
     def _generation(self) -> _Generation | None:
         """The call of `generate` that this forward is part of."""
         return _generations.get().get(id(self))
+
+    def _ignore_labels(self, call: Kwargs, plan: Plan) -> None:
+        """Take the labels out of `call` that nothing is left to predict: they would be scored on zero vectors."""
+        if plan.ignored is not None:
+            call["labels"] = call["labels"].masked_fill(plan.ignored.to(call["labels"].device), IGNORED_LABEL)
 
     def _check_length(self, columns: int) -> None:
         longest = self.anatomy.longest
@@ -239,12 +293,29 @@ class Attachment:
             guesses = generation.guesses(past, shape[1]) if generation else 0
             frames, beams = (generation.frames, max(1, shape[0] // generation.rows)) if generation else (None, 1)
             grouping = self.rules.grouping
-            request = read_request(call, self.anatomy, self.given, past, training, guesses, grouping, frames, beams)
+            alone = generation is None
+            request = read_request(
+                call, self.anatomy, self.given, past, training, guesses, grouping, frames, beams, may_be_packed=alone
+            )
             if generation is not None:
                 generation.prompt = request
             if past and not request.visual.any():
                 return None  # text alone on top of a cache
-        return make_plan(request, self.rules.schedule)
+        plan = make_plan(request, self.rules.schedule)
+        if generation is None:
+            self._warn(request, plan)
+        return plan
+
+    def _warn(self, request: Request, plan: Plan) -> None:
+        """Say once what a training or evaluation loop may not have meant."""
+        idle = all(stage.keep == 1 for stage in self.rules.schedule.stages)
+        loop = request.labels is not None or self.anatomy.text.training
+        if idle or not loop or not plan.visual.any():
+            return
+        text = remark(request, plan, self.given.query is not None)
+        if text is not None and text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"pyramiddrop {text}. (Said once for this model.)", stacklevel=2)
 
     def _begin_trace(self, plan: Plan) -> None:
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.memory import Slots, cache_of, static_width
+from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
 
 Kwargs = dict[str, Any]
@@ -30,6 +31,7 @@ class Following:
         shift: stage -> (B, 1), how far earlier calls renumbered positions on the stage's cache.
         first: the first layer before which tokens are dropped.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
+        plan: of a call that drops, or None.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Following:
         shift: Mapping[int, Tensor],
         first: int,
         padding: Tensor | None,
+        plan: Plan | None = None,
     ) -> None:
         self.anatomy, self.compact = anatomy, positions == "compact"
         self.past, self.length, self.shift = past, length, shift
-        self.first, self.padding = first, padding
+        self.first, self.padding, self.plan = first, padding, plan
         self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
     def changes(
@@ -62,7 +65,8 @@ class Following:
         mask = kwargs.get("attention_mask")
         own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
         if kept is not None or self.compact:
-            return {"attention_mask": own} | self._followed(stage, kept, hidden, kwargs)
+            bounds = {} if kept is None else self._bounds(stage, kwargs)
+            return {"attention_mask": own} | self._followed(stage, kept, hidden, kwargs) | bounds
         return {} if own is mask else {"attention_mask": own}  # {}: a step to which the missing slots are all one
 
     def _mask(
@@ -131,10 +135,31 @@ class Following:
             positions["position_ids"] = None
         return positions if kept is None else take_tokens(positions, kept.rows)
 
+    def _bounds(self, stage: int, kwargs: Kwargs) -> Kwargs:
+        """Where the documents of packed rows begin among the rows that are left, for kernels that were told so in the
+        full length: by `cu_seq_lens_q`, or by position ids, from which flash kernels read it."""
+        plan = self.plan
+        bounds = None if plan is None or len(plan.visual) > 1 else plan.bounds_in(stage)
+        told = kwargs.get("cu_seq_lens_q") is not None
+        flash = self.anatomy.attention.startswith("flash") and kwargs.get("position_ids") is not None
+        if bounds is None or not (told or flash):
+            return {}
+        return {
+            "cu_seq_lens_q": bounds.cumulative,
+            "cu_seq_lens_k": bounds.cumulative,
+            "max_length_q": bounds.longest,
+            "max_length_k": bounds.longest,
+        }
+
     def renumbered(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
-        """(B, N) consecutive positions; a further turn goes on where the one before ended."""
+        """(B, N) consecutive positions in each document; a further turn goes on where the one before ended."""
         valid = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
         consecutive = (valid.cumsum(1) - 1).clamp(min=0)
+        packing = self.plan.packing if self.plan is not None else None
+        if packing is not None:
+            documents = packing.documents.gather(1, kept.rows)
+            starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            return consecutive - torch.where(starts, consecutive, 0).cummax(1).values
         if not self.past:
             return consecutive
         start = kept.rows.gather(1, valid.argmax(1, keepdim=True))

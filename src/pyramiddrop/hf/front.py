@@ -91,8 +91,14 @@ class FrontAttachment(Attachment):
                 "a further image on top of a cache is not supported where tokens are dropped before the decoder; give "
                 "the whole conversation without a cache"
             )
+        if plan is not None and plan.packing is not None and plan.drops:
+            raise ValueError(
+                "packed rows (several documents in one, whose position_ids start again) are not supported where tokens "
+                "are dropped before the decoder; give each document a row of its own, or use a staged method"
+            )
         if plan is not None and plan.drops:
             tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
+            self._ignore_labels(call, plan)
             labels = call.get("labels") if self.rules.logits == "kept" else None
             return _Prompt(self, plan.to(tokens.device), cache, labels, first)
         shape = call_shape(call)

@@ -82,7 +82,7 @@ def group_tokens(
     video = video & visual
     number = _images(visual & ~video, image_lengths)
     number = torch.where(video, number.max() + 1 + _videos(video, frames, lengths, grouping == "frame"), number)
-    return _counted_along(number, visual)
+    return counted_along(number, visual)
 
 
 def _images(image: Tensor, lengths: Sequence[int] | None) -> Tensor:
@@ -148,7 +148,7 @@ def _runs(mask: Tensor) -> Tensor:
     return ((starts.flatten().cumsum(0) - 1).view_as(mask) * mask).clamp(min=0)
 
 
-def _counted_along(number: Tensor, visual: Tensor) -> Tensor:
+def counted_along(number: Tensor, visual: Tensor) -> Tensor:
     """Numbers of groups in the order in which they come along each row."""
     groups = torch.zeros_like(number)
     for row, mask, numbers in zip(groups, visual, number, strict=True):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from pyramiddrop.hf.choosing import present
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking_layer import RankingLayer
@@ -60,9 +63,11 @@ class Ranking:
             previous: (B, N, D), what the layer before it received, or None.
             kwargs: of the text model, for the full length.
         """
-        rows, alive, visual = present(self.plan, kept)
+        plan = self.plan
+        rows, alive, visual = present(plan, kept)
+        documents = self._documents(stage, rows, alive)
         asked = RankingLayer(
-            self.plan,
+            plan,
             self.following,
             self.projector,
             self.schedule.stage_of(index),
@@ -73,20 +78,45 @@ class Ranking:
             layer,
             hidden,
             kwargs,
+            documents,
         )
-        return self.scorer(
-            Evidence(
-                layer=self.plan.stages[stage - 1].layer,
-                visual=visual,
-                ordinal=self.plan.ordinal.gather(1, rows),
-                groups=self.plan.groups.gather(1, rows),
-                quota=self.plan.stages[stage - 1].quota,
-                hidden=_first_stream(hidden),
-                attention=asked.attention,
-                keys=asked.keys,
-                previous=None if previous is None else _first_stream(previous),
-            )
+        evidence = Evidence(
+            layer=plan.stages[stage - 1].layer,
+            visual=visual,
+            ordinal=plan.ordinal.gather(1, rows),
+            groups=plan.groups.gather(1, rows),
+            quota=plan.stages[stage - 1].quota,
+            hidden=_first_stream(hidden),
+            attention=asked.attention,
+            keys=asked.keys,
+            previous=None if previous is None else _first_stream(previous),
         )
+        if plan.packing is None or documents is None:
+            return self.scorer(evidence)
+        return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
+
+    def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
+        """The documents of packed rows in what is left when `stage` ends, or None where no row is packed."""
+        packing, bounds = self.plan.packing, self.plan.bounds_in(stage - 1)
+        if packing is None or bounds is None:
+            return None
+        numbers = packing.documents.gather(1, rows).masked_fill(~alive, packing.count)
+        return Unpacked(numbers, packing.count, bounds.longest)
+
+
+def _by_document(evidence: Evidence, packing: Packing, documents: Unpacked) -> Evidence:
+    """What a scorer is shown of packed rows: each document as a row of a batch."""
+    own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
+    previous = evidence.previous
+    return replace(
+        evidence,
+        visual=documents.take(evidence.visual) & documents.valid,
+        ordinal=documents.take(evidence.ordinal),
+        groups=documents.take(evidence.groups),
+        quota=evidence.quota[packing.rows] * own,
+        hidden=documents.take(evidence.hidden),
+        previous=None if previous is None else documents.take(previous),
+    )
 
 
 def _first_stream(hidden: Tensor) -> Tensor:

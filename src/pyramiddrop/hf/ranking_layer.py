@@ -13,6 +13,7 @@ from pyramiddrop.hf.anatomy import UnsupportedModelError
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
 from pyramiddrop.hf.memory import CACHE_NAMES, Slots, cache_of
+from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projection, Projector
 from pyramiddrop.hf.rows import Kept, take_rows
@@ -35,6 +36,7 @@ class RankingLayer:
         layer: the layer.
         hidden: (B, N, D), what it receives.
         kwargs: of the text model, for the full length.
+        documents: in those rows, or None where no row is packed; what is asked for is then told of each document.
     """
 
     def __init__(
@@ -50,14 +52,17 @@ class RankingLayer:
         layer: nn.Module,
         hidden: Tensor,
         kwargs: Kwargs,
+        documents: Unpacked | None = None,
     ) -> None:
         self.plan, self.following, self.projector = plan, following, projector
         self.stage, self.earlier, self.kept, self.present = stage, earlier, kept, present
         self.index, self.layer, self.hidden, self.kwargs = index, layer, hidden, kwargs
+        self.documents = documents
 
     def keys(self) -> Tensor:
         """(B, Hkv, N, d), rotated."""
-        return self._project(self.plan.queries, rotated=True).keys
+        keys = self._project(self.plan.queries, rotated=True).keys
+        return keys if self.documents is None else _by_document(self.documents, keys)
 
     def attention(self, *, instruction: bool = False, rotated: bool = True) -> Tensor:
         """(B, H, N) the attention that each row receives; see `pyramiddrop.scoring.Attention`."""
@@ -72,10 +77,25 @@ class RankingLayer:
             )
         self._check_reach()
         seen = self._project(columns, rotated)
+        if plan.packing is not None and self.documents is not None:
+            width = plan.packing.instruction if instruction else plan.packing.queries
+            return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
         keys, key_columns, alive = self._with_past(seen.keys, rows, alive)
         visible = self._visible(columns, key_columns, alive)
         received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
         return received[..., -rows.shape[1] :]
+
+    def _within_documents(
+        self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: Projection, width: int
+    ) -> Tensor:
+        """(S, H, W) the attention that each document's rows receive from its own query tokens, at most `width`."""
+        numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
+        asking = Unpacked(numbers, packing.count, width)
+        visible = self._visible(
+            asking.take(columns), documents.take(self.present[0]), documents.valid, packing.rows[:, None, None]
+        )
+        queries, keys = _by_document(asking, seen.queries), _by_document(documents, seen.keys)
+        return attention_by_head(queries, keys, visible, asking.valid, seen.scale, seen.softcap, seen.sinks)
 
     def _project(self, columns: Tensor, rotated: bool) -> Projection:
         """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
@@ -119,16 +139,23 @@ class RankingLayer:
         columns = torch.cat([before.columns, rows + past], 1)
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
 
-    def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor) -> Tensor:
+    def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
         """(B, 1 or H, Q, K) which `columns` (B, K) those at `asking` (B, Q) see, by the text model's own full-length
-        mask."""
+        mask; of packed rows, (S, 1, 1) `batch` tells the row of each document."""
         plan, mask = self.plan, self.kwargs.get("attention_mask")
         if not self.following.trusts(self.index):
             mask = self.following.padding
         if mask is None or mask.dim() == 2:
             seen = causal(asking + plan.past, columns, alive)
-            return seen if mask is None else seen & mask.bool().gather(1, columns)[:, None, None]
+            if mask is None:
+                return seen
+            shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
+            return seen & shown[:, None, None]
         offset = plan.past + plan.length - mask.shape[-1] if self._span.windowed else 0
+        if batch is not None:
+            mask = mask.expand(len(plan.visual), -1, -1, -1)
+            seen = mask[batch, :, asking[..., None], columns[:, None]].movedim(-1, 1)
+            return hide(seen, alive[:, None, None])
         by_asking = take_rows(mask.transpose(1, 2), asking).transpose(1, 2)
         seen = take_columns(by_asking, (columns - offset).clamp(min=0) if offset else columns)
         return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
@@ -149,6 +176,11 @@ class RankingLayer:
                 "tokens before the end of the prompt. Let a layer rank that sees everything "
                 f"({whole or 'this model has none'}), or use a method that needs no attention (RandomDrop, UniformDrop)"
             )
+
+
+def _by_document(documents: Unpacked, heads: Tensor) -> Tensor:
+    """(S, H, W, d) queries or keys of each document, of those of rows (B, H, N, d)."""
+    return documents.take(heads.transpose(1, 2)).transpose(1, 2)
 
 
 _CACHING = (*CACHE_NAMES, "use_cache")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,14 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.groups import frames_of_beams, group_tokens, video_frames, video_lengths
-from pyramiddrop.hf.plan import Request
+from pyramiddrop.hf.groups import counted_along, frames_of_beams, group_tokens, video_frames, video_lengths
+from pyramiddrop.hf.packing import find_documents
+from pyramiddrop.hf.plan import Plan, Request, last_column
 
 IGNORED_LABEL = -100
+_ANSWERS = (
+    "Supervise the answers alone (with TRL: prompt and completion, or assistant_only_loss=True), or give query_mask"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def read_request(
     grouping: str,
     given_frames: Sequence[int] | None = None,
     beams: int = 1,
+    may_be_packed: bool = True,
 ) -> Request:
     """The request of a prefill.
 
@@ -71,9 +75,11 @@ def read_request(
         grouping: "sample", "image" or "frame": which visual tokens share a quota.
         given_frames: of each video that `generate` was given; its forwards are not told.
         beams: how often `generate` has repeated each row.
+        may_be_packed: whether a row may hold several documents; those of `generate` never do.
 
     Raises:
-        ValueError: for embeddings without a visual mask, and for masks that do not fit the call.
+        ValueError: for embeddings without a visual mask, for masks that do not fit the call, and for packed rows that
+            cannot be followed.
     """
     shape = call_shape(call)
     assert shape is not None
@@ -83,28 +89,92 @@ def read_request(
     prompt = torch.arange(shape[1]) < shape[1] - guesses
     visual = visual & prompt
     valid = _valid(call.get("attention_mask"), shape, past)
-    labels = call.get("labels")
+    documents = find_documents(call, shape, valid, past) if may_be_packed else None
+    labels = _supervised(call)
     query = _fitted(given.query, "query_mask", shape, past)
-    protected = torch.zeros_like(visual)
+    protected, ignored = torch.zeros_like(visual), None
     if labels is not None:
-        supervised = labels.cpu() != IGNORED_LABEL
-        protected[:, :-1] = supervised[:, 1:]
+        answer = labels & ~visual if valid is None else labels & ~visual & valid
+        protected[:, :-1] = answer[:, 1:]
+        ignored = _ignored(labels, visual & ~protected, visual, valid)
         if query is None:
-            query = protected & ~supervised
-    elif query is None and training and visual.any():
-        warnings.warn(
-            "pyramiddrop drops nothing in this training forward: it has no labels, so no token asks. Pass labels to "
-            "the model, or give query_mask, or call model.eval()",
-            stacklevel=2,
-        )
+            query = protected & ~answer & ~_ends(documents, shape)
+    elif query is None and training:
         query = protected
     elif query is None:
-        query = _last_token(prompt.expand(shape) if valid is None else valid & prompt)
+        prompt = prompt.expand(shape) if valid is None else valid & prompt
+        query = prompt & (torch.arange(shape[1]) == last_column(prompt, documents))
     groups = _groups(call, anatomy, grouping, visual, given_frames, beams)
+    if documents is not None:
+        groups = counted_along(groups + documents * shape[1], visual)
     text = ~visual if valid is None else ~visual & valid
     if labels is not None:
-        text = text & (labels.cpu() == IGNORED_LABEL)
-    return Request(visual, query, _instruction(visual, query, text), protected | query, valid, groups, past)
+        text = text & ~labels
+    instruction = _instruction(visual, query, text, documents)
+    return Request(visual, query, instruction, protected | query, valid, groups, past, documents, labels, ignored)
+
+
+def _supervised(call: Mapping[str, Any]) -> Tensor | None:
+    """(B, L) bool, the tokens with a label; None without labels, and where they are not those of tokens."""
+    labels = call.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != call_shape(call):
+        return None
+    supervised: Tensor = labels.cpu() != IGNORED_LABEL
+    return supervised
+
+
+def _ignored(labels: Tensor, droppable: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor | None:
+    """(B, L) the supervised tokens whose label says nothing of an answer: visual ones, and those that padding or a
+    `droppable` visual token would have to predict. None where there are none."""
+    blind = droppable if valid is None else droppable | ~valid
+    ignored = labels & (visual | torch.nn.functional.pad(blind, (1, 0))[:, :-1])
+    return ignored if bool(ignored.any()) else None
+
+
+def _ends(documents: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """(B, L) True at the last token of each document but a row's last."""
+    if documents is None:
+        return torch.zeros(shape, dtype=torch.bool)
+    return torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (0, 1))
+
+
+def remark(request: Request, plan: Plan, query_given: bool) -> str | None:
+    """What the user of a training or evaluation loop may not have meant, and what to do; None where all is well.
+
+    Args:
+        query_given: whether a query_mask says who asks, and not the labels.
+    """
+    if not plan.drops:
+        return f"drops nothing in this forward: {_why_nothing(request, query_given)}"
+    if request.labels is None or query_given:
+        return None
+    asked, asked_by_text = (
+        last_column(queries, request.documents) >= 0 for queries in (request.queries, request.queries & ~request.visual)
+    )
+    if bool((plan.visual & asked & ~asked_by_text).any()):
+        return (
+            "ranks by visual tokens in this forward, which have not read the question: the text behind an image is "
+            f"supervised from its first token on, and the token before it asks. {_ANSWERS}. Labels of visual tokens "
+            "are ignored"
+        )
+    if request.ignored is not None and bool((request.ignored & request.visual).any()):
+        return "ignores labels of visual tokens, for it drops such tokens: set them to -100"
+    return None
+
+
+def _why_nothing(request: Request, query_given: bool) -> str:
+    if request.queries.any():
+        return "the samples that ask have so few visual tokens that the schedule keeps them all"
+    if query_given:
+        return "query_mask marks no token"
+    if request.labels is None:
+        return "it has no labels, so no token asks. Pass labels to the model, or give query_mask, or call model.eval()"
+    if not request.protected.any():
+        return (
+            "no label of its text is supervised, so no token asks. Give the answers their token ids as labels, and all "
+            "other tokens -100"
+        )
+    return f"its text is supervised from the first token on, so no token stands before an answer and asks. {_ANSWERS}"
 
 
 def extend_request(prompt: Request, call: Mapping[str, Any]) -> Request:
@@ -178,14 +248,7 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
-def _instruction(visual: Tensor, query: Tensor, text: Tensor) -> Tensor:
-    """(B, L) the `text` behind each row's last visual token, up to its last query token."""
+def _instruction(visual: Tensor, query: Tensor, text: Tensor, documents: Tensor | None) -> Tensor:
+    """(B, L) the `text` behind each sample's last visual token, up to its last query token."""
     columns = torch.arange(visual.shape[1]).expand_as(visual)
-    first, last = (columns.masked_fill(~mask, -1).max(1, keepdim=True).values for mask in (visual, query))
-    return text & (columns > first) & (columns <= last)
-
-
-def _last_token(prompt: Tensor) -> Tensor:
-    """(B, L) True at the last True of each row of `prompt`."""
-    columns = torch.arange(prompt.shape[1]).expand_as(prompt)
-    return columns == columns.masked_fill(~prompt, -1).max(1, keepdim=True).values
+    return text & (columns > last_column(visual, documents)) & (columns <= last_column(query, documents))

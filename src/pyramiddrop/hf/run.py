@@ -81,7 +81,7 @@ class Run:
         self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
         shift = dict(memory.shift) if memory else {}
         first = rules.schedule.layers[0]
-        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding)
+        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding, plan)
         self._ranking: Ranking | None = None
         if plan is not None:
             projector = projector or Projector()
@@ -171,7 +171,8 @@ class Run:
         if not self.rules.merge:
             return take_hidden(hidden, kept.local)
         rows, _, visual = present(ranking.plan, self._kept[stage - 1])
-        sizes = self._sizes.get(stage - 1, torch.ones(rows.shape, device=rows.device))
+        earlier = [end for end in self._sizes if end < stage]  # ends that drop nothing leave the sizes as they are
+        sizes = self._sizes[max(earlier)] if earlier else torch.ones(rows.shape, device=rows.device)
         groups = ranking.plan.groups.gather(1, rows)
         # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
         flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
