@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.compatibility import check_cache, check_reached, check_signatures
 from pyramiddrop.hf.following import Kwargs
 from pyramiddrop.hf.groups import video_frames
 from pyramiddrop.hf.limits import (
@@ -24,11 +25,12 @@ from pyramiddrop.hf.limits import (
     check_grouping,
     check_layers,
 )
-from pyramiddrop.hf.memory import CacheMemory, cache_of
+from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import GivenMasks, call_shape, extend_request, read_request
 from pyramiddrop.hf.run import Rules, Run
+from pyramiddrop.hf.versions import cache_names, cache_of, given_twice, with_one_cache
 from pyramiddrop.trace import Trace
 
 _RUN = "pyramiddrop_run"
@@ -93,6 +95,7 @@ class Attachment:
     def _check(self) -> None:
         """Raise UnsupportedModelError where this model does not allow the rules."""
         parts, rules = self.anatomy, self.rules
+        check_signatures(parts)
         if rules.positions == "compact":
             check_compact_positions(parts)
         if rules.scorer.watches:
@@ -105,11 +108,14 @@ class Attachment:
 
     def _attach(self) -> None:
         text, generator = self.anatomy.text, self.anatomy.generator
-        for module in (*self.anatomy.wrappers, text):
+        caches: tuple[str, ...] = ()
+        for module in (text, *reversed(self.anatomy.wrappers)):
             names, takes_any = _parameters(module)
+            caches = cache_names(module.forward) or caches  # what a module does not name it passes on
             if takes_any:
-                hook = partial(self._before_model, names)
+                hook = partial(self._before_model, names, caches)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._after_model, with_kwargs=True))
         self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
         for index, layer in enumerate(self.anatomy.layers):
@@ -131,18 +137,30 @@ class Attachment:
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _before_model(
-        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+        self,
+        names: tuple[str, ...],
+        caches: tuple[str, ...],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Kwargs,
     ) -> tuple[tuple[()], Kwargs] | None:
         """On each module from the model down to the text model: the outermost that sees tokens opens the run."""
-        if _RUN in kwargs or len(args) > len(names):
+        if _RUN in kwargs or len(args) > len(names) or (args and given_twice(names[: len(args)], kwargs, caches)):
             return None
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         if call_shape(call) is None:
             return None
-        run = self._open(call)
+        run = self._open(with_one_cache(call, caches))
+        if run is not None and run.unreached is not None:
+            check_cache(module, call)
         if run is not None and run.shift_labels is not None:
             call["shift_labels"] = run.shift_labels
         return (), {**call, _RUN: run}
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> None:
+        run: Run | None = kwargs.get(_RUN)
+        if run is not None and run.unreached is not None:
+            check_reached(module, self.anatomy.text, run.unreached)
 
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs

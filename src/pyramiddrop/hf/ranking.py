@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from pyramiddrop.hf.choosing import present
+from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.plan import Plan
@@ -60,6 +61,8 @@ class Ranking:
             previous: (B, N, D), what the layer before it received, or None.
             kwargs: of the text model, for the full length.
         """
+        check_cache(layer, kwargs)
+        check_per_token(layer, kwargs, self.plan.length)
         rows, alive, visual = present(self.plan, kept)
         asked = RankingLayer(
             self.plan,
@@ -74,19 +77,20 @@ class Ranking:
             hidden,
             kwargs,
         )
-        return self.scorer(
-            Evidence(
-                layer=self.plan.stages[stage - 1].layer,
-                visual=visual,
-                ordinal=self.plan.ordinal.gather(1, rows),
-                groups=self.plan.groups.gather(1, rows),
-                quota=self.plan.stages[stage - 1].quota,
-                hidden=_first_stream(hidden),
-                attention=asked.attention,
-                keys=asked.keys,
-                previous=None if previous is None else _first_stream(previous),
+        with cache_unwritten(layer, index, kwargs):
+            return self.scorer(
+                Evidence(
+                    layer=self.plan.stages[stage - 1].layer,
+                    visual=visual,
+                    ordinal=self.plan.ordinal.gather(1, rows),
+                    groups=self.plan.groups.gather(1, rows),
+                    quota=self.plan.stages[stage - 1].quota,
+                    hidden=_first_stream(hidden),
+                    attention=asked.attention,
+                    keys=asked.keys,
+                    previous=None if previous is None else _first_stream(previous),
+                )
             )
-        )
 
 
 def _first_stream(hidden: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
-from pyramiddrop.hf.memory import Slots, cache_of, CACHE_NAMES
+from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projection, Projector
 from pyramiddrop.hf.rows import Kept, take_rows
 from pyramiddrop.hf.spans import Span
+from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from pyramiddrop.scoring.attention import attention_by_head
 
 

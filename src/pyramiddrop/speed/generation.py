@@ -123,7 +123,7 @@ def _generate(subject: Subject, way: Column, batch: int, new_tokens: int, clock:
             start = clock.mark()
             subject.model.generate(
                 **inputs,
-                past_key_values=cache,
+                **cache_argument(cache),
                 logits_processor=[tokens],
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
