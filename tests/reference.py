@@ -113,7 +113,6 @@ def run_layer(
             attention_mask=mask,
             position_ids=ids,
             position_embeddings=text.rotary_emb(hidden, ids),
-            past_key_values=None,
             use_cache=False,
         )
     finally:

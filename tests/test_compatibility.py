@@ -126,9 +126,7 @@ def test_a_subclass_may_name_less_than_its_transformers_model() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_that_layers_are_given_under_another_name(method: Any) -> None:
     model = with_layers(called_with({CACHE_NAME: "state"}))
-    with pytest.raises(
-        UnsupportedModelError, match="Renamed is given its KV cache as 'state', not as 'cache'"
-    ):
+    with pytest.raises(UnsupportedModelError, match="Renamed is given its KV cache as 'state', not as 'cache'"):
         prefill(model, method, use_cache=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import in_turn
 from pyramiddrop.speed.clock import Clock, Spread
