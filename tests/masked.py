@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyramiddrop.hf.versions import cache_argument, cache_of
 from reference import Rule, choose, quota
 
 Call = dict[str, Any]
@@ -71,7 +72,7 @@ class Oracle:
         """Before the text model: columns so far, and whether this forward ranks."""
         call = bound(text, args, kwargs)
         tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        cache = call.get("cache", call.get("past_key_values"))
+        cache = cache_of(call)
         past = 0 if cache is None else cache.get_seq_length()
         new = torch.ones(tokens.shape[:2], dtype=torch.bool)
         earlier = self.alive if past else [new[:, :0]] * (len(self.rule.layers) + 1)
@@ -232,8 +233,7 @@ def probabilities(layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 def aside(call: Call) -> Call:
     """The same call on copies of what a layer writes to."""
-    name = "cache" if "cache" in call else "past_key_values"
-    own = {name: copy.deepcopy(call.get(name))}
+    own = cache_argument(copy.deepcopy(cache_of(call)))
     if call.get("shared_kv_states") is not None:
         own["shared_kv_states"] = copy.copy(call["shared_kv_states"])
     return call | own

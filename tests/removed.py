@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from masked import Call, Oracle, Prompt, attached, bound, probabilities
+from pyramiddrop.hf.versions import cache_of
 from reference import Rule
 
 
@@ -27,7 +28,7 @@ class Remover(Oracle):
 
     def begin(self, text: nn.Module, args: tuple[Any, ...], kwargs: Call) -> None:
         """Before the text model: everything is there, and everything is ranked."""
-        assert bound(text, args, kwargs).get("past_key_values") is None, "rows are taken out without a cache"
+        assert cache_of(bound(text, args, kwargs)) is None, "rows are taken out without a cache"
         self.prompt = self.prompts[0]
         super().begin(text, args, kwargs)
         self.ranking = True

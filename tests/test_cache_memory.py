@@ -11,6 +11,7 @@ from transformers import DynamicCache, MistralConfig
 
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.versions import cache_argument
 from tiny import make_batch, tiny_model
 
 LAYERS = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.125]}
@@ -51,22 +52,22 @@ def test_another_method_cannot_continue_a_pruned_cache() -> None:
     token = torch.tensor([[7]])
     with torch.no_grad():
         with PyramidDrop(**LAYERS)(model):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
         other = copy.deepcopy(cache)
         with FastV(layer=2, keep=0.5)(model), pytest.raises(ValueError, match=r"pruned before layers \[2, 4, 6\]"):
-            model(input_ids=token, past_key_values=cache)
+            model(input_ids=token, **cache_argument(cache))
         with PyramidDrop(**LAYERS, positions="compact")(model), pytest.raises(ValueError, match="positions='original'"):
-            model(input_ids=token, past_key_values=other)
+            model(input_ids=token, **cache_argument(other))
 
 
 def test_another_batch_cannot_continue_a_pruned_cache() -> None:
     model, inputs = prompt()
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad(), PyramidDrop(**LAYERS)(model):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(cache))
         cache.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="batch of 1; this call has a batch of 2"):
-            model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[7], [8]]), **cache_argument(cache))
 
 
 # --- What a layer's cache hands out ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
 
 from pyramiddrop import Method, PyramidDrop
+from pyramiddrop.hf.versions import cache_argument
 from tiny import make_batch, tiny_model
 
 WIDTH = 64  # of the static cache, for prompts of any length
@@ -23,13 +24,13 @@ def decode(model: PreTrainedModel, inputs: dict[str, Tensor], step: Callable[...
     cache = StaticCache(config=model.config.text_config, max_cache_len=WIDTH)
     mask, tokens = inputs["attention_mask"], []
     with torch.no_grad():
-        output = model(**inputs, past_key_values=cache)
+        output = model(**inputs, **cache_argument(cache))
         for _ in range(steps):
             tokens.append(output.logits[:, -1:].argmax(-1))
             mask = torch.cat([mask, torch.ones_like(tokens[-1])], 1)
             positions = (mask.cumsum(1) - 1)[:, -1:].contiguous()
             prepared = model.prepare_inputs_for_generation(
-                tokens[-1], past_key_values=cache, attention_mask=mask, position_ids=positions
+                tokens[-1], **cache_argument(cache), attention_mask=mask, position_ids=positions
             )
             output = step(**prepared)
     return torch.cat(tokens, 1)

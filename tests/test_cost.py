@@ -46,6 +46,7 @@ from pyramiddrop.cost import (
 )
 from pyramiddrop.evaluation.paper import Figure, paper_figures
 from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.schedule import Schedule, powers
 from pyramiddrop.scoring import SCORERS
 from pyramiddrop.scoring.attention import InstructionScorer
@@ -205,9 +206,9 @@ def test_a_decode_step_is_what_the_counter_says(method: Method | None) -> None:
 
 def _counted_step(model: PreTrainedModel, inputs: dict[str, Any]) -> int:
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache, cache_position=torch.tensor([48]))
+            model(input_ids=torch.tensor([[5]]), **cache_argument(cache), cache_position=torch.tensor([48]))
     return int(counter.get_total_flops())
 
 
@@ -238,7 +239,7 @@ def _qwen_text() -> dict[str, Any]:
 def test_the_account_is_what_the_trace_says(method: Method) -> None:
     model = tiny_model("llava-gqa")
     with method(model) as trace, torch.no_grad():
-        cache = model(**make_batch(model, [[7, "image", "image", 9]]), use_cache=True).past_key_values
+        cache = output_cache(model(**make_batch(model, [[7, "image", "image", 9]]), use_cache=True))
     cost, traced = predicted(model, Prompt(32, 16), method), trace.cost()
     assert cost.full.decoder + cost.full.ranking == traced.flops
     assert cost.kv_bytes == traced.kv_bytes

@@ -16,6 +16,7 @@ from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops
 from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES
 from pyramiddrop.hf.limits import drop_layers
+from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.scoring import AttentionScorer, UniformScorer
 from pyramiddrop.speed.memory import cache_bytes
 from test_cost import FUSED_ON_CPU
@@ -50,7 +51,7 @@ def counted(model: Any, inputs: dict[str, Any], cache: Cache | None = None) -> t
     """FLOPs of a forward, and the cache that it leaves."""
     cache = cache or DynamicCache(config=model.config)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
-        model(**inputs, use_cache=True, past_key_values=cache)
+        model(**inputs, use_cache=True, **cache_argument(cache))
     return int(counter.get_total_flops()), cache
 
 

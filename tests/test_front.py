@@ -12,6 +12,7 @@ from torch import Tensor
 import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
 from pyramiddrop.hf.tower import Shrunk
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.inference.usage import usage
 from pyramiddrop.schedule import FrontSchedule
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
@@ -210,10 +211,10 @@ def test_a_static_cache_and_a_further_image_are_refused() -> None:
     with torch.no_grad(), VisionDrop()(model):
         with pytest.raises(ValueError, match="StaticCache is not supported where tokens are dropped before"):
             model.generate(**first, max_new_tokens=2, cache_implementation="static")
-        cache = model(**first, use_cache=True).past_key_values
+        cache = output_cache(model(**first, use_cache=True))
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
         with pytest.raises(ValueError, match="a further image on top of a cache is not supported"):
-            model(**(second | {"attention_mask": mask}), past_key_values=cache)
+            model(**(second | {"attention_mask": mask}), **cache_argument(cache))
 
 
 @pytest.mark.parametrize("settings", [{"score": "attention"}, {"score": "variation"}, {"keep": 0}, {"keep": 1.5}])

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.hf import projections
+from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.speed.subject import shape_subject
 
 METHODS = [
@@ -60,10 +61,10 @@ def test_a_prefill_and_a_step_ask_for_no_value(
     model.set_attn_implementation(attention)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), method(model, visual_mask=visual) as trace:
-        output = model(inputs_embeds=embedded(model, len(visual), 40), past_key_values=cache, logits_to_keep=1)
+        output = model(inputs_embeds=embedded(model, len(visual), 40), **cache_argument(cache), logits_to_keep=1)
         assert output.logits.device.type == "meta"
         tokens = torch.empty(len(visual), 1, dtype=torch.long, device="meta")
-        model(input_ids=tokens, past_key_values=cache)
+        model(input_ids=tokens, **cache_argument(cache))
     assert trace.lengths[0] == 40 > trace.lengths[-1]
     assert [layer.keys.shape[2] for layer in cache.layers] == [length + 1 for length in trace.lengths]
     assert {layer.keys.device.type for layer in cache.layers} == {"meta"}

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import projections
 from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf.versions import cache_argument
 from test_cost_zoo import SUPPORTED, TOO_LONG
 from zoo import MEMBERS
 
@@ -35,6 +36,6 @@ def test_a_prefill_and_a_step_ask_for_no_value(name: str, monkeypatch: pytest.Mo
     with torch.no_grad(), PyramidDrop(stages=2)(text, visual_mask=visual) as trace:
         for rows in (ROWS, 1):
             hidden = torch.empty(1, rows, text.config.hidden_size, dtype=torch.bfloat16, device="meta")
-            output = text(inputs_embeds=hidden, past_key_values=cache)
+            output = text(inputs_embeds=hidden, **cache_argument(cache))
             assert output.last_hidden_state.shape[1] == rows
     assert trace.lengths[-1] == ROWS - 25 + 12

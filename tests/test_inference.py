@@ -27,6 +27,7 @@ from checks import (
     stacked,
 )
 from pyramiddrop.hf.attachment import _Generation
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from reference import Case, Rule, Turn
 from tiny import FAMILIES, IMAGE_TOKEN, IMPLEMENTATIONS, Row, collate, make_batch, make_rows, text_model, tiny_model
 
@@ -302,9 +303,9 @@ def test_later_layers_hold_fewer_keys() -> None:
     model = tiny_model()
     inputs = make_batch(model, WITH_IMAGES)
     output = check_greedy(model, HALVES, inputs, steps=4)
-    held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    held = [layer.keys.shape[-2] for layer in output_cache(output).layers]
     assert held == [length + 3 for length in (41, 41, 25, 25, 17, 17, 14, 14)]
-    assert output.past_key_values.get_seq_length() == 41 + 3
+    assert output_cache(output).get_seq_length() == 41 + 3
 
 
 @torch.no_grad()
@@ -314,7 +315,7 @@ def test_a_static_cache_can_be_reset() -> None:
     first, second = make_batch(model, [[5, "image", 7], [9]]), make_batch(model, [[3, "image", 2, "image", 4], [30]])
     for inputs in (first, second, make_batch(model, [[12], [8]]), first):
         cache.reset()
-        check_greedy_tokens(model, inputs, past_key_values=cache)
+        check_greedy_tokens(model, inputs, **cache_argument(cache))
 
 
 def check_greedy_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> None:
@@ -346,12 +347,12 @@ def test_decoding_by_hand(attention: str, positions: str) -> None:
     mask = inputs["attention_mask"]
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with method_of(rule)(model) as trace:
-        model(**inputs, position_ids=places, past_key_values=cache, use_cache=True)
+        model(**inputs, position_ids=places, **cache_argument(cache), use_cache=True)
         lengths = list(trace.lengths)
         for tokens, wanted in zip(steps, expected, strict=True):
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
             places = (mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :]
-            output = model(input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=cache)
+            output = model(input_ids=tokens, attention_mask=mask, position_ids=places, **cache_argument(cache))
             torch.testing.assert_close(output.logits, wanted, **CLOSE)
             assert trace.lengths == lengths, "the trace holds the prefill, not the last step"
 
@@ -517,7 +518,7 @@ def further_inputs(model: PreTrainedModel, before: Any, mask: Tensor, rows: list
     ids = torch.cat([said, new["input_ids"]], dim=1)
     mask = torch.cat([mask, torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
     images = {name: new[name] for name in ("pixel_values", "image_sizes") if name in new}
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": before.past_key_values} | images
+    return {"input_ids": ids, "attention_mask": mask} | cache_argument(output_cache(before)) | images
 
 
 @pytest.mark.parametrize("new", [[[4], [4]], [[2, "image", 3], [4, "image", 1]], [[2, "image", 3], [21]]])
@@ -541,7 +542,7 @@ def test_further_turn_of_llava_next() -> None:
 def test_further_turn_on_a_static_cache() -> None:
     model = tiny_model()
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
-    check_conversation(model, HALVES, WITH_IMAGES, [[2, "image", 3], [2, "image", 3]], past_key_values=cache)
+    check_conversation(model, HALVES, WITH_IMAGES, [[2, "image", 3], [2, "image", 3]], **cache_argument(cache))
 
 
 def check_conversation(model: PreTrainedModel, rule: Rule, first: list, new: list, **options: Any) -> None:
@@ -634,13 +635,13 @@ def test_one_prompt_many_questions(rule: str) -> None:
         talk = reference.greedy(model, RULES[rule], inputs, steps=0)
         expected.append(reference.further_turn(model, RULES[rule], talk, collate(question), steps=3))
     with method_of(RULES[rule])(model):
-        cache = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config())).past_key_values
+        cache = output_cache(model(**inputs, **cache_argument(DynamicCache(config=model.config.get_text_config()))))
         for question, wanted in zip(questions, expected, strict=True):
             new = collate(question)
             whole = new | {
                 name: torch.cat([inputs[name], new[name]], dim=1) for name in ("input_ids", "attention_mask")
             }
-            output = generated(model, whole, 3, past_key_values=copy.deepcopy(cache))
+            output = generated(model, whole, 3, **cache_argument(copy.deepcopy(cache)))
             assert new_tokens(output, whole) == stacked(wanted.tokens)
             torch.testing.assert_close(output.logits[-1], wanted.logits[-1], **CLOSE)
 
@@ -658,11 +659,11 @@ def test_a_cropped_cache(rule: str, specs: list) -> None:
     new = torch.tensor([[33, 44, 55]]).expand(len(specs), -1)
     mask = inputs["attention_mask"]
     with method_of(RULES[rule])(model) as trace:
-        cache = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config())).past_key_values
+        cache = output_cache(model(**inputs, **cache_argument(DynamicCache(config=model.config.get_text_config()))))
         kept = [stage.kept for stage in trace.stages]
         cache.crop(-4)
-        ours = model(input_ids=new, attention_mask=mask[:, :-1], past_key_values=cache).logits
-        again = model(input_ids=new[:, :1], attention_mask=mask, past_key_values=cache).logits
+        ours = model(input_ids=new, attention_mask=mask[:, :-1], **cache_argument(cache)).logits
+        again = model(input_ids=new[:, :1], attention_mask=mask, **cache_argument(cache)).logits
     talk = reference.Talk(case)
     case.embeds, case.valid, case.visual = case.embeds[:, :-4], case.valid[:, :-4], case.visual[:, :-4]
     talk.append(model.get_input_embeddings()(new))
@@ -677,10 +678,10 @@ def test_a_cropped_cache(rule: str, specs: list) -> None:
 def test_a_cache_cropped_into_the_image_is_refused() -> None:
     model = tiny_model()
     with method_of(HALVES)(model):
-        cache = model(**make_batch(model, [[5, "image", 7]]), use_cache=True).past_key_values
+        cache = output_cache(model(**make_batch(model, [[5, "image", 7]]), use_cache=True))
         cache.crop(-15)
         with pytest.raises(ValueError, match="crop"):
-            model(input_ids=torch.tensor([[33, 44]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[33, 44]]), **cache_argument(cache))
 
 
 # --- Models fed with embeddings -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from checks import method_of
 from official import official_model, recorded
+from pyramiddrop.hf.versions import output_cache
 from tiny import IMPLEMENTATIONS, text_model
 
 
@@ -33,7 +34,7 @@ def test_inference(attention: str) -> None:
     for stage in range(3):
         if scores[stage] is not None:
             check_scores(scores[stage][0], case[f"stage{stage}_s0_scores"])
-    held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    held = [layer.keys.shape[-2] for layer in output_cache(output).layers]
     assert held == [84, 84, 52, 52, 36, 36, 28, 28]
     last_rows = [*range(6), *kept[-1], *range(70, 84)]
     torch.testing.assert_close(output.logits[0, last_rows], case["logits"][0], atol=3e-4, rtol=0)

@@ -15,6 +15,7 @@ import torch
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account, grouped_attention
 from pyramiddrop.hf.shapes import model_shape
+from pyramiddrop.hf.versions import output_cache
 from pyramiddrop.inference.clock import LayerClock
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.planning import Budget, InfeasibleBudgetError, Profile, plan
@@ -245,7 +246,7 @@ def test_the_line_makes_the_method_that_reaches_the_budget(fixed: dict[str, Any]
     assert method == PyramidDrop(**found.arguments)
     assert method.schedule(8) == found.schedule
     with method(model) as trace, torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == found.spent <= 0.7 * vanilla.kv_bytes
     assert trace.cost().flops == found.cost.full.decoder + found.cost.full.ranking

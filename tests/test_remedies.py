@@ -11,6 +11,7 @@ from torch import Tensor
 import reference
 import remedies
 from pyramiddrop import FastV, PyramidDrop
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.scoring import SCORERS
 from reference import Rule
 from remedies import Look, looks
@@ -147,10 +148,10 @@ def test_a_further_image_on_a_cache_is_refused_without_rotation() -> None:
     model = tiny_model()
     first, second = make_batch(model, [[5, "image", 7]]), make_batch(model, [[3, "image", 4]], seed=2)
     with torch.no_grad(), staged(score="rope_free")(model):
-        cache = model(**first, use_cache=True).past_key_values
+        cache = output_cache(model(**first, use_cache=True))
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
         with pytest.raises(ValueError, match="score='rope_free' cannot rank a further image on top of a cache"):
-            model(**(second | {"attention_mask": mask}), past_key_values=cache)
+            model(**(second | {"attention_mask": mask}), **cache_argument(cache))
 
 
 # --- Options --------------------------------------------------------------------------------------------------------

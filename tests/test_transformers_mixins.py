@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramiddrop import PyramidDrop, apply, remove
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from zoo import MEMBERS, Answer, make_batch
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "internvl")
@@ -406,11 +407,11 @@ def test_a_generation_goes_on_from_a_cache(family: str) -> None:
         ids = first.sequences
         mask = torch.ones_like(ids)
         more = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2, do_sample=False
+            input_ids=ids, attention_mask=mask, **cache_argument(output_cache(first)), max_new_tokens=2, do_sample=False
         )
         whole = model.generate(**single, max_new_tokens=4, do_sample=False)
         assert more.tolist() == whole.tolist()
-        return [more, first.past_key_values.layers[5].keys]
+        return [more, output_cache(first).layers[5].keys]
 
     same(family, call)
 
@@ -419,7 +420,7 @@ def test_a_cache_of_the_callers(family: str) -> None:
     @torch.no_grad()
     def call(model: PreTrainedModel, inputs: Inputs) -> list[Any]:
         cache = DynamicCache(config=model.config.get_text_config())
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, **cache_argument(cache)).logits
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return [logits, *held, cache.get_seq_length()]
 

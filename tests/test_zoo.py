@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conformance.setups import FAST
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from zoo import MEMBERS, Answer, Member, make_batch, make_rows
 from zoo.pieces import IGNORED, Inputs, Row, collate
 
@@ -155,7 +156,7 @@ def test_second_turn_equals_the_long_prompt(member: Member, model: PreTrainedMod
     longer = Row(row.ids + more, row.types + [0] * len(more), row.labels + [IGNORED] * len(more), row.pieces)
     whole = collate(member, model, [longer])
     per_token = {name: tensor for name, tensor in whole.items() if tensor.shape == whole["input_ids"].shape}
-    second = generated(model, per_token, past_key_values=first.past_key_values)
+    second = generated(model, per_token, **cache_argument(output_cache(first)))
     assert torch.equal(second, generated(model, whole))
 
 

@@ -441,7 +441,9 @@ def remove(model: nn.Module) -> None:
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
     from pyramiddrop.hf import Rules, UnsupportedModelError, anatomy, drop_layers
+    from pyramiddrop.hf.versions import warn_if_untested
 
+    warn_if_untested()
     parts, scorer = anatomy(model), method.scorer()
     allowed = drop_layers(parts, method.rank_layer, scorer)
     try:

@@ -16,6 +16,7 @@ from conformance.expected import Spoken, learn, oracle_generation, spoken
 from conformance.subject import Batch, Subject, subject_of
 from masked import Call, masked
 from pyramiddrop import FastV
+from pyramiddrop.hf.versions import cache_argument, output_cache
 from reference import Rule
 from removed import removed
 from zoo import Member
@@ -320,7 +321,7 @@ def converse(subject: Subject, further: Sequence[object]) -> None:
         ours = generated(model, first.inputs, 3)
     same_output(ours, said)
     with method(model) as trace:  # a cache may outlive the block
-        output = generated(model, long | {"past_key_values": ours.past_key_values}, 3)
+        output = generated(model, long | cache_argument(output_cache(ours)), 3)
     same_output(output, expected)
     if more.prompt.visual.any():
         same_kept(trace, expected.kept)
@@ -329,9 +330,9 @@ def converse(subject: Subject, further: Sequence[object]) -> None:
 def oracle_on_cache(subject: Subject, first: Batch, more: Batch, whole: Call, long: Call) -> Spoken:
     """Both turns on a cache that holds the full length."""
     with masked(subject.model, subject.setup.rule(), first.prompt) as oracle:
-        cache = generated(subject.model, first.inputs, 3).past_key_values
+        cache = output_cache(generated(subject.model, first.inputs, 3))
         oracle.prompt = more.prompt.later(cache.get_seq_length(), long["input_ids"].shape[1])
-        return spoken(generated(subject.model, long | {"past_key_values": cache}, 3), oracle)
+        return spoken(generated(subject.model, long | cache_argument(cache), 3), oracle)
 
 
 def oracle_of_all(subject: Subject, first: Batch, more: Batch, whole: Call, long: Call) -> Spoken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import (
     Llama4Config,
     Llama4ForConditionalGeneration,
@@ -15,10 +16,15 @@ from transformers import (
     Molmo2VisionConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from zoo.pieces import Inputs, Member, Piece, without_types
 from zoo.vision import END, FRAMES, IMAGE, LINE, SIDE, START, joined, noise, wrapped
 from zoo.weights import TEXT, drawn
+
+if transformers.__version__ == "5.24.0":
+    # Its Llama 4 reads an output that its text model does not give: no forward ends, with a method or without.
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 TILE_X, TILE_Y, WHOLE = 190, 191, 192  # Llama 4's separators, and what stands before the whole image
 LOW, FRAME, FRAME_END = 190, 191, 192  # Molmo 2's start of a small image, start and end of a frame

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.compatibility import check_cache, check_reached, check_signatures
 from pyramiddrop.hf.following import Kwargs
 from pyramiddrop.hf.groups import video_frames
 from pyramiddrop.hf.limits import (
@@ -25,7 +26,7 @@ from pyramiddrop.hf.limits import (
     check_grouping,
     check_layers,
 )
-from pyramiddrop.hf.memory import CacheMemory, cache_of
+from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import (
@@ -37,6 +38,7 @@ from pyramiddrop.hf.request import (
     remark,
 )
 from pyramiddrop.hf.run import Rules, Run
+from pyramiddrop.hf.versions import cache_names, cache_of, given_twice, with_one_cache
 from pyramiddrop.trace import Trace
 
 _RUN = "pyramiddrop_run"
@@ -105,6 +107,7 @@ class Attachment:
     def _check(self) -> None:
         """Raise UnsupportedModelError where this model does not allow the rules."""
         parts, rules = self.anatomy, self.rules
+        check_signatures(parts)
         if rules.positions == "compact":
             check_compact_positions(parts)
         if rules.scorer.watches:
@@ -122,10 +125,17 @@ class Attachment:
         # What a run is carried in does not get through a forward that names all of its arguments.
         closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
         self._closed = type(modules[closed]).__name__ if closed >= 0 else ""
-        for number, (module, (names, _)) in enumerate(zip(modules, signatures, strict=True)):
-            before = self._before_model if number > closed else self._note_labels
-            self._handles.append(module.register_forward_pre_hook(partial(before, names), with_kwargs=True))
-            if number <= closed:
+        caches: tuple[str, ...] = ()
+        for number, module in reversed(list(enumerate(modules))):
+            names = signatures[number][0]
+            caches = cache_names(module.forward) or caches  # what a module does not name it passes on
+            if number > closed:
+                before = partial(self._before_model, names, caches)
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._after_model, with_kwargs=True))
+            else:
+                note = partial(self._note_labels, names)
+                self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._forget_labels, always_call=True))
         self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
@@ -178,18 +188,33 @@ class Attachment:
         return run
 
     def _before_model(
-        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+        self,
+        names: tuple[str, ...],
+        caches: tuple[str, ...],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Kwargs,
     ) -> tuple[tuple[()], Kwargs] | None:
         """On each module from the model down to the text model: the outermost that sees tokens opens the run."""
-        if _RUN in kwargs or len(args) > len(names):
+        if _RUN in kwargs or len(args) > len(names) or (args and given_twice(names[: len(args)], kwargs, caches)):
             return None
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         if call_shape(call) is None:
             return None
-        run = self._open_below(call) if self._closed else self._open(call)
+        known = with_one_cache(call, caches)
+        run = self._open_below(known) if self._closed else self._open(known)
+        if run is not None and run.unreached is not None:
+            check_cache(module, call)
+        if call.get("labels") is not None:
+            call["labels"] = known["labels"]  # without those that nothing is left to predict
         if run is not None and run.shift_labels is not None:
             call["shift_labels"] = run.shift_labels
         return (), {**call, _RUN: run}
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> None:
+        run: Run | None = kwargs.get(_RUN)
+        if run is not None and run.unreached is not None:
+            check_reached(module, self.anatomy.text, run.unreached)
 
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs

@@ -88,6 +88,7 @@ FLOOR = Limit(
     "long prompts", "a prompt that reaches attn floor_scale (8192 tokens as published) with its answer is refused"
 )
 FRAMES = Limit("no per_frame", "per_frame=True is refused, for frames of a video are images here; use per_image=True")
+BROKEN = Limit("Transformers 5.24.0", "Transformers 5.24.0 cannot run it, with a method or without; use 5.23")
 ADJACENT = Limit(
     "adjacent images", "images side by side, without a token of text between them, count as one under per_image=True"
 )
@@ -150,7 +151,7 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(("cohere2",), ("image",), (WINDOWS, STATIC), _ENDED, TILES),
     "cohere2_vision": Family(("cohere2",), ("image",), (WINDOWS, STATIC), _BROKEN, "breaks of tiles"),
     "cohere_compass": Family(("cohere_compass_text",), VIDEO, (OWN_ROPE, WINDOWS, STATIC)),
-    "llama4": Family(("llama4_text",), ("image",), (CHUNKS, FLOOR), _ENDED, "separators of tiles"),
+    "llama4": Family(("llama4_text",), ("image",), (CHUNKS, FLOOR, BROKEN), _ENDED, "separators of tiles"),
     "molmo2": Family(("molmo2_text",), VIDEO, (FRAMES,), molmo_lengths, "columns' ends"),
     "step3p7": Family(("step3p5",), limits=_GEMMA, image_lengths=step_lengths, split="tokens around each view"),
     "ovis2": Family(("qwen2",), image_lengths=_BROKEN, split="indicators of tiles"),
@@ -222,4 +223,6 @@ FAMILIES: dict[str, Family] = {
     "glm5_next": Family(("glm5_next_text",), refused=_unknown("indexed_attention")),
     "inkling_mm_model": Family(("inkling_text",), refused=_unknown("hybrid")),
     "inkling2": Family(("inkling2_text",), refused=_unknown("hybrid")),
+    "inkling2_loop": Family(("inkling2_loop_text",), refused=_unknown("hybrid")),
+    "hy_v4_vl": Family(("hy_v4_vl_text",), VIDEO, refused=_unknown("indexed_attention")),
 }

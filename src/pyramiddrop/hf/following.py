@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
-from pyramiddrop.hf.memory import Slots, cache_of, static_width
+from pyramiddrop.hf.memory import Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
+from pyramiddrop.hf.versions import cache_of
 
 Kwargs = dict[str, Any]
 

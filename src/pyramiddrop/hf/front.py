@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.attachment import Attachment
 from pyramiddrop.hf.choosing import choose, present
+from pyramiddrop.hf.compatibility import check_signatures, number_run
 from pyramiddrop.hf.following import Kwargs, per_token
 from pyramiddrop.hf.limits import check_grouping
 from pyramiddrop.hf.plan import Plan
@@ -64,6 +65,7 @@ class FrontAttachment(Attachment):
         super().__init__(parts, rules, given)
 
     def _check(self) -> None:
+        check_signatures(self.anatomy)
         check_grouping(self.anatomy, self.rules.grouping)
 
     def _attach(self) -> None:
@@ -114,6 +116,7 @@ class _Prompt:
     ) -> None:
         self.attachment, self.plan, self.cache, self.traced = attachment, plan, cache, traced
         self._kept: Kept | None = None
+        self.unreached: int | None = number_run()
         self._labels = labels
         self.shift_labels: Tensor | None = None
         if labels is not None:
@@ -124,6 +127,7 @@ class _Prompt:
 
     def arrive(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` with the rows that stay alone."""
+        self.unreached = None
         hidden = kwargs.get("inputs_embeds")
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -215,6 +219,7 @@ class _Step:
     """A forward on top of a cache from which tokens were left out; it has the ways of `hf.run.Run`."""
 
     shift_labels: Tensor | None = None
+    unreached: int | None = None
 
     def __init__(self, memory: _Memory, past: int, new: int, renumbered: bool) -> None:
         self.memory, self.past, self.new, self.renumbered = memory, past, new, renumbered

@@ -98,15 +98,6 @@ class Slots:
         return Slots(torch.cat([before.columns, added.columns], 1), both, added.length)
 
 
-#: What Transformers calls the KV cache: "cache" from 5.24 on.
-CACHE_NAMES = ("cache", "past_key_values")
-
-
-def cache_of(kwargs: Any) -> Any:
-    """The KV cache among the arguments of a model or a layer, or None."""
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
 def static_width(cache: Any, index: int) -> int | None:
     """Slots of layer `index` where the cache is a static one, else None."""
     layer = _cache_layer(cache, index)

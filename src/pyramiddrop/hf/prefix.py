@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.memory import cache_of
+from pyramiddrop.hf.versions import cache_of
 
 _FEATURES = "get_image_features"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyramiddrop.hf.choosing import present
+from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
 from pyramiddrop.hf.following import Following, Kwargs
 from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.packing import Packing, Unpacked
@@ -63,6 +64,8 @@ class Ranking:
             previous: (B, N, D), what the layer before it received, or None.
             kwargs: of the text model, for the full length.
         """
+        check_cache(layer, kwargs)
+        check_per_token(layer, kwargs, self.plan.length)
         plan = self.plan
         rows, alive, visual = present(plan, kept)
         documents = self._documents(stage, rows, alive)
@@ -91,9 +94,10 @@ class Ranking:
             keys=asked.keys,
             previous=None if previous is None else _first_stream(previous),
         )
-        if plan.packing is None or documents is None:
-            return self.scorer(evidence)
-        return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
+        with cache_unwritten(layer, index, kwargs):
+            if plan.packing is None or documents is None:
+                return self.scorer(evidence)
+            return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
 
     def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
         """The documents of packed rows in what is left when `stage` ends, or None where no row is packed."""

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from pyramiddrop.hf.anatomy import UnsupportedModelError
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
-from pyramiddrop.hf.memory import CACHE_NAMES, Slots, cache_of
+from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projection, Projector
 from pyramiddrop.hf.rows import Kept, take_rows
 from pyramiddrop.hf.spans import Span
+from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from pyramiddrop.scoring.attention import attention_by_head
 
 

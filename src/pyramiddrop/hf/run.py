@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from pyramiddrop.cost import Choosing
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.choosing import choose, present
+from pyramiddrop.hf.compatibility import check_drops, number_run
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs, first_table
-from pyramiddrop.hf.memory import CacheMemory, Slots, cache_of, static_width
+from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_hidden, take_next_labels
+from pyramiddrop.hf.versions import cache_of
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -83,7 +85,9 @@ class Run:
         first = rules.schedule.layers[0]
         self._following = Following(anatomy, rules.positions, past, length, shift, first, padding, plan)
         self._ranking: Ranking | None = None
+        self.unreached: int | None = None  # the number of a run that drops, until the text model is called with it
         if plan is not None:
+            self.unreached = number_run()
             projector = projector or Projector()
             self._ranking = Ranking(plan, rules.schedule, rules.scorer, self._following, self._earlier, projector)
         self._deepstack: DeepStack | None = None
@@ -140,6 +144,7 @@ class Run:
         """What the text model gets: its `kwargs` without the visual features that it would add to layers after a drop:
         those are added here, to the rows that are left."""
         if self._ranking is not None:
+            self.unreached = None
             self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
         return kwargs
 
@@ -186,6 +191,7 @@ class Run:
         self, ranking: Ranking, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
     ) -> None:
         """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
+        check_drops(self.anatomy.text, self._missed(index))
         before, ending = self._kept[stage - 1], ranking.plan.stages[stage - 1]
         kept, scores = before, None
         if ending.drops:
@@ -246,10 +252,17 @@ class Run:
 
     def leave(self, output: Any) -> Any:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
+        # Fewer layers run where a model drafts for itself.
+        check_drops(self.anatomy.text, self._missed(self.anatomy.text.config.num_hidden_layers))
         kept = self._kept.get(len(self.rules.schedule.stages))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
         return give_back(output, lambda hidden: self._given_back(hidden, kept), self._full_hidden, self._full_attention)
+
+    def _missed(self, index: int) -> list[int]:
+        """The layers before layer `index` that should have ended a stage and have not."""
+        ends = enumerate(self._ranking.plan.stages, 1) if self._ranking is not None else ()
+        return [stage.layer for number, stage in ends if number not in self._kept and stage.layer < index]
 
     def _given_back(self, hidden: Tensor, kept: Kept) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
+from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.speed.clock import Clock, Spread
 from pyramiddrop.speed.subject import Subject
@@ -89,7 +90,7 @@ def _decode(subject: Subject, batch: int, steps: int, clock: Clock, cache: Stati
     cache.reset()
     inputs = subject.batch(batch)
     mask = inputs["attention_mask"]
-    output = subject.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    output = subject.model(**inputs, **cache_argument(cache), logits_to_keep=1)
     start = clock.mark()
     for _ in range(steps):
         tokens = output.logits[:, -1:].argmax(-1)
@@ -102,6 +103,6 @@ def _prepared(model: Any, tokens: Tensor, mask: Tensor, cache: StaticCache) -> d
     """The arguments of a step, as `generate` prepares them."""
     positions = (mask.cumsum(1) - 1)[:, -1:].contiguous()
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(
-        tokens, past_key_values=cache, attention_mask=mask, position_ids=positions
+        tokens, attention_mask=mask, position_ids=positions, **cache_argument(cache)
     )
     return prepared

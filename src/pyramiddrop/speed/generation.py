@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import in_turn
 from pyramiddrop.speed.clock import Clock, Spread
@@ -123,7 +124,7 @@ def _generate(subject: Subject, way: Column, batch: int, new_tokens: int, clock:
             start = clock.mark()
             subject.model.generate(
                 **inputs,
-                past_key_values=cache,
+                **cache_argument(cache),
                 logits_processor=[tokens],
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pyramiddrop.hf import anatomy
+from pyramiddrop.hf.versions import cache_of
 
 
 def blank_pixels(processor: Any) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ class BlankImage:
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # With a cache it is a step of `generate`, or its prefill, where ranks go their own ways anyway.
-        self._blank = kwargs.get("pixel_values") is None and kwargs.get("past_key_values") is None
+        self._blank = kwargs.get("pixel_values") is None and cache_of(kwargs) is None
 
     def _add_nothing(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
         if not self._blank:

@@ -1,0 +1,141 @@
+"""Check that Transformers names and calls what dropping relies on, so that a rename is an error and no wrong answer.
+
+Signatures are read when a method is applied; calls are looked at in prefills that drop, on the host alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Cache
+
+from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
+
+_POSITIONS = ("position_embeddings", "position_ids")
+_FOLLOWED = ("attention_mask", *_POSITIONS)
+
+_MODEL = (("input_ids",), ("inputs_embeds",), ("attention_mask",), ("labels",))
+_TEXT = (("inputs_embeds",), ("attention_mask",), ("position_ids",), CACHE_NAMES)
+_LAYER = (("attention_mask",), _POSITIONS, CACHE_NAMES)
+
+#: The number of the last run that was opened in this thread.
+_last_run: ContextVar[int] = ContextVar("pyramiddrop_last_run", default=0)
+
+
+# ---- when a method is applied ------------------------------------------------------------------------------------
+
+
+def check_signatures(parts: Anatomy) -> None:
+    """Raise UnsupportedModelError where a forward does not name an argument that dropping needs."""
+    # A user's subclass may name less than the model of Transformers that it calls.
+    bases: tuple[Any, ...] = type(parts.generator).__mro__ if parts.generator is not parts.text else ()
+    for kind in [kind for kind in bases if kind.__module__.startswith("transformers.models.")][:1]:
+        _check_names(kind.__name__, kind.forward, _MODEL)
+    _check_names(type(parts.text).__name__, parts.text.forward, _TEXT)
+    for layer in {type(layer): layer for layer in parts.layers}.values():
+        _check_names(type(layer).__name__, layer.forward, _LAYER)
+
+
+def _check_names(name: str, forward: Any, needed: Sequence[tuple[str, ...]]) -> None:
+    """Raise where `forward` lacks an argument, each of which may go by several names; a forward without any named
+    argument wraps another one."""
+    parameters = inspect.signature(forward).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {parameter.name for parameter in parameters if parameter.kind not in variable} - {"self"}
+    missing = [_either(names) for names in needed if not named & set(names)]
+    if named and missing:
+        raise _lost(f"{name}.forward has no argument {missing[0]}")
+
+
+# ---- in a prefill that drops -------------------------------------------------------------------------------------
+
+
+def check_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a module is given a KV cache under an unknown name."""
+    unknown = [name for name, value in kwargs.items() if isinstance(value, Cache) and name not in CACHE_NAMES]
+    if unknown:
+        raise _lost(f"{type(module).__name__} is given its KV cache as {unknown[0]!r}, not as {_either(CACHE_NAMES)}")
+
+
+def check_per_token(layer: nn.Module, kwargs: Mapping[str, Any], length: int) -> None:
+    """Raise UnsupportedModelError where a layer is given tables of all `length` tokens under an unknown name."""
+    unknown = [name for name, value in kwargs.items() if name not in _FOLLOWED and _is_per_token(value, length)]
+    if unknown:
+        raise _lost(
+            f"{type(layer).__name__} is given {unknown[0]!r}, tensors of all {length} tokens, and only "
+            f"{_either(_FOLLOWED)} can be shortened"
+        )
+
+
+def _is_per_token(value: Any, length: int) -> bool:
+    """Whether `value` is several tensors (B or 1, length, ...), as cosines and sines are."""
+    several = isinstance(value, tuple | list) and len(value) > 0
+    return several and all(isinstance(table, Tensor) and length in table.shape[1:2] for table in value)
+
+
+@contextmanager
+def cache_unwritten(layer: nn.Module, index: int, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise UnsupportedModelError where the block, in which layer `index` ranks, writes to the KV cache in `kwargs`."""
+    cache = cache_of(kwargs)
+    before = _state(cache, index)
+    try:
+        yield
+    finally:  # also where the ranking has failed by what it wrote
+        if _state(cache, index) != before:
+            raise _lost(f"ranking by {type(layer).__name__} {index} wrote to the KV cache, which it is not given")
+
+
+def _state(cache: Any, index: int) -> tuple[Any, ...]:
+    """What is another where layer `index` of a cache was written to; the device is not waited for."""
+    layers = getattr(cache, "layers", ())
+    keys = getattr(layers[index], "keys", None) if index < len(layers) else None
+    if not isinstance(keys, Tensor):
+        return len(layers), keys
+    return len(layers), id(keys), keys.shape, None if keys.is_inference() else keys._version
+
+
+def check_drops(text: nn.Module, missed: Sequence[int]) -> None:
+    """Raise UnsupportedModelError where a text model ran past the `missed` layers before which it was to drop."""
+    if missed:
+        raise _lost(
+            f"{type(text).__name__} ran without the drop before layer {missed[0]}: it does not pass its keyword "
+            "arguments on to its layers, or calls their `forward` past their hooks"
+        )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def number_run() -> int:
+    """The number of a run that is opened now."""
+    _last_run.set(_last_run.get() + 1)
+    return _last_run.get()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def check_reached(module: nn.Module, text: nn.Module, number: int) -> None:
+    """Raise UnsupportedModelError where the run of that number did not reach the text model's hooks, and no module
+    further in has opened one of its own."""
+    if _last_run.get() == number:
+        raise _lost(
+            f"{type(module).__name__} did not pass its keyword arguments on to {type(text).__name__}, or called its "
+            "`forward` past its hooks"
+        )
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(map(repr, names))
+
+
+def _lost(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what}. Transformers {transformers.__version__} is not supported for this model: use another version, or "
+        "pyramiddrop's newest. In a class of your own, take the arguments by Transformers' names, and pass keyword "
+        "arguments on"
+    )
