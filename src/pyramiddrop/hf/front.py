@@ -114,7 +114,7 @@ class _Prompt:
         return hidden, kwargs
 
     def arrive(self, kwargs: Kwargs) -> Kwargs:
-        """The text model's `kwargs` with the rows that stay alone."""
+        """The text model's `kwargs` with the rows that stay alone, chosen on the device of its embeddings."""
         hidden = kwargs.get("inputs_embeds")
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -123,6 +123,7 @@ class _Prompt:
                 f"{type(self.attachment.anatomy.text).__name__} cannot drop before its first layer: it is not called "
                 "with embeddings, a two-dimensional mask and positions of one axis"
             )
+        self.plan = self.plan.to(hidden.device)
         kept = self._kept = self._choose(hidden)
         ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if ids is None else ids
         ids = take_rows(ids.expand(len(kept.rows), -1), kept.rows)
@@ -220,7 +221,8 @@ class _Step:
         answered = self.past - rows.shape[1]  # tokens between the prompt and this call
         later = alive.new_ones(len(alive), answered + self.new)
         if mask is not None:
-            alive = alive & mask[:, : memory.length].gather(1, rows.to(mask.device)).bool()
+            mask = mask.to(rows.device)
+            alive = alive & mask[:, : memory.length].gather(1, rows).bool()
             later = mask[:, memory.length :].bool()
         ids = kwargs.get("position_ids")
         if ids is None:

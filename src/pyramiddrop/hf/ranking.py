@@ -51,7 +51,7 @@ class Ranking:
         previous: Tensor | None,
         kwargs: Kwargs,
     ) -> Tensor:
-        """(B, N) scores for the end of `stage`, of the rows that `kept` leaves.
+        """(B, N) scores for the end of `stage`, of the rows that `kept` leaves, on the device of the plan.
 
         Args:
             index: of the ranking layer.
@@ -61,6 +61,7 @@ class Ranking:
             kwargs: of the text model, for the full length.
         """
         rows, alive, visual = present(self.plan, kept)
+        device = hidden.device
         asked = RankingLayer(
             self.plan,
             self.following,
@@ -74,19 +75,18 @@ class Ranking:
             hidden,
             kwargs,
         )
-        return self.scorer(
-            Evidence(
-                layer=self.plan.stages[stage - 1].layer,
-                visual=visual,
-                ordinal=self.plan.ordinal.gather(1, rows),
-                groups=self.plan.groups.gather(1, rows),
-                quota=self.plan.stages[stage - 1].quota,
-                hidden=_first_stream(hidden),
-                attention=asked.attention,
-                keys=asked.keys,
-                previous=None if previous is None else _first_stream(previous),
-            )
+        evidence = Evidence(
+            layer=self.plan.stages[stage - 1].layer,
+            visual=visual.to(device),
+            ordinal=self.plan.ordinal.gather(1, rows).to(device),
+            groups=self.plan.groups.gather(1, rows).to(device),
+            quota=self.plan.stages[stage - 1].quota.to(device),
+            hidden=_first_stream(hidden),
+            attention=asked.attention,
+            keys=asked.keys,
+            previous=None if previous is None else _first_stream(previous).to(device),
         )
+        return self.scorer(evidence).to(rows.device)
 
 
 def _first_stream(hidden: Tensor) -> Tensor:
