@@ -167,8 +167,12 @@ class Attachment:
         return (hidden, *(call[name] for name in placed)), {k: v for k, v in call.items() if k not in placed}
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
-        run = kwargs.get(_RUN)
-        return output if run is None else run.leave(output)
+        run: Run | None = kwargs.get(_RUN)
+        if run is None:
+            return output
+        if run.trace is not None:
+            self._show(run.trace)
+        return run.leave(output)
 
     # ---- opening a run ---------------------------------------------------------------------------------------------
 
@@ -194,8 +198,7 @@ class Attachment:
         generation = self._generation()
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
-        if plan is not None and first:
-            self._begin_trace(plan)
+        trace = self._begin_trace(plan) if plan is not None and first else None
         if memory is None and (plan is None or not plan.drops):
             return None
         self._check_length(past + (call_shape(call) or (0, 0))[1])
@@ -204,7 +207,6 @@ class Attachment:
             check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         labels = call.get("labels") if self.rules.logits == "kept" else None
-        trace = self.trace if first else None
         mask = call.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.shape == (len(tokens), past + tokens.shape[1]) else None
         length = tokens.shape[1]
@@ -246,18 +248,28 @@ class Attachment:
                 return None  # text alone on top of a cache
         return make_plan(request, self.rules.schedule)
 
-    def _begin_trace(self, plan: Plan) -> None:
+    def _begin_trace(self, plan: Plan) -> Trace:
+        """The trace of one prefill; shown once it is whole, which it is already where nothing is dropped."""
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)
         lengths = [plan.length, *(stage.length for stage in plan.stages)]
-        columns = [row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()]
-        per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
         sizes = self.anatomy.sizes
-        choosing = sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0
-        self.trace.begin(columns, plan.length, per_layer, choosing, sizes)
+        trace = Trace(
+            visual_columns=[row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()],
+            length=plan.length,
+            lengths=[lengths[schedule.stage_of(layer)] for layer in range(layers)],
+            _shape=sizes,
+            _choosing=sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0,
+        )
         if not plan.drops:
             rows = torch.arange(plan.length).expand_as(plan.visual)
             for stage in plan.stages:
-                self.trace.record(stage.layer, stage.keep, rows, plan.visual, plan.past)
+                trace.record(stage.layer, stage.keep, rows, plan.visual, plan.past)
+            self.trace.show(trace)
+        return trace
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _show(self, trace: Trace) -> None:
+        self.trace.show(trace)
 
 
 class Generate:

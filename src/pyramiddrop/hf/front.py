@@ -24,7 +24,7 @@ from pyramiddrop.hf.run import Rules
 from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
 from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
-from pyramiddrop.trace import Ranked
+from pyramiddrop.trace import Ranked, Trace
 
 _MEMORY = "pyramiddrop_front"
 
@@ -81,8 +81,7 @@ class FrontAttachment(Attachment):
         generation = self._generation()
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
-        if plan is not None and first:
-            self._begin_trace(plan)
+        trace = self._begin_trace(plan) if plan is not None and first else None
         if plan is not None and past and plan.drops:
             raise ValueError(
                 "a further image on top of a cache is not supported where tokens are dropped before the decoder; give "
@@ -91,7 +90,7 @@ class FrontAttachment(Attachment):
         if plan is not None and plan.drops:
             tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
             labels = call.get("labels") if self.rules.logits == "kept" else None
-            return _Prompt(self, plan.to(tokens.device), cache, labels, first)
+            return _Prompt(self, plan.to(tokens.device), cache, labels, trace)
         shape = call_shape(call)
         assert shape is not None
         return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
@@ -101,9 +100,9 @@ class _Prompt:
     """A forward that drops; it has the ways of `hf.run.Run`."""
 
     def __init__(
-        self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, traced: bool
+        self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, trace: Trace | None
     ) -> None:
-        self.attachment, self.plan, self.cache, self.traced = attachment, plan, cache, traced
+        self.attachment, self.plan, self.cache, self.trace = attachment, plan, cache, trace
         self._kept: Kept | None = None
         self._labels = labels
         self.shift_labels: Tensor | None = None
@@ -141,11 +140,11 @@ class _Prompt:
         """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
         kept = choose(self.plan, 1, None, scores)
-        if self.traced:
+        if self.trace is not None:
             every, _, candidates = present(self.plan, None)
             rows, _, visual = present(self.plan, kept)
             ranked = Ranked(every, candidates, scores)
-            self.attachment.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
+            self.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
         return kept
 
     def _scores(self, hidden: Tensor) -> Tensor:
@@ -207,6 +206,7 @@ class _Step:
     """A forward on top of a cache from which tokens were left out; it has the ways of `hf.run.Run`."""
 
     shift_labels: Tensor | None = None
+    trace: Trace | None = None
 
     def __init__(self, memory: _Memory, past: int, new: int, renumbered: bool) -> None:
         self.memory, self.past, self.new, self.renumbered = memory, past, new, renumbered
