@@ -98,7 +98,13 @@ class Trace:
     def record(
         self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int, ranked: Ranked | None = None
     ) -> None:
-        """Add a stage; called by the adapter. (B, N) `rows` that stay, `visual` marks the visual ones; columns count from `offset`."""
+        """Add a stage; called by the adapter.
+
+        Args:
+            rows: (B, N) long, those that stay.
+            visual: (B, N) bool, which of them are visual tokens.
+            offset: columns count from here.
+        """
         self.stages.append(StageTrace(layer, keep, rows, visual, offset, self.visual_columns, ranked))
 
     def cost(self) -> Cost:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,7 @@ from pyramiddrop.trace import Trace
 
 _RUN = "pyramiddrop_run"
 _MARK = "_pyramiddrop_attachment"
+_WAIT = "Let the thread end before the `with` block does, or give it method.view(model) or an applied method"
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Attachment:
         rules: the method's settings.
         given: masks of the user's.
 
+    Attributes:
+        method: what the user applied; nothing here reads it.
+        trace: the last prefill.
+
     Raises:
         RuntimeError: where the model has a method already.
         UnsupportedModelError: where the model cannot work with these rules.
@@ -85,9 +92,12 @@ class Attachment:
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
         self.anatomy, self.rules, self.given = parts, rules, given
+        self.method: Any = None
         self._check()
         self.trace, self._projector = Trace(), Projector()
         self._handles: list[RemovableHandle] = []
+        # The calls of `generate` that run now, in any thread.
+        self._generating: set[int] = set()
         self._attach()
 
     def _check(self) -> None:
@@ -121,6 +131,12 @@ class Attachment:
 
     def detach(self) -> None:
         """Take all hooks off; the model is as it was."""
+        if self._generating:
+            warnings.warn(
+                "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
+                f"writes from now on is wrong. {_WAIT}",
+                stacklevel=3,
+            )
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -128,12 +144,32 @@ class Attachment:
         if self.anatomy.generator is not None:
             del self.anatomy.generator.generate
 
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    @contextmanager
+    def generating(self, generation: _Generation) -> Iterator[None]:
+        """Let forwards in the block, and in this thread, belong to this call of `generate`."""
+        token = _generations.set({**_generations.get(), id(self): generation})
+        self._generating.add(id(generation))
+        try:
+            yield
+        finally:
+            self._generating.discard(id(generation))
+            _generations.reset(token)
+
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _before_model(
         self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[()], Kwargs] | None:
         """On each module from the model down to the text model: the outermost that sees tokens opens the run."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                "a model with a pyramiddrop method on it cannot be exported (torch.export, torch.jit.trace, ONNX): "
+                "what is dropped depends on the input. Export it without the method"
+            )
         if _RUN in kwargs or len(args) > len(names):
             return None
         call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -288,11 +324,14 @@ class Generate:
             )
         frames = video_frames(kwargs, self.attachment.anatomy.merged_frames)
         generation = _Generation(*_prompt_lengths(args, kwargs), frames)
-        token = _generations.set({**_generations.get(), id(self.attachment): generation})
-        try:
+        if not self.attachment.attached:
+            warnings.warn(
+                "this `generate` was taken from a model while a pyramiddrop method was on it, and starts after the "
+                f"method was taken off: nothing is dropped. {_WAIT}",
+                stacklevel=2,
+            )
+        with self.attachment.generating(generation):
             return type(self.generator).generate(self.generator, *args, **kwargs)
-        finally:
-            _generations.reset(token)
 
 
 def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None, int]:

@@ -65,7 +65,7 @@ class Watch:
 
     @property
     def received(self) -> Tensor | None:
-        """(pictures, patches) of the last pictures that this thread has shown to the tower, or None before the first."""
+        """(pictures, patches) of the last pictures that this thread has shown to the tower, or None."""
         return _received.get().get(ref(self))
 
     def attach(self) -> list[RemovableHandle]:
