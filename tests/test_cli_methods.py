@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from pyramiddrop.cli.main import app
-from pyramiddrop.inference.choice import NAMES
+from pyramiddrop.method_spec import NAMES
 from pyramiddrop.scoring import SCORERS
 from tiny import make_batch, tiny_model
 

@@ -12,7 +12,7 @@ PACKAGE = Path(pyramiddrop.__file__).parent
 FLOORS = (
     ("naive", "schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
     ("hf",),
-    ("methods", "saving"),
+    ("methods", "method_spec", "saving"),
     ("vllm",),
     ("assets", "inference"),
     ("training", "evaluation", "report", "speed"),

@@ -12,8 +12,8 @@ from pyramiddrop.evaluation.lmms import run
 from pyramiddrop.evaluation.lmms.arguments import read_arguments, write_arguments
 from pyramiddrop.evaluation.lmms.backends import pick_backend
 from pyramiddrop.evaluation.lmms.meter import Spent
-from pyramiddrop.inference.choice import NAMES, option_names
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.method_spec import NAMES, option_names
 
 
 def test_method_and_backend_are_told_apart() -> None:

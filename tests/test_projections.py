@@ -20,7 +20,7 @@ from pyramiddrop.hf import projections
 from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.hf.following import take_tokens
 from pyramiddrop.hf.projections import NoAttentionError, Projection, Projector
-from tiny import make_batch, tiny_model
+from tiny import Answer, make_batch, tiny_model
 
 Given = dict[int, dict[str, Any]]
 SPY = "test_projections_spy"
@@ -311,6 +311,35 @@ def test_an_instances_own_forward_is_not_bypassed_in_the_model_and_not_run_in_th
     with torch.no_grad():
         case.model(**case.inputs)
     assert len(calls) == 2
+
+
+def test_ranking_in_training_touches_no_live_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a moment: another thread may run it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.9, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llava-gqa"), config)
+    inputs = make_batch(model.base_model.model, [[3, "image", 5, Answer(3)]], labels=True)
+    method = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
+    with torch.no_grad(), method(model.eval()) as trace:
+        model(**inputs)
+        expected = [stage.scores for stage in trace.stages[:1]]
+    model.base_model.model.model.language_model.layers[2:].train()  # what they are given is no matter of chance
+    live, touched = {id(module) for module in model.modules()}, list[str]()
+
+    def note(module: nn.Module, key: str, value: Any) -> None:
+        if id(module) in live:
+            touched.append(f"{type(module).__name__}.{key}")
+        own(module, key, value)
+
+    own = nn.Module.__setattr__
+    with torch.no_grad(), method(model) as trace:
+        monkeypatch.setattr(nn.Module, "__setattr__", note)
+        model(**inputs)
+        monkeypatch.undo()
+    assert touched == []
+    assert trace.stages[0].scores is not None
+    for found, scores in zip(trace.stages[0].scores, expected[0] or [], strict=True):
+        torch.testing.assert_close(found, scores)
 
 
 def test_projecting_twice_gives_the_same_bits() -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pyramiddrop.methods import UniformDrop as UniformDrop
     from pyramiddrop.methods import VisionDrop as VisionDrop
     from pyramiddrop.methods import apply as apply
+    from pyramiddrop.methods import current_method as current_method
     from pyramiddrop.methods import remove as remove
+    from pyramiddrop.methods import trace_of as trace_of
     from pyramiddrop.trace import Trace as Trace
 
 __version__ = version("pyramiddrop")
@@ -39,8 +41,10 @@ _HOMES = {
     "UnsupportedModelError": "pyramiddrop.hf",
     "VisionDrop": "pyramiddrop.methods",
     "apply": "pyramiddrop.methods",
+    "current_method": "pyramiddrop.methods",
     "load": "pyramiddrop.inference.loading",
     "remove": "pyramiddrop.methods",
+    "trace_of": "pyramiddrop.methods",
 }
 __all__ = list(_HOMES)
 

@@ -102,7 +102,7 @@ class Method:
         """Apply the method for the time of a `with` block, which yields the Trace.
 
         Args:
-            model: a Transformers vision-language model; or a text model, given a visual mask.
+            model: a Transformers vision-language model, or a pipeline with one; or a text model, given a visual mask.
             visual_mask: (B, L) bool, the visual tokens, where the model is fed with `inputs_embeds`.
             query_mask: (B, L) bool, the tokens whose attention ranks; by default the prompt's last token, and with
                 labels the token just before each answer span.
@@ -166,10 +166,46 @@ class Method:
             raise ValueError(f"{source}: {name} does not take {wrong}")
         return method
 
+    def view(self, model: nn.Module) -> nn.Module:
+        """A second model object on the same weights, with the method on it; `model` stays as it is.
+
+        Views do not know of each other: one set of weights serves many methods at once, from many threads. A view has
+        this method alone, also where `model` has one. No tensor is copied, so what changes the weights in place changes
+        them for all; move the model to its device first, for `.to` leaves the buffers of other views behind.
+
+        Args:
+            model: as for `apply`.
+
+        Returns:
+            a model of the same class. `trace_of` gives its trace, `remove` takes the method off.
+
+        Raises:
+            ValueError: as `apply`; and where a module's `forward` was replaced by a function (a compiled one, say).
+        """
+        from pyramiddrop.hf import attachment_of, shared_copy
+
+        second = shared_copy(_module_of(model))
+        if attachment_of(second) is not None:
+            remove(second)
+        apply(second, self)
+        return second
+
     def settings(self) -> dict[str, Any]:
         """What `from_settings` takes: plain values that JSON can hold."""
         values = {entry.name: _in_words(getattr(self, entry.name)) for entry in fields(self)}
         return {"method": type(self).__name__, **values}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign] # or `dataclass` writes one that shows all arguments
+
+    def __repr__(self) -> str:
+        shown = [entry.name for entry in fields(self) if entry.name not in self._overruled()]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def _overruled(self) -> set[str]:
+        """Arguments that others make meaningless."""
+        return set()
 
     @classmethod
     def _fixed(cls) -> list[str]:
@@ -245,6 +281,11 @@ class StagedMethod(Method):
         schedule = Schedule.of(layers, keep)
         schedule.check_depth(num_layers)
         return schedule
+
+    def _overruled(self) -> set[str]:
+        if self.keep is not None:
+            return {"lam", "stages"}
+        return set() if self.layers is None else {"stages"}
 
     def _keep_ratios(self) -> Sequence[float]:
         if self.keep is not None:
@@ -408,20 +449,43 @@ class Applied:
             self._attachment = None
 
 
-def apply(model: nn.Module, method: Method) -> Trace:
+def apply(model: nn.Module, method: Method | str) -> Trace:
     """Apply `method` to `model` until `remove(model)`; returns the trace, which each prefill fills anew.
 
     While it is applied, the model's `save_pretrained` writes the method's `pyramiddrop.json`, too.
 
+    Args:
+        model: a Transformers model, or a pipeline, whose model is meant.
+        method: a method, or one in words: "pyramiddrop:lam=0.4".
+
     Raises:
         ValueError: where the model family is not supported or the schedule does not fit its depth.
+        TypeError: for anything that is no model or no method.
         RuntimeError: where the model has a method already.
     """
     from pyramiddrop.hf import GivenMasks
 
+    method = _method_of(method)
     attachment = _attach(model, method, GivenMasks())
     travel(attachment.anatomy.wrappers, method)
     return attachment.trace
+
+
+def current_method(model: nn.Module) -> Method | None:
+    """The method that is on `model` now, by `apply`, a `with` block or as a view; None for none."""
+    from pyramiddrop.hf import attachment_of
+
+    attachment = attachment_of(_module_of(model))
+    return None if attachment is None else attachment.method
+
+
+def trace_of(model: nn.Module) -> Trace:
+    """The trace of the method that is on `model`: what `apply` and the `with` block gave.
+
+    Raises:
+        RuntimeError: where none is applied.
+    """
+    return _attachment(model).trace
 
 
 def remove(model: nn.Module) -> None:
@@ -430,13 +494,41 @@ def remove(model: nn.Module) -> None:
     Raises:
         RuntimeError: where none is applied.
     """
-    from pyramiddrop.hf import attachment_of
-
-    attachment = attachment_of(model)
-    if attachment is None:
-        raise RuntimeError("no pyramiddrop method is applied to this model")
+    attachment = _attachment(model)
     attachment.detach()
     stay(attachment.anatomy.wrappers)
+
+
+def _attachment(model: nn.Module) -> Attachment:
+    from pyramiddrop.hf import attachment_of
+
+    attachment = attachment_of(_module_of(model))
+    if attachment is None:
+        raise RuntimeError("no pyramiddrop method is applied to this model")
+    return attachment
+
+
+def _module_of(model: Any) -> nn.Module:
+    """The model, or that of a pipeline."""
+    if isinstance(model, Method):
+        raise TypeError(f"the model comes first: apply(model, {type(model).__name__}())")
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"model must be a PyTorch module or a Transformers pipeline; got {type(model).__name__}")
+    return module
+
+
+def _method_of(method: Any) -> Method:
+    """The method, or that in words."""
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        from pyramiddrop.method_spec import parse_method_spec
+
+        return parse_method_spec(method)
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method must be a method, not its class: write {method.__name__}() with its arguments")
+    raise TypeError(f"method must be a method such as PyramidDrop(); got {type(method).__name__}")
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
@@ -444,7 +536,7 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
     from pyramiddrop.hf.versions import warn_if_untested
 
     warn_if_untested()
-    parts, scorer = anatomy(model), method.scorer()
+    parts, scorer = anatomy(_module_of(model)), method.scorer()
     allowed = drop_layers(parts, method.rank_layer, scorer)
     try:
         schedule = method.schedule(len(parts.layers), allowed)
@@ -460,7 +552,9 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
         merge=method.merge,
         choosing=method.choosing_flops,
     )
-    return method.attach(parts, rules, given)
+    attachment = method.attach(parts, rules, given)
+    attachment.method = method
+    return attachment
 
 
 def _scorer(score: Any) -> Scorer:

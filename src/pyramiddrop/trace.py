@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,6 +60,8 @@ class StageTrace:
 class Trace:
     """The last prefill of a patched model; empty before the first. A `generate` call has one prefill.
 
+    Each prefill makes a trace of its own, which is shown here once it is whole: threads that share a model do not mix.
+
     Attributes:
         stages: one entry a stage, shallow to deep.
         visual_columns: for each sample the original columns of all its visual tokens: the k-th visual token of the
@@ -85,26 +88,23 @@ class Trace:
         """Whether `cost` knows the sizes of the model of the last prefill."""
         return self._shape is not None
 
-    def begin(
-        self,
-        visual_columns: list[Tensor],
-        length: int,
-        lengths: list[int],
-        choosing: int,
-        shape: DecoderShape | None,
-    ) -> None:
-        """Forget the prefill before; called by the adapter when a new one starts, of so many rows.
+    def show(self, finished: Trace) -> None:
+        """Become what `finished` tells; called by the adapter when a prefill has dropped its last tokens.
 
-        `choosing`: FLOPs of its stage ends, for one sample.
+        One assignment, so that no reader in another thread sees half of it.
         """
-        self.stages = []
-        self.visual_columns, self.length, self.lengths = visual_columns, length, lengths
-        self._choosing, self._shape = choosing, shape
+        self.__dict__ = finished.__dict__
 
     def record(
         self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int, ranked: Ranked | None = None
     ) -> None:
-        """Add a stage: (B, N) `rows` that stay, `visual` marks the visual ones; columns count from `offset`."""
+        """Add a stage; called by the adapter.
+
+        Args:
+            rows: (B, N) long, those that stay.
+            visual: (B, N) bool, which of them are visual tokens.
+            offset: columns count from here.
+        """
         self.stages.append(StageTrace(layer, keep, rows, visual, offset, self.visual_columns, ranked))
 
     def cost(self) -> Cost:
@@ -113,6 +113,9 @@ class Trace:
         Raises:
             RuntimeError: before the first prefill, and for a text model that the cost model does not know.
         """
+        return copy.copy(self)._cost()  # of one prefill, even if another one is shown meanwhile
+
+    def _cost(self) -> Cost:
         if not self.lengths:
             raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
         if self._shape is None:

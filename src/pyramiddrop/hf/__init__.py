@@ -6,6 +6,7 @@ from pyramiddrop.hf.front import FrontAttachment
 from pyramiddrop.hf.limits import drop_layers
 from pyramiddrop.hf.request import GivenMasks
 from pyramiddrop.hf.run import Rules
+from pyramiddrop.hf.shared_copy import shared_copy
 
 __all__ = [
     "Attachment",
@@ -16,4 +17,5 @@ __all__ = [
     "anatomy",
     "attachment_of",
     "drop_layers",
+    "shared_copy",
 ]

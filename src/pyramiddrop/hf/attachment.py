@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from pyramiddrop.trace import Trace
 
 _RUN = "pyramiddrop_run"
 _MARK = "_pyramiddrop_attachment"
+_WAIT = "Let the thread end before the `with` block does, or give it method.view(model) or an applied method"
 
 
 @dataclass
@@ -87,6 +89,10 @@ class Attachment:
         rules: the method's settings.
         given: masks of the user's.
 
+    Attributes:
+        method: what the user applied; nothing here reads it.
+        trace: the last prefill.
+
     Raises:
         RuntimeError: where the model has a method already.
         UnsupportedModelError: where the model cannot work with these rules.
@@ -98,10 +104,13 @@ class Attachment:
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
         self.anatomy, self.rules, self.given = parts, rules, given
+        self.method: Any = None
         self._check()
         self.trace, self._projector = Trace(), Projector()
         self._said: set[str] = set()
         self._handles: list[RemovableHandle] = []
+        # The calls of `generate` that run now, in any thread.
+        self._generating: set[int] = set()
         self._attach()
 
     def _check(self) -> None:
@@ -148,12 +157,33 @@ class Attachment:
 
     def detach(self) -> None:
         """Take all hooks off; the model is as it was."""
+        if self._generating:
+            warnings.warn(
+                "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
+                f"writes from now on is wrong. {_WAIT}",
+                stacklevel=3,
+            )
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         delattr(self.anatomy.text, _MARK)
         if self.anatomy.generator is not None:
             del self.anatomy.generator.generate
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    @contextmanager
+    def generating(self, generation: _Generation) -> Iterator[None]:
+        """Let forwards in the block, and in this thread, belong to this call of `generate`."""
+        token = _generations.set({**_generations.get(), id(self): generation})
+        self._generating.add(id(generation))
+        try:
+            yield
+        finally:
+            self._generating.discard(id(generation))
+            _generations.reset(token)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -196,6 +226,11 @@ class Attachment:
         kwargs: Kwargs,
     ) -> tuple[tuple[()], Kwargs] | None:
         """On each module from the model down to the text model: the outermost that sees tokens opens the run."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                "a model with a pyramiddrop method on it cannot be exported (torch.export, torch.jit.trace, ONNX): "
+                "what is dropped depends on the input. Export it without the method"
+            )
         if _RUN in kwargs or len(args) > len(names) or (args and given_twice(names[: len(args)], kwargs, caches)):
             return None
         call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -239,8 +274,12 @@ class Attachment:
         return (hidden, *(call[name] for name in placed)), {k: v for k, v in call.items() if k not in placed}
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
-        run = kwargs.get(_RUN)
-        return output if run is None else run.leave(output)
+        run: Run | None = kwargs.get(_RUN)
+        if run is None:
+            return output
+        if run.trace is not None:
+            self._show(run.trace)
+        return run.leave(output)
 
     # ---- opening a run ---------------------------------------------------------------------------------------------
 
@@ -266,8 +305,7 @@ class Attachment:
         generation = self._generation()
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
-        if plan is not None and first:
-            self._begin_trace(plan)
+        trace = self._begin_trace(plan) if plan is not None and first else None
         if memory is None and (plan is None or not plan.drops):
             return None
         self._check_length(past + (call_shape(call) or (0, 0))[1])
@@ -278,7 +316,6 @@ class Attachment:
         if dropping is not None:
             self._ignore_labels(call, dropping)
         labels = call.get("labels") if self.rules.logits == "kept" else None
-        trace = self.trace if first else None
         mask = call.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.shape == (len(tokens), past + tokens.shape[1]) else None
         length = tokens.shape[1]
@@ -342,18 +379,28 @@ class Attachment:
             self._said.add(text)
             warnings.warn(f"pyramiddrop {text}. (Said once for this model.)", stacklevel=2)
 
-    def _begin_trace(self, plan: Plan) -> None:
+    def _begin_trace(self, plan: Plan) -> Trace:
+        """The trace of one prefill; shown once it is whole, which it is already where nothing is dropped."""
         schedule, layers = self.rules.schedule, len(self.anatomy.layers)
         lengths = [plan.length, *(stage.length for stage in plan.stages)]
-        columns = [row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()]
-        per_layer = [lengths[schedule.stage_of(layer)] for layer in range(layers)]
         sizes = self.anatomy.sizes
-        choosing = sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0
-        self.trace.begin(columns, plan.length, per_layer, choosing, sizes)
+        trace = Trace(
+            visual_columns=[row.nonzero()[:, 0] + plan.past for row in plan.visual.cpu()],
+            length=plan.length,
+            lengths=[lengths[schedule.stage_of(layer)] for layer in range(layers)],
+            _shape=sizes,
+            _choosing=sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0,
+        )
         if not plan.drops:
             rows = torch.arange(plan.length).expand_as(plan.visual)
             for stage in plan.stages:
-                self.trace.record(stage.layer, stage.keep, rows, plan.visual, plan.past)
+                trace.record(stage.layer, stage.keep, rows, plan.visual, plan.past)
+            self.trace.show(trace)
+        return trace
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _show(self, trace: Trace) -> None:
+        self.trace.show(trace)
 
 
 class Generate:
@@ -372,11 +419,14 @@ class Generate:
             )
         frames = video_frames(kwargs, self.attachment.anatomy.merged_frames)
         generation = _Generation(*_prompt_lengths(args, kwargs), frames)
-        token = _generations.set({**_generations.get(), id(self.attachment): generation})
-        try:
+        if not self.attachment.attached:
+            warnings.warn(
+                "this `generate` was taken from a model while a pyramiddrop method was on it, and starts after the "
+                f"method was taken off: nothing is dropped. {_WAIT}",
+                stacklevel=2,
+            )
+        with self.attachment.generating(generation):
             return type(self.generator).generate(self.generator, *args, **kwargs)
-        finally:
-            _generations.reset(token)
 
 
 def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None, int]:

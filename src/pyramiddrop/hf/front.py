@@ -25,7 +25,7 @@ from pyramiddrop.hf.run import Rules
 from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
 from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
-from pyramiddrop.trace import Ranked
+from pyramiddrop.trace import Ranked, Trace
 
 _MEMORY = "pyramiddrop_front"
 
@@ -86,8 +86,7 @@ class FrontAttachment(Attachment):
         generation = self._generation()
         first = generation is None or generation.prompt is None
         plan = self._plan(call, past, generation)
-        if plan is not None and first:
-            self._begin_trace(plan)
+        trace = self._begin_trace(plan) if plan is not None and first else None
         if plan is not None and past and plan.drops:
             raise ValueError(
                 "a further image on top of a cache is not supported where tokens are dropped before the decoder; give "
@@ -102,7 +101,7 @@ class FrontAttachment(Attachment):
             tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
             self._ignore_labels(call, plan)
             labels = call.get("labels") if self.rules.logits == "kept" else None
-            return _Prompt(self, plan.to(tokens.device), cache, labels, first)
+            return _Prompt(self, plan.to(tokens.device), cache, labels, trace)
         shape = call_shape(call)
         assert shape is not None
         return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
@@ -112,9 +111,9 @@ class _Prompt:
     """A forward that drops; it has the ways of `hf.run.Run`."""
 
     def __init__(
-        self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, traced: bool
+        self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, trace: Trace | None
     ) -> None:
-        self.attachment, self.plan, self.cache, self.traced = attachment, plan, cache, traced
+        self.attachment, self.plan, self.cache, self.trace = attachment, plan, cache, trace
         self._kept: Kept | None = None
         self.unreached: int | None = number_run()
         self._labels = labels
@@ -126,7 +125,7 @@ class _Prompt:
         return hidden, kwargs
 
     def arrive(self, kwargs: Kwargs) -> Kwargs:
-        """The text model's `kwargs` with the rows that stay alone."""
+        """The text model's `kwargs` with the rows that stay alone, chosen on the device of its embeddings."""
         self.unreached = None
         hidden = kwargs.get("inputs_embeds")
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -136,6 +135,7 @@ class _Prompt:
                 f"{type(self.attachment.anatomy.text).__name__} cannot drop before its first layer: it is not called "
                 "with embeddings, a two-dimensional mask and positions of one axis"
             )
+        self.plan = self.plan.to(hidden.device)
         kept = self._kept = self._choose(hidden)
         ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if ids is None else ids
         ids = take_rows(ids.expand(len(kept.rows), -1), kept.rows)
@@ -153,11 +153,11 @@ class _Prompt:
         """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
         kept = choose(self.plan, 1, None, scores)
-        if self.traced:
+        if self.trace is not None:
             every, _, candidates = present(self.plan, None)
             rows, _, visual = present(self.plan, kept)
             ranked = Ranked(every, candidates, scores)
-            self.attachment.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
+            self.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
         return kept
 
     def _scores(self, hidden: Tensor) -> Tensor:
@@ -220,6 +220,7 @@ class _Step:
 
     shift_labels: Tensor | None = None
     unreached: int | None = None
+    trace: Trace | None = None
 
     def __init__(self, memory: _Memory, past: int, new: int, renumbered: bool) -> None:
         self.memory, self.past, self.new, self.renumbered = memory, past, new, renumbered
@@ -234,7 +235,8 @@ class _Step:
         answered = self.past - rows.shape[1]  # tokens between the prompt and this call
         later = alive.new_ones(len(alive), answered + self.new)
         if mask is not None:
-            alive = alive & mask[:, : memory.length].gather(1, rows.to(mask.device)).bool()
+            mask = mask.to(rows.device)
+            alive = alive & mask[:, : memory.length].gather(1, rows).bool()
             later = mask[:, memory.length :].bool()
         ids = kwargs.get("position_ids")
         if ids is None:

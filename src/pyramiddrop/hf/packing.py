@@ -87,12 +87,12 @@ class Unpacked:
 
     def take(self, tokens: Tensor) -> Tensor:
         """(S, width, ...) of (B, n, ...)."""
-        return tokens.flatten(0, 1)[self.index]
+        return tokens.flatten(0, 1)[self.index.to(tokens.device)]
 
     def put(self, values: Tensor) -> Tensor:
         """(B, n) of (S, width); 0 at tokens that are in no document."""
         total = self.shape.numel()
-        places = self.index.masked_fill(~self.valid, total)
+        places = self.index.masked_fill(~self.valid, total).to(values.device)
         return values.new_zeros(total + 1).scatter(0, places.flatten(), values.flatten())[:-1].view(self.shape)
 
 

@@ -1,9 +1,9 @@
 """The queries and keys of a decoder layer, taken from the layer itself on its way to the attention kernel.
 
-The layer's own forward runs on a twin of it whose attention implementation stops everything as soon as it is called.
-So the answer is exact whatever the family does before: norms of queries and keys, rotary embeddings of any layout or
-none, latent attention, gates, several branches. Modules are called, never their `.weight`: LoRA, quantised and sharded
-weights work.
+The layer's own forward runs on a shadow copy of it, whose attention implementation stops everything as soon as it is
+called. So the answer is exact whatever the family does before: norms of queries and keys, rotary embeddings of any
+layout or none, latent attention, gates, several branches. Modules are called, never their `.weight`: LoRA, quantised,
+sharded and offloaded weights work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 from pyramiddrop.hf.rows import take_hidden, take_rows
 
 _STOP = "pyramiddrop_stop"
+_HOOK = "_hf_hook"  # where accelerate keeps a module's hook, which it runs from the instance's own `forward`
 _QUERIES, _VALUES = ("q_proj", "q_b_proj"), ("v_proj",)  # projections that the keys do not depend on
 
 
@@ -60,9 +62,13 @@ def _stop(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
+    dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **options: Any,
 ) -> NoReturn:
+    """Take what Transformers' `sdpa_attention_forward` takes, by position too: other libraries wrap every function of
+    the attention interface and call it so (kvpress)."""
     raise _ReachedError(query, key, scaling, options)
 
 
@@ -88,14 +94,22 @@ class Projector:
             NoAttentionError: where the layer does not reach the attention interface.
         """
         if self._splits.get(index, True):
-            asked = _run(_twin(layer), take_hidden(hidden, asking), arguments(asking))
-            keyed = _run(_twin(layer, (*_QUERIES, *_VALUES)), hidden, arguments(None))
+            asked = _run(shadow_copy(layer), take_hidden(hidden, asking), arguments(asking))
+            keyed = _run(shadow_copy(layer, (*_QUERIES, *_VALUES)), hidden, arguments(None))
             if index not in self._splits:  # once, for the answer makes the host wait for the device
                 self._splits[index] = _agree(keyed.keys, asked.keys, asking)
             if self._splits[index]:
                 return Projection(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
-        whole = _run(_twin(layer), hidden, arguments(None))
+        whole = _run(shadow_copy(layer), hidden, arguments(None))
         return Projection(_columns(whole.queries, asking), whole.keys, whole.scale, whole.softcap, whole.sinks)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def cached_keys(layer: nn.Module, cached: Any) -> Tensor:
+    """(B, Hkv, K, d) the keys in a layer's cache. Latent attention keeps what it expands them from in each forward."""
+    latent: Any = next((module for module in shadow_copy(layer).modules() if hasattr(module, "expand_kv")), None)
+    keys: Tensor = cached.keys if latent is None else latent.expand_kv(cached.keys, cached.values)[0]
+    return keys
 
 
 def _columns(heads: Tensor, rows: Tensor) -> Tensor:
@@ -109,12 +123,12 @@ def _agree(keys: Tensor, asked: Tensor, asking: Tensor) -> bool:
     return among.shape == asked.shape and torch.allclose(among.float(), asked.float(), rtol=1e-2, atol=1e-2)
 
 
-def _run(twin: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _ReachedError:
+def _run(shadow: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _ReachedError:
     try:
-        type(twin).forward(twin, hidden, **arguments)
+        shadow.forward(hidden, **arguments)
     except _ReachedError as reached:
         return reached.with_traceback(None)  # whose frames would hold all that the layer has made on the way
-    raise NoAttentionError(f"{type(twin).__name__} does not reach Transformers' attention interface")
+    raise NoAttentionError(f"{type(shadow).__name__} does not reach Transformers' attention interface")
 
 
 class _Zeros(nn.Module):
@@ -128,26 +142,61 @@ class _Zeros(nn.Module):
         return hidden.new_zeros(*hidden.shape[:-1], self.width)
 
 
-def _twin(module: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
-    """A second object for the same weights, whose attention implementation is `_stop`; `module` is not touched.
+def shadow_copy(layer: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
+    """A second object for the same weights, in eval mode, whose attention implementation is `_stop`.
 
-    Made without the class's `__new__`, which sharding classes override; without an instance's own `forward`, which is
-    bound to the original; and without hooks, whose owners are to see the layer's real calls alone.
+    Nothing of `layer` is touched, not even for a moment: other threads may run it. Copied are the modules that hold a
+    configuration, and all of them if some are in training mode (dropout must neither make a decision noisy nor move the
+    random state of training) or run through accelerate's hooks.
+
+    Args:
+        skipped: names of linear modules whose outputs are not needed; zeros stand in for them.
     """
-    twin: nn.Module = object.__new__(type(module))
-    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
-    if "config" in twin.__dict__:
-        twin.__dict__["config"] = copy.copy(module.config)
-        twin.__dict__["config"].__dict__["_attn_implementation_internal"] = _STOP
-    twin.__dict__.update({name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")})
-    twin.__dict__["_modules"] = {name: _part(name, part, skipped) for name, part in module._modules.items()}
-    return twin
+    everything = any(module.training or _HOOK in module.__dict__ for module in layer.modules())
+    return _shadow(layer, skipped, everything, hooked=False)
 
 
-def _part(name: str, part: nn.Module | None, skipped: tuple[str, ...]) -> nn.Module | None:
+def _shadow(module: nn.Module, skipped: tuple[str, ...], everything: bool, hooked: bool) -> nn.Module:
+    """Made without the class's `__new__`, which sharding classes override, and without an instance's own or compiled
+    `forward`, which is bound to the original.
+
+    Args:
+        hooked: whether it keeps its PyTorch hooks; those of layers and attention see real calls alone.
+    """
+    shadow: nn.Module = object.__new__(type(module))
+    bound = ("forward", "_compiled_call_impl")
+    shadow.__dict__.update({name: value for name, value in module.__dict__.items() if name not in bound})
+    shadow.__dict__["training"] = False
+    if "config" in shadow.__dict__:
+        shadow.__dict__["config"] = copy.copy(module.config)
+        shadow.__dict__["config"].__dict__["_attn_implementation_internal"] = _STOP
+    if not hooked:
+        shadow.__dict__.update({name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")})
+    if everything:  # accelerate puts offloaded weights into these, and takes them out again
+        shadow.__dict__.update({name: copy.copy(module.__dict__[name]) for name in ("_parameters", "_buffers")})
+    if _HOOK in shadow.__dict__:
+        shadow.__dict__["forward"] = partial(_through_hook, shadow, shadow.__dict__[_HOOK])
+    parts = module._modules.items()
+    shadow.__dict__["_modules"] = {name: _part(name, part, skipped, everything) for name, part in parts}
+    return shadow
+
+
+def _part(name: str, part: nn.Module | None, skipped: tuple[str, ...], everything: bool) -> nn.Module | None:
     width = getattr(part, "out_features", None)
     if name in skipped and isinstance(width, int):
         return _Zeros(width)
-    if part is not None and any("config" in inner.__dict__ for inner in part.modules()):
-        return _twin(part, skipped)
-    return part
+    if part is None:
+        return None
+    configured = any("config" in inner.__dict__ for inner in part.modules())
+    return _shadow(part, skipped, everything, hooked=not configured) if configured or everything else part
+
+
+def _through_hook(shadow: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> Any:
+    """The class's forward inside accelerate's hook, which moves arguments between devices and loads weights."""
+    args, kwargs = hook.pre_forward(shadow, *args, **kwargs)
+    try:
+        output = type(shadow).forward(shadow, *args, **kwargs)
+    except _ReachedError:
+        hook.post_forward(shadow, ())  # lets go of the weights
+        raise
+    return hook.post_forward(shadow, output)

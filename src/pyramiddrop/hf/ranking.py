@@ -55,7 +55,7 @@ class Ranking:
         previous: Tensor | None,
         kwargs: Kwargs,
     ) -> Tensor:
-        """(B, N) scores for the end of `stage`, of the rows that `kept` leaves.
+        """(B, N) scores for the end of `stage`, of the rows that `kept` leaves, on the device of the plan.
 
         Args:
             index: of the ranking layer.
@@ -69,6 +69,7 @@ class Ranking:
         plan = self.plan
         rows, alive, visual = present(plan, kept)
         documents = self._documents(stage, rows, alive)
+        device = hidden.device
         asked = RankingLayer(
             plan,
             self.following,
@@ -85,19 +86,19 @@ class Ranking:
         )
         evidence = Evidence(
             layer=plan.stages[stage - 1].layer,
-            visual=visual,
-            ordinal=plan.ordinal.gather(1, rows),
-            groups=plan.groups.gather(1, rows),
-            quota=plan.stages[stage - 1].quota,
+            visual=visual.to(device),
+            ordinal=plan.ordinal.gather(1, rows).to(device),
+            groups=plan.groups.gather(1, rows).to(device),
+            quota=plan.stages[stage - 1].quota.to(device),
             hidden=_first_stream(hidden),
             attention=asked.attention,
             keys=asked.keys,
-            previous=None if previous is None else _first_stream(previous),
+            previous=None if previous is None else _first_stream(previous).to(device),
         )
         with cache_unwritten(layer, index, kwargs):
             if plan.packing is None or documents is None:
-                return self.scorer(evidence)
-            return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
+                return self.scorer(evidence).to(rows.device)
+            return documents.put(self.scorer(_by_document(evidence, plan.packing, documents))).to(rows.device)
 
     def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
         """The documents of packed rows in what is left when `stage` ends, or None where no row is packed."""
@@ -111,13 +112,14 @@ class Ranking:
 def _by_document(evidence: Evidence, packing: Packing, documents: Unpacked) -> Evidence:
     """What a scorer is shown of packed rows: each document as a row of a batch."""
     own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
+    own, valid = own.to(evidence.visual.device), documents.valid.to(evidence.visual.device)
     previous = evidence.previous
     return replace(
         evidence,
-        visual=documents.take(evidence.visual) & documents.valid,
+        visual=documents.take(evidence.visual) & valid,
         ordinal=documents.take(evidence.ordinal),
         groups=documents.take(evidence.groups),
-        quota=evidence.quota[packing.rows] * own,
+        quota=evidence.quota[packing.rows.to(own.device)] * own,
         hidden=documents.take(evidence.hidden),
         previous=None if previous is None else documents.take(previous),
     )

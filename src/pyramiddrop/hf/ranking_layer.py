@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from pyramiddrop.hf.masks import causal, hide, take_columns
 from pyramiddrop.hf.memory import Slots
 from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.projections import Projection, Projector
+from pyramiddrop.hf.projections import Projection, Projector, cached_keys
 from pyramiddrop.hf.rows import Kept, take_rows
 from pyramiddrop.hf.spans import Span
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
@@ -62,7 +61,7 @@ class RankingLayer:
 
     def keys(self) -> Tensor:
         """(B, Hkv, N, d), rotated."""
-        keys = self._project(self.plan.queries, rotated=True).keys
+        keys = self._project(self.plan.queries, rotated=True).keys.to(self.hidden.device)
         return keys if self.documents is None else _by_document(self.documents, keys)
 
     def attention(self, *, instruction: bool = False, rotated: bool = True) -> Tensor:
@@ -82,9 +81,10 @@ class RankingLayer:
             width = plan.packing.instruction if instruction else plan.packing.queries
             return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
         keys, key_columns, alive = self._with_past(seen.keys, rows, alive)
-        visible = self._visible(columns, key_columns, alive)
+        # The layer may be on another device than what it is about to be given: one number a row and head is moved.
+        visible, weights = (table.to(keys.device) for table in (self._visible(columns, key_columns, alive), weights))
         received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
-        return received[..., -rows.shape[1] :]
+        return received[..., -rows.shape[1] :].to(self.hidden.device)
 
     def _within_documents(
         self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: Projection, width: int
@@ -96,7 +96,9 @@ class RankingLayer:
             asking.take(columns), documents.take(self.present[0]), documents.valid, packing.rows[:, None, None]
         )
         queries, keys = _by_document(asking, seen.queries), _by_document(documents, seen.keys)
-        return attention_by_head(queries, keys, visible, asking.valid, seen.scale, seen.softcap, seen.sinks)
+        visible, weights = visible.to(keys.device), asking.valid.to(keys.device)
+        received = attention_by_head(queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
+        return received.to(self.hidden.device)
 
     def _project(self, columns: Tensor, rotated: bool) -> Projection:
         """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
@@ -111,8 +113,7 @@ class RankingLayer:
             return fixed | (tokens if some is None else take_tokens(tokens, some))
 
         asking = self._among_rows(columns)
-        with _no_dropout(self.layer):
-            seen: Projection = self.projector.project(self.index, self.layer, self.hidden, asking, arguments)
+        seen: Projection = self.projector.project(self.index, self.layer, self.hidden, asking, arguments)
         return seen
 
     def _among_rows(self, columns: Tensor) -> Tensor:
@@ -130,8 +131,7 @@ class RankingLayer:
             return keys, rows, alive
         before = self.earlier.get(self.stage, Slots(rows[:, :0], None, 0)).until(past)
         before = before.handed_out(cache, self.index, 0)
-        with _no_dropout(self.layer):
-            cached = _cached_keys(self.layer, cache.layers[self.index])[:, :, : before.columns.shape[1]].to(keys.device)
+        cached = cached_keys(self.layer, cache.layers[self.index])[:, :, : before.columns.shape[1]].to(keys.device)
         if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
             raise ValueError(
                 f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
@@ -202,23 +202,3 @@ def unrotated(tokens: Kwargs) -> Kwargs:
     if tokens.get("position_ids") is not None:
         changed["position_ids"] = torch.zeros_like(tokens["position_ids"])
     return changed
-
-
-def _cached_keys(layer: nn.Module, cached: Any) -> Tensor:
-    """(B, Hkv, K, d) the keys in a layer's cache. Latent attention keeps what it expands them from in each forward."""
-    latent: Any = next((module for module in layer.modules() if hasattr(module, "expand_kv")), None)
-    keys: Tensor = cached.keys if latent is None else latent.expand_kv(cached.keys, cached.values)[0]
-    return keys
-
-
-@contextmanager
-def _no_dropout(layer: nn.Module) -> Iterator[None]:
-    """Rank without dropout (LoRA's, say): a decision must neither be noisy nor move the random state of training."""
-    training = [module for module in layer.modules() if module.training] if layer.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

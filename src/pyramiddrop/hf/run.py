@@ -106,6 +106,8 @@ class Run:
 
     def enter(self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
         """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
+        if index == 0:
+            self._move(hidden.device)
         if self._deepstack is not None:
             hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
         if self._ranking is None:
@@ -114,6 +116,14 @@ class Run:
             hidden = self._drop(self._ranking, stage, index, layer, hidden, kwargs)
             changes = self._changes(stage, index, hidden, kwargs)
         return hidden, {**kwargs, **changes} if changes else kwargs
+
+    def _move(self, device: torch.device) -> None:
+        """Decide where the text model has its masks and positions; the tokens of the call may be on another device."""
+        following, ranking = self._following, self._ranking
+        if following.padding is not None and following.padding.device != device:
+            following.padding = following.padding.to(device)
+        if ranking is not None and ranking.plan.visual.device != device:
+            ranking.plan = ranking.plan.to(device)
 
     def _step(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """The changes for a layer of a call that drops nothing: worked out once for all layers alike, for in a step of
@@ -181,7 +191,9 @@ class Run:
         groups = ranking.plan.groups.gather(1, rows)
         # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
         flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
-        merged, self._sizes[stage] = merge(flat, sizes, visual, groups, kept.local, kept.valid)
+        sizes, visual, groups, local = (table.to(flat.device) for table in (sizes, visual, groups, kept.local))
+        valid = None if kept.valid is None else kept.valid.to(flat.device)
+        merged, self._sizes[stage] = merge(flat, sizes, visual, groups, local, valid)
         if hidden.dim() == 4:
             merged = merged.view(*merged.shape[:2], len(hidden), -1).movedim(-2, 0)
         return merged

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +55,24 @@ class Tower:
 
 
 class Watch:
-    """Keeps what the patches of the last pictures received in the tower, in the layer whose output is taken."""
+    """Keeps what the patches of a call's pictures received in the tower, in the layer whose output is taken.
+
+    It is kept with the thread (or task) that calls, for others may call the same model at the same time.
+    """
 
     def __init__(self, tower: Tower) -> None:
         self._tower, self._projector = tower, Projector()
-        self.received: Tensor | None = None
+
+    @property
+    def received(self) -> Tensor | None:
+        """(pictures, patches) of the last pictures that this thread has shown to the tower, or None."""
+        return _received.get().get(ref(self))
 
     def attach(self) -> list[RemovableHandle]:
         layer = self._tower.layers[self._tower.layer]
         return [layer.register_forward_pre_hook(self._look, with_kwargs=True)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -69,10 +80,15 @@ class Watch:
         count = 1 if first else hidden.shape[1]
         asking = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
         seen = self._projector.project(0, layer, hidden, asking, lambda rows: {"attention_mask": None})
-        visible = hidden.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
-        weights = hidden.new_ones(len(hidden), count)
-        received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)
-        self.received = received[:, first:]
+        visible = seen.keys.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
+        weights = seen.keys.new_ones(len(hidden), count)
+        received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)[:, first:]
+        others = {watch: table for watch, table in _received.get().items() if watch() is not None}
+        _received.set({**others, ref(self): received})
+
+
+# By watch, for a patched assistant model may look at the same pictures before the main model goes on.
+_received: ContextVar[Mapping[ref[Watch], Tensor]] = ContextVar("pyramiddrop_received", default={})  # noqa: B039
 
 
 class Shrunk:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from transformers.utils import cached_file
 
-from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.methods import FILE_NAME
+from pyramiddrop.method_spec import NAMES, check_options, dashed, option_names, parse_method_spec, read_words
+from pyramiddrop.methods import FILE_NAME, Method, PyramidDrop
 
 VANILLA = "vanilla"
-NAMES: dict[str, type[Method]] = {
-    "pyramiddrop": PyramidDrop,
-    "fastv": FastV,
-    "random": RandomDrop,
-    "uniform": UniformDrop,
-    "vision": VisionDrop,
-    "downsample": Downsample,
-}
-#: An option that the other one makes meaningless.
-OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ def _named(options: MethodOptions, source: str | Path) -> Method | None:
     if name == VANILLA:
         if options.given:
             raise InputError(
-                f"--{_dashed(next(iter(options.given)))} means nothing with --method vanilla, which drops no tokens"
+                f"--{dashed(next(iter(options.given)))} means nothing with --method vanilla, which drops no tokens"
             )
         return None
     kind = _kind(name)
@@ -88,11 +73,6 @@ def _kind(name: str) -> type[Method]:
     if name not in NAMES:
         raise InputError(f"method {name!r} is not one of {', '.join([*NAMES, VANILLA])}")
     return NAMES[name]
-
-
-def option_names(kind: type[Method]) -> set[str]:
-    """The options of a method: the arguments of its class."""
-    return {entry.name for entry in fields(kind) if entry.init}
 
 
 def saved_method(source: str | Path) -> Method | None:
@@ -110,50 +90,19 @@ def saved_method(source: str | Path) -> Method | None:
 
 
 def parse_method(text: str) -> Method | None:
-    """The method that one word names with its options; None for vanilla.
-
-    >>> parse_method("pyramiddrop:lam=0.6,stages=4")
-    >>> parse_method("fastv:layer=2,keep=0.4")
-    >>> parse_method("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
-
-    Every field of the method's class is an option; `read_words` says how they are written.
+    """The method that one word names with its options, as `parse_method_spec` reads it; None for vanilla.
 
     Raises:
         InputError: for an unknown method, an option that the method does not have, or a bad value.
     """
-    name, given = read_words(text)
-    if name == VANILLA:
-        if given:
-            raise InputError(f"vanilla drops no tokens and has no options; got {text!r}")
-        return None
-    kind = _kind(name)
-    _check_options(name, option_names(kind), given)
-    hints = get_type_hints(kind)
-    with user_input(f"method {text!r}"):
-        return kind(**{option: _typed(text, option, values, hints[option]) for option, values in given.items()})
-
-
-def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of a method and its options, each with its values: `pyramiddrop:layers=8/16,keep=0.5/0.25`.
-
-    Between options stand commas or colons, in lists slashes or commas: what has no `=` goes on with the list before.
-
-    Raises:
-        InputError: for an option without a value, or one that is given twice.
-    """
-    name, *pieces = re.split("[:,]", text)
-    given: dict[str, list[str]] = {}
-    for piece in pieces:
-        option, equals, value = piece.partition("=")
-        if not equals and not given:
-            raise InputError(f"{piece!r} in {text!r} is no option of a method; write e.g. fastv:layer=3,keep=0.25")
-        if not equals:
-            given[next(reversed(given))] += piece.split("/")
-        elif option in given:
-            raise InputError(f"{text!r} gives {option} twice")
-        else:
-            given[option] = value.split("/")
-    return name, given
+    with user_input():
+        name, given = read_words(text)
+        if name != VANILLA:
+            _kind(name)
+            return parse_method_spec(text)
+    if given:
+        raise InputError(f"vanilla drops no tokens and has no options; got {text!r}")
+    return None
 
 
 def method_label(method: Method) -> str:
@@ -164,43 +113,8 @@ def method_label(method: Method) -> str:
     return type(method).__name__ + (f"({settings})" if settings else "")
 
 
-def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
-    """`values` as a field of this type holds them: as the first of the types that can be made of them."""
-    value = "/".join(values)
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    readers = [_reader(kind) for kind in kinds if kind in READERS or get_origin(kind) is Sequence]
-    for _, made in readers:
-        with suppress(ValueError):
-            return made(value)
-    raise InputError(f"{option} in {text!r} must be {', or '.join(what for what, _ in readers)}; got {value!r}")
-
-
-def _reader(kind: Any) -> Reader:
-    """What a value of this type is, for people, and how it is made of text."""
-    if get_origin(kind) is not Sequence:
-        return READERS[kind]
-    what, made = READERS[get_args(kind)[0]]
-    return f"{what}, or several with slashes between them", lambda text: [made(part) for part in text.split("/")]
-
-
-def _one_of(words: dict[str, Any], text: str) -> Any:
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
-
-
-Reader = tuple[str, Callable[[str], Any]]
-READERS: dict[Any, Reader] = {
-    int: ("a whole number", int),
-    float: ("a number", float),
-    bool: ("true or false", partial(_one_of, {"true": True, "false": False})),
-    NoneType: ("none", partial(_one_of, {"none": None})),
-    str: ("text", str),
-}
-
-
 def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, Any]:
-    _check_options(name, known, given)
+    check_options(name, known, given)
     arguments = dict(given)
     if "layers" in arguments:
         arguments["layers"] = numbers("layers", arguments["layers"], int)
@@ -208,20 +122,6 @@ def _arguments(name: str, known: set[str], given: dict[str, Any]) -> dict[str, A
         keep = numbers("keep", arguments["keep"], float)
         arguments["keep"] = keep if "layers" in known else _only(keep)
     return arguments
-
-
-def _check_options(name: str, known: set[str], given: Collection[str]) -> None:
-    for option in given:
-        if option not in known:
-            raise InputError(f"--{_dashed(option)} does not belong to the method {name!r}")
-    for option, stronger in OVERRULED:
-        if option in given and stronger in given:
-            raise InputError(f"give --{option} or --{stronger}, not both")
-
-
-def _dashed(option: str) -> str:
-    """An option as a command line has it."""
-    return option.replace("_", "-")
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass, fields
 
-from pyramiddrop.inference.choice import NAMES
+from pyramiddrop.method_spec import NAMES
 from pyramiddrop.methods import Method
 from pyramiddrop.scoring import SCORERS, RandomFrom, Reserved, Scorer
 

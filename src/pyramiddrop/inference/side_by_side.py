@@ -8,9 +8,10 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, account
-from pyramiddrop.inference.choice import NAMES, VANILLA, MethodOptions, choose_method, method_label, read_words
+from pyramiddrop.inference.choice import VANILLA, MethodOptions, choose_method, method_label
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.sizes import Sizes
+from pyramiddrop.method_spec import NAMES, read_words
 
 #: Options that are numbers; the others are text, or lists that `choose_method` reads.
 NUMBERS: dict[str, type[int] | type[float]] = {"lam": float, "stages": int, "layer": int}
@@ -60,7 +61,8 @@ def published(words: Sequence[str], shared: MethodOptions, sizes: Sizes) -> tupl
 
 def _stated(word: str) -> MethodOptions:
     """`fastv:layer=3,keep=0.25` as options."""
-    name, values = read_words(word)
+    with user_input():
+        name, values = read_words(word)
     given: dict[str, Any] = {}
     for option, parts in values.items():
         value = ",".join(parts)
