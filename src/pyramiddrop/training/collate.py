@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -17,8 +18,9 @@ from pyramiddrop.inference.prompt import open_picture, opened
 from pyramiddrop.training.answers import IGNORED_LABEL, ConversationWriter, Rendered, answer_mask
 from pyramiddrop.training.samples import BrokenSampleError, Sample, located
 
-#: What begins the parts of a PNG that may hold Exif data.
-PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+#: The chunks of a PNG that may hold Exif data.
+PNG_TELLING = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
 
 
 class AnswerCollator:
@@ -144,22 +146,28 @@ def image_size(image: Any) -> tuple[int, int]:
         return found.size
     with _broken(), opened(found if isinstance(found, bytes) else Path(found)) as picture:
         width, height = picture.size
-        return (height, width) if _lies(picture) else (width, height)
+        turned = _exif(picture).get(ExifTags.Base.Orientation, 1) >= 5
+        return (height, width) if turned else (width, height)
 
 
-def _lies(picture: Any) -> bool:
-    """Whether a picture's Exif data turn it by a quarter.
+def _exif(picture: Any) -> Image.Exif:
+    """Pillow decodes all of a PNG for its Exif data; that is needed only if the file tells more behind its pixels."""
+    if picture.format == "PNG" and PNG_TELLING.isdisjoint(list(_chunks_behind_pixels(picture.fp))):
+        return Image.Image.getexif(picture)
+    return picture.getexif()  # type: ignore[no-any-return]
 
-    Pillow decodes a PNG whole before it tells, for the data may stand behind the pixels; most hold none.
-    """
-    if picture.format == "PNG" and "exif" not in picture.info:
-        place = picture.fp.tell()
-        picture.fp.seek(0)
-        content = picture.fp.read()
-        picture.fp.seek(place)
-        if not any(name in content for name in PNG_EXIF):
-            return False
-    return bool(picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
+
+def _chunks_behind_pixels(file: BinaryIO) -> Iterator[bytes]:
+    """The names of a PNG's chunks behind the first that holds pixels; the file stays at its place."""
+    place = file.tell()
+    file.seek(len(PNG_SIGNATURE))
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        pixels |= head[4:] == b"IDAT"
+        if pixels:
+            yield head[4:]
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
 
 
 @contextmanager
