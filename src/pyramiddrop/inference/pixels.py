@@ -37,8 +37,9 @@ def _largest(picture: Image.Image) -> float | None:
         return 65535
     if mode not in ("I", "F"):
         return None
-    lowest, highest = picture.getextrema()
-    if mode == "F" and 0 <= lowest <= highest <= 1 and np.isfinite(np.asarray(picture)).all():
+    values = np.asarray(picture)
+    lowest, highest = values.min(), values.max()
+    if mode == "F" and 0 <= lowest <= highest <= 1:
         return 1
     raise InputError(
         f"mode {mode} with values from {lowest:g} to {highest:g} has no known range; save it with 8 or 16 bits, or as "

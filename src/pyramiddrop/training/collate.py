@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 from torch import Tensor
 
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.prompt import open_picture
+from pyramiddrop.inference.pixels import to_rgb
+from pyramiddrop.inference.prompt import open_picture, opened
 from pyramiddrop.training.answers import IGNORED_LABEL, ConversationWriter, Rendered, answer_mask
-from pyramiddrop.training.samples import BrokenSampleError, Sample
+from pyramiddrop.training.samples import BrokenSampleError, Sample, located
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+#: The chunks of a PNG that may hold Exif data.
+PNG_TELLING = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
 
 
 class AnswerCollator:
@@ -63,11 +70,20 @@ class AnswerCollator:
         Raises:
             BrokenSampleError: where an image cannot be opened, or the template refuses the conversation.
         """
+        self._check_text(sample)
         written = self.writer.write(sample.messages)
         tokens = self.processor.tokenizer(written.text, add_special_tokens=self._adds_special(written))
         return len(tokens["input_ids"]) + sum(
             _visual_tokens(self.processor, image_size(image)) - 1 for image in sample.images
         )
+
+    def _check_text(self, sample: Sample) -> None:
+        """Raise BrokenSampleError for words that the processor would take for an image or a video."""
+        words = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+        for name in ("image_token", "video_token"):
+            token = getattr(self.processor, name, None)
+            if token and any(token in text for text in words):
+                raise BrokenSampleError(f"a text holds {token}, which stands for an image or a video in this model")
 
     def _encode(self, written: Sequence[Rendered], pictures: list[list[Any]]) -> Any:
         return self.processor(
@@ -91,7 +107,7 @@ def listed(images: Any) -> Sequence[Any]:
     """Images as a list; a table may hold a single one, or none."""
     if images is None:
         return []
-    return images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    return images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -106,37 +122,60 @@ def _without_empty(part: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in part.items() if value is not None}
 
 
-def open_image(image: Any) -> Any:
-    """The picture in a file, or the picture itself.
+def open_image(image: Any) -> Image.Image:
+    """The picture in a file, in the bytes of one, or the picture itself, in RGB.
 
     Raises:
-        BrokenSampleError: for a file that is not there or is no picture.
+        BrokenSampleError: for what is not there, is no picture or cannot be decoded.
     """
-    if not isinstance(image, str):
-        return image
-    try:
-        return open_picture(Path(image))
-    except InputError as error:
-        raise BrokenSampleError(str(error)) from error
+    found = located(image)
+    with _broken():
+        if isinstance(found, Image.Image):
+            return to_rgb(found)
+        return open_picture(found if isinstance(found, bytes) else Path(found))
 
 
 def image_size(image: Any) -> tuple[int, int]:
-    """(width, height) of a picture or of the one in a file, of which no more than the header is read.
+    """(width, height) of a picture or of the one in a file, of which no more than the header is decoded.
 
     Raises:
-        BrokenSampleError: for a file that is not there or is no picture.
+        BrokenSampleError: for what is not there or is no picture.
     """
-    if not isinstance(image, str):
-        return int(image.width), int(image.height)
+    found = located(image)
+    if isinstance(found, Image.Image):
+        return found.size
+    with _broken(), opened(found if isinstance(found, bytes) else Path(found)) as picture:
+        width, height = picture.size
+        turned = _exif(picture).get(ExifTags.Base.Orientation, 1) >= 5
+        return (height, width) if turned else (width, height)
+
+
+def _exif(picture: Any) -> Image.Exif:
+    """Pillow decodes all of a PNG for its Exif data; that is needed only if the file tells more behind its pixels."""
+    if picture.format == "PNG" and PNG_TELLING.isdisjoint(list(_chunks_behind_pixels(picture.fp))):
+        return Image.Image.getexif(picture)
+    return picture.getexif()  # type: ignore[no-any-return]
+
+
+def _chunks_behind_pixels(file: BinaryIO) -> Iterator[bytes]:
+    """The names of a PNG's chunks behind the first that holds pixels; the file stays at its place."""
+    place = file.tell()
+    file.seek(len(PNG_SIGNATURE))
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        pixels |= head[4:] == b"IDAT"
+        if pixels:
+            yield head[4:]
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
     try:
-        with Image.open(image) as picture:
-            width, height = picture.size
-            lying = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except FileNotFoundError:
-        raise BrokenSampleError(f"no such picture: {image}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenSampleError(f"cannot read the picture {image}: {error}") from error
-    return (height, width) if lying else (width, height)
+        yield
+    except InputError as error:
+        raise BrokenSampleError(str(error)) from error
 
 
 @lru_cache(maxsize=4096)

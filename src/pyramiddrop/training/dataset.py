@@ -1,19 +1,38 @@
-"""Owns the training set: what a file, a folder or the hub holds, checked sample by sample before the first step."""
+"""Load a training set from a file, a folder or the hub, and check each sample before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.fingerprint import Hasher
 
+from pyramiddrop import __version__
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.training.collate import AnswerCollator
-from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, json_records, read_sample
+from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
 
 LENGTH = "length"
+#: The column of a JSON file's records, as text: their fields need not have the same types.
+RECORD = "record"
+#: One process checks so many samples before a further one is worth its start.
+SAMPLES_A_PROCESS = 1000
+
+TEXT = datasets.Value("string")
+CHECKED = datasets.Features(
+    {
+        "messages": datasets.List({"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT})}),
+        "images": datasets.List(TEXT),
+        LENGTH: datasets.Value("int64"),
+        "inside": datasets.Value("bool"),
+        "error": TEXT,
+    }
+)
 
 
 @dataclass
@@ -33,6 +52,9 @@ def load_samples(
 ) -> tuple[datasets.Dataset, Report]:
     """A table with `messages`, `images` and `length` of every good sample, for `AnswerCollator` and any trainer.
 
+    Many samples are checked by several processes. What they found is kept in the cache of `datasets`, for as long as
+    the data and the processor stay the same; samples that were broken are looked at again.
+
     Args:
         source: a JSON or JSON-lines file of conversations, a folder that `datasets` saved, or a data set's name on the
             hub, of which the split "train" is taken.
@@ -46,21 +68,19 @@ def load_samples(
             none is good.
     """
     name, records = _read(source)
+    if not len(records):
+        raise InputError(f"{name} holds no sample to train on")
     folder = images or (Path(source).parent if Path(source).is_file() else None)
-    report, good = Report(), {}
-    for index, record in enumerate(records):
-        try:
-            sample = read_sample(record, folder)
-            good[index] = sample, _checked_length(sample, collator, max_length)
-        except BrokenSampleError as error:
-            broken = f"{name}[{index}]: {error}"
-            if not skip_broken:
-                raise InputError(broken) from error
-            report.broken.append(broken)
-    report.good = len(good)
-    if not good:
-        raise InputError(f"{name} holds no sample to train on" + (f"; {report.broken[0]}" if report.broken else ""))
-    return _table(records, good), report
+    checked = _checked(_undecoded(records), _Check(collator, folder, max_length))
+    errors = checked["error"][:]
+    broken = [f"{name}[{index}]: {error}" for index, error in enumerate(errors) if error is not None]
+    if broken and not skip_broken:
+        more = f" ({len(broken) - 1} more are broken; --skip-broken leaves them out)" if len(broken) > 1 else ""
+        raise InputError(broken[0] + more)
+    if len(broken) == len(errors):
+        raise InputError(f"{name} holds no sample to train on; {broken[0]}")
+    good = [index for index, error in enumerate(errors) if error is None]
+    return _table(name, records, checked, images).select(good), Report(len(good), broken)
 
 
 def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
@@ -82,45 +102,94 @@ def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
     )
 
 
-def _checked_length(sample: Sample, collator: AnswerCollator, max_length: int | None) -> int:
-    length = collator.length(sample)
-    if max_length is not None and length > max_length:
-        raise BrokenSampleError(f"{length} tokens are more than --max-length {max_length}")
-    return length
+@dataclass(frozen=True)
+class _Check:
+    """Reads a record, and tells what is wrong with it; a value, so that `datasets` knows it again."""
+
+    collator: AnswerCollator
+    folder: Path | None
+    max_length: int | None
+    version: str = __version__
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The sample of a record in the columns CHECKED; without the pictures that are inside the data."""
+        record = json.loads(row[RECORD]) if RECORD in row else row
+        try:
+            sample = read_sample(record, self.folder)
+            length = self.collator.length(sample)
+            if self.max_length is not None and length > self.max_length:
+                raise BrokenSampleError(f"{length} tokens are more than --max-length {self.max_length}")
+        except BrokenSampleError as error:
+            return {"messages": None, "images": None, LENGTH: None, "inside": False, "error": str(error)}
+        files = [image for image in sample.images if isinstance(image, str)]
+        inside = len(files) < len(sample.images)
+        return {"messages": sample.messages, "images": files, LENGTH: length, "inside": inside, "error": None}
 
 
-def _table(records: Any, good: Mapping[int, tuple[Sample, int]]) -> datasets.Dataset:
-    """Names of image files are copied into the table; pictures stay where they are, and are decoded when asked for."""
-    if isinstance(records, datasets.Dataset) and not all(_are_files(sample.images) for sample, _ in good.values()):
-        own = next(name for name in ("images", "image") if name in records.column_names)
-        table = records.select_columns([own]).rename_columns({own: "images"} if own == "image" else {})
-        nothing = (None, None)
-        table = table.add_column("messages", [_messages(good.get(index)) for index in range(len(records))])
-        table = table.add_column(LENGTH, [good.get(index, nothing)[1] for index in range(len(records))])
-        return table.select(list(good))
-    return datasets.Dataset.from_dict(
-        {
-            "messages": [sample.messages for sample, _ in good.values()],
-            "images": [sample.images for sample, _ in good.values()],
-            LENGTH: [length for _, length in good.values()],
-        }
+def _checked(records: datasets.Dataset, check: _Check) -> datasets.Dataset:
+    """What `check` says of each record, from the cache if it is there; what was broken then may have been mended."""
+    fingerprint = Hasher.hash([records._fingerprint, check])
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "pyramiddrop"
+    cache.mkdir(parents=True, exist_ok=True)
+    named = {"cache_file_name": str(cache / f"{fingerprint}.arrow"), "new_fingerprint": fingerprint}
+    checked_before = any(cache.glob(f"{fingerprint}*"))
+    found = _mapped(records, check, **named)
+    broken = [index for index, error in enumerate(found["error"][:]) if error is not None]
+    if checked_before and broken:
+        again = _mapped(records.select(broken), check, load_from_cache_file=False, keep_in_memory=True)
+        if None in again["error"][:]:
+            return _mapped(records, check, load_from_cache_file=False, **named)
+    return found
+
+
+def _mapped(records: datasets.Dataset, check: _Check, **caching: Any) -> datasets.Dataset:
+    processes = min(os.cpu_count() or 1, len(records) // SAMPLES_A_PROCESS)
+    return records.map(
+        check,
+        remove_columns=records.column_names,
+        features=CHECKED,
+        num_proc=processes if processes > 1 else None,
+        desc="checking samples",
+        **caching,
     )
 
 
-def _messages(entry: tuple[Sample, int] | None) -> list[Message] | None:
-    return None if entry is None else entry[0].messages
+def _undecoded(records: datasets.Dataset) -> datasets.Dataset:
+    """`records` with pictures as the bytes of their files, for the check reads no more than a header."""
+    for name in _picture_columns(records):
+        feature = records.features[name]
+        if isinstance(feature, datasets.Image):
+            records = records.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            records = records.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return records
 
 
-def _are_files(images: Sequence[Any]) -> bool:
-    return all(isinstance(image, str) for image in images)
+def _picture_columns(records: datasets.Dataset) -> list[str]:
+    return [name for name in ("images", "image") if name in records.column_names]
 
 
-def _read(source: str | Path) -> tuple[str, Any]:
+def _table(name: str, records: datasets.Dataset, checked: datasets.Dataset, folder: Path | None) -> datasets.Dataset:
+    """Names of image files are copied into the table; pictures stay where they are, and are decoded when asked for."""
+    table = checked.select_columns(["messages", "images", LENGTH])
+    if not any(checked["inside"][:]):
+        return table
+    own = _picture_columns(records)
+    if len(own) > 1:
+        raise InputError(f"{name} holds pictures in one of the columns {' and '.join(own)}; remove the other")
+    if folder is not None and any(checked["images"][:]):
+        raise InputError(f"{name} holds pictures and names of files; --images cannot be used with both")
+    pictures = records.select_columns(own).rename_columns({own[0]: "images"})
+    return datasets.concatenate_datasets([table.remove_columns("images"), pictures], axis=1)
+
+
+def _read(source: str | Path) -> tuple[str, datasets.Dataset]:
     """The source's name in messages, and its records."""
     path = Path(source)
     if path.is_file():
         with user_input(f"cannot read {path}", (OSError, ValueError)):
-            return path.name, list(json_records(path))
+            texts = [json.dumps(record) for record in json_records(path)]
+            return path.name, datasets.Dataset.from_dict({RECORD: texts}, datasets.Features({RECORD: TEXT}))
     if path.is_dir():
         with user_input(f"cannot read {path} as a data set", (OSError, ValueError)):
             return path.name, _train_split(datasets.load_from_disk(str(path)), path.name)

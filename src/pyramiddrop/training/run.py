@@ -134,7 +134,8 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     processor = _processor(options)
     collator = AnswerCollator(processor)
     progress(f"checking {options.data}")
-    table, report = load_samples(options.data, collator, options.images, options.max_length, options.skip_broken)
+    with arguments.main_process_first():  # the other ranks find what it has checked in the cache
+        table, report = load_samples(options.data, collator, options.images, options.max_length, options.skip_broken)
     progress(f"loading {options.model}")
     set_seed(options.seed)
     model = prepare_weights(_load_weights(options, recipe), recipe)

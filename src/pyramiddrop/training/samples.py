@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMAGE = "<image>"
+from PIL.Image import Image
+
+IMAGE, VIDEO = "<image>", "<video>"
 #: LLaVA's words for who speaks.
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("system", "user", "assistant")
+
+VIDEOS = f"videos are not supported; give frames as images, each with an {IMAGE}"
 
 Part = dict[str, str]
 Message = dict[str, Any]
@@ -82,7 +86,9 @@ def read_sample(record: Any, folder: Path | None = None) -> Sample:
         turns = [_message_turn(turn) for turn in _list_of(record["messages"], "messages")]
     else:
         raise BrokenSampleError('a sample must have "conversations" or "messages"')
-    images = [_located(image, folder) for image in _images_of(record)]
+    if record.get("video") is not None or record.get("videos") is not None:
+        raise BrokenSampleError(VIDEOS)
+    images = [located(image, folder) for image in _images_of(record)]
     messages = [{"role": role, "content": parts} for role, parts in turns]
     _place_images(messages, len(images))
     _check_roles([role for role, _ in turns])
@@ -152,14 +158,22 @@ def _images_of(record: Mapping[str, Any]) -> Sequence[Any]:
     return given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
 
 
-def _located(image: Any, folder: Path | None) -> Any:
-    """Names of files from `folder` on; pictures as they are."""
+def located(image: Any, folder: Path | None = None) -> str | bytes | Image:
+    """The name of an image's file from `folder` on, the bytes of such a file, or the picture itself.
+
+    Raises:
+        BrokenSampleError: for anything else.
+    """
     if isinstance(image, Mapping):  # how `datasets` hands over what it does not decode
-        image = image.get("path")
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if image is None or (isinstance(image, str | bytes) and not image):
+        raise BrokenSampleError("an image is empty")
     if isinstance(image, str | os.PathLike):
         return str(Path(folder or ".") / image)
-    if image is None:
-        raise BrokenSampleError("an image is empty")
+    if not isinstance(image, bytes | Image):
+        raise BrokenSampleError(
+            f"an image must be the name of a file, a picture, or {{'bytes': ..., 'path': ...}}; got {image!r:.80}"
+        )
     return image
 
 
@@ -182,6 +196,8 @@ def _check_roles(roles: Sequence[str]) -> None:
 
 def _check_content(messages: Sequence[Message], images: int) -> None:
     for message in messages:
+        if message["role"] == "user" and any(VIDEO in part.get("text", "") for part in message["content"]):
+            raise BrokenSampleError(f"a turn of the user holds a {VIDEO}; {VIDEOS}")
         if not message["content"]:
             raise BrokenSampleError(f"a turn of the {message['role']} is empty")
         if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
