@@ -81,11 +81,6 @@ class Following:
         cache = cache_of(kwargs)
         width = static_width(cache, source)
         if span.windowed:
-            if width is not None:
-                raise ValueError(
-                    f"a StaticCache with layers that see a window (layer {index}) is not supported once visual tokens "
-                    "were dropped from it; use a DynamicCache"
-                )
             slots = slots.handed_out(cache, source, added)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
         own: Tensor | None = self._once(
