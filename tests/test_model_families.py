@@ -23,6 +23,7 @@ from pyramiddrop.hf.versions import NEWEST_TESTED
 from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
 from pyramiddrop.trace import Trace
 from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
+from zoo.pieces import collate
 from zoo.vision import IMAGE
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -201,6 +202,39 @@ def test_images_side_by_side_are_told_apart_or_the_entry_says_so(family: str) ->
         types = make_rows(MEMBERS[name], model, [["image", "image"]])[0].types
         runs = sum(kind > before for kind, before in zip(types, [0, *types], strict=False))
         assert (runs < 2) == (told.ADJACENT in entry.limits)
+
+
+TOLD = ["gemma3", "gemma3n", "gemma4", "gemma4_unified", "chameleon", "kimi_k25", "muse_glimmer", "exaone4_5"]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_images_are_told_apart_without_the_tokens_that_a_processor_writes_around_them(name: str) -> None:
+    """A prompt of one's own may have nothing between them: sizes tell, also where `generate` hands none on."""
+    member, model = MEMBERS[name], MEMBERS[name].build(0)
+    row = make_rows(member, model, [[4, "image", "image", 6]])[0]
+    bare = [(token, kind) for token, kind in zip(row.ids, row.types, strict=True) if kind]
+    text = row.ids[:4], row.ids[-6:]
+    row.ids, row.types = ([*text[0], *(t for t, _ in bare), *text[1]], [0] * 4 + [k for _, k in bare] + [0] * 6)
+    row.labels = [-100] * len(row.ids)
+    inputs = collate(member, model, [row])
+    first = sum(row.pieces[0].types)
+    method = UniformDrop(layers=[7], keep=[0.5], per_image=True)
+    with method(model) as trace, torch.no_grad():
+        for run in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False)):
+            run()
+            left = trace.stages[0].kept[0] - 4
+            assert [int((left < first).sum()), int((left >= first).sum())] == [first // 2, (len(bare) - first) // 2]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4", "cohere2_vision"])
+@pytest.mark.parametrize("layers", [[1, 2], [3], [4], [5, 6]])
+def test_a_static_cache_is_refused_for_its_windows(name: str, layers: list[int]) -> None:
+    """Whether or not the window's layer is the one that drops, and before anything has run."""
+    member, model = MEMBERS[name], MEMBERS[name].build(0)
+    inputs = make_batch(member, model, [[4, "image", 6]])
+    method = UniformDrop(layers=layers, keep=[0.5, 0.25][: len(layers)])
+    with method(model), torch.no_grad(), pytest.raises(ValueError, match="StaticCache with layers that see a window"):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation="static")
 
 
 @pytest.mark.parametrize("name", ["cohere_compass", "gemma4", "muse_glimmer"])

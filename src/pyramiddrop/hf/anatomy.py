@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pyramiddrop.cost import DecoderShape
 from pyramiddrop.hf.families import FAMILIES, Family
+from pyramiddrop.hf.images import grid_lengths
 from pyramiddrop.hf.shapes import TEXT_MODELS, decoder_shape
 from pyramiddrop.hf.spans import Span, UnknownLayerTypeError, spans_of
 
@@ -109,8 +110,8 @@ class Anatomy:
         Raises:
             UnsupportedModelError: where an image is no run, and this call does not tell how long its images are.
         """
-        lengths = self.family.image_lengths
-        found, visual_tokens = lengths(self.config, call, image) if lengths else None, int(image.sum())
+        lengths = self.family.image_lengths or grid_lengths
+        found, visual_tokens = lengths(self.config, call, image), int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
             raise UnsupportedModelError(
                 f"per_image=True: this call does not tell which visual tokens are one image's, and {self.family.split} "

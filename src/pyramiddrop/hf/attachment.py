@@ -26,6 +26,7 @@ from pyramiddrop.hf.limits import (
     check_further_image,
     check_grouping,
     check_layers,
+    check_static_cache,
 )
 from pyramiddrop.hf.memory import CacheMemory
 from pyramiddrop.hf.plan import Plan, Request, make_plan
@@ -314,6 +315,7 @@ class Attachment:
             check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         if dropping is not None:
+            check_static_cache(self.anatomy, next(stage.layer for stage in dropping.stages if stage.drops), cache)
             self._ignore_labels(call, dropping)
         labels = call.get("labels") if self.rules.logits == "kept" else None
         mask = call.get("attention_mask")

@@ -10,6 +10,7 @@ from pyramiddrop.hf.images import (
     equal_lengths,
     molmo_lengths,
     pixtral_lengths,
+    pooled_lengths,
     step_lengths,
 )
 from pyramiddrop.hf.tiles import end_behind, one_between, tile_first, tile_lengths, whole_last
@@ -36,8 +37,8 @@ class Family:
         text: model types of the text models that are proven.
         modalities: what it sees.
         limits: what a user should know.
-        image_lengths: tokens of each image of a call, in order, or None where unknown (then a run of visual tokens
-            is one image).
+        image_lengths: tokens of each image of a call, in order, or None where its grids alone may tell (where there are
+            none, a run of visual tokens is one image).
         split: what stands between the tokens of one image, so that a run of them is no image; empty where none does.
         refused: why staged dropping cannot work on the family.
     """
@@ -161,10 +162,10 @@ FAMILIES: dict[str, Family] = {
     "fuyu": Family(("persimmon",), image_lengths=_BROKEN, split="a newline behind each row"),
     # ---- Gemma
     "paligemma": Family(("gemma", "gemma2"), limits=(WINDOWS, STATIC), image_lengths=equal_lengths),
-    "gemma3": Family(("gemma3_text",), limits=(*_GEMMA, TWO_WAY, CROPS)),
-    "gemma3n": Family(("gemma3n_text",), limits=(*_GEMMA, SHARED)),
-    "gemma4": Family(("gemma4_text",), VIDEO, (*_GEMMA, TWO_WAY, SHARED)),
-    "gemma4_unified": Family(("gemma4_unified_text",), VIDEO, (*_GEMMA, TWO_WAY)),
+    "gemma3": Family(("gemma3_text",), limits=(*_GEMMA, TWO_WAY, CROPS), image_lengths=equal_lengths),
+    "gemma3n": Family(("gemma3n_text",), limits=(*_GEMMA, SHARED), image_lengths=equal_lengths),
+    "gemma4": Family(("gemma4_text",), VIDEO, (*_GEMMA, TWO_WAY, SHARED), pooled_lengths),
+    "gemma4_unified": Family(("gemma4_unified_text",), VIDEO, (*_GEMMA, TWO_WAY), pooled_lengths),
     # ---- GLM and others with positions of several axes
     "glm4v": Family(("glm4v_text",), VIDEO, (AXES,)),
     "glm4v_moe": Family(("glm4v_moe_text",), VIDEO, (AXES,)),
@@ -188,7 +189,7 @@ FAMILIES: dict[str, Family] = {
     "lfm3_vl": Family(("lfm3",), VIDEO, (OWN_ROPE, RECURRENT, WINDOWS)),
     "nemotron_h_omni": Family(("nemotron_h",), refused="it has no decoder with `layers` and `embed_tokens`"),
     # ---- images as tokens of the vocabulary
-    "chameleon": Family(("chameleon",)),
+    "chameleon": Family(("chameleon",), image_lengths=equal_lengths),
     "emu3": Family(("emu3_text_model",)),
     # ---- no visual token passes through a decoder of the common form
     "mllama": Family(("mllama_text_model",), refused=_CROSS),

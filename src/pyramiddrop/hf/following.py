@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.memory import Slots, static_width
 from pyramiddrop.hf.plan import Plan
@@ -82,11 +82,6 @@ class Following:
         cache = cache_of(kwargs)
         width = static_width(cache, source)
         if span.windowed:
-            if width is not None:
-                raise UnsupportedModelError(
-                    f"a StaticCache with layers that see a window (layer {index}) is not supported once visual tokens "
-                    "were dropped from it; use a DynamicCache"
-                )
             slots = slots.handed_out(cache, source, added)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
         own: Tensor | None = self._once(

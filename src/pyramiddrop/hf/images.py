@@ -15,12 +15,41 @@ from pyramiddrop.hf.anyres import token_count
 ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]
 
 
+_MERGES = ("spatial_merge_size", "merge_kernel_size", "merge_size")  # how many patches on a side are one token
+
+
 def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Every image has the same number."""
     encoded, pixels, visual_tokens = _encoded_lengths(call), call.get("pixel_values"), int(image.sum())
     if encoded is not None or pixels is None or visual_tokens % len(pixels):
         return encoded
     return [visual_tokens // len(pixels)] * len(pixels)
+
+
+def grid_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+    """Qwen-VL and its kin: one token for a square of patches, of whose grids the call tells."""
+    if not any(hasattr(getattr(config, "vision_config", None), name) for name in _MERGES):
+        return None
+    encoded, grids = _encoded_lengths(call), call.get("image_grid_thw")
+    if encoded is not None or grids is None:
+        return encoded
+    return _in_proportion(grids.prod(-1).tolist(), image)
+
+
+def pooled_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+    """Gemma 4: one token for a square of patches, each of which has a position, and filler -1."""
+    encoded, places = _encoded_lengths(call), call.get("image_position_ids")
+    if encoded is not None or places is None:
+        return encoded
+    return _in_proportion((places >= 0).all(-1).sum(-1).tolist(), image)
+
+
+def _in_proportion(patches: Sequence[int], image: Tensor) -> Sequence[int] | None:
+    """Tokens of each image, each of which stands for equally many of its `patches`; None where that does not fit."""
+    merged, rest = divmod(sum(patches), max(1, int(image.sum())))
+    if rest or any(count % merged for count in patches):
+        return None
+    return [count // merged for count in patches]
 
 
 def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:

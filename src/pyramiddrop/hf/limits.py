@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.memory import static_width
 from pyramiddrop.scoring import Scorer
 
 #: Families whose image tokens see each other from both sides.
@@ -103,4 +104,15 @@ def check_further_image(anatomy: Anatomy, first: int) -> None:
             f"a further image on top of a pruned cache is not supported where tokens are dropped before layer {first}: "
             f"{type(anatomy.text).__name__} makes its masks by layer {late[0]}. Drop first behind that layer, or give "
             "the whole conversation without a cache"
+        )
+
+
+def check_static_cache(anatomy: Anatomy, first: int, cache: Any) -> None:
+    """Raise UnsupportedModelError where layers with a window follow the `first` layer before which tokens are dropped, on a static
+    cache: its slots go round within the window, and would be counted without the tokens that were dropped."""
+    windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
+    if windowed and static_width(cache, anatomy.sources[windowed[0]]) is not None:
+        raise UnsupportedModelError(
+            f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual tokens are "
+            f"dropped before one of them (before layer {first}); use a DynamicCache, or drop behind the last of them"
         )
