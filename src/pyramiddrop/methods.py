@@ -465,7 +465,7 @@ def apply(model: nn.Module, method: Method | str) -> Trace:
     """
     from pyramiddrop.hf import GivenMasks
 
-    method = _method_of(method)
+    model, method = _module_of(model), _method_of(method)
     attachment = _attach(model, method, GivenMasks())
     travel(attachment.anatomy.wrappers, method)
     return attachment.trace

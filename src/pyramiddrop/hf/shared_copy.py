@@ -51,7 +51,11 @@ def _forget_wrappers(module: nn.Module, originals: Collection[int]) -> None:
 
 def _runs(function: FunctionType, modules: Collection[int]) -> bool:
     """Whether a function holds one of `modules` (by id), a method of one, or another function that does."""
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    owners = [getattr(value, "__self__", value) for value in held]
-    inner = [value for value in held if isinstance(value, FunctionType)]
-    return any(id(owner) in modules for owner in owners) or any(_runs(value, modules) for value in inner)
+    seen, waiting = set[FunctionType](), [function]
+    while waiting:
+        seen.add(function := waiting.pop())
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        if any(id(getattr(value, "__self__", value)) in modules for value in held):
+            return True
+        waiting += [value for value in held if isinstance(value, FunctionType) and value not in seen]
+    return False
