@@ -65,7 +65,8 @@ def test_another_batch_cannot_continue_a_pruned_cache() -> None:
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad(), PyramidDrop(**LAYERS)(model):
         model(**inputs, **cache_argument(cache))
-        cache.batch_repeat_interleave(2)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1)
         with pytest.raises(ValueError, match="batch of 1; this call has a batch of 2"):
             model(input_ids=torch.tensor([[7], [8]]), **cache_argument(cache))
 

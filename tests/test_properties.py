@@ -1,6 +1,6 @@
 """Models, schedules, batches and calls drawn at random, each held against the specification and the slow reference.
 
-A failure prints the smallest scene that fails. `make test` draws a few, always the same ones; `make test-all` thousands.
+A failure prints the smallest scene that fails. `make test` draws a few, always the same; `make test-all` thousands.
 """
 
 from __future__ import annotations

@@ -97,6 +97,15 @@ class Anatomy:
         return int(getattr(getattr(self.config, "vision_config", None), "temporal_merge_size", 1))
 
     @cached_property
+    def caching(self) -> tuple[int, ...]:
+        """The decoder layers with keys of their own."""
+        return tuple(
+            index
+            for index, (span, source) in enumerate(zip(self.spans, self.sources, strict=True))
+            if index == source and span.kind != "recurrent"
+        )
+
+    @cached_property
     def first_of_kind(self) -> dict[Span, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
         return {span: self.spans.index(span) for span in self.spans}

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.cache_layer import forget
 from pyramiddrop.hf.compatibility import check_cache, check_reached, check_signatures
 from pyramiddrop.hf.following import Kwargs
+from pyramiddrop.hf.generation import Generation
 from pyramiddrop.hf.groups import video_frames
 from pyramiddrop.hf.limits import (
     check_attention,
@@ -28,7 +29,7 @@ from pyramiddrop.hf.limits import (
     check_layers,
     check_static_cache,
 )
-from pyramiddrop.hf.memory import CacheMemory
+from pyramiddrop.hf.memory import CacheMemory, check_lengths, past_length
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.request import (
@@ -48,38 +49,11 @@ _MARK = "_pyramiddrop_attachment"
 _WAIT = "Let the thread end before the `with` block does, or give it method.view(model) or an applied method"
 
 
-@dataclass
-class _Generation:
-    """One call of `generate`: its first forward is the prompt; what that asked holds until the end.
-
-    Attributes:
-        tokens: length of the ids or embeddings that `generate` was given: all columns so far, or the new ones alone.
-        columns: all columns so far, where its attention mask tells.
-        rows: of that batch; the forwards have more where there are beams.
-        frames: of each video that it was given.
-        prompt: the request of the first forward.
-    """
-
-    tokens: int | None
-    columns: int | None
-    rows: int
-    frames: list[int] | None
-    prompt: Request | None = None
-
-    def guesses(self, past: int, length: int) -> int:
-        """Columns at the end of the first forward that are no prompt: candidates of assisted decoding."""
-        if self.columns is not None:
-            return max(0, past + length - self.columns)
-        if self.tokens is None:
-            return 0
-        return max(0, (past if self.tokens > past else 0) + length - self.tokens)
-
-
 # By attachment: labels of the calls that are running, the innermost last, of forwards that hand no run on.
 _labels: ContextVar[Mapping[int, tuple[Tensor | None, ...]]] = ContextVar("pyramiddrop_labels", default={})  # noqa: B039
 
 # By attachment, for a patched assistant model may generate inside the generation of a patched main model.
-_generations: ContextVar[Mapping[int, _Generation]] = ContextVar("pyramiddrop_generations", default={})  # noqa: B039
+_generations: ContextVar[Mapping[int, Generation]] = ContextVar("pyramiddrop_generations", default={})  # noqa: B039
 
 
 class Attachment:
@@ -112,6 +86,9 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         # The calls of `generate` that run now, in any thread.
         self._generating: set[int] = set()
+        # Of each stage the first layer with keys of its own: looked at in each call, whether its cache is as it was.
+        first = {rules.schedule.stage_of(index): index for index in reversed(parts.caching)}
+        self._first_layers = {index: stage for stage, index in first.items()}
         self._attach()
 
     def _check(self) -> None:
@@ -155,6 +132,7 @@ class Attachment:
         setattr(text, _MARK, self)
         if generator is not None:
             generator.__dict__["generate"] = Generate(self, generator)
+            generator.__dict__["init_continuous_batching"] = _refuse_continuous_batching
 
     def detach(self) -> None:
         """Take all hooks off; the model is as it was."""
@@ -169,14 +147,14 @@ class Attachment:
         self._handles.clear()
         delattr(self.anatomy.text, _MARK)
         if self.anatomy.generator is not None:
-            del self.anatomy.generator.generate
+            del self.anatomy.generator.generate, self.anatomy.generator.init_continuous_batching
 
     @property
     def attached(self) -> bool:
         return bool(self._handles)
 
     @contextmanager
-    def generating(self, generation: _Generation) -> Iterator[None]:
+    def generating(self, generation: Generation) -> Iterator[None]:
         """Let forwards in the block, and in this thread, belong to this call of `generate`."""
         token = _generations.set({**_generations.get(), id(self): generation})
         self._generating.add(id(generation))
@@ -287,24 +265,26 @@ class Attachment:
     def _open(self, call: Kwargs) -> Run | None:
         """The run of this forward: a prefill that drops, a step that follows an earlier one, or None."""
         cache, (_, length) = cache_of(call), call_shape(call) or (0, 0)
-        memory = CacheMemory.of(cache)
         follows = length == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
+            memory = CacheMemory.of(cache)
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
         opened: Run | None = self._open_eagerly(call, cache)
         return opened
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Run | None:
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = past_length(cache)
         if past == 0:
-            CacheMemory.forget(cache)
+            forget(cache)
         memory = CacheMemory.of(cache)
         if memory is not None:
             memory.check(self.rules.schedule.layers, self.rules.positions, (call_shape(call) or (0, 0))[0])
+            check_lengths(cache, past, self._first_layers, memory)
             memory.crop(past)
+            memory.called = True
         generation = self._generation()
-        first = generation is None or generation.prompt is None
+        first = generation is None or generation.is_first
         plan = self._plan(call, past, generation)
         trace = self._begin_trace(plan) if plan is not None and first else None
         if memory is None and (plan is None or not plan.drops):
@@ -312,6 +292,7 @@ class Attachment:
         self._check_length(past + (call_shape(call) or (0, 0))[1])
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
         if past and plan is not None and plan.drops:
+            check_lengths(cache, past, self._first_layers, memory)
             check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         if dropping is not None:
@@ -323,7 +304,7 @@ class Attachment:
         length = tokens.shape[1]
         return Run(self.anatomy, self.rules, past, length, dropping, memory, labels, trace, padding, self._projector)
 
-    def _generation(self) -> _Generation | None:
+    def _generation(self) -> Generation | None:
         """The call of `generate` that this forward is part of."""
         return _generations.get().get(id(self))
 
@@ -340,35 +321,53 @@ class Attachment:
                 f"row numbers, which dropping changes; this one has {columns}. Use shorter prompts, or no method"
             )
 
-    def _plan(self, call: Kwargs, past: int, generation: _Generation | None) -> Plan | None:
+    def _plan(self, call: Kwargs, past: int, generation: Generation | None) -> Plan | None:
         """The plan of this forward where it is a prefill, else None."""
         shape = call_shape(call)
         assert shape is not None
-        if generation is not None and generation.prompt is not None:
+        if generation is not None and generation.started and generation.continues(call):
             # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
             # never dropped; without one the prompt is ranked again, by its own last token.
-            if cache_of(call) is not None:
+            if generation.prompt is None or cache_of(call) is not None:
                 return None
-            request = extend_request(generation.prompt, call)
-        elif shape[1] == 1 and past:
+            return make_plan(extend_request(generation.prompt, call), self.rules.schedule)
+        own = generation is not None and not generation.started
+        if generation is not None and own:
+            generation.start(call, shape[0])
+        if shape[1] == 1 and past:
             return None
-        else:
-            training = self.anatomy.text.training and generation is None
-            guesses = generation.guesses(past, shape[1]) if generation else 0
-            frames, beams = (generation.frames, max(1, shape[0] // generation.rows)) if generation else (None, 1)
-            grouping = self.rules.grouping
-            alone = generation is None
-            request = read_request(
-                call, self.anatomy, self.given, past, training, guesses, grouping, frames, beams, may_be_packed=alone
-            )
-            if generation is not None:
-                generation.prompt = request
-            if past and not request.visual.any():
-                return None  # text alone on top of a cache
+        request = self._request(call, past, shape, generation, own)
+        if past and not request.visual.any():
+            return None  # text alone on top of a cache
         plan = make_plan(request, self.rules.schedule)
         if generation is None:
             self._warn(request, plan)
         return plan
+
+    def _request(
+        self, call: Kwargs, past: int, shape: tuple[int, int], generation: Generation | None, own: bool
+    ) -> Request:
+        """The request of a prompt: the `generation`'s `own`, or another one that is asked outside or inside of it."""
+        anatomy, grouping = self.anatomy, self.rules.grouping
+        if generation is None:
+            training = anatomy.text.training
+            return read_request(call, anatomy, self.given, past, training, 0, grouping, may_be_packed=True)
+        if not own:
+            given = self._given_inside(generation, call, shape)
+            return read_request(call, anatomy, given, past, False, 0, grouping, may_be_packed=True)
+        guesses, beams = generation.guesses(past, shape[1]), generation.beams(shape[0])
+        request = read_request(call, anatomy, self.given, past, False, guesses, grouping, generation.frames, beams)
+        generation.prompt = request
+        return request
+
+    def _given_inside(self, generation: Generation, call: Kwargs, shape: tuple[int, int]) -> GivenMasks:
+        """The user's masks for another prompt inside `generate`: they are of the generation's, unless only a mask can
+        tell where this one's visual tokens are. Ids beside a prompt of embeddings are text."""
+        if call.get("input_ids") is None:
+            return self.given
+        if self.anatomy.visual_ids:
+            return GivenMasks()
+        return GivenMasks(torch.zeros(shape, dtype=torch.bool)) if generation.embedded else self.given
 
     def _warn(self, request: Request, plan: Plan) -> None:
         """Say once what a training or evaluation loop may not have meant."""
@@ -420,7 +419,8 @@ class Generate:
                 "of the whole prompt. Leave it unset"
             )
         frames = video_frames(kwargs, self.attachment.anatomy.merged_frames)
-        generation = _Generation(*_prompt_lengths(args, kwargs), frames)
+        outer, mask, key = _generations.get(), kwargs.get("attention_mask"), id(self.attachment)
+        generation = Generation(_tokens(args, kwargs), None if mask is None else mask.shape[1], frames, key in outer)
         if not self.attachment.attached:
             warnings.warn(
                 "this `generate` was taken from a model while a pyramiddrop method was on it, and starts after the "
@@ -431,13 +431,19 @@ class Generate:
             return type(self.generator).generate(self.generator, *args, **kwargs)
 
 
-def _prompt_lengths(args: tuple[Any, ...], kwargs: Kwargs) -> tuple[int | None, int | None, int]:
-    """Lengths of the tokens and of the attention mask that `generate` was given, and its rows."""
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    """Stands in for what `generate_batch` and a server start with."""
+    raise ValueError(
+        "continuous batching (generate_batch, init_continuous_batching) is not supported with a pyramiddrop method: "
+        "its paged cache holds every token in every layer. Use generate with a batch, or serve with vLLM (pyramiddrop "
+        "serve), or take the method off with remove(model)"
+    )
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Kwargs) -> Tensor | None:
+    """The ids or embeddings that `generate` was given."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    tokens = next((value for value in given if isinstance(value, Tensor)), None)
-    mask = kwargs.get("attention_mask")
-    length, rows = (None, 1) if tokens is None else (tokens.shape[1], len(tokens))
-    return length, None if mask is None else mask.shape[1], rows
+    return next((value for value in given if isinstance(value, Tensor)), None)
 
 
 def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:

@@ -6,6 +6,7 @@ follow inside: masks and positions are cut once, and the KV cache of every layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.attachment import Attachment
+from pyramiddrop.hf.cache_layer import RowMemory, forget, memory_of, remember
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.compatibility import check_signatures, number_run
 from pyramiddrop.hf.following import Kwargs, per_token
 from pyramiddrop.hf.limits import check_grouping
+from pyramiddrop.hf.memory import cache_made, check_lengths, past_length
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.request import GivenMasks, call_shape
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_next_labels, take_rows
@@ -27,15 +30,46 @@ from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
 from pyramiddrop.trace import Ranked, Trace
 
-_MEMORY = "pyramiddrop_front"
 
-
-@dataclass(frozen=True)
-class _Memory:
-    """What a cache holds of a prompt of `length` columns: the rows that were `kept`."""
+@dataclass
+class _Memory(RowMemory):
+    """What a cache holds of a prompt of `length` columns: the rows that were `kept`, with their `positions`."""
 
     length: int
     kept: Kept
+    positions: str
+
+    @staticmethod
+    def of(cache: Any, past: int, batch: int, positions: str) -> _Memory | None:
+        """The memory of a cache that holds `past` tokens, for a call of this `batch`; None where there is none.
+
+        Raises:
+            ValueError: where a call cannot go on with the cache.
+        """
+        memory = memory_of(cache)
+        if memory is None:
+            return None
+        if not isinstance(memory, _Memory) or memory.positions != positions:
+            raise ValueError(
+                "this KV cache was pruned by another method, and cannot be continued by one that drops before the "
+                f"decoder with positions={positions!r}; go on with the method that filled it, or start without it"
+            )
+        held, rows = memory.kept.rows.shape
+        if held != batch:
+            raise ValueError(f"this KV cache was pruned for a batch of {held}; this call has a batch of {batch}")
+        if past < rows:
+            raise ValueError(
+                f"this KV cache holds {past} tokens of a prompt of which {rows} were kept: it was cropped into that "
+                "prompt, or something else has removed keys from it, such as a press of kvpress. Crop only what "
+                "follows the prompt, and use one method at a time"
+            )
+        return memory
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> _Memory:
+        """The memory of the rows that `pick` takes of a (B, ...) tensor."""
+        kept = self.kept
+        valid = None if kept.valid is None else pick(kept.valid)
+        return replace(self, kept=Kept(pick(kept.rows), pick(kept.local), valid))
 
 
 class FrontAttachment(Attachment):
@@ -74,17 +108,21 @@ class FrontAttachment(Attachment):
             self._handles += part.attach() if part else []
 
     def _open_eagerly(self, call: Kwargs, cache: Any) -> Any:
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = past_length(cache)
         if cache is not None and cache.is_compileable:
             raise UnsupportedModelError(
                 f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder; use a "
                 "DynamicCache"
             )
-        memory: _Memory | None = getattr(cache, _MEMORY, None) if past else None
-        if cache is not None and not past:
-            cache.__dict__.pop(_MEMORY, None)
+        shape = call_shape(call)
+        assert shape is not None
+        if not past:
+            forget(cache)
+        memory = _Memory.of(cache, past, shape[0], self.rules.positions)
+        if memory is not None:
+            memory.called = True
         generation = self._generation()
-        first = generation is None or generation.prompt is None
+        first = generation is None or generation.is_first
         plan = self._plan(call, past, generation)
         trace = self._begin_trace(plan) if plan is not None and first else None
         if plan is not None and past and plan.drops:
@@ -102,8 +140,6 @@ class FrontAttachment(Attachment):
             self._ignore_labels(call, plan)
             labels = call.get("labels") if self.rules.logits == "kept" else None
             return _Prompt(self, plan.to(tokens.device), cache, labels, trace)
-        shape = call_shape(call)
-        assert shape is not None
         return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
 
 
@@ -143,8 +179,6 @@ class _Prompt:
         if self.attachment.rules.positions == "compact":
             ids = (left.long().cumsum(1) - 1).clamp(min=0)
         others = {name: take_rows(kwargs[name], kept.rows) for name in per_token(kwargs, hidden.shape[1])}
-        if self.cache is not None:
-            setattr(self.cache, _MEMORY, _Memory(self.plan.length, kept))
         # Never without a mask: Transformers would take gaps between positions for the bounds of packed sequences.
         return {**kwargs, **others, "attention_mask": left.long(), "position_ids": ids}
 
@@ -194,6 +228,10 @@ class _Prompt:
     def leave(self, output: Any) -> Any:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
         kept, labels, length = self._kept, self._labels, self.plan.length
+        cache = self.cache or cache_made(output)
+        if kept is not None and cache is not None:
+            check_lengths(cache, kept.rows.shape[1], dict.fromkeys(self.attachment.anatomy.caching, 1), None)
+            remember(cache, _Memory(length, kept, self.attachment.rules.positions))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
 

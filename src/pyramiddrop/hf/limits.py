@@ -108,11 +108,11 @@ def check_further_image(anatomy: Anatomy, first: int) -> None:
 
 
 def check_static_cache(anatomy: Anatomy, first: int, cache: Any) -> None:
-    """Raise UnsupportedModelError where layers with a window follow the `first` layer before which tokens are dropped, on a static
-    cache: its slots go round within the window, and would be counted without the tokens that were dropped."""
+    """Raise UnsupportedModelError where layers with a window follow the `first` drop on a static cache: its slots go
+    round within the window, and would be counted without the tokens that were dropped."""
     windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
     if windowed and static_width(cache, anatomy.sources[windowed[0]]) is not None:
         raise UnsupportedModelError(
-            f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual tokens are "
-            f"dropped before one of them (before layer {first}); use a DynamicCache, or drop behind the last of them"
+            f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual tokens "
+            f"are dropped before one of them (before layer {first}); use a DynamicCache, or drop behind the last of them"
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
-_ATTRIBUTE = "_pyramiddrop"
+from pyramiddrop.hf.cache_layer import RowMemory, memory_of
+from pyramiddrop.hf.versions import cache_of
+
 _BLOCK = 128  # columns that are tabled ahead of decoding, so that not every step builds the tables anew
 
 
@@ -32,6 +36,10 @@ class Slots:
     def alive(self) -> Tensor:
         """(B, n) bool, which slots are no filler."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> Slots:
+        """The slots of the rows that `pick` takes of a (B, n) tensor."""
+        return Slots(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
 
     def until(self, length: int) -> Slots:
         """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
@@ -98,6 +106,29 @@ class Slots:
         return Slots(torch.cat([before.columns, added.columns], 1), both, added.length)
 
 
+def cache_made(output: Any) -> Any:
+    """The KV cache in the output of a model that was given none, or None."""
+    if isinstance(output, tuple):
+        return next((value for value in output if isinstance(value, Cache)), None)
+    return cache_of(output)
+
+
+def past_length(cache: Any) -> int:
+    """Columns that a cache holds; 0 without one.
+
+    Raises:
+        ValueError: for a cache that is no list of layers, as those of continuous batching.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, "layers"):
+        raise ValueError(
+            f"a {type(cache).__name__} is not supported with a pyramiddrop method, for it is no list of one layer for "
+            "each decoder layer; use a DynamicCache or a StaticCache, or take the method off"
+        )
+    return int(cache.get_seq_length())
+
+
 def static_width(cache: Any, index: int) -> int | None:
     """Slots of layer `index` where the cache is a static one, else None."""
     layer = _cache_layer(cache, index)
@@ -109,8 +140,8 @@ def _cache_layer(cache: Any, index: int) -> Any:
 
 
 @dataclass
-class CacheMemory:
-    """Lives on the cache object, so that it is copied, passed on and forgotten with it.
+class CacheMemory(RowMemory):
+    """Lives in the cache, so that it is copied, passed on and forgotten with it, and follows its rows.
 
     Attributes:
         layers: before which tokens were dropped.
@@ -129,13 +160,27 @@ class CacheMemory:
 
     @staticmethod
     def of(cache: Any) -> CacheMemory | None:
-        """The memory of a cache, or None where nothing was ever dropped from it."""
-        memory: CacheMemory | None = getattr(cache, _ATTRIBUTE, None)
-        return memory
+        """The memory of a cache, or None where nothing was ever dropped from it.
 
-    def attach(self, cache: Any) -> None:
-        """Put this memory on a cache that has none."""
-        setattr(cache, _ATTRIBUTE, self)
+        Raises:
+            ValueError: where its tokens were dropped before the decoder.
+        """
+        memory = memory_of(cache)
+        if memory is None or isinstance(memory, CacheMemory):
+            return memory
+        raise ValueError(
+            "this KV cache was pruned before the decoder, and cannot be continued by a method that drops inside it; go "
+            "on with the method that filled it, or start without this cache"
+        )
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> CacheMemory:
+        """The memory of the rows that `pick` takes of a (B, ...) tensor."""
+
+        def rows(tables: Mapping[int, Slots]) -> dict[int, Slots]:
+            return {stage: slots.select(pick) for stage, slots in tables.items()}
+
+        shift = {stage: pick(shift) for stage, shift in self.shift.items()}
+        return replace(self, slots=rows(self.slots), wide=rows(self.wide), shift=shift, _ahead=rows(self._ahead))
 
     def check(self, layers: tuple[int, ...], positions: str, batch: int) -> None:
         """Raise ValueError where a call cannot go on with this cache: another method, or another batch."""
@@ -146,7 +191,11 @@ class CacheMemory:
             )
         held = {len(slots.columns) for slots in self.slots.values()}
         if held != {batch}:
-            raise ValueError(f"this KV cache was pruned for a batch of {held.pop()}; this call has a batch of {batch}")
+            raise ValueError(
+                f"this KV cache was pruned for a batch of {held.pop()}; this call has a batch of {batch}. Give the "
+                "batch that the cache holds; rows are picked and repeated by the cache's own methods "
+                "(batch_select_indices, batch_repeat_interleave, reorder_cache)"
+            )
 
     def hold(self, stage: int, slots: Slots, width: int | None) -> None:
         """Remember what a pruned prefill left in the cache of a stage; `width` is a static cache's."""
@@ -170,8 +219,31 @@ class CacheMemory:
             self.slots = {stage: slots.until(min(length, slots.length)) for stage, slots in self.slots.items()}
             self._ahead.clear()
 
-    @staticmethod
-    def forget(cache: Any) -> None:
-        """Drop what is remembered: the cache was emptied."""
-        if hasattr(cache, _ATTRIBUTE):
-            delattr(cache, _ATTRIBUTE)
+    def missing(self, stage: int) -> int:
+        """How many columns the cache of a stage holds no slot for."""
+        slots = self.slots.get(stage)
+        return 0 if slots is None else slots.length - slots.columns.shape[1]
+
+
+def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: CacheMemory | None) -> None:
+    """Raise ValueError where a layer of a dynamic cache does not hold what dropping has left of so many `columns`.
+
+    Args:
+        cache: of the call.
+        columns: of the full sequence, up to the last one that the cache holds.
+        layers: layer -> its stage, of the layers to look at.
+        memory: of the cache.
+    """
+    if cache.is_compileable:
+        return
+    for index, stage in layers.items():
+        layer = _cache_layer(cache, index)
+        if not hasattr(layer, "get_seq_length"):
+            continue
+        held, expected = layer.get_seq_length(), columns - (memory.missing(stage) if memory else 0)
+        if held != expected:
+            raise ValueError(
+                f"layer {index} of this KV cache holds {held} tokens, where a pyramiddrop method left {expected}: "
+                "something else has removed keys from it, such as a press of kvpress. Use one of the two at a time; to "
+                "take back the last tokens, call the cache's own crop"
+            )

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pyramiddrop.cost import Choosing
 from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.cache_layer import remember
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.compatibility import check_drops, number_run
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs, first_table
-from pyramiddrop.hf.memory import CacheMemory, Slots, static_width
+from pyramiddrop.hf.memory import CacheMemory, Slots, check_lengths, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
@@ -79,6 +80,7 @@ class Run:
     ) -> None:
         self.anatomy, self.rules, self.past, self.length = anatomy, rules, past, length
         self.memory, self.trace = memory, trace
+        self._cache: Any = None  # where this call leaves something to remember
         # What the cache held before this call; `memory` grows while the call runs.
         self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
         shift = dict(memory.shift) if memory else {}
@@ -226,7 +228,7 @@ class Run:
     def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
         if self.memory is None:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
-            self.memory.attach(cache)
+        self._cache = cache
         earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
         slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
         self.memory.hold(stage, slots, static_width(cache, index))
@@ -266,6 +268,8 @@ class Run:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
         # Fewer layers run where a model drafts for itself.
         check_drops(self.anatomy.text, self._missed(self.anatomy.text.config.num_hidden_layers))
+        if self._cache is not None:
+            self._hand_over(self._cache)
         kept = self._kept.get(len(self.rules.schedule.stages))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
@@ -275,6 +279,13 @@ class Run:
         """The layers before layer `index` that should have ended a stage and have not."""
         ends = enumerate(self._ranking.plan.stages, 1) if self._ranking is not None else ()
         return [stage.layer for number, stage in ends if number not in self._kept and stage.layer < index]
+
+    def _hand_over(self, cache: Any) -> None:
+        """Put the memory on the cache, once all layers are in it."""
+        assert self.memory is not None
+        stages = {index: self.rules.schedule.stage_of(index) for index in self.anatomy.caching}
+        check_lengths(cache, self.past + self.length, stages, self.memory)
+        remember(cache, self.memory)
 
     def _given_back(self, hidden: Tensor, kept: Kept) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""
