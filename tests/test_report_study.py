@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.glances import Glance
+from pyramiddrop.evaluation.studies.attention import AttentionExample
 from pyramiddrop.planning import Profile
 from pyramiddrop.report.places.grid import Box, View, reading_order
 from pyramiddrop.report.places.layout import Seen
@@ -25,7 +25,7 @@ from pyramiddrop.report.studies.attention_plot import Looks, draw_attention, spr
 from pyramiddrop.report.studies.files import write_study
 from pyramiddrop.report.studies.paper_figure import depth_colors, save
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
-from pyramiddrop.report.studies.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+from pyramiddrop.report.studies.redundancy_report import examples_to_maps, show_redundancy, write_profiles
 from pyramiddrop.report.studies.study import bounds, percent, small
 
 
@@ -149,8 +149,10 @@ def test_tokens_without_a_place_are_not_drawn() -> None:
 
 def test_pictures_of_families_that_cannot_be_placed_are_left_out_with_a_reason() -> None:
     asked = Sample((Image.new("RGB", (8, 8)),), "What?")
-    unknown = Glance(asked, "that", {1: torch.ones(4) / 4}, SimpleNamespace(model_type="no-such-family"), None)
-    found, reason = glances_to_looks([unknown])
+    unknown = AttentionExample(
+        asked, "that", {1: torch.ones(4) / 4}, SimpleNamespace(model_type="no-such-family"), None
+    )
+    found, reason = examples_to_maps([unknown])
     assert found == []
     assert "no-such-family" in reason
 

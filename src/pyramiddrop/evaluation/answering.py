@@ -1,4 +1,4 @@
-"""Owns how samples are answered: greedily, in left-padded batches, under any method, with what each prefill used."""
+"""Answer samples greedily, in left-padded batches, under any method, and record what each prefill cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns equal cost: a method's shares solved so that it spends a given part of vanilla's decoder FLOPs, and no more."""
+"""Solve a method's keep ratios so that it costs a given percentage of vanilla's decoder FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the record of an evaluation: scores, paired differences, cost and time of each way, as plain values."""
+"""The record of an evaluation as plain values: scores, paired differences, cost and time of each method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what the requests of a run cost: it stands before the model's `generate` and reads what each prefill kept."""
+"""Measure what the requests of a run cost, from what each prefill kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is studied, as a command line gives it: the questions, and the models by their names in the study."""
+"""The questions and models of a study, as the command line gives them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Named:
+class StudyModel:
     """A model that is studied: a folder or a name on the hub, or `bundled`; and its name in the study."""
 
     name: str
@@ -75,7 +75,7 @@ class Named:
         return digits_checkpoint() if self.source == BUNDLED else self.source
 
 
-def named_models(sources: Sequence[str], names: Sequence[str]) -> list[Named]:
+def study_models(sources: Sequence[str], names: Sequence[str]) -> list[StudyModel]:
     """The models of a study; without a name a model is called by the last part of its source.
 
     Raises:
@@ -87,4 +87,4 @@ def named_models(sources: Sequence[str], names: Sequence[str]) -> list[Named]:
     found = [name.strip() for name in names] or [Path(source).name or source for source in sources]
     if len(set(found)) < len(found) or not all(found):
         raise InputError(f"models need different names (--name); got {', '.join(map(repr, found))}")
-    return [Named(name, source) for name, source in zip(found, sources, strict=True)]
+    return [StudyModel(name, source) for name, source in zip(found, sources, strict=True)]
