@@ -17,15 +17,13 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.studies.attention import attention_examples, pick_samples
 from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.report.studies.ablation_plot import draw_ablation
-from pyramiddrop.report.studies.ablation_report import ablation_sheets
+from pyramiddrop.report.studies.ablation import ablation_sheets, draw_ablation
 from pyramiddrop.report.studies.attention_plot import draw_attention
 from pyramiddrop.report.studies.paper_figure import styled
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
-from pyramiddrop.report.studies.redundancy_report import examples_to_maps, redundancy_sheets
+from pyramiddrop.report.studies.redundancy_report import attention_maps, redundancy_sheets
 from pyramiddrop.report.studies.study import Sheet
-from pyramiddrop.report.studies.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
-from pyramiddrop.report.studies.tradeoff_report import tradeoff_sheets
+from pyramiddrop.report.studies.tradeoff import draw_tradeoff, draw_tradeoff_by_kind, tradeoff_sheets
 from pyramiddrop.report.tables.evaluation import difference_cell, score_cell
 
 DOCUMENT = ROOT / "docs" / "studies.md"
@@ -103,7 +101,7 @@ def bundled_looks() -> Any:
     """Three prompts of the bundled model."""
     checkpoint = load_checkpoint(digits_checkpoint(), "cpu")
     examples = attention_examples(checkpoint, pick_samples(digits_task(limit=48).samples, 3), (1, 2, 3, 4, 5, 6, 7), 5)
-    return examples_to_maps(examples)[0]
+    return attention_maps(examples)[0]
 
 
 def read(name: str) -> Record:

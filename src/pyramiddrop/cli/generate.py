@@ -102,7 +102,7 @@ def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> R
 
 def _draw(done: Run, path: Path) -> None:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.pictures.run import run_visual
+    from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
         visual = run_visual(done)

@@ -72,7 +72,7 @@ def redundancy(
     from pyramiddrop.evaluation.studies.inputs import Questions, study_models
     from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.studies.redundancy_report import examples_to_maps, show_redundancy, write_profiles
+    from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 
     options = RedundancyOptions(
         models=study_models(model or (), name or ()),
@@ -88,7 +88,7 @@ def redundancy(
     _make_folder(output)
     with progress() as begin:
         record, examples = run_redundancy(task, options, output, begin)
-    looks, why_not = examples_to_maps(examples)
+    looks, why_not = attention_maps(examples)
     profiles = write_profiles(record, output)
     _finish(record, show_redundancy(record, looks), output, as_json)
     for path in profiles:
@@ -134,7 +134,7 @@ def tradeoff(
     from pyramiddrop.evaluation.run import EvalOptions
     from pyramiddrop.evaluation.studies.inputs import Questions
     from pyramiddrop.evaluation.studies.method_studies import prepare_tradeoff
-    from pyramiddrop.report.studies.tradeoff_report import show_tradeoff
+    from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions(
@@ -168,7 +168,7 @@ def ablation(
     from pyramiddrop.evaluation.studies.inputs import Questions
     from pyramiddrop.evaluation.studies.method_studies import LAMBDAS, prepare_ablation
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.studies.ablation_report import show_ablation
+    from pyramiddrop.report.studies.ablation import show_ablation
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions((), (), model, batch, max_new_tokens, device, dtype, output)

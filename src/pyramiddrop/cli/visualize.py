@@ -103,7 +103,7 @@ def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> 
 
 def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.pictures.run import run_visual
+    from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input("cannot draw", (OSError, ValueError)):
         visual = run_visual(done)
@@ -115,7 +115,7 @@ def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
 
 
 def _show(visual: Visual, done: Run, written: list[str]) -> None:
-    from pyramiddrop.report.tables.look import new_table
+    from pyramiddrop.report.tables.style import new_table
 
     table = new_table("layers", "visual tokens")
     for span in visual.spans:

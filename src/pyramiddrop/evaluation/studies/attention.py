@@ -55,7 +55,7 @@ def attention_on_picture(scores: Tensor) -> float:
 
 
 def attention_concentration(scores: Tensor) -> float:
-    """The smallest share of the visual tokens that receives nine tenths of the attention on the picture, by scores (N,)."""
+    """The smallest share of the visual tokens that receives nine tenths of the attention on the picture."""
     ordered = scores.double().sort(descending=True).values.cumsum(0)
     held = int(torch.searchsorted(ordered, CONCENTRATION * ordered[-1])) + 1
     return min(held, len(ordered)) / len(ordered)

@@ -1,4 +1,4 @@
-"""Owns the views of families that look at crops of one size: those that tile the picture are put together again."""
+"""Views of families that cut crops of one size: crops that tile the picture are joined again."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from PIL import Image
 
-from pyramiddrop.report.places.chart import Chart, Crop, chart, chart_video
-from pyramiddrop.report.places.grid import Box, View, crop_order, reading_order
-from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt, Size
+from pyramiddrop.report.token_layout.calibration import Calibration, Crop, calibrate, calibrate_video
+from pyramiddrop.report.token_layout.geometry import Box, View, crop_order, reading_order
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Prompt, Size
 
 #: A crop that misses less than this share of each side shows the whole picture.
 _SLACK = 0.05
 
 
-def charted(prompt: Prompt, size: Size) -> list[View]:
+def calibrated_views(prompt: Prompt, size: Size) -> list[View]:
     """The views of a picture whose crops stand one after another, each one's tokens row by row."""
-    return crop_views(chart(prompt.config, prompt.processor, size), size)
+    return crop_views(calibrate(prompt.config, prompt.processor, size), size)
 
 
-def charted_whole(prompt: Prompt, size: Size, class_token: bool) -> list[View]:
+def calibrated_whole_view(prompt: Prompt, size: Size, class_token: bool) -> list[View]:
     """The view of a picture that is one crop, cut into the tower's patches, a class token before them or none."""
-    (crop,) = chart(prompt.config, prompt.processor, size).crops
+    (crop,) = calibrate(prompt.config, prompt.processor, size).crops
     patch = prompt.config.vision_config.patch_size
     rows, columns = crop.height // patch, crop.width // patch
     return [View("picture", rows, columns, crop.box, reading_order(rows, columns, leading=int(class_token)))]
 
 
-def charted_in_time(prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int) -> list[Moment]:
+def calibrated_moments(prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int) -> list[Moment]:
     """The views of a video each frame of which is one crop.
 
     Args:
@@ -40,7 +41,7 @@ def charted_in_time(prompt: Prompt, frames: Sequence[Image.Image], leading: int,
         CannotPlaceError: where tokens and frames do not go together.
     """
     count = len(frames)
-    found = chart_video(prompt.config, prompt.processor, frames[0].size, count)
+    found = calibrate_video(prompt.config, prompt.processor, frames[0].size, count)
     each, left = divmod(found.tokens - trailing, count)
     if left or len(found.crops) != count:
         raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {count} frames")
@@ -52,7 +53,7 @@ def charted_in_time(prompt: Prompt, frames: Sequence[Image.Image], leading: int,
     return [Moment(number, number, last if number == count - 1 else view) for number in range(count)]
 
 
-def crop_views(found: Chart, size: tuple[int, int]) -> list[View]:
+def crop_views(found: Calibration, size: tuple[int, int]) -> list[View]:
     """The crops in their order; those between or beside the ones that show the whole picture are one view, `tiles`.
 
     A crop has as many tokens as go with its pixels; tiles are all of one size.
@@ -113,3 +114,28 @@ def _grid(crop: Crop, tokens: int) -> tuple[int, int]:
     if tokens % rows:
         raise CannotPlaceError(f"cannot place {tokens} visual tokens in {crop.height} x {crop.width} pixels")
     return rows, tokens // rows
+
+
+def phi4_views(prompt: Prompt) -> list[list[View]]:
+    """`image_attention_mask` tells which patches of each tile are no padding, `image_sizes` the pixels of all tiles.
+
+    A newline token ends each row of both grids, and one token stands between them.
+    """
+    masks, sizes = prompt.of_pictures("image_attention_mask"), prompt.of_pictures("image_sizes")
+    return [_phi4_views(prompt, *one) for one in zip(prompt.pictures, masks, sizes, strict=True)]
+
+
+def _phi4_views(prompt: Prompt, picture: Image.Image, masks: list[list[list[int]]], size: list[int]) -> list[View]:
+    whole, first, *_ = calibrate(prompt.config, prompt.processor, picture.size).crops
+    down, across = size[0] // whole.height, size[1] // whole.width
+    tiles = torch.tensor(masks)[1 : 1 + down * across, ::2, ::2]  # four patches are one token
+    side = tiles.shape[-1]
+    kept = tiles.reshape(down, across, side, side).transpose(1, 2).reshape(down * side, across * side)
+    rows, columns = int(kept[:, 0].sum()), int(kept[0].sum())
+    left, top = first.box.left, first.box.top
+    box = Box(left, top, left + columns * first.box.width / side, top + rows * first.box.height / side)
+    seams = tuple(range(side, rows, side)), tuple(range(side, columns, side))
+    return [
+        View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams),
+        View("whole", side, side, whole.box, reading_order(side, side, leading=1, newline=True)),
+    ]

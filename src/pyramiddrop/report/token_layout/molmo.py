@@ -1,4 +1,4 @@
-"""Owns the views of Molmo 2: the whole picture in few tokens, then in many; a token pools a small window of patches."""
+"""Views of Molmo 2: the whole picture in few tokens, then in many; a token pools a small window of patches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyramiddrop.report.places.grid import Box, View
-from pyramiddrop.report.places.prompt import Moment, Prompt
+from pyramiddrop.report.token_layout.geometry import Box, View
+from pyramiddrop.report.token_layout.prompt import Moment, Prompt
 
 
 def molmo_views(prompt: Prompt) -> list[list[View]]:

@@ -1,4 +1,4 @@
-"""Owns what is known of a prompt whose visual tokens are placed, and the error for those that have no known place."""
+"""The visual part of a prompt, and the error for families whose tokens have no known place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pyramiddrop.report.places.grid import View
+from pyramiddrop.report.token_layout.geometry import View
 
 #: Of a picture in pixels: width and height.
 Size = tuple[int, int]
@@ -43,17 +43,17 @@ class Prompt:
         Raises:
             ValueError: where the processor's outputs are not those of these pictures.
         """
-        return self._told(name, len(self.pictures), "picture")
+        return self._per_item(name, len(self.pictures), "picture")
 
     def of_videos(self, name: str) -> list[Any]:
         """The same, one a video."""
-        return self._told(name, len(self.videos), "video")
+        return self._per_item(name, len(self.videos), "video")
 
     def of_frames(self, name: str) -> list[Any]:
         """The same, one a frame of any video."""
-        return self._told(name, sum(map(len, self.videos)), "frame")
+        return self._per_item(name, sum(map(len, self.videos)), "frame")
 
-    def _told(self, name: str, count: int, what: str) -> list[Any]:
+    def _per_item(self, name: str, count: int, what: str) -> list[Any]:
         rows = self.inputs.get(name, [] if not count else None)
         if rows is None or len(rows) != count:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Owns the geometry of visual tokens: which rectangle of the picture each one was made from, in plain numbers."""
+"""Geometry of visual tokens in plain numbers: views, grids and boxes."""
 
 from __future__ import annotations
 

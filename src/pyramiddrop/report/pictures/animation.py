@@ -1,4 +1,4 @@
-"""Owns the moving pictures: a GIF that steps through the stages of stills, or plays a video, its stages in a row."""
+"""GIFs: stages of stills one after the other, or a video that plays in all stages side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pyramiddrop.report.pictures.sheet import Stage
+from pyramiddrop.report.pictures.figure_grid import Stage
 
 #: How long a GIF shows a stage of stills, and a frame of a video, in milliseconds.
 STEP, FRAME = 900, 400

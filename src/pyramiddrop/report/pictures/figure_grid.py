@@ -1,4 +1,4 @@
-"""Owns the figures: panels of pixels under heads, as a table of views and stages or as the contact sheet of a video."""
+"""Figures made of panels: a table of views and stages, or the contact sheet of a video."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def draw_table(stages: Sequence[Stage], names: Sequence[str], title: str, subtit
     return page.figure
 
 
-def draw_film(stages: Sequence[Stage], names: Sequence[str], title: str, subtitle: str = "") -> Figure:
+def draw_contact_sheet(stages: Sequence[Stage], names: Sequence[str], title: str, subtitle: str = "") -> Figure:
     """A band a stage, in it all views (frames of a video) from left to right, as many lines as they need."""
     across = min(FRAMES, len(names))
     sizes = [_fitted(panel, FRAME) for panel in stages[0].panels]

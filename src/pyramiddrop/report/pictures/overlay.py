@@ -1,4 +1,4 @@
-"""Owns the pixels: the picture as a view sees it, and a veil over the places whose visual tokens were dropped."""
+"""Pixels of a view of the picture, and the overlay mask on the places whose visual tokens were dropped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
-from pyramiddrop.report.places.grid import Cell, View
+from pyramiddrop.report.token_layout.geometry import Cell, View
 
-#: Share of a dropped patch's own colour that still shows through the veil.
+#: Share of a dropped patch's own colour that still shows through the overlay_grey.
 SHOWS_THROUGH = 0.14
-LIGHT_VEIL, DARK_VEIL = 232, 24
+LIGHT_OVERLAY, DARK_OVERLAY = 232, 24
 #: How much of the line between two crops covers the picture.
 SEAM = 0.6
 
@@ -40,10 +40,10 @@ def patch_pixels(pixels: Image.Image, view: View) -> tuple[int, int]:
     return pixels.height // view.rows, pixels.width // view.columns
 
 
-def dim_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Image.Image:
-    """`pixels` (of :func:`seen_pixels`) with the place of every token that is not `kept` under a veil.
+def mask_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Image.Image:
+    """`pixels` (of :func:`seen_pixels`) with the place of every token that is not `kept` under an overlay.
 
-    Kept pixels are untouched. The veil is light over a dark picture and dark over a light one, so that dropped patches
+    Kept pixels are untouched. The overlay is light on a dark picture and dark on a light one, so that dropped patches
     do not look like kept ones.
     """
     values = np.asarray(pixels, dtype=np.float32)
@@ -52,13 +52,13 @@ def dim_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Imag
         dropped[row, column] = True
     height, width = patch_pixels(pixels, view)
     mask = np.kron(dropped, np.ones((height, width), dtype=bool))[..., None]
-    veiled = values * SHOWS_THROUGH + veil(pixels) * (1 - SHOWS_THROUGH)
+    veiled = values * SHOWS_THROUGH + overlay_grey(pixels) * (1 - SHOWS_THROUGH)
     return Image.fromarray(np.where(mask, veiled, values).round().astype(np.uint8))
 
 
-def veil(pixels: Image.Image) -> int:
+def overlay_grey(pixels: Image.Image) -> int:
     """The grey that dropped patches of this picture fade into, 0 to 255."""
-    return LIGHT_VEIL if float(np.asarray(pixels.convert("L")).mean()) < 128 else DARK_VEIL
+    return LIGHT_OVERLAY if float(np.asarray(pixels.convert("L")).mean()) < 128 else DARK_OVERLAY
 
 
 def with_seams(pixels: Image.Image, view: View) -> Image.Image:
@@ -69,7 +69,7 @@ def with_seams(pixels: Image.Image, view: View) -> Image.Image:
     line = np.zeros(values.shape[:2], dtype=bool)
     line[[row * height for row in rows]] = True
     line[:, [column * width for column in columns]] = True
-    values[line] = values[line] * (1 - SEAM) + (255 - veil(pixels)) * SEAM
+    values[line] = values[line] * (1 - SEAM) + (255 - overlay_grey(pixels)) * SEAM
     return Image.fromarray(values.round().astype(np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Owns the reading of a trace for people: which visual tokens are alive in which layers, and where in the picture."""
+"""Read from a trace which visual tokens are alive in which layers, and where they lie in the picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyramiddrop.report.places.grid import Cell, View, cells_by_view
+from pyramiddrop.report.token_layout.geometry import Cell, View, cells_by_view
 from pyramiddrop.trace import Trace
 
 
@@ -33,7 +33,7 @@ class Span:
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
 
 
-def fates(layers: Sequence[Span], number: int, view: View) -> list[int]:
+def token_status(layers: Sequence[Span], number: int, view: View) -> list[int]:
     """For each cell of `view`, the one of this `number`, row by row: the last of `layers` in which it is alive."""
     return [sum(cell in span.cells[number] for span in layers) - 1 for cell in view.grid]
 

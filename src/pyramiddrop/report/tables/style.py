@@ -1,4 +1,4 @@
-"""Owns the look of the tables on the terminal."""
+"""The style of all tables on the terminal."""
 
 from __future__ import annotations
 

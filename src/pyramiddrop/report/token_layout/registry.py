@@ -1,13 +1,18 @@
-"""Owns the list of families whose visual tokens have a known place, and the reasons why those of others have none."""
+"""The families whose visual tokens have a known place, and the reasons why those of others have none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
 
-from pyramiddrop.report.places.anyres import next_views, onevision_views
-from pyramiddrop.report.places.crops import charted, charted_in_time, charted_whole
-from pyramiddrop.report.places.dynamic import (
+from pyramiddrop.report.token_layout.anyres import next_views, onevision_views
+from pyramiddrop.report.token_layout.crops import (
+    calibrated_moments,
+    calibrated_views,
+    calibrated_whole_view,
+    phi4_views,
+)
+from pyramiddrop.report.token_layout.dynamic import (
     newline_grids,
     patch_grids,
     patch_grids_in_time,
@@ -15,10 +20,9 @@ from pyramiddrop.report.places.dynamic import (
     placed_patches,
     placed_patches_in_time,
 )
-from pyramiddrop.report.places.grid import View
-from pyramiddrop.report.places.molmo import molmo_moments, molmo_views
-from pyramiddrop.report.places.phi4 import phi4_views
-from pyramiddrop.report.places.prompt import CannotPlaceError, Moment, Prompt, Size
+from pyramiddrop.report.token_layout.geometry import View
+from pyramiddrop.report.token_layout.molmo import molmo_moments, molmo_views
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Prompt, Size
 
 #: The views of each picture of a prompt.
 Views = list[list[View]]
@@ -73,11 +77,11 @@ def _llava(prompt: Prompt) -> Views:
 
 def _of_one_crop(prompt: Prompt, has_class_token: bool = True) -> Views:
     kept = has_class_token and prompt.config.vision_feature_select_strategy == "full"
-    return _each(partial(charted_whole, class_token=kept))(prompt)
+    return _each(partial(calibrated_whole_view, class_token=kept))(prompt)
 
 
 def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[list[Moment]]]:
-    return lambda prompt: [charted_in_time(prompt, frames, leading, trailing) for frames in prompt.videos]
+    return lambda prompt: [calibrated_moments(prompt, frames, leading, trailing) for frames in prompt.videos]
 
 
 #: Families whose processors tell the patches of pictures, and of videos.
@@ -134,7 +138,7 @@ FAMILIES: dict[str, Callable[[Prompt], Views]] = {
             "step3p7",
             "vipllava",
         ),
-        _each(charted),
+        _each(calibrated_views),
     ),
     **dict.fromkeys((*GRIDS_IN_TIME, "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3"), patch_grids),
     "hunyuan_vl": newline_grids,

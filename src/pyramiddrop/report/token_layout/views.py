@@ -1,4 +1,4 @@
-"""Owns what a model sees of a prompt's pictures and videos: the views that processor and vision tower make of them."""
+"""Place the visual tokens of a prompt in its pictures and videos."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from PIL import Image
 
-from pyramiddrop.report.places.families import moments, views
-from pyramiddrop.report.places.grid import View
-from pyramiddrop.report.places.prompt import CannotPlaceError, Prompt
+from pyramiddrop.report.token_layout.geometry import View
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Prompt
+from pyramiddrop.report.token_layout.registry import moments, views
 
-__all__ = ["CannotPlaceError", "Seen", "look"]
+__all__ = ["CannotPlaceError", "PlacedView", "place_pictures"]
 
 
 @dataclass(frozen=True)
-class Seen:
+class PlacedView:
     """A picture, and one view of it. For a video the picture is one frame, and `moment` its number among those seen."""
 
     picture: Image.Image
@@ -24,13 +24,13 @@ class Seen:
     moment: int | None = None
 
 
-def look(
+def place_pictures(
     config: Any,
     processor: Any,
     pictures: Sequence[Image.Image],
     inputs: Mapping[str, Any] | None = None,
     videos: Sequence[Sequence[Image.Image]] = (),
-) -> list[Seen]:
+) -> list[PlacedView]:
     """All views of all pictures and videos, in the order in which their tokens stand in the prompt.
 
     Args:
@@ -48,19 +48,19 @@ def look(
     return [*_stills(prompt), *_frames(prompt)]
 
 
-def _stills(prompt: Prompt) -> list[Seen]:
+def _stills(prompt: Prompt) -> list[PlacedView]:
     several = len(prompt.pictures) > 1
     return [
-        Seen(picture, replace(view, name=f"{view.name} {number}") if several else view)
+        PlacedView(picture, replace(view, name=f"{view.name} {number}") if several else view)
         for number, (picture, own) in enumerate(zip(prompt.pictures, views(prompt), strict=True), start=1)
         for view in own
     ]
 
 
-def _frames(prompt: Prompt) -> list[Seen]:
+def _frames(prompt: Prompt) -> list[PlacedView]:
     several = len(prompt.videos) > 1
     return [
-        Seen(
+        PlacedView(
             frames[moment.first],
             replace(moment.view, name=moment.name + (f" of video {number}" if several else "")),
             moment.first,

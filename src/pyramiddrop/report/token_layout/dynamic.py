@@ -1,4 +1,4 @@
-"""Owns the views of families that keep a picture's shape: it is stretched to a whole number of patches."""
+"""Views of families that keep a picture's aspect ratio: it is resized to a whole number of patches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 from PIL import Image
 
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.prompt import Moment, Prompt
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.prompt import Moment, Prompt
 
 
 def patch_grids(prompt: Prompt) -> list[list[View]]:

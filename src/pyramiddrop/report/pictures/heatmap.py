@@ -1,4 +1,4 @@
-"""Owns the score heat map: the picture under the colours of the scores that ranked its tokens at one stage end."""
+"""Score heatmaps: the picture under the colours of the scores that ranked its tokens at one drop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyramiddrop.report.pictures.veil import dim_dropped, patch_pixels
-from pyramiddrop.report.places.grid import View, values_by_view
+from pyramiddrop.report.pictures.overlay import mask_dropped, patch_pixels
+from pyramiddrop.report.token_layout.geometry import View, values_by_view
 
 #: The colours, dark for low and light for high scores, and how much of them covers the picture.
 COLOURS, COVER = "magma", 0.72
@@ -60,13 +60,13 @@ class Scored:
 
 
 def heat(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float]], tokens: int) -> Image.Image:
-    """`pixels` (of :func:`pyramiddrop.report.pictures.veil.seen_pixels`) under the colours of (rows, columns) `ranks`.
+    """`pixels` (of `overlay.seen_pixels`) under the colours of (rows, columns) `ranks`.
 
     Tokens with NaN were gone before the stage ranked, and are veiled as in a picture of what was kept.
     """
     values: NDArray[np.float64] = np.asarray(ranks, dtype=np.float64)
     alive = np.argwhere(~np.isnan(values)).tolist()
-    base = np.asarray(dim_dropped(pixels, view, [(row, column) for row, column in alive]), dtype=np.float64)
+    base = np.asarray(mask_dropped(pixels, view, [(row, column) for row, column in alive]), dtype=np.float64)
     colours = matplotlib.colormaps[COLOURS](1 - (np.nan_to_num(values, nan=1.0) - 1) / max(1, tokens - 1))
     height, width = patch_pixels(pixels, view)
     painted = 255 * colours[..., :3].repeat(height, axis=0).repeat(width, axis=1)

@@ -1,4 +1,4 @@
-"""Owns the views of LLaVA-NeXT and its kin: the whole picture, then its tiles put together, without their padding."""
+"""Views of LLaVA-NeXT and its relatives: the whole picture, then its tiles joined, without their padding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.anyres import unpadded
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.prompt import Prompt, Size
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.prompt import Prompt, Size
 
 #: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.
 _TOLERANCE = 1.1

@@ -1,4 +1,4 @@
-"""Owns the question to a processor, which part of a picture each of its crops shows: it is shown a ruled picture.
+"""Find which part of a picture each crop shows, by giving the processor a calibration image.
 
 The picture's red grows from left to right, its green from top to bottom, and its blue is all the same. What red and
 green a crop has where it has this blue tells where it was cut, however it was resized; where its blue is another one it
@@ -7,6 +7,7 @@ was padded. So no family's arithmetic of crops is repeated here, and a processor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from pyramiddrop.inference.film import untimed
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.places.grid import Box
-from pyramiddrop.report.places.patches import unpatched
-from pyramiddrop.report.places.prompt import CannotPlaceError
+from pyramiddrop.report.token_layout.geometry import Box
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError
 
 _AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
 _FULL = 255
@@ -38,42 +39,42 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Chart:
+class Calibration:
     """What a processor makes of a picture of one size: its crops in order, and how many visual tokens in all."""
 
     crops: list[Crop]
     tokens: int
 
 
-def chart(config: Any, processor: Any, size: tuple[int, int]) -> Chart:
+def calibrate(config: Any, processor: Any, size: tuple[int, int]) -> Calibration:
     """Show `processor` a ruled picture of `size` (width, height).
 
     Raises:
         CannotPlaceError: where a crop shows too little of the picture to be read.
     """
-    made = processor(images=[_ruled(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
-    return _chart(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
+    made = processor(images=[_calibration_image(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
+    return _calibration(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
 
 
-def chart_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Chart:
-    """Show `processor` a video of so many ruled pictures; the crops are those of all frames. See :func:`chart`."""
+def calibrate_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Calibration:
+    """Show `processor` a video of so many ruled pictures; the crops are those of all frames. See :func:`calibrate`."""
     made = processor(
-        videos=[[_ruled(*size)] * frames],
+        videos=[[_calibration_image(*size)] * frames],
         text=[processor.video_token],
         video_metadata=[untimed(frames)],
         do_sample_frames=False,
         return_metadata=True,
         **_AS_THEY_ARE,
     )
-    return _chart(config, made, ("pixel_values_videos", "pixel_values"), size)
+    return _calibration(config, made, ("pixel_values_videos", "pixel_values"), size)
 
 
-def _chart(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Chart:
+def _calibration(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Calibration:
     pixels = next(made[name] for name in names if name in made)
     local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens stand before the whole picture's
     crops = [_crop(crop, size) for crop in [*_crops(local), *_crops(unpatched(made, pixels))] if _blue(crop).any()]
     ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
-    return Chart(crops, int(torch.isin(ids, visual).sum()))
+    return Calibration(crops, int(torch.isin(ids, visual).sum()))
 
 
 def _visual_ids(config: Any) -> list[int]:
@@ -84,7 +85,7 @@ def _visual_ids(config: Any) -> list[int]:
     return sorted(int(number) for number in found if number is not None)
 
 
-def _ruled(width: int, height: int) -> Image.Image:
+def _calibration_image(width: int, height: int) -> Image.Image:
     values = np.full((height, width, 3), _BLUE, dtype=np.uint8)
     values[:, :, 0] = np.linspace(0, _FULL, width).round()[None]
     values[:, :, 1] = np.linspace(0, _FULL, height).round()[:, None]
@@ -130,3 +131,32 @@ def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> 
 def _snapped(place: float, length: int) -> float:
     edge = 0.0 if place < length / 2 else float(length)
     return edge if abs(place - edge) <= _READING * length else float(place)
+
+
+def unpatched(made: Any, pixels: Any) -> Any:
+    """Crops as (3, H, W), where a processor's outputs `made` tell that its `pixels` are patches; else those.
+
+    Kimi's are (patches, 3, side, side). LFM2-VL's are (crops, patches, flat) with the colours last, padded to the most
+    patches of any crop.
+    """
+    if "spatial_shapes" in made:
+        return [
+            _joined(_squares(crop[: rows * columns]), rows, columns)
+            for crop, (rows, columns) in zip(pixels, made["spatial_shapes"].tolist(), strict=True)
+        ]
+    if "image_grid_thw" in made:
+        (_, rows, columns) = made["image_grid_thw"][0].tolist()
+        return _joined(pixels, rows, columns)
+    return pixels
+
+
+def _squares(flat: Tensor) -> Tensor:
+    side = math.isqrt(flat.shape[-1] // 3)
+    return flat.reshape(-1, side, side, 3).movedim(-1, 1)
+
+
+def _joined(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3, side, side) -> (3, H, W)."""
+    side = patches.shape[-1]
+    grid = patches.reshape(rows, columns, 3, side, side)
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
