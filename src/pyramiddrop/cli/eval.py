@@ -1,4 +1,4 @@
-"""Owns the verb `eval`: vanilla and methods answer the same questions, and are scored side by side."""
+"""The verb `eval`: vanilla and methods answer the same questions and are scored side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `generate`: a question about pictures, answered by any supported checkpoint under any method."""
+"""The verb `generate`: answer a question about pictures with any supported checkpoint under any method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `methods`: what can drop, what can rank, and where each was published."""
+"""The verb `methods`: the methods and scorers, and where each was published."""
 
 from __future__ import annotations
 

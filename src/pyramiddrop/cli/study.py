@@ -1,4 +1,4 @@
-"""Owns the verb `study`: the paper's figures, drawn of any model and data."""
+"""The verb `study`: the paper's figures for any model and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `visualize`: what each stage kept of the pictures and how it scored them, as pictures and a page."""
+"""The verb `visualize`: draw what each drop kept of the pictures and how it scored them."""
 
 from __future__ import annotations
 

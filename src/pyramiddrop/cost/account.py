@@ -1,4 +1,4 @@
-"""Owns the account of one prompt under one schedule: every measure of the cost model, side by side."""
+"""The cost of one prompt under one schedule: every measure of the cost model, side by side."""
 
 from __future__ import annotations
 

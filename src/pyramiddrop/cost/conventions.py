@@ -1,4 +1,4 @@
-"""Owns the two published ways to count: visual tokens alone, multiply-adds as one, as the papers' tables have it.
+"""The two published ways to count FLOPs: visual tokens alone, a multiply-add as one.
 
 `paper` is PyramidDrop's (arXiv 2410.17247, for LLaMA's gated MLP), `fastv` is FastV's (arXiv 2403.06764, for an MLP of
 two matrices). In a layer with n visual tokens, hidden width d and MLP width m they count

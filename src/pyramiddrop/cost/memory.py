@@ -1,4 +1,4 @@
-"""Owns the bytes: of the cache, and an estimate of the activations at the widest moment of a prefill."""
+"""Bytes of the KV cache, and an estimate of the activations at the widest moment of a prefill."""
 
 from __future__ import annotations
 

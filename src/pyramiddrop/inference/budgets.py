@@ -1,4 +1,4 @@
-"""Owns the choice of a budget and of what is solved for it, in words, as a command line gives them."""
+"""Parse a budget and the values to solve for, as the command line gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the measurement of a decoder on this machine layer by layer, so that any schedule's time is a sum."""
+"""Time a decoder on this machine layer by layer, so that the time of any schedule is a sum."""
 
 from __future__ import annotations
 

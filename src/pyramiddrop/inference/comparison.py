@@ -1,4 +1,4 @@
-"""Owns the comparison: one question answered by the model as it is and under a method, with what each one used."""
+"""Compare one question answered by the full model and under a method, with the cost of each."""
 
 from __future__ import annotations
 

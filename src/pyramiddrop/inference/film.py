@@ -1,4 +1,4 @@
-"""Owns the way from a video to frames: evenly spaced ones, of a video file, a moving picture or a folder."""
+"""Read a video as evenly spaced frames, from a video file, an animated picture or a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns a random LLaVA of middle size: so big that its prefill is computing, not Python; so small that any CPU can."""
+"""A random LLaVA of medium size, whose prefill is bound by arithmetic and still runs on any CPU."""
 
 from __future__ import annotations
 

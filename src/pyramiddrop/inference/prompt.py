@@ -1,4 +1,4 @@
-"""Owns the way from pictures, frames and a question to the tensors that a model reads."""
+"""Turn pictures, frames and a question into the tensors that a model reads."""
 
 from __future__ import annotations
 

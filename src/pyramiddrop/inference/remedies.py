@@ -1,4 +1,4 @@
-"""Owns what is told of methods: their rules and arguments, the scorers to rank by, and the options around them."""
+"""Describe methods, scorers and the options around them: rules, arguments and sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the way from what a user gave to what can run; what is cheap to check is checked before weights are loaded."""
+"""Turn what a user gave into a prepared request; cheap checks come before weights are loaded."""
 
 from __future__ import annotations
 

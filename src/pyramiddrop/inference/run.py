@@ -1,4 +1,4 @@
-"""Owns one run of a request: the answer with what it used, and the comparison with vanilla where it was asked for."""
+"""Run one prepared request: the answer with its cost, and the comparison with vanilla if asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the measurement of prefills: several ways to run one prompt, taken in turn, so that noise falls on all alike."""
+"""Time the prefill of one prompt under several methods in turn, so that noise affects all alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the account of one prefill: visual tokens after each drop, FLOPs, and bytes of KV cache."""
+"""The cost of one prefill: visual tokens after each drop, FLOPs, and bytes of KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the search for a number: the largest that fits, and the shortest decimal that does the same."""
+"""Search for a number: the largest that fits, and the shortest decimal that has the same effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the way from a budget to a schedule: the best that the budget affords, or the nearest that is within reach."""
+"""Solve a budget for a schedule: the best that the budget affords, or the nearest that is within reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the scores that ask nobody: what a visual token's own key or hidden state says of it."""
+"""Scores that need no query: from a visual token's own key or hidden state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the score that knows the picture and not the question: attention inside the vision tower."""
+"""The score that knows the picture and not the question: attention inside the vision tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns a whole benchmark: from what a user asks for to a record of what was measured."""
+"""Run a benchmark: from the user's options to a record of what was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how time is taken on a device, and how repeated measurements are summed up."""
+"""Time work on a device, and summarise repeated measurements."""
 
 from __future__ import annotations
 

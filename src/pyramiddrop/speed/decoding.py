@@ -1,4 +1,4 @@
-"""Owns the measurement of decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
+"""Measure decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
 
 from __future__ import annotations
 

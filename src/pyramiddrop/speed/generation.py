@@ -1,4 +1,4 @@
-"""Owns the measurement of generation: time to the first token, of each step and in all, peak memory and KV bytes."""
+"""Measure generation: time to the first token, of each step and in all, peak memory and KV bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the count of compiled graphs: each decoder layer compiled, over pictures of several sizes."""
+"""Count compiled graphs: each decoder layer compiled, over pictures of several sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is measured: a checkpoint with a user's picture, or random weights of a real model's sizes."""
+"""The model to measure: a checkpoint with a user's picture, or random weights of a real model's sizes."""
 
 from __future__ import annotations
 

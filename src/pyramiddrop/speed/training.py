@@ -1,4 +1,4 @@
-"""Owns the measurement of training steps: forward, backward and optimizer, and peak memory."""
+"""Measure training steps: forward, backward and optimizer, and peak memory."""
 
 from __future__ import annotations
 

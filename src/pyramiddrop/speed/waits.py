@@ -1,4 +1,4 @@
-"""Owns the count of host waits: how often a prefill stops Python until a CUDA device has done all that was asked."""
+"""Count host waits: how often a prefill blocks Python until a CUDA device has finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the training set: what a file, a folder or the hub holds, checked sample by sample before the first step."""
+"""Load a training set from a file, a folder or the hub, checked sample by sample before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the question which versions of vLLM the plugin fits: it hooks into parts that vLLM does not promise to keep."""
+"""Versions of vLLM that the plugin supports: it hooks into parts that vLLM does not promise to keep."""
 
 from __future__ import annotations
 
