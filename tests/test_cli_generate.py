@@ -301,7 +301,7 @@ def test_an_unexpected_error_keeps_its_traceback(
     def broken(*arguments: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("pyramiddrop.inference.run.run", broken)
+    monkeypatch.setattr("pyramiddrop.inference.request.run", broken)
     result = run("--model", llava_folder, "--image", picture, *PROMPT)
     assert (result.exit_code, repr(result.exception)) == (1, "ValueError('a bug')")
 

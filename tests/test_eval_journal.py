@@ -16,13 +16,13 @@ from pyramiddrop.evaluation.journal import ReplyJournal
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.usage import StageUse, Usage
+from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 
 KEY = {"model": "m", "method": {"lam": 0.5}}
 
 
 def reply(text: str) -> Reply:
-    stages = (StageUse(2, 0.5, 8),)
+    stages = (StageTokens(2, 0.5, 8),)
     return Reply(text, Usage(16, 5, stages, 10, 20), Usage(16, 5, (), 30, 40))
 
 

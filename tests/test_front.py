@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
-from pyramiddrop.inference.usage import usage
+from pyramiddrop.inference.prefill_stats import usage
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 SPECS = [[5, "image", 7], [3, "image", 2, "image", 4], [6]]

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from pyramiddrop.assets import demo_images, demo_questions
-from pyramiddrop.inference.request import Request, prepare
-from pyramiddrop.inference.run import run
+from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures.heatmap import Scored, heat

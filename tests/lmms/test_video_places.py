@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
-from pyramiddrop.inference.animation import untimed
+from pyramiddrop.inference.animation import default_metadata
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.cohere_compass.processing_cohere_compass import CohereCompassProcessor
 from transformers.models.cohere_compass.video_processing_cohere_compass import CohereCompassVideoProcessor
@@ -286,7 +286,7 @@ def _inputs(family: str, processor: Any, frames: list[Image.Image]) -> Any:
     made = processor(
         text=[f"w5 {before}{processor.video_token}{behind} w7"],
         videos=[frames],
-        video_metadata=[untimed(len(frames))],
+        video_metadata=[default_metadata(len(frames))],
         do_sample_frames=False,
         return_metadata=True,
         return_tensors="pt",

@@ -15,8 +15,7 @@ from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions,
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.request import Ready
-    from pyramiddrop.inference.run import Run
+    from pyramiddrop.inference.request import PreparedRequest, Run
 
 
 class SeveralImages(TyperCommand):
@@ -87,10 +86,10 @@ def _check_overlay(path: Path, method: str | None) -> None:
         check_picture_path(path)
 
 
-def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> Run:
+def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: bool) -> Run:
     from transformers import TextStreamer
 
-    from pyramiddrop.inference.run import run, run_compared
+    from pyramiddrop.inference.request import run, run_compared
 
     if compare:
         with waiting("answering without and with dropping, and timing both"):

@@ -14,7 +14,7 @@ from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.run import Run
+    from pyramiddrop.inference.request import Run
     from pyramiddrop.report import Visual
 
 
@@ -60,8 +60,7 @@ def visualize(
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
     from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.request import Request, prepare
-    from pyramiddrop.inference.run import run
+    from pyramiddrop.inference.request import Request, prepare, run
 
     outputs = output or [Path("kept.html"), Path("kept.png")]
     _check(outputs, scores, prompt, bool(image or video), method)

@@ -10,7 +10,7 @@ from typing import Any
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.methods import Method
-from pyramiddrop.planning.search import largest, shortest
+from pyramiddrop.planning.solve import largest, shortest
 
 
 def at_budget(

@@ -13,7 +13,7 @@ from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.fingerprint import key_digest
 from pyramiddrop.inference.comparison import usage_dict
 from pyramiddrop.inference.errors import user_input
-from pyramiddrop.inference.usage import StageUse, Usage
+from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 
 
 class Journal:
@@ -126,6 +126,6 @@ def _reply_dict(reply: Reply) -> dict[str, Any]:
 
 
 def _usage(entry: Mapping[str, Any]) -> Usage:
-    stages = tuple(StageUse(**stage) for stage in entry["stages"])
+    stages = tuple(StageTokens(**stage) for stage in entry["stages"])
     counts = {name: math.nan if entry[name] is None else entry[name] for name in ("flops", "kv_bytes")}
     return Usage(**{**entry, "stages": stages, **counts})

@@ -17,8 +17,7 @@ from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.inference.timing import cpu_threads
-from pyramiddrop.speed.clock import clock_for
+from pyramiddrop.inference.timing import clock_for, cpu_threads
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs

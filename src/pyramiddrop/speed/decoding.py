@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.inference.timing import Clock, Spread
 from pyramiddrop.speed.subject import Subject
 
 #: What makes the function that runs a step of the model itself.

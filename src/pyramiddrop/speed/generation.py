@@ -13,8 +13,7 @@ from transformers import DynamicCache
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.inference.timing import in_turn
-from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import cache_bytes, peak_memory
 from pyramiddrop.speed.predicted import Predicted, predict
 from pyramiddrop.speed.subject import Subject

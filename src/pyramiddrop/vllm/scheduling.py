@@ -1,4 +1,4 @@
-"""The scheduler's part: tell the block managers what each request drops, and cut prompts so that pictures stay whole."""
+"""The scheduler's part: tell block managers what each request drops, and cut prompts so that pictures stay whole."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyramiddrop import Method, apply, remove
 from pyramiddrop.inference.checkpoint import decoder_layers
-from pyramiddrop.inference.usage import Usage, batch_usage
+from pyramiddrop.inference.prefill_stats import Usage, batch_usage
 
 #: What a run says of its requests, on average over them.
 COSTS = (

@@ -32,7 +32,7 @@ from pyramiddrop.hf import anatomy
 from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.inference.answer import on_model
 from pyramiddrop.inference.errors import user_input
-from pyramiddrop.inference.usage import batch_usage, known
+from pyramiddrop.inference.prefill_stats import batch_usage, known
 from pyramiddrop.speed.record import machine
 from pyramiddrop.trace import Trace
 

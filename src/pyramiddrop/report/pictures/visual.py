@@ -14,7 +14,7 @@ from PIL import Image
 
 from pyramiddrop.cost import Cost
 from pyramiddrop.inference.choice import method_label
-from pyramiddrop.inference.run import Run
+from pyramiddrop.inference.request import Run
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures import page
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
@@ -243,5 +243,5 @@ def run_visual(done: Run) -> Visual:
         ready.request.prompt,
         done.answer,
         f"{ready.request.model or 'the bundled model'} under {method_label(method)}",
-        videos=[ready.film.frames] if ready.film else [],
+        videos=[ready.video.frames] if ready.video else [],
     )

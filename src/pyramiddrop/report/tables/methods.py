@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pyramiddrop.inference.remedies import Entry
+from pyramiddrop.inference.method_catalog import Entry
 from pyramiddrop.report.tables.style import new_table
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from pyramiddrop.inference.comparison import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
-from pyramiddrop.inference.usage import Usage
+from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.style import new_table
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pyramiddrop.inference.film import untimed
 from pyramiddrop.inference.prompt import image_token
+from pyramiddrop.inference.video import default_metadata
 from pyramiddrop.report.token_layout.geometry import Box
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError
 
@@ -61,7 +61,7 @@ def calibrate_video(config: Any, processor: Any, size: tuple[int, int], frames: 
     made = processor(
         videos=[[_calibration_image(*size)] * frames],
         text=[processor.video_token],
-        video_metadata=[untimed(frames)],
+        video_metadata=[default_metadata(frames)],
         do_sample_frames=False,
         return_metadata=True,
         **_AS_THEY_ARE,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pyramiddrop.inference import film
+from pyramiddrop.inference import video as film
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.film import check_film, open_film, untimed
+from pyramiddrop.inference.video import check_video, default_metadata, open_video
 
 
 def frame(number: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -36,24 +36,24 @@ def folder(tmp_path: Path) -> Path:
 def test_a_moving_picture_tells_its_time(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"clip.{suffix}"
     frame(0).save(path, save_all=True, append_images=[frame(number) for number in range(1, 10)], duration=250)
-    found = open_film(path, 4)
+    found = open_video(path, 4)
     assert reds(found.frames) == [0, 3, 6, 9]
-    assert found.about == {"total_num_frames": 10, "fps": 4.0, "frames_indices": [0, 3, 6, 9], "duration": 2.5}
+    assert found.metadata == {"total_num_frames": 10, "fps": 4.0, "frames_indices": [0, 3, 6, 9], "duration": 2.5}
 
 
 def test_a_folders_frames_come_by_their_names(folder: Path) -> None:
-    found = open_film(folder, 3)
+    found = open_video(folder, 3)
     assert reds(found.frames) == [0, 2, 4]
-    assert found.about == {"total_num_frames": 5, "fps": 1.0, "frames_indices": [0, 2, 4], "duration": 5.0}
+    assert found.metadata == {"total_num_frames": 5, "fps": 1.0, "frames_indices": [0, 2, 4], "duration": 5.0}
 
 
 def test_a_short_video_is_taken_whole(folder: Path) -> None:
-    assert reds(open_film(folder, 99).frames) == [0, 1, 2, 3, 4]
-    assert reds(open_film(folder, 1).frames) == [0]
+    assert reds(open_video(folder, 99).frames) == [0, 1, 2, 3, 4]
+    assert reds(open_video(folder, 1).frames) == [0]
 
 
 def test_frames_without_times_count_as_one_a_second() -> None:
-    assert untimed(3) == {"total_num_frames": 3, "fps": 1.0, "frames_indices": [0, 1, 2], "duration": 3.0}
+    assert default_metadata(3) == {"total_num_frames": 3, "fps": 1.0, "frames_indices": [0, 1, 2], "duration": 3.0}
 
 
 def test_what_is_no_video_says_so_in_one_line(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +71,14 @@ def test_what_is_no_video_says_so_in_one_line(tmp_path: Path, folder: Path, monk
         (film_file, r"no decoder is installed \(pip install av\)"),
     ):
         with pytest.raises(InputError, match=message):
-            open_film(path, 8)
+            open_video(path, 8)
 
 
 def test_a_family_of_images_and_a_machine_without_torchvision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(film, "is_torchvision_available", lambda: False)
     with pytest.raises(InputError, match="model family 'llava' of here takes no videos"):
-        check_film("llava", "here")
+        check_video("llava", "here")
     with pytest.raises(InputError, match=r"needs torchvision for videos.*pip install torchvision"):
-        check_film("qwen2_vl", "here")
+        check_video("qwen2_vl", "here")
     monkeypatch.setattr(film, "is_torchvision_available", lambda: True)
-    check_film("qwen2_vl", "here")
+    check_video("qwen2_vl", "here")

@@ -16,12 +16,13 @@ from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.rows import take_embeddings
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.timing import synchronize
 from pyramiddrop.scoring import attention_received
 
 RUNS = 3
 
 
-class LayerClock:
+class LayerProfiler:
     """Milliseconds of one layer of a decoder's shape, with random weights, on the best device of this machine.
 
     Each number of rows is measured once: a warm-up, then the median of 3 runs. What is no decoder layer (vision tower,
@@ -64,16 +65,11 @@ class LayerClock:
         return self._seen[kind, rows]
 
     def _timed(self, work: Callable[[], Any]) -> float:
-        self._wait()
+        synchronize(self.device)
         start = time.perf_counter()
         work()
-        self._wait()
+        synchronize(self.device)
         return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        """An accelerator works on after the call has come back; wait until it is done."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def _run_layer(self, rows: int) -> Callable[[], Any]:
         hidden, positions = self._inputs(rows)

@@ -16,7 +16,7 @@ from pyramiddrop.trace import Trace
 
 
 @dataclass(frozen=True)
-class StageUse:
+class StageTokens:
     """How many visual tokens stay from `layer` on."""
 
     layer: int
@@ -40,7 +40,7 @@ class Usage:
 
     visual_tokens: int
     text_tokens: int
-    stages: tuple[StageUse, ...]
+    stages: tuple[StageTokens, ...]
     flops: float
     kv_bytes: float
 
@@ -57,7 +57,7 @@ class Usage:
 
 def usage(trace: Trace) -> Usage:
     """The account of the last prefill (of a single sample) in `trace`."""
-    stages = tuple(StageUse(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
+    stages = tuple(StageTokens(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
     visual = trace.visual_tokens[0]
     text = trace.length - visual
     if not trace.has_sizes:
@@ -84,7 +84,7 @@ def batch_usage(
     kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
     found = []
     for sample, (visual, text, instruction) in enumerate(_counted(parts, inputs, trace)):
-        stages = tuple(StageUse(layer, keep, counts[sample]) for layer, keep, counts in kept)
+        stages = tuple(StageTokens(layer, keep, counts[sample]) for layer, keep, counts in kept)
         found.append(_account(parts.sizes, method, visual, text, max(1, instruction), stages))
     return found
 
@@ -116,7 +116,7 @@ def _account(
     visual: int,
     text: int,
     instruction: int,
-    stages: tuple[StageUse, ...],
+    stages: tuple[StageTokens, ...],
 ) -> Usage:
     """The account of one sample: `visual` tokens, `text` tokens, of which the `instruction` is behind the pictures."""
     unknown = Usage(visual, text, stages, math.nan, math.nan)

@@ -23,14 +23,14 @@ UNTOLD = 1.0
 
 
 @dataclass(frozen=True)
-class Film:
+class Video:
     """Frames of a video, all of one size, and what a processor must know of them (its `video_metadata`)."""
 
     frames: list[Image.Image]
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def open_film(path: Path, count: int) -> Film:
+def open_video(path: Path, count: int) -> Video:
     """`count` evenly spaced frames of a video, or all where it has fewer.
 
     Args:
@@ -43,15 +43,15 @@ def open_film(path: Path, count: int) -> Film:
     """
     if not path.exists():
         raise InputError(f"no such video: {path}")
-    film = _folder(path, count) if path.is_dir() else _moving_picture(path, count) or _video_file(path, count)
-    sizes = {frame.size for frame in film.frames}
+    video = _folder(path, count) if path.is_dir() else _moving_picture(path, count) or _video_file(path, count)
+    sizes = {frame.size for frame in video.frames}
     if len(sizes) > 1:
         width, height = sorted(sizes)[0]
         raise InputError(f"the frames of {path} have {len(sizes)} sizes, {width}x{height} for one; a video has one")
-    return film
+    return video
 
 
-def check_film(family: str, source: str | Path) -> None:
+def check_video(family: str, source: str | Path) -> None:
     """Raise InputError where the model `source` of a family cannot be shown a video, or no video on this machine."""
     if family in FAMILIES and "video" not in FAMILIES[family].modalities:
         raise InputError(f"model family {family!r} of {source} takes no videos; give it frames as --image")
@@ -59,12 +59,12 @@ def check_film(family: str, source: str | Path) -> None:
         raise InputError("Transformers needs torchvision for videos, and it is not installed (pip install torchvision)")
 
 
-def untimed(count: int) -> dict[str, Any]:
+def default_metadata(count: int) -> dict[str, Any]:
     """What a processor must know of so many frames that do not tell when they were taken."""
-    return _about(count, range(count), UNTOLD)
+    return _metadata(count, range(count), UNTOLD)
 
 
-def _about(total: int, taken: Sequence[int], rate: float) -> dict[str, Any]:
+def _metadata(total: int, taken: Sequence[int], rate: float) -> dict[str, Any]:
     return {"total_num_frames": total, "fps": rate, "frames_indices": list(taken), "duration": total / rate}
 
 
@@ -72,16 +72,16 @@ def _spaced(total: int, count: int) -> list[int]:
     return [int(place) for place in np.linspace(0, total - 1, min(count, total)).round()]
 
 
-def _folder(path: Path, count: int) -> Film:
+def _folder(path: Path, count: int) -> Video:
     known = Image.registered_extensions()
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
     if not files:
         raise InputError(f"no pictures in the folder {path}")
     taken = _spaced(len(files), count)
-    return Film([open_picture(files[place]) for place in taken], _about(len(files), taken, UNTOLD))
+    return Video([open_picture(files[place]) for place in taken], _metadata(len(files), taken, UNTOLD))
 
 
-def _moving_picture(path: Path, count: int) -> Film | None:
+def _moving_picture(path: Path, count: int) -> Video | None:
     """None for a file that is no picture."""
     try:
         picture = Image.open(path)
@@ -100,10 +100,10 @@ def _moving_picture(path: Path, count: int) -> Film | None:
             if place in taken:
                 frames[place] = picture.convert("RGB")
     rate = 1000 * total / milliseconds if milliseconds else UNTOLD
-    return Film([frames[place] for place in taken], _about(total, taken, rate))
+    return Video([frames[place] for place in taken], _metadata(total, taken, rate))
 
 
-def _video_file(path: Path, count: int) -> Film:
+def _video_file(path: Path, count: int) -> Video:
     from transformers.video_utils import load_video
 
     def places(metadata: Any, **_: Any) -> list[int]:
@@ -114,8 +114,8 @@ def _video_file(path: Path, count: int) -> Film:
         if not len(pixels):
             raise InputError(f"there is no frame in {path}")
         taken = [int(place) for place in told.frames_indices]
-        about = _about(int(told.total_num_frames), taken, float(told.fps or UNTOLD))
-        return Film([Image.fromarray(np.asarray(frame)) for frame in pixels], about)
+        metadata = _metadata(int(told.total_num_frames), taken, float(told.fps or UNTOLD))
+        return Video([Image.fromarray(np.asarray(frame)) for frame in pixels], metadata)
 
 
 def _decoder(path: Path) -> str:
