@@ -14,18 +14,16 @@ from PIL import Image
 from speed_document import RESULTS, ROOT, filled
 
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.evaluation.studies.glances import pick_samples, take_glances
+from pyramiddrop.evaluation.studies.attention import attention_examples, pick_samples
 from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.report.studies.ablation_plot import draw_ablation
-from pyramiddrop.report.studies.ablation_report import ablation_sheets
+from pyramiddrop.report.studies.ablation import ablation_sheets, draw_ablation
 from pyramiddrop.report.studies.attention_plot import draw_attention
 from pyramiddrop.report.studies.paper_figure import styled
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
-from pyramiddrop.report.studies.redundancy_report import glances_to_looks, redundancy_sheets
+from pyramiddrop.report.studies.redundancy_report import attention_maps, redundancy_sheets
 from pyramiddrop.report.studies.study import Sheet
-from pyramiddrop.report.studies.tradeoff_plot import draw_tradeoff, draw_tradeoff_by_kind
-from pyramiddrop.report.studies.tradeoff_report import tradeoff_sheets
+from pyramiddrop.report.studies.tradeoff import draw_tradeoff, draw_tradeoff_by_kind, tradeoff_sheets
 from pyramiddrop.report.tables.evaluation import difference_cell, score_cell
 
 DOCUMENT = ROOT / "docs" / "studies.md"
@@ -102,8 +100,8 @@ def draw() -> dict[str, Figure]:
 def bundled_looks() -> Any:
     """Three prompts of the bundled model."""
     checkpoint = load_checkpoint(digits_checkpoint(), "cpu")
-    glances = take_glances(checkpoint, pick_samples(digits_task(limit=48).samples, 3), (1, 2, 3, 4, 5, 6, 7), 5)
-    return glances_to_looks(glances)[0]
+    examples = attention_examples(checkpoint, pick_samples(digits_task(limit=48).samples, 3), (1, 2, 3, 4, 5, 6, 7), 5)
+    return attention_maps(examples)[0]
 
 
 def read(name: str) -> Record:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from pyramiddrop.hf.anatomy import anatomy
-from pyramiddrop.report.places.layout import Seen
+from pyramiddrop.report.token_layout.views import PlacedView
 
 SIZES = [(120, 120), (260, 90), (90, 260)]
 SPOTS = [(0.1, 0.2), (0.75, 0.4), (0.55, 0.9), (0.45, 0.58)]
@@ -63,7 +63,7 @@ def token_light(model: Any, inputs: Any, dark: Any) -> Tensor:
     return (light - none).norm(dim=-1)[visual]
 
 
-def assert_lit(seen: Sequence[Seen], light: Tensor, place: tuple[float, float], slack: float = 0.2) -> int:
+def assert_lit(seen: Sequence[PlacedView], light: Tensor, place: tuple[float, float], slack: float = 0.2) -> int:
     """In every view that shows the spot, the token with the most light covers it, or lies less than `slack` cells
     beside it. How many views show it."""
     assert sum(one.view.tokens for one in seen) == len(light)

@@ -18,8 +18,8 @@ from pyramiddrop.hf.anatomy import anatomy
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs
-from pyramiddrop.inference.usage import usage, vanilla_usage
 
 METHODS = [
     None,

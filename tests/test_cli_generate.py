@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pyramiddrop import Downsample, FastV, UniformDrop
 from pyramiddrop.cli.main import app
-from pyramiddrop.report.places.layout import CannotPlaceError
+from pyramiddrop.report.token_layout.views import CannotPlaceError
 
 PROMPT = ["--prompt", "w7 w8 w9", "--max-new-tokens", "4"]
 
@@ -139,7 +139,7 @@ def test_an_overlay_says_where_tokens_have_no_known_place(
     def nobody_knows(*_: Any) -> None:
         raise CannotPlaceError("cannot place the visual tokens of this model")
 
-    monkeypatch.setattr("pyramiddrop.report.pictures.visual.look", nobody_knows)
+    monkeypatch.setattr("pyramiddrop.report.pictures.visual.place_pictures", nobody_knows)
     path = tmp_path / "overlay.png"
     result = run("--model", llava_folder, "--image", picture, *PROMPT, "--overlay", path)
     assert result.exit_code == 0
@@ -301,7 +301,7 @@ def test_an_unexpected_error_keeps_its_traceback(
     def broken(*arguments: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("pyramiddrop.inference.run.run", broken)
+    monkeypatch.setattr("pyramiddrop.inference.request.run", broken)
     result = run("--model", llava_folder, "--image", picture, *PROMPT)
     assert (result.exit_code, repr(result.exception)) == (1, "ValueError('a bug')")
 

@@ -12,40 +12,40 @@ from PIL import Image
 
 from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.fingerprint import digest, model_digest, samples_digest
-from pyramiddrop.evaluation.journal import Journal
+from pyramiddrop.evaluation.journal import ReplyJournal
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.usage import StageUse, Usage
+from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 
 KEY = {"model": "m", "method": {"lam": 0.5}}
 
 
 def reply(text: str) -> Reply:
-    stages = (StageUse(2, 0.5, 8),)
+    stages = (StageTokens(2, 0.5, 8),)
     return Reply(text, Usage(16, 5, stages, 10, 20), Usage(16, 5, (), 30, 40))
 
 
 REPLIES = [reply(text) for text in ("a", "b\nc", "ü", "", "e")]
 
 
-def written(folder: Path) -> Journal:
-    journal = Journal(folder, "x", KEY)
+def written(folder: Path) -> ReplyJournal:
+    journal = ReplyJournal(folder, "x", KEY)
     assert journal.read(2, 5) == []
     for start in range(0, 5, 2):
-        journal.append(REPLIES[start : start + 2])
+        journal.append_replies(REPLIES[start : start + 2])
     return journal
 
 
 def test_replies_come_back_as_they_were(tmp_path: Path) -> None:
     written(tmp_path)
-    assert Journal(tmp_path, "x", KEY).read(2, 5) == REPLIES
+    assert ReplyJournal(tmp_path, "x", KEY).read(2, 5) == REPLIES
 
 
 def test_a_cost_that_is_not_known_comes_back(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, "x", KEY)
+    journal = ReplyJournal(tmp_path, "x", KEY)
     journal.read(1, 1)
-    journal.append([Reply("a", Usage(16, 5, (), math.nan, math.nan), Usage(16, 5, (), math.nan, math.nan))])
+    journal.append_replies([Reply("a", Usage(16, 5, (), math.nan, math.nan), Usage(16, 5, (), math.nan, math.nan))])
     (found,) = journal.read(1, 1)
     assert math.isnan(found.usage.flops)
     assert math.isnan(found.vanilla.kv_bytes)
@@ -56,9 +56,9 @@ def test_a_line_that_was_cut_off_takes_its_batch_along(tmp_path: Path, lost: int
     path = written(tmp_path).path
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost])
-    journal = Journal(tmp_path, "x", KEY)
+    journal = ReplyJournal(tmp_path, "x", KEY)
     assert journal.read(2, 5) == REPLIES[:4]
-    journal.append(REPLIES[4:])
+    journal.append_replies(REPLIES[4:])
     assert path.read_bytes() == whole
     assert journal.read(2, 5) == REPLIES
 
@@ -67,26 +67,26 @@ def test_a_broken_line_takes_its_batch_and_all_that_follow_along(tmp_path: Path)
     path = written(tmp_path).path
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], b"{}\n", *lines[5:]]))  # the second reply of the second batch
-    assert Journal(tmp_path, "x", KEY).read(2, 5) == REPLIES[:2]
+    assert ReplyJournal(tmp_path, "x", KEY).read(2, 5) == REPLIES[:2]
 
 
 @pytest.mark.parametrize("key", [{**KEY, "model": "n"}, {**KEY, "method": {"lam": 0.6}}])
 def test_another_key_is_another_file(tmp_path: Path, key: dict[str, Any]) -> None:
     written(tmp_path)
-    assert Journal(tmp_path, "x", key).read(2, 5) == []
-    assert Journal(tmp_path, "x", KEY).read(2, 5) == REPLIES
+    assert ReplyJournal(tmp_path, "x", key).read(2, 5) == []
+    assert ReplyJournal(tmp_path, "x", KEY).read(2, 5) == REPLIES
 
 
 def test_a_file_without_its_head_is_begun_anew(tmp_path: Path) -> None:
     path = written(tmp_path).path
     path.write_bytes(path.read_bytes()[1:])
-    assert Journal(tmp_path, "x", KEY).read(2, 5) == []
+    assert ReplyJournal(tmp_path, "x", KEY).read(2, 5) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        Journal(tmp_path / "file", "x", KEY).read(2, 5)
+        ReplyJournal(tmp_path / "file", "x", KEY).read(2, 5)
 
 
 # Fingerprints

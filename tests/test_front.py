@@ -13,7 +13,7 @@ import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
 from pyramiddrop.hf.tower import Shrunk
 from pyramiddrop.hf.versions import cache_argument, output_cache
-from pyramiddrop.inference.usage import usage
+from pyramiddrop.inference.prefill_stats import usage
 from pyramiddrop.schedule import FrontSchedule
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 

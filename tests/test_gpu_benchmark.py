@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pyramiddrop.speed import waits
-from pyramiddrop.speed.clock import CpuClock
+from pyramiddrop.inference.timing import CpuClock
+from pyramiddrop.speed import graphs as waits
 from pyramiddrop.speed.decoding import eager, measure_decoding
 from pyramiddrop.speed.predicted import choose_ways
 from pyramiddrop.speed.record import decoding_records

@@ -16,9 +16,9 @@ from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_
 from pyramiddrop.inference.choice import MethodOptions, choose_method, parse_method
 from pyramiddrop.inference.comparison import compare
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, open_picture
 from pyramiddrop.inference.timing import time_prefills
-from pyramiddrop.inference.usage import usage, vanilla_usage
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.runs import usage_line
 

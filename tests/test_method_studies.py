@@ -15,14 +15,13 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cost import DecoderShape, prefill_flops
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.run import EvalOptions
-from pyramiddrop.evaluation.studies.ablation import prepare_ablation
-from pyramiddrop.evaluation.studies.tradeoff import METHODS, PERCENTS, prepare_tradeoff
+from pyramiddrop.evaluation.studies.method_studies import METHODS, PERCENTS, prepare_ablation, prepare_tradeoff
 from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.report.studies.ablation_report import show_ablation
+from pyramiddrop.report.studies.ablation import show_ablation
 from pyramiddrop.report.studies.files import write_study
-from pyramiddrop.report.studies.tradeoff_report import show_tradeoff
+from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
 WORDS = ("pyramiddrop:layers=2/6", "vanilla", "fastv:layer=3")
 

@@ -12,8 +12,7 @@ from pyramiddrop import PyramidDrop
 from pyramiddrop.evaluation import benchmarks
 from pyramiddrop.evaluation.benchmarks import Measured, TaskScore, read_measured, run_benchmarks
 from pyramiddrop.evaluation.paper import paper_figures
-from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables
-from pyramiddrop.evaluation.suite import suite_record
+from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables, suite_record
 from pyramiddrop.inference.errors import InputError
 from test_cli_eval import run, run_json
 from test_cli_generate import assert_one_line

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.film import open_film
 from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.inference.prompt import build_inputs, open_picture
+from pyramiddrop.inference.video import open_video
 
 GREYS = np.arange(12, dtype=np.uint8).reshape(3, 4) * 23
 SIXTEEN = GREYS.astype(np.uint16) * 257
@@ -57,7 +57,7 @@ def test_sixteen_bits_on_their_side(tmp_path: Path) -> None:
 def test_moving_pictures_of_sixteen_bits(tmp_path: Path) -> None:
     frames = [Image.fromarray(SIXTEEN), Image.fromarray(SIXTEEN[::-1])]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
-    first, second = open_film(tmp_path / "a.tif", 2).frames
+    first, second = open_video(tmp_path / "a.tif", 2).frames
     assert (grey(first) == GREYS).all()
     assert (grey(second) == GREYS[::-1]).all()
 

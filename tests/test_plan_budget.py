@@ -16,8 +16,8 @@ from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account, grouped_attention
 from pyramiddrop.hf.shapes import model_shape
 from pyramiddrop.hf.versions import output_cache
-from pyramiddrop.inference.clock import LayerClock
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.layer_profiler import LayerProfiler
 from pyramiddrop.planning import Budget, InfeasibleBudgetError, Profile, plan
 from pyramiddrop.schedule import Schedule, powers
 from tiny import make_batch, tiny_model
@@ -281,7 +281,7 @@ def test_a_layer_is_timed_on_this_machine() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    clock = LayerClock(shape)
+    clock = LayerProfiler(shape)
     few, many, ranking = clock.layer(32), clock.layer(2048), clock.ranking(2048)
     assert torch.equal(torch.rand(2), expected)
     assert 0 < few < many
@@ -303,7 +303,7 @@ def test_a_layer_is_timed_on_this_machine() -> None:
 )
 def test_what_is_not_timed(shape: DecoderShape, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        LayerClock(shape)
+        LayerProfiler(shape)
 
 
 # ---- what is refused

@@ -14,15 +14,19 @@ import torch
 
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.journal import Journal
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.attention import attention_by_layer, crowd, on_picture
-from pyramiddrop.evaluation.studies.glances import few, pick_samples
+from pyramiddrop.evaluation.studies.agreement import kl_divergence_to, top1_match
+from pyramiddrop.evaluation.studies.attention import (
+    attention_by_layer,
+    attention_concentration,
+    attention_on_picture,
+    pick_samples,
+    spread_layers,
+)
 from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, usual_layers
-from pyramiddrop.evaluation.studies.likeness import divergence, same_choice
-from pyramiddrop.evaluation.studies.means import Means, ratio
-from pyramiddrop.evaluation.studies.pieces import Pieces
-from pyramiddrop.evaluation.studies.profiles import profile_of
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
+from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import anatomy
 from pyramiddrop.hf.prefix import Prefix
@@ -65,28 +69,28 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_divergence_is_that_of_the_definition() -> None:
     full, dropped = torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log(), torch.tensor([[0.25, 0.75], [0.2, 0.8]]).log()
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    found = divergence(full + 3.0, dropped - 1.0)  # a constant beside logits means nothing
+    found = kl_divergence_to(full + 3.0, dropped - 1.0)  # a constant beside logits means nothing
     assert found.tolist() == pytest.approx([expected, 0.0], abs=1e-7)
-    assert divergence(dropped, full)[0] != pytest.approx(expected)
-    assert divergence(full, full).tolist() == [0.0, 0.0]
+    assert kl_divergence_to(dropped, full)[0] != pytest.approx(expected)
+    assert kl_divergence_to(full, full).tolist() == [0.0, 0.0]
 
 
 def test_a_token_that_is_impossible_in_the_full_model_does_not_count() -> None:
     full, dropped = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, 0.0]])
-    assert divergence(full, dropped).tolist() == pytest.approx([math.log(2)])
+    assert kl_divergence_to(full, dropped).tolist() == pytest.approx([math.log(2)])
 
 
 def test_same_choice_is_that_of_the_likeliest_token() -> None:
     one, other = torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.tensor([[0.0, 0, 9], [1, 2, 1]])
-    assert same_choice(one, other).tolist() == [True, False]
+    assert top1_match(one, other).tolist() == [True, False]
 
 
 def test_attention_on_the_picture_and_how_few_tokens_get_it() -> None:
     scores = torch.tensor([0.05, 0.3, 0.0, 0.15])
-    assert on_picture(scores) == pytest.approx(0.5)
-    assert crowd(scores) == 0.5  # 0.3 + 0.15 are nine tenths of 0.5
-    assert crowd(torch.tensor([1.0, 0, 0, 0])) == 0.25
-    assert crowd(torch.full((10,), 0.1)) == pytest.approx(0.9)
+    assert attention_on_picture(scores) == pytest.approx(0.5)
+    assert attention_concentration(scores) == 0.5  # 0.3 + 0.15 are nine tenths of 0.5
+    assert attention_concentration(torch.tensor([1.0, 0, 0, 0])) == 0.25
+    assert attention_concentration(torch.full((10,), 0.1)) == pytest.approx(0.9)
 
 
 def test_means_are_clustered_and_leave_out_what_is_unknown() -> None:
@@ -141,8 +145,8 @@ def test_glances_are_of_other_pictures_and_kinds() -> None:
     assert len({one.kind for one in picked}) == 3
     assert {one.cluster for one in picked} == {"0", "1"}
     assert len(pick_samples(samples(), 1000)) == 32
-    assert few([1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7]
-    assert few([2, 8]) == [2, 8]
+    assert spread_layers([1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7]
+    assert spread_layers([2, 8]) == [2, 8]
 
 
 # ---- cells ---------------------------------------------------------------------------------------------------------
@@ -281,24 +285,26 @@ def test_another_grid_or_other_questions_are_measured_anew(tmp_path: Path) -> No
 
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
-    first = Pieces(tmp_path, "test", {"batch": 1})
+    first = Journal(tmp_path, "test", {"batch": 1})
     assert not first.path.exists()
-    first.add("a", [1])
-    first.add("b", [2])
-    assert Pieces(tmp_path, "test", {"batch": 1}).done == {"a": [1], "b": [2]}
-    assert Pieces(tmp_path, "test", {"batch": 2}).done == {}
+    first.keep([])
+    first.append([{"a": [1]}])
+    first.append([{"b": [2]}])
+    assert Journal(tmp_path, "test", {"batch": 1}).entries() == [{"a": [1]}, {"b": [2]}]
+    assert Journal(tmp_path, "test", {"batch": 2}).entries() == []
     first.path.write_text(first.path.read_text()[:-5])
-    again = Pieces(tmp_path, "test", {"batch": 1})
-    assert again.done == {"a": [1]}
-    again.add("b", [3])
-    assert Pieces(tmp_path, "test", {"batch": 1}).done == {"a": [1], "b": [3]}
+    again = Journal(tmp_path, "test", {"batch": 1})
+    assert again.entries() == [{"a": [1]}]
+    again.keep([{"a": [1]}])
+    again.append([{"b": [3]}])
+    assert Journal(tmp_path, "test", {"batch": 1}).entries() == [{"a": [1]}, {"b": [3]}]
 
 
-def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
-    path = Pieces(tmp_path, "test", {}).path
-    path.write_text("not JSON\n")
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = Journal(tmp_path, "test", {}).path
+    path.mkdir()
     with pytest.raises(InputError, match=f"cannot read {path}"):
-        Pieces(tmp_path, "test", {})
+        Journal(tmp_path, "test", {}).entries()
 
 
 # ---- the profile ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.inference.prompt import build_inputs
-from pyramiddrop.report.places.chart import chart
-from pyramiddrop.report.places.grid import Box, View
-from pyramiddrop.report.places.layout import CannotPlaceError, look
+from pyramiddrop.report.token_layout.calibration import calibrate
+from pyramiddrop.report.token_layout.geometry import Box, View
+from pyramiddrop.report.token_layout.views import CannotPlaceError, place_pictures
 from tiny import CROP
 
 PATCH = CROP // 4
@@ -27,7 +27,7 @@ def test_llava_sees_the_light_where_its_view_says(llava_folder: Path, size: tupl
     config, processor = read_config(llava_folder), load_processor(llava_folder)
     for place in ((0.5, 0.5), (0.45, 0.58)):
         picture, spot = _lit(size, place)
-        (seen,) = look(config, processor, [picture])
+        (seen,) = place_pictures(config, processor, [picture])
         pixels = build_inputs(processor, [picture], "w7")["pixel_values"]
         assert _covers(seen.view, _brightest(pixels[0]), spot)
 
@@ -37,7 +37,7 @@ def test_llava_next_sees_the_light_in_both_views(next_folder: Path, size: tuple[
     config, processor = read_config(next_folder), load_processor(next_folder)
     for place in ((0.1, 0.2), (0.7, 0.9)):
         picture, spot = _lit(size, place)
-        base, tiles = (seen.view for seen in look(config, processor, [picture]))
+        base, tiles = (seen.view for seen in place_pictures(config, processor, [picture]))
         pixels = build_inputs(processor, [picture], "w7")["pixel_values"][0]
         assert _covers(base, _brightest(pixels[0]), spot)
         row, column = _brightest(_together(pixels[1:], config, picture))
@@ -49,7 +49,7 @@ def test_the_views_have_as_many_tokens_as_the_prompt(next_folder: Path, llava_fo
     pictures = [Image.new("RGB", size) for size in SIZES]
     for folder in (next_folder, llava_folder):
         config, processor = read_config(folder), load_processor(folder)
-        seen = look(config, processor, pictures)
+        seen = place_pictures(config, processor, pictures)
         ids = build_inputs(processor, pictures, "w7")["input_ids"]
         assert sum(one.view.tokens for one in seen) == int((ids == config.image_token_index).sum())
         assert seen[0].view.name.endswith(" 1")
@@ -62,11 +62,11 @@ def test_a_processor_is_asked_once_for_pictures_of_one_size(
 
     def counted(config: Any, processor: Any, size: tuple[int, int]) -> Any:
         asked.append(size)
-        return chart(config, processor, size)
+        return calibrate(config, processor, size)
 
-    monkeypatch.setattr("pyramiddrop.report.places.crops.chart", counted)
+    monkeypatch.setattr("pyramiddrop.report.token_layout.crops.calibrate", counted)
     pictures = [Image.new("RGB", size) for size in (SIZES[0], SIZES[1], SIZES[0])]
-    seen = look(read_config(llava_folder), load_processor(llava_folder), pictures)
+    seen = place_pictures(read_config(llava_folder), load_processor(llava_folder), pictures)
     assert asked == SIZES[:2]
     assert seen[0].view.box == seen[2].view.box != seen[1].view.box
 
@@ -74,10 +74,10 @@ def test_a_processor_is_asked_once_for_pictures_of_one_size(
 def test_a_class_token_that_stays_has_no_place(llava_folder: Path) -> None:
     config, processor = read_config(llava_folder), load_processor(llava_folder)
     config.vision_feature_select_strategy = "full"
-    (seen,) = look(config, processor, [Image.new("RGB", (50, 50))])
+    (seen,) = place_pictures(config, processor, [Image.new("RGB", (50, 50))])
     assert (seen.view.cell(0), seen.view.tokens) == (None, 17)
     config.vision_config.model_type = "siglip_vision_model"  # it never had one
-    (seen,) = look(config, processor, [Image.new("RGB", (50, 50))])
+    (seen,) = place_pictures(config, processor, [Image.new("RGB", (50, 50))])
     assert (seen.view.cell(0), seen.view.tokens) == ((0, 0), 16)
 
 
@@ -85,13 +85,13 @@ def test_a_vision_tower_without_a_fixed_grid_is_refused(llava_folder: Path) -> N
     config = read_config(llava_folder)
     config.vision_config.model_type = "odd_vision"
     with pytest.raises(CannotPlaceError, match="cannot place the visual tokens of a 'odd_vision' vision tower"):
-        look(config, None, [Image.new("RGB", (50, 50))])
+        place_pictures(config, None, [Image.new("RGB", (50, 50))])
 
 
 def test_a_pixtral_tower_keeps_the_pictures_shape(llava_folder: Path) -> None:
     config = read_config(llava_folder)
     config.vision_config.model_type = "pixtral"
-    (seen,) = look(config, None, [Image.new("RGB", (50, 30))], {"image_sizes": [(2 * PATCH, 3 * PATCH)]})
+    (seen,) = place_pictures(config, None, [Image.new("RGB", (50, 30))], {"image_sizes": [(2 * PATCH, 3 * PATCH)]})
     assert (seen.view.rows, seen.view.columns, seen.view.box) == (2, 3, Box(0, 0, 50, 30))
 
 
@@ -99,7 +99,7 @@ def test_windows_of_patches_that_are_not_full_stick_out_of_the_picture() -> None
     # 3 x 3 patches of 10 x 20 pixels in windows of 2 x 2: the last row and column of windows are half full
     pooling = [[0, 1, 3, 4], [2, -1, 5, -1], [6, 7, -1, -1], [8, -1, -1, -1]]
     inputs = {"image_grids": [[1, 1, 2, 2]], "image_token_pooling": torch.tensor([[0, 1, 2, 3], *pooling])}
-    whole, picture = look(SimpleNamespace(model_type="molmo2"), None, [Image.new("RGB", (30, 60))], inputs)
+    whole, picture = place_pictures(SimpleNamespace(model_type="molmo2"), None, [Image.new("RGB", (30, 60))], inputs)
     assert (whole.view.tokens, whole.view.box) == (1, Box(0, 0, 30, 60))
     assert (picture.view.rows, picture.view.columns, picture.view.box) == (2, 2, Box(0, 0, 40, 80))
 
@@ -109,7 +109,7 @@ def test_frames_stand_behind_the_pictures_and_tell_their_moment() -> None:
     processor = SimpleNamespace(image_processor=merging, video_processor=merging)
     picture, clip = Image.new("RGB", (8, 8)), _frames(5)
     inputs = {"image_grid_thw": [(1, 2, 4)], "video_grid_thw": [(3, 4, 2)]}
-    seen = look(SimpleNamespace(model_type="qwen2_vl"), processor, [picture], inputs, [clip])
+    seen = place_pictures(SimpleNamespace(model_type="qwen2_vl"), processor, [picture], inputs, [clip])
     assert [one.view.name for one in seen] == ["picture", "frames 1-2", "frames 3-4", "frame 5"]
 
 
@@ -118,7 +118,7 @@ def test_several_videos_are_numbered() -> None:
     processor = SimpleNamespace(image_processor=merging, video_processor=merging)
     clip, short = _frames(5), _frames(2)
     inputs = {"video_grid_thw": torch.tensor([(3, 4, 2), (1, 2, 2)])}
-    seen = look(SimpleNamespace(model_type="glm4v"), processor, [], inputs, [clip, short])
+    seen = place_pictures(SimpleNamespace(model_type="glm4v"), processor, [], inputs, [clip, short])
     assert [one.view.name for one in seen] == [
         "frames 1-2 of video 1",
         "frames 3-4 of video 1",
@@ -134,11 +134,13 @@ def test_videos_that_cannot_be_placed_say_why() -> None:
     merging = SimpleNamespace(merge_size=2, temporal_patch_size=2)
     processor = SimpleNamespace(video_processor=merging)
     with pytest.raises(ValueError, match="the processor made 2 times 2 frames of a video of 5"):
-        look(SimpleNamespace(model_type="qwen2_vl"), processor, [], {"video_grid_thw": [(2, 2, 2)]}, [_frames(5)])
+        place_pictures(
+            SimpleNamespace(model_type="qwen2_vl"), processor, [], {"video_grid_thw": [(2, 2, 2)]}, [_frames(5)]
+        )
     with pytest.raises(ValueError, match="needs the processor's video_grid_thw, one row a video"):
-        look(SimpleNamespace(model_type="qwen2_vl"), processor, [], {}, [_frames(5)])
+        place_pictures(SimpleNamespace(model_type="qwen2_vl"), processor, [], {}, [_frames(5)])
     with pytest.raises(CannotPlaceError, match="of a video of model type 'video_llama_3': nobody has worked out here"):
-        look(SimpleNamespace(model_type="video_llama_3"), processor, [], {}, [_frames(5)])
+        place_pictures(SimpleNamespace(model_type="video_llama_3"), processor, [], {}, [_frames(5)])
 
 
 def _frames(count: int) -> list[Image.Image]:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from checkpoints import save_picture
-from pyramiddrop.report.pictures.spans import spans
-from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels
+from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, check_picture_path
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.layout import Seen
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.views import PlacedView
 
 VIEW = View("picture", rows=2, columns=3, box=Box(0, 0, 60, 40))
 
@@ -49,7 +49,7 @@ def test_exactly_the_pixels_of_dropped_patches_are_dimmed(tmp_path: Path, paint:
     pixels = seen_pixels(Image.fromarray(colours.astype(np.uint8)), VIEW, long_side=60)
     trace = hand_made_trace([4, 5, 6, 7, 8, 9], {2: [4, 6, 9]})
     kept = spans(trace, [VIEW])[1].cells[0]
-    before, after = np.asarray(pixels), np.asarray(dim_dropped(pixels, VIEW, kept))
+    before, after = np.asarray(pixels), np.asarray(mask_dropped(pixels, VIEW, kept))
     dropped = np.array([[False, True, False], [True, True, False]]).repeat(20, axis=0).repeat(20, axis=1)
     assert before.shape == (40, 60, 3)
     assert (before == after).all(axis=-1)[~dropped].all()
@@ -81,7 +81,7 @@ def test_one_panel_a_view_and_span(tmp_path: Path) -> None:
     tiles = View("tiles", 2, 3, Box(0, 0, 90, 60), reading_order(2, 3, newline=True))
     trace = hand_made_trace(list(range(12)), {2: list(range(6)), 4: [1, 7]})
     picture = Image.open(save_picture(tmp_path / "p.png"))
-    views = [Seen(picture, base), Seen(picture, tiles)]
+    views = [PlacedView(picture, base), PlacedView(picture, tiles)]
     visual = Visual(views, spans(trace, [base, tiles]), [], "What? " * 40, "this")
     figure = visual.draw()
     assert len(figure.axes) == 6

@@ -15,11 +15,11 @@ from PIL import Image
 
 from browser import act, needs_browser
 from pyramiddrop.report import Visual
-from pyramiddrop.report.pictures.heat import Scored, heat
-from pyramiddrop.report.pictures.spans import spans
-from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.layout import Seen
+from pyramiddrop.report.pictures.heatmap import Scored, heat
+from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.views import PlacedView
 
 #: Six tokens of a picture, then a view of two rows with newline tokens.
 VIEWS = [
@@ -52,7 +52,7 @@ def visual() -> Visual:
     trace: Any = SimpleNamespace(visual_columns=[torch.arange(12)], stages=stages, lengths=[12] * 8)
     colours = np.full((40, 60, 3), 90, dtype=np.uint8)
     colours[:20, 20:40] = (200, 30, 30)
-    seen = [Seen(Image.fromarray(colours), view) for view in VIEWS]
+    seen = [PlacedView(Image.fromarray(colours), view) for view in VIEWS]
     scored = [Scored(layer, VIEWS, torch.tensor(scores)) for layer, scores in SCORES.items()]
     return Visual(seen, spans(trace, VIEWS), scored, "What is <b>red</b>?", "A & B", "a model under a method")
 
@@ -78,7 +78,7 @@ def test_each_stage_veils_what_was_dropped_before_it(visual: Visual, tmp_path: P
     found = act(visual.html(), script, tmp_path)
     pixels = seen_pixels(visual.seen[0].picture, VIEWS[0])
     for span, colours in zip(visual.spans, found, strict=True):
-        assert _close(colours, _middles(dim_dropped(pixels, VIEWS[0], span.cells[0]), VIEWS[0]))
+        assert _close(colours, _middles(mask_dropped(pixels, VIEWS[0], span.cells[0]), VIEWS[0]))
 
 
 @needs_browser

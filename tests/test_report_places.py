@@ -10,7 +10,7 @@ from PIL import Image
 
 from lit import SIZES, SPOTS, assert_lit, lit, token_light
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.places.layout import CannotPlaceError, look
+from pyramiddrop.report.token_layout.views import CannotPlaceError, place_pictures
 
 pytest.importorskip("transformers", minversion="5.23")
 
@@ -31,7 +31,7 @@ def test_crops(family: str, size: tuple[int, int]) -> None:
     for place in SPOTS:
         picture = lit(size, place)
         inputs, dark = (_inputs(processor, one) for one in (picture, lit(size, DARK)))
-        seen = look(model.config, processor, [picture], inputs)
+        seen = place_pictures(model.config, processor, [picture], inputs)
         shown += assert_lit(seen, token_light(model, inputs, dark), place, SLACK.get(family, 0.2))
     assert shown >= (1 if family in CENTRED else len(SPOTS))
 
@@ -43,7 +43,7 @@ def test_the_second_of_two_pictures(family: str) -> None:
         first, second = lit(SIZES[1], DARK), lit(SIZES[2], place)
         inputs = _inputs(processor, first, second)
         dark = _inputs(processor, first, lit(SIZES[2], DARK))
-        seen, light = look(model.config, processor, [first, second], inputs), token_light(model, inputs, dark)
+        seen, light = place_pictures(model.config, processor, [first, second], inputs), token_light(model, inputs, dark)
         before = sum(one.view.tokens for one in seen if one.picture is first)
         assert light[:before].max() < 1e-4 < light[before:].max()
         own = [one for one in seen if one.picture is second]
@@ -58,7 +58,7 @@ def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:
     for place in SPOTS:
         picture = lit(size, place)
         inputs, dark = (grid_inputs(family, model, processor, one) for one in (picture, lit(size, DARK)))
-        seen = look(model.config, stand_in(processor), [picture], inputs)
+        seen = place_pictures(model.config, stand_in(processor), [picture], inputs)
         assert assert_lit(seen, token_light(model, inputs, dark), place) == 1
 
 
@@ -69,7 +69,7 @@ def test_grids_of_pixels(family: str, size: tuple[int, int]) -> None:
     for place in SPOTS:
         picture = lit(size, place)
         inputs, dark = (_pixtral_inputs(family, model, processor, one) for one in (picture, lit(size, DARK)))
-        seen = look(model.config, None, [picture], inputs)
+        seen = place_pictures(model.config, None, [picture], inputs)
         assert assert_lit(seen, token_light(model, inputs, dark), place) == 1
 
 
@@ -77,7 +77,7 @@ def test_a_processors_outputs_must_be_those_of_the_pictures() -> None:
     config = SimpleNamespace(model_type="qwen2_vl")
     for outputs in (None, {}, {"image_grid_thw": [(1, 4, 4)] * 2}):
         with pytest.raises(ValueError, match="qwen2_vl needs the processor's image_grid_thw, one row a picture"):
-            look(config, stand_in(SimpleNamespace(merge_size=2)), [Image.new("RGB", (50, 50))], outputs)
+            place_pictures(config, stand_in(SimpleNamespace(merge_size=2)), [Image.new("RGB", (50, 50))], outputs)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_processors_outputs_must_be_those_of_the_pictures() -> None:
 )
 def test_families_without_known_places_are_refused_with_the_reason(family: str, reason: str) -> None:
     with pytest.raises(CannotPlaceError, match=f"of model type '{family}': {reason}"):
-        look(SimpleNamespace(model_type=family), None, [])
+        place_pictures(SimpleNamespace(model_type=family), None, [])
 
 
 def _inputs(processor: Any, *pictures: Image.Image) -> Any:

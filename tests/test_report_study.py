@@ -17,16 +17,16 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.glances import Glance
+from pyramiddrop.evaluation.studies.attention import AttentionExample
 from pyramiddrop.planning import Profile
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.layout import Seen
-from pyramiddrop.report.studies.attention_plot import Looks, draw_attention, spread
+from pyramiddrop.report.studies.attention_plot import AttentionMaps, draw_attention, spread
 from pyramiddrop.report.studies.files import write_study
 from pyramiddrop.report.studies.paper_figure import depth_colors, save
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
-from pyramiddrop.report.studies.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 from pyramiddrop.report.studies.study import bounds, percent, small
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.views import PlacedView
 
 
 def scored(mean: float, error: float | None = 0.02) -> dict[str, Any]:
@@ -69,13 +69,13 @@ def record(*models: dict[str, Any]) -> dict[str, Any]:
     return {"setting": setting, "machine": {"architecture": "x86_64"}, "models": list(models or [model()])}
 
 
-def looks() -> Looks:
+def looks() -> AttentionMaps:
     """A picture of 4 x 4 tokens, whose token 5 gets nearly everything in layer 2, and nothing is seen in layer 6."""
     picture = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
-    seen = Seen(picture, View("picture", 4, 4, Box(0, 0, 40, 40)))
+    seen = PlacedView(picture, View("picture", 4, 4, Box(0, 0, 40, 40)))
     peak = np.full(16, 0.01)
     peak[5] = 0.64
-    return Looks("What costs $5 and $6? → <nothing>", [seen], {2: peak, 6: np.full(16, 1e-6)})
+    return AttentionMaps("What costs $5 and $6? → <nothing>", [seen], {2: peak, 6: np.full(16, 1e-6)})
 
 
 def test_a_line_goes_through_the_numbers_of_its_layer() -> None:
@@ -149,8 +149,10 @@ def test_tokens_without_a_place_are_not_drawn() -> None:
 
 def test_pictures_of_families_that_cannot_be_placed_are_left_out_with_a_reason() -> None:
     asked = Sample((Image.new("RGB", (8, 8)),), "What?")
-    unknown = Glance(asked, "that", {1: torch.ones(4) / 4}, SimpleNamespace(model_type="no-such-family"), None)
-    found, reason = glances_to_looks([unknown])
+    unknown = AttentionExample(
+        asked, "that", {1: torch.ones(4) / 4}, SimpleNamespace(model_type="no-such-family"), None
+    )
+    found, reason = attention_maps([unknown])
     assert found == []
     assert "no-such-family" in reason
 

@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 
 from pyramiddrop.assets import demo_images, demo_questions
-from pyramiddrop.inference.request import Request, prepare
-from pyramiddrop.inference.run import run
+from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
-from pyramiddrop.report.pictures import film
-from pyramiddrop.report.pictures.heat import Scored, heat
-from pyramiddrop.report.pictures.spans import spans
-from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
-from pyramiddrop.report.places.grid import Box, View, reading_order, values_by_view
-from pyramiddrop.report.places.layout import Seen
+from pyramiddrop.report.pictures import animation as animation
+from pyramiddrop.report.pictures.heatmap import Scored, heat
+from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels, with_seams
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, values_by_view
+from pyramiddrop.report.token_layout.views import PlacedView
 
 GONE = math.nan
 
@@ -45,7 +44,7 @@ def test_colours_follow_the_scores_and_gone_tokens_are_veiled() -> None:
     found = np.asarray(heat(pixels, view, scored.ranks[0], scored.tokens)).astype(int)
     low, high, middle = (found[y, x].sum() for y, x in ((10, 10), (10, 30), (30, 30)))
     assert low < middle < high
-    veiled = np.asarray(dim_dropped(pixels, view, [(0, 0), (0, 1), (1, 1)]))
+    veiled = np.asarray(mask_dropped(pixels, view, [(0, 0), (0, 1), (1, 1)]))
     assert (found[20:, :20] == veiled[20:, :20]).all()
     assert all((found[y : y + 20, x : x + 20] == found[y, x]).all() for y in (0, 20) for x in (0, 20))
 
@@ -139,7 +138,7 @@ def test_tokens_of_a_family_without_places_are_drawn_in_the_order_of_the_prompt(
     assert (view.rows, view.columns, view.tokens) == (2, 4, 7)
     assert found.spans[1].cells == [{(0, 0), (1, 2)}]
     pixels = np.asarray(seen_pixels(found.seen[0].picture, view, 8))
-    dimmed = np.asarray(dim_dropped(Image.fromarray(pixels), view, found.spans[1].cells[0]))
+    dimmed = np.asarray(mask_dropped(Image.fromarray(pixels), view, found.spans[1].cells[0]))
     changed = (pixels != dimmed).any(-1)[::2, ::2]
     assert changed.tolist() == [[False, True, True, True], [True, True, False, False]]  # the last cell has no token
 
@@ -171,7 +170,9 @@ def clip() -> Visual:
     """Ten frames, red and darker to the end, of two tokens each; the left one is dropped before layer 4."""
     views = [View(f"frame {number}", 1, 2, Box(0, 0, 20, 10)) for number in range(1, 11)]
     pictures = [Image.new("RGB", (20, 10), (250 - 20 * number, 0, 0)) for number in range(10)]
-    seen = [Seen(picture, view, moment) for moment, (picture, view) in enumerate(zip(pictures, views, strict=True))]
+    seen = [
+        PlacedView(picture, view, moment) for moment, (picture, view) in enumerate(zip(pictures, views, strict=True))
+    ]
     stage = SimpleNamespace(layer=4, kept=[torch.arange(1, 20, 2)])
     trace: Any = SimpleNamespace(visual_columns=[torch.arange(20)], stages=[stage], lengths=[20] * 8)
     return Visual(seen, spans(trace, views), [Scored(4, views, torch.arange(20.0))], "What?", "That.")
@@ -202,7 +203,7 @@ def test_a_gif_of_a_video_plays_its_frames_and_shows_the_stages_side_by_side(cli
             frames.append(np.asarray(gif.convert("RGB")).astype(int))
     side = 448  # pixels of a panel, and there is a gap between the two
     for number, frame in enumerate(frames):
-        all_kept, left, right = (frame[film.HEAD + 50, x] for x in (10, side + film.GAP + 10, 2 * side - 10))
+        all_kept, left, right = (frame[animation.HEAD + 50, x] for x in (10, side + animation.GAP + 10, 2 * side - 10))
         assert abs(all_kept - [250 - 20 * number, 0, 0]).max() < 12
         assert abs(right - all_kept).max() < 12
         assert abs(left - all_kept).max() > 40

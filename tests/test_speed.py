@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyramiddrop.hf import projections
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.timing import in_turn
+from pyramiddrop.inference.timing import Clock, CpuClock, Spread, WallClock, clock_for, in_turn
 from pyramiddrop.speed import generation, training
-from pyramiddrop.speed.clock import Clock, CpuClock, Spread, WallClock, clock_for
 from pyramiddrop.speed.memory import peak_memory
 from pyramiddrop.speed.predicted import choose_ways, predict
 from pyramiddrop.speed.record import generation_records, training_records

@@ -1,4 +1,4 @@
-"""Owns that a method travels with its model: `save_pretrained` of a patched model writes `pyramiddrop.json`, too."""
+"""Write `pyramiddrop.json` whenever a patched model is saved."""
 
 from __future__ import annotations
 

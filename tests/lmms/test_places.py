@@ -36,7 +36,7 @@ from lit import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
 from lit_grids import grid_inputs, stand_in
 from pyramiddrop.inference.prompt import image_token
-from pyramiddrop.report.places.layout import look
+from pyramiddrop.report.token_layout.views import place_pictures
 from zoo import MEMBERS, weights
 from zoo.vision import END, IMAGE, LINE, SIDE, START, TOWER, VIDEO
 from zoo.weights import TEXT, drawn
@@ -172,7 +172,7 @@ def test_stills(family: str, size: tuple[int, int]) -> None:
             processor(images=[one], text=[f"w5 {image_token(processor)} w7"], return_tensors="pt")
             for one in (picture, lit(size, (-9, -9)))
         )
-        seen = look(model.config, processor, [picture], inputs)
+        seen = place_pictures(model.config, processor, [picture], inputs)
         assert assert_lit(seen, token_light(model, inputs, dark), place, SLACK.get(family, 0.2))
 
 
@@ -182,5 +182,5 @@ def test_muse_glimmer(size: tuple[int, int]) -> None:
     for place in SPOTS:
         picture = lit(size, place)
         inputs, dark = (grid_inputs("muse_glimmer", model, processor, one) for one in (picture, lit(size, (-9, -9))))
-        seen = look(model.config, stand_in(processor), [picture], inputs)
+        seen = place_pictures(model.config, stand_in(processor), [picture], inputs)
         assert assert_lit(seen, token_light(model, inputs, dark), place)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
+from pyramiddrop.inference.animation import default_metadata
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.cohere_compass.processing_cohere_compass import CohereCompassProcessor
 from transformers.models.cohere_compass.video_processing_cohere_compass import CohereCompassVideoProcessor
@@ -49,8 +50,7 @@ from transformers.models.video_llava.video_processing_video_llava import VideoLl
 
 from lit import SIZES, SPOTS, lit, token_light, wide_gemma4, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
-from pyramiddrop.inference.film import untimed
-from pyramiddrop.report.places.layout import Seen, look
+from pyramiddrop.report.token_layout.views import PlacedView, place_pictures
 from zoo import MEMBERS, vision, weights
 from zoo.tiled import GLOBAL
 from zoo.vision import SIDE
@@ -63,7 +63,7 @@ SIZE = {"shortest_edge": 1024, "longest_edge": 4096}
 
 
 def _processor(kind: Any, **parts: Any) -> Any:
-    """Made without a look at the classes of its parts, of which some are not there."""
+    """Made without a check of the classes of its parts, of which some are not there."""
     with patch("transformers.processing_utils.ProcessorMixin.check_argument_for_proper_class"):
         return kind(**parts)
 
@@ -258,14 +258,14 @@ def test_the_lit_frame(family: str, size: tuple[int, int]) -> None:
     for number, place in zip((0, 2, 3, 4), SPOTS, strict=True):
         frames = [lit(size, place) if frame == number else dark for frame in range(FRAMES)]
         inputs = _inputs(family, processor, frames)
-        seen = look(model.config, processor, [], inputs, [frames])
+        seen = place_pictures(model.config, processor, [], inputs, [frames])
         light = token_light(model, inputs, nothing)
         assert sum(one.view.tokens for one in seen) == len(light)
         shown += _covers(seen, int(light.argmax()), number, place, SLACK.get(family, 0.2))
     assert shown >= (1 if family in CENTRED else len(SPOTS))
 
 
-def _covers(seen: list[Seen], token: int, frame: int, place: tuple[float, float], slack: float) -> bool:
+def _covers(seen: list[PlacedView], token: int, frame: int, place: tuple[float, float], slack: float) -> bool:
     """Whether any view of this frame shows the place; if so it must hold the token, and its cell cover the place."""
     one = next(one for one in reversed(seen) if one.moment is not None and one.moment <= frame)
     view, picture = one.view, one.picture
@@ -286,7 +286,7 @@ def _inputs(family: str, processor: Any, frames: list[Image.Image]) -> Any:
     made = processor(
         text=[f"w5 {before}{processor.video_token}{behind} w7"],
         videos=[frames],
-        video_metadata=[untimed(len(frames))],
+        video_metadata=[default_metadata(len(frames))],
         do_sample_frames=False,
         return_metadata=True,
         return_tensors="pt",

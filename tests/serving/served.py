@@ -66,7 +66,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Film(Question):
+class Video(Question):
     """A question about a video, (frames, height, width, 3) of bytes, with its pictures before it."""
 
     frames: Any = None
@@ -78,11 +78,11 @@ class Film(Question):
         return {"prompt": self.prompt, "multi_modal_data": media}
 
 
-def films(count: int, image: str, video: str) -> list[Film]:
+def films(count: int, image: str, video: str) -> list[Video]:
     """Each one video and one picture, written as `video` and `image` in the prompt."""
     draw = np.random.default_rng(3)
     return [
-        Film(
+        Video(
             f"w{number} {image} w9 {video} w{number + 7} w3",
             (picture(number),),
             6 + number,
@@ -159,7 +159,7 @@ def expected(
 def processed(processor: Any, question: Question) -> Any:
     """What Transformers' processor makes of a question."""
     film = {}
-    if isinstance(question, Film):
+    if isinstance(question, Video):
         film = {"videos": [question.frames], "video_metadata": [ABOUT_FILM], "do_sample_frames": False}
     return processor(text=[question.prompt], images=list(question.images) or None, return_tensors="pt", **film)
 

@@ -1,4 +1,4 @@
-"""Owns the files that come with the library: a small trained LLaVA, pictures to ask it about, and the true answers."""
+"""Files that come with the library: a small trained LLaVA, pictures to ask it about, and the true answers."""
 
 from __future__ import annotations
 

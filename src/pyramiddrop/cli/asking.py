@@ -1,4 +1,4 @@
-"""Owns the options that say what answers and how, as `generate` and `visualize` take them."""
+"""Options that choose the model and the answer, shared by `generate` and `visualize`."""
 
 from __future__ import annotations
 

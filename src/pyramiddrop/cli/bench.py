@@ -1,4 +1,4 @@
-"""Owns the verb `bench`: vanilla and methods measured side by side on this machine."""
+"""The verb `bench`: measure vanilla and methods side by side on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `cost`: what methods cost by every measure, side by side, and the paper's figures beside ours."""
+"""The verb `cost`: the cost of methods by every measure, side by side, and the paper's figures beside ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `demo`: the bundled model asked about bundled pictures, with and without dropping, on any machine."""
+"""The verb `demo`: ask the bundled model about bundled pictures, with and without dropping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the options that say how much is dropped and where, as `generate`, `visualize` and `serve` take them."""
+"""Options of a method, shared by `generate`, `visualize` and `serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `eval`: vanilla and methods answer the same questions, and are scored side by side."""
+"""The verb `eval`: vanilla and methods answer the same questions and are scored side by side."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def _run_benchmarks(
 
 def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
     from pyramiddrop.evaluation.benchmarks import read_measured
-    from pyramiddrop.evaluation.suite import suite_record
+    from pyramiddrop.evaluation.paper.tables import suite_record
     from pyramiddrop.inference.errors import InputError
     from pyramiddrop.report.tables.paper import suite_tables, tasks_table
 

@@ -1,4 +1,4 @@
-"""Owns the verb `families`: which model families work, which are refused and why, and how that is known."""
+"""The verb `families`: which model families work, which are refused and why, and how that is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `generate`: a question about pictures, answered by any supported checkpoint under any method."""
+"""The verb `generate`: answer a question about pictures with any supported checkpoint under any method."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions,
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.request import Ready
-    from pyramiddrop.inference.run import Run
+    from pyramiddrop.inference.request import PreparedRequest, Run
 
 
 class SeveralImages(TyperCommand):
@@ -87,10 +86,10 @@ def _check_overlay(path: Path, method: str | None) -> None:
         check_picture_path(path)
 
 
-def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> Run:
+def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: bool) -> Run:
     from transformers import TextStreamer
 
-    from pyramiddrop.inference.run import run, run_compared
+    from pyramiddrop.inference.request import run, run_compared
 
     if compare:
         with waiting("answering without and with dropping, and timing both"):
@@ -102,7 +101,7 @@ def _answer(ready: Ready, max_new_tokens: int, compare: bool, stream: bool) -> R
 
 def _draw(done: Run, path: Path) -> None:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.pictures.run import run_visual
+    from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
         visual = run_visual(done)

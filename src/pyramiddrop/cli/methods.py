@@ -1,4 +1,4 @@
-"""Owns the verb `methods`: what can drop, what can rank, and where each was published."""
+"""The verb `methods`: the methods and scorers, and where each was published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def methods(
 
     Every argument is also an option in words, as bench, cost, eval and study read them: pyramiddrop:score=diversity.
     """
-    from pyramiddrop.inference.remedies import all_entries
+    from pyramiddrop.inference.method_catalog import all_entries
     from pyramiddrop.report.tables.methods import methods_table
 
     entries = all_entries()

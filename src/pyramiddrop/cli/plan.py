@@ -1,4 +1,4 @@
-"""Owns the verb `plan`: from what a prefill may cost to the schedule, and the Python line that makes it."""
+"""The verb `plan`: solve the schedule for a budget, and print the Python line that makes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `serve`: vLLM's OpenAI server, with dropping."""
+"""The verb `serve`: vLLM's OpenAI server, with dropping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the options by which `cost` and `plan` are told the sizes of a model and of a prompt."""
+"""Options for the sizes of a model and of a prompt, shared by `cost` and `plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `study`: the paper's figures, drawn of any model and data."""
+"""The verb `study`: the paper's figures for any model and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyramiddrop.cli.eval import SeveralMethods
 from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.evaluation.studies.labelled import Labelled
+    from pyramiddrop.evaluation.studies.method_studies import MethodStudy
     from pyramiddrop.report.studies.study import Shown
 
 study = typer.Typer()
@@ -69,26 +69,26 @@ def redundancy(
     Accuracy where answers are known; and always how many answers and next tokens stay the full model's.
     Writes a profile, too, from which `pyramiddrop plan --profile` makes a schedule.
     """
-    from pyramiddrop.evaluation.studies.redundancy_run import RedundancyOptions, run_redundancy
-    from pyramiddrop.evaluation.studies.subjects import Questions, named_models
+    from pyramiddrop.evaluation.studies.inputs import Questions, study_models
+    from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.studies.redundancy_report import glances_to_looks, show_redundancy, write_profiles
+    from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 
     options = RedundancyOptions(
-        models=named_models(model or (), name or ()),
+        models=study_models(model or (), name or ()),
         layers=None if layers is None else numbers("layers", layers, int),
         keep=None if keep is None else numbers("keep", keep, float),
         batch=batch,
         max_new_tokens=max_new_tokens,
-        glances=maps,
+        examples=maps,
         device=device,
         dtype=dtype,
     )
     task = Questions(data, images, metric, split, seed, limit).task(answered=False)
     _make_folder(output)
     with progress() as begin:
-        record, glances = run_redundancy(task, options, output, begin)
-    looks, why_not = glances_to_looks(glances)
+        record, examples = run_redundancy(task, options, output, begin)
+    looks, why_not = attention_maps(examples)
     profiles = write_profiles(record, output)
     _finish(record, show_redundancy(record, looks), output, as_json)
     for path in profiles:
@@ -132,9 +132,9 @@ def tradeoff(
 ) -> None:
     """What do methods keep of the answers at equal cost? Scores over decoder FLOPs (the paper's Figure 4)."""
     from pyramiddrop.evaluation.run import EvalOptions
-    from pyramiddrop.evaluation.studies.subjects import Questions
-    from pyramiddrop.evaluation.studies.tradeoff import prepare_tradeoff
-    from pyramiddrop.report.studies.tradeoff_report import show_tradeoff
+    from pyramiddrop.evaluation.studies.inputs import Questions
+    from pyramiddrop.evaluation.studies.method_studies import prepare_tradeoff
+    from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions(
@@ -165,10 +165,10 @@ def ablation(
 ) -> None:
     """What does λ cost, and what does it save? PyramidDrop with several λ (the paper's Table 4)."""
     from pyramiddrop.evaluation.run import EvalOptions
-    from pyramiddrop.evaluation.studies.ablation import LAMBDAS, prepare_ablation
-    from pyramiddrop.evaluation.studies.subjects import Questions
+    from pyramiddrop.evaluation.studies.inputs import Questions
+    from pyramiddrop.evaluation.studies.method_studies import LAMBDAS, prepare_ablation
     from pyramiddrop.inference.choice import numbers
-    from pyramiddrop.report.studies.ablation_report import show_ablation
+    from pyramiddrop.report.studies.ablation import show_ablation
 
     task = Questions(data, images, metric, split, seed, limit).task()
     options = EvalOptions((), (), model, batch, max_new_tokens, device, dtype, output)
@@ -184,7 +184,7 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
 
 
-def _run(prepare: Callable[[], Labelled]) -> dict[str, Any]:
+def _run(prepare: Callable[[], MethodStudy]) -> dict[str, Any]:
     with waiting("loading the model"):
         prepared = prepare()
     with progress() as begin:

@@ -1,4 +1,4 @@
-"""Owns the options that all studies share: what is asked of which model, how, and where the results go."""
+"""Options that all studies share: questions, models, and the output folder."""
 
 from __future__ import annotations
 

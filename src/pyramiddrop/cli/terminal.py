@@ -1,4 +1,4 @@
-"""Owns what the verbs share on the terminal: where results and remarks go, and how waiting and errors look."""
+"""Terminal output that the verbs share: results, messages, progress and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the verb `train`: a checkpoint trained on conversations about pictures, with a method or without."""
+"""The verb `train`: train a checkpoint on conversations about pictures, with a method or without."""
 
 from __future__ import annotations
 

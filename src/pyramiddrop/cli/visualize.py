@@ -1,4 +1,4 @@
-"""Owns the verb `visualize`: what each stage kept of the pictures and how it scored them, as pictures and a page."""
+"""The verb `visualize`: draw what each drop kept of the pictures and how it scored them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.run import Run
+    from pyramiddrop.inference.request import Run
     from pyramiddrop.report import Visual
 
 
@@ -60,8 +60,7 @@ def visualize(
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
     from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.request import Request, prepare
-    from pyramiddrop.inference.run import run
+    from pyramiddrop.inference.request import Request, prepare, run
 
     outputs = output or [Path("kept.html"), Path("kept.png")]
     _check(outputs, scores, prompt, bool(image or video), method)
@@ -103,7 +102,7 @@ def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> 
 
 def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
     from pyramiddrop.inference.errors import user_input
-    from pyramiddrop.report.pictures.run import run_visual
+    from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input("cannot draw", (OSError, ValueError)):
         visual = run_visual(done)
@@ -115,7 +114,7 @@ def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
 
 
 def _show(visual: Visual, done: Run, written: list[str]) -> None:
-    from pyramiddrop.report.tables.look import new_table
+    from pyramiddrop.report.tables.style import new_table
 
     table = new_table("layers", "visual tokens")
     for span in visual.spans:

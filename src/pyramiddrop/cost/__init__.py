@@ -1,7 +1,17 @@
 """The cost model: what a prefill and a decode step cost, by named conventions, before anything has run."""
 
-from pyramiddrop.cost.account import CONVENTIONS, Account, Cost, Parts, account
-from pyramiddrop.cost.conventions import fastv_layer_flops, paper_layer_flops
+from pyramiddrop.cost.account import (
+    CONVENTIONS,
+    Account,
+    Cost,
+    Parts,
+    account,
+    activation_bytes,
+    fastv_layer_flops,
+    kv_bytes,
+    layer_kv_bytes,
+    paper_layer_flops,
+)
 from pyramiddrop.cost.flops import (
     Choice,
     Choosing,
@@ -16,7 +26,6 @@ from pyramiddrop.cost.flops import (
     step_flops,
     vision_flops,
 )
-from pyramiddrop.cost.memory import activation_bytes, kv_bytes, layer_kv_bytes
 from pyramiddrop.cost.mixers import Mixer, delta_rule, grouped_attention, latent_attention, short_convolution
 from pyramiddrop.cost.presets import PRESETS, Preset
 from pyramiddrop.cost.shapes import BYTES, DecoderShape, Experts, ModelShape, Prompt, VisionShape

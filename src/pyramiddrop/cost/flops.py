@@ -1,4 +1,4 @@
-"""Owns the true FLOPs: 2 for each multiply-add of every matrix product of a prefill, of a decode step, of the ranking.
+"""FLOPs of prefill, decode step, ranking, vision tower and head; a multiply-add counts as 2.
 
 Attention counts all pairs of rows, as `torch.utils.flop_counter` does and as kernels compute that are given a mask; a
 causal kernel may skip up to half of them. What is no matrix product (norms, softmax, activations, embeddings) is not

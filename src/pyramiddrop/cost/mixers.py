@@ -1,4 +1,4 @@
-"""Owns how a decoder layer mixes its rows, as numbers: attention of several kinds, or a state that runs along them."""
+"""The token mixer of a decoder layer, as numbers: attention of several kinds, or a recurrent state."""
 
 from __future__ import annotations
 

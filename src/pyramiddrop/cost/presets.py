@@ -1,4 +1,4 @@
-"""Owns the sizes of well-known models as plain numbers, so that their cost needs neither a download nor a config."""
+"""Sizes of well-known models as plain numbers, so that their cost needs no download and no configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the numbers that a cost depends on: the sizes of a decoder and of a vision tower, and what a prompt brings."""
+"""The numbers that a cost depends on: sizes of a decoder and of a vision tower, and the tokens of a prompt."""
 
 from __future__ import annotations
 

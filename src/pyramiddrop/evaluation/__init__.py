@@ -1,1 +1,1 @@
-"""Owns the measurement of answers: benchmarks that any model and any method can be run on."""
+"""Benchmarks of any model under any method."""

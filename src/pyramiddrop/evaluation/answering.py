@@ -1,4 +1,4 @@
-"""Owns how samples are answered: greedily, in left-padded batches, under any method, with what each prefill used."""
+"""Answer samples greedily, in left-padded batches, under any method, and record what each prefill cost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
 from pyramiddrop.inference.prompt import build_batch
-from pyramiddrop.inference.usage import Usage, batch_prompts, batch_usage
 from pyramiddrop.methods import Method
 from pyramiddrop.trace import Trace
 

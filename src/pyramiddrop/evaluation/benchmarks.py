@@ -1,4 +1,4 @@
-"""Owns runs of lmms-eval's tasks under several methods, and what such runs found, read back from their files."""
+"""Run tasks of lmms-eval under several methods, and read its results back from their files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns equal cost: a method's shares solved so that it spends a given part of vanilla's decoder FLOPs, and no more."""
+"""Solve a method's keep ratios so that it costs a given percentage of vanilla's decoder FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.methods import Method
-from pyramiddrop.planning.search import largest, shortest
+from pyramiddrop.planning.solve import largest, shortest
 
 
 def at_budget(

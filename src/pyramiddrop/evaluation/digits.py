@@ -1,4 +1,4 @@
-"""Owns the digits benchmark: handwritten digits on a coloured canvas, and questions about them with one right answer.
+"""The digits benchmark: handwritten digits on a coloured canvas, and questions about them with one right answer.
 
 The digits are the 1797 real ones of scikit-learn's ``load_digits``, split by image; the scenes are split by seed. So a
 test scene shares neither a digit image nor an arrangement with what a model was trained on. The training script of

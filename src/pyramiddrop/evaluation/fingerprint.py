@@ -1,4 +1,4 @@
-"""Owns fingerprints: what tells a model, and questions, from others that would be answered otherwise."""
+"""Fingerprints of models and samples, which tell whether saved answers still hold."""
 
 from __future__ import annotations
 

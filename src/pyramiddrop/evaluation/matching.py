@@ -1,4 +1,4 @@
-"""Owns when an answer is right: exact match under a named normalisation, and VQA's soft accuracy."""
+"""Score an answer against the right ones: exact match under a named normalisation, and VQA's soft accuracy."""
 
 from __future__ import annotations
 

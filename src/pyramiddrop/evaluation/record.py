@@ -1,4 +1,4 @@
-"""Owns the record of an evaluation: scores, paired differences, cost and time of each way, as plain values."""
+"""The record of an evaluation as plain values: scores, paired differences, cost and time of each method."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.run import Evaluation, Outcome
 from pyramiddrop.evaluation.scores import Score, difference, score_by_kind
+from pyramiddrop.inference.prefill_stats import known
 from pyramiddrop.inference.timing import PrefillTime
-from pyramiddrop.inference.usage import known
 from pyramiddrop.speed.record import machine
 
 

@@ -1,4 +1,4 @@
-"""Owns an evaluation: vanilla and methods answer the same questions, at equal cost where asked for, and are scored."""
+"""Run an evaluation: vanilla and methods answer the same questions, at equal cost if asked for, and are scored."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Evaluator:
         with closing(self.answerer.batches(samples[len(replies) :], method)) as batches:
             for batch in batches:
                 if journal:
-                    journal.append(batch)
+                    journal.append_replies(batch)
                 replies += batch
                 progress(name, len(batch))
         return replies

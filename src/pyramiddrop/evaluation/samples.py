@@ -1,4 +1,4 @@
-"""Owns what is asked: questions about pictures with their right answers, from the digits benchmark or a user's file."""
+"""Questions about pictures with their right answers, from the digits benchmark or from a user's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the statistics of answers: means with errors that are clustered by picture, and paired differences."""
+"""Statistics of answers: means with errors clustered by picture, and paired differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the folder of an evaluation: what it holds already of the same model, questions and versions is not redone."""
+"""The output folder of an evaluation: keeps replies and times of the same model, questions and versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 import pyramiddrop
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.fingerprint import key_digest, model_digest, samples_digest
-from pyramiddrop.evaluation.journal import Journal
+from pyramiddrop.evaluation.journal import ReplyJournal
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.inference.choice import VANILLA
 from pyramiddrop.inference.errors import user_input
@@ -43,10 +43,10 @@ class Store:
             "versions": [pyramiddrop.__version__, transformers.__version__, torch.__version__],
         }
 
-    def journal(self, method: Method | None) -> Journal:
+    def journal(self, method: Method | None) -> ReplyJournal:
         """Where the replies under `method` are kept."""
         name = VANILLA if method is None else type(method).__name__
-        return Journal(self.folder / "replies", name, {**self.shared, "method": _settings(method)})
+        return ReplyJournal(self.folder / "replies", name, {**self.shared, "method": _settings(method)})
 
     def times(self, methods: Sequence[Method | None], measure: Callable[[], Times]) -> Times:
         """The times that were measured of the same methods on the same kind of machine before, or else now."""

@@ -1,4 +1,4 @@
-"""Owns what can be evaluated: the samples of a task, and when their answers are right."""
+"""Tasks: samples, and the rule by which their answers are right."""
 
 from __future__ import annotations
 

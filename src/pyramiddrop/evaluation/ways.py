@@ -1,4 +1,4 @@
-"""Owns the ways to run that an evaluation sets side by side: vanilla, and methods in words that fit the model."""
+"""Choose the methods that an evaluation compares, and check that they fit the model."""
 
 from __future__ import annotations
 

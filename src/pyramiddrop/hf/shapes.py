@@ -1,4 +1,4 @@
-"""Owns how the sizes for the cost model are read from a Transformers configuration; no weights are needed."""
+"""Read the sizes for the cost model from a Transformers configuration; no weights are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns one answer: generate under a method, and keep what it kept and what it cost."""
+"""Generate one answer under a method, with the trace of its prefill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the choice of a budget and of what is solved for it, in words, as a command line gives them."""
+"""Parse a budget and the values to solve for, as the command line gives them."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _budget(options: BudgetOptions, sizes: Sizes) -> Budget:
     ((word, limit),) = given.items()
     clock = None
     if word == "measure":
-        from pyramiddrop.inference.clock import LayerClock
+        from pyramiddrop.inference.layer_profiler import LayerProfiler
 
-        clock = LayerClock(sizes.shape.decoder)
+        clock = LayerProfiler(sizes.shape.decoder)
     with user_input():
         return Budget(**{KINDS[word]: limit}, convention=options.convention, clock=clock)

@@ -1,4 +1,4 @@
-"""Owns how a checkpoint comes into memory: its configuration, its processor and its weights, on a fitting device."""
+"""Load a checkpoint: its configuration, its processor and its weights, on a suitable device."""
 
 from __future__ import annotations
 

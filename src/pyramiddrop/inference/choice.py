@@ -1,4 +1,4 @@
-"""Owns the choice of a method by its name and its options in words, as a command line or a request gives them."""
+"""Parse method specifications such as `fastv:layer=2,keep=0.5`."""
 
 from __future__ import annotations
 

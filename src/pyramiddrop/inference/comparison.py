@@ -1,4 +1,4 @@
-"""Owns the comparison: one question answered by the model as it is and under a method, with what each one used."""
+"""Compare one question answered by the full model and under a method, with the cost of each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from pyramiddrop import Method
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
 from pyramiddrop.inference.timing import PrefillTime, time_prefills
-from pyramiddrop.inference.usage import Usage, known, usage, vanilla_usage
 from pyramiddrop.trace import Trace
 
 

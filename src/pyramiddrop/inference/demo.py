@@ -1,4 +1,4 @@
-"""Owns the demo: the bundled model is asked about the bundled pictures, without and with a method."""
+"""The demo: ask the bundled model about the bundled pictures, without and with a method."""
 
 from __future__ import annotations
 

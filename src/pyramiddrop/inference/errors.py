@@ -1,4 +1,4 @@
-"""Owns the error that means: what the user gave cannot be used, and here is why in one line."""
+"""The error for bad user input, with a one-line message that gives the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is told of model families: the entries, and the families of this Transformers that have none."""
+"""Describe model families: the entries, and the families of the installed Transformers that have none."""
 
 from __future__ import annotations
 

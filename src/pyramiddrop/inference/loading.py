@@ -1,4 +1,4 @@
-"""Owns the way back from a folder: a model comes with the method that it was trained with."""
+"""Load a model with the method that it was trained with."""
 
 from __future__ import annotations
 

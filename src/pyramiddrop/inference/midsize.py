@@ -1,4 +1,4 @@
-"""Owns a random LLaVA of middle size: so big that its prefill is computing, not Python; so small that any CPU can."""
+"""A random LLaVA of medium size, whose prefill is bound by arithmetic and still runs on any CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from pyramiddrop import Method
+from pyramiddrop.inference.prefill_stats import Usage, usage, vanilla_usage
 from pyramiddrop.inference.timing import PrefillTime, time_prefills
-from pyramiddrop.inference.usage import Usage, usage, vanilla_usage
 
 VISUAL_TOKENS, TEXT_TOKENS = 576, 24  # LLaVA-1.5's picture, and a short question
 LAYERS, HIDDEN = 12, 384

@@ -1,4 +1,4 @@
-"""Owns the way from pictures, frames and a question to the tensors that a model reads."""
+"""Turn pictures, frames and a question into the tensors that a model reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.pixels import to_rgb
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.film import Film
+    from pyramiddrop.inference.video import Video
 
 #: For a processor without a chat template: the format of the first LLaVA models.
 PLAIN = "USER: {images}\n{prompt} ASSISTANT:"
+#: Several questions, each about its own pictures.
+Questions = Sequence[tuple[Sequence[Image.Image], str]]
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
@@ -68,21 +70,21 @@ def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
         raise InputError("the prompt is empty")
 
 
-def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, film: Film | None = None) -> Any:
-    """The tensors for one question, on the CPU: batch size 1, the pictures before the film, and both before the words.
+def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, video: Video | None = None) -> Any:
+    """The tensors for one question, on the CPU: batch size 1, the pictures before the video, and both before the words.
 
-    The processor takes the film's frames as they are, and samples none.
+    The processor takes the video's frames as they are, and samples none.
 
     Raises:
-        InputError: for neither picture nor film, an empty prompt, one that holds the processor's own image token, and a
-            film for a processor of images alone.
+        InputError: for neither picture nor video, an empty prompt, one that contains the processor's own image token, and
+            a video for a processor of images alone.
     """
-    if film and getattr(processor, "video_processor", None) is None:
+    if video and getattr(processor, "video_processor", None) is None:
         raise InputError("the checkpoint's processor takes no videos; give the frames as images")
-    return _build(processor, [(pictures, prompt)], film)
+    return _build(processor, [(pictures, prompt)], video)
 
 
-def build_batch(processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
+def build_batch(processor: Any, questions: Questions) -> Any:
     """The tensors for several questions, each about its own pictures: one row a question, padded on the left.
 
     Raises:
@@ -97,25 +99,28 @@ def image_token(processor: Any) -> str:
     return str(placeholder or getattr(processor, "image_token", "<image>"))
 
 
-def _build(processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None = None) -> Any:
+def _build(processor: Any, questions: Questions, video: Video | None = None) -> Any:
     for pictures, prompt in questions:
-        _check_question(processor, pictures, prompt, film)
+        _check_question(processor, pictures, prompt, video)
     questions = [([to_rgb(picture) for picture in pictures], prompt) for pictures, prompt in questions]
     single = len(questions) == 1
     settings: dict[str, Any] = {} if single else {"padding": True}
-    if film:
-        settings |= {"video_metadata": [film.about], "do_sample_frames": False, "return_metadata": True}
+    if video:
+        settings |= {"video_metadata": [video.metadata], "do_sample_frames": False, "return_metadata": True}
     with _left_padding(processor.tokenizer):
         build = _of_template if getattr(processor, "chat_template", None) is not None else _of_text
-        inputs = build(processor, questions, film, settings)
+        inputs = build(processor, questions, video, settings)
     inputs.pop("video_metadata", None)  # no tensor, and nothing for the model
     return inputs
 
 
 def _of_template(
-    processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None, settings: dict[str, Any]
+    processor: Any,
+    questions: Questions,
+    video: Video | None,
+    settings: dict[str, Any],
 ) -> Any:
-    turns = [[{"role": "user", "content": _content(pictures, prompt, film)}] for pictures, prompt in questions]
+    turns = [[{"role": "user", "content": _content(pictures, prompt, video)}] for pictures, prompt in questions]
     return processor.apply_chat_template(
         turns[0] if len(turns) == 1 else turns,
         add_generation_prompt=True,
@@ -127,33 +132,36 @@ def _of_template(
 
 
 def _of_text(
-    processor: Any, questions: Sequence[tuple[Sequence[Image.Image], str]], film: Film | None, settings: dict[str, Any]
+    processor: Any,
+    questions: Questions,
+    video: Video | None,
+    settings: dict[str, Any],
 ) -> Any:
     images = [list(pictures) for pictures, _ in questions]
-    text = [_plain(processor, len(pictures), prompt, film) for pictures, prompt in questions]
+    text = [_plain(processor, len(pictures), prompt, video) for pictures, prompt in questions]
     own = (images[0] or None, text[0]) if len(text) == 1 else (images, text)
-    videos = {"videos": [film.frames]} if film else {}
+    videos = {"videos": [video.frames]} if video else {}
     return processor(images=own[0], text=own[1], return_tensors="pt", **videos, **settings)
 
 
-def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str, film: Film | None) -> None:
-    check_prompt(prompt, len(pictures), videos=film is not None)
-    for token in (image_token(processor), *([processor.video_token] if film else [])):
+def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str, video: Video | None) -> None:
+    check_prompt(prompt, len(pictures), videos=video is not None)
+    for token in (image_token(processor), *([processor.video_token] if video else [])):
         if token in prompt:
             raise InputError(
                 f"the prompt must not hold {token}: each image and video gets its place before the words by itself"
             )
 
 
-def _plain(processor: Any, pictures: int, prompt: str, film: Film | None) -> str:
-    video = processor.video_token if film else ""
-    return PLAIN.format(images=image_token(processor) * pictures + video, prompt=prompt)
+def _plain(processor: Any, pictures: int, prompt: str, video: Video | None) -> str:
+    clip = processor.video_token if video else ""
+    return PLAIN.format(images=image_token(processor) * pictures + clip, prompt=prompt)
 
 
-def _content(pictures: Sequence[Image.Image], prompt: str, film: Film | None) -> list[dict[str, Any]]:
+def _content(pictures: Sequence[Image.Image], prompt: str, video: Video | None) -> list[dict[str, Any]]:
     return [
         *({"type": "image", "image": picture} for picture in pictures),
-        *([{"type": "video", "video": film.frames}] if film else []),
+        *([{"type": "video", "video": video.frames}] if video else []),
         {"type": "text", "text": prompt},
     ]
 

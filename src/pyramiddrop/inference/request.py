@@ -1,4 +1,4 @@
-"""Owns the way from what a user gave to what can run; what is cheap to check is checked before weights are loaded."""
+"""Turn what a user gave into a prepared request, and run it; cheap checks come before weights are loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from PIL import Image
 from pyramiddrop import Method
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
+from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
-from pyramiddrop.inference.errors import user_input
-from pyramiddrop.inference.film import Film, check_film, open_film
+from pyramiddrop.inference.comparison import Comparison, compare, usage_dict
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
+from pyramiddrop.inference.video import Video, check_video, open_video
+from pyramiddrop.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRequest:
     """A request that can run. `method` is None for vanilla."""
 
     request: Request
@@ -45,10 +49,10 @@ class Ready:
     method: Method | None
     pictures: list[Image.Image]
     inputs: Any
-    film: Film | None = None
+    video: Video | None = None
 
 
-def prepare(request: Request) -> Ready:
+def prepare(request: Request) -> PreparedRequest:
     """Check the request, load its checkpoint, and build the model's inputs.
 
     Raises:
@@ -57,16 +61,16 @@ def prepare(request: Request) -> Ready:
     source = request.model or str(digits_checkpoint())
     check_prompt(request.prompt, len(request.images), videos=request.video is not None)
     pictures, config = [open_picture(path) for path in request.images], read_config(source)
-    film = None
+    video = None
     if request.video:
-        check_film(config.model_type, source)
-        film = open_film(request.video, request.frames)
+        check_video(config.model_type, source)
+        video = open_video(request.video, request.frames)
     method = choose_method(request.options, source, decoder_layers(config))
     checkpoint = load_checkpoint(source, request.device, request.dtype)
-    inputs = build_inputs(checkpoint.processor, pictures, request.prompt, film)
+    inputs = build_inputs(checkpoint.processor, pictures, request.prompt, video)
     with user_input(caught=(UnsupportedModelError,)):
         _check_model(checkpoint, method)
-    return Ready(request, checkpoint, method, pictures, inputs, film)
+    return PreparedRequest(request, checkpoint, method, pictures, inputs, video)
 
 
 def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
@@ -75,3 +79,64 @@ def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
     if method is not None:
         with method(checkpoint.model):
             pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a request. `trace` is None for vanilla, `comparison` where none was asked for."""
+
+    ready: PreparedRequest
+    answer: str
+    usage: Usage
+    vanilla: Usage
+    trace: Trace | None
+    comparison: Comparison | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of what answered."""
+        return type(self.ready.method).__name__ if self.ready.method else "vanilla"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and text: FLOPs, bytes and seconds."""
+        request, model = self.ready.request, self.ready.checkpoint.model
+        return {
+            "model": request.model or "bundled",
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "images": [str(path) for path in request.images],
+            "video": self._video(),
+            "prompt": request.prompt,
+            "method": {**(self.ready.method.settings() if self.ready.method else {}), "name": self.method},
+            "answer": self.answer,
+            **usage_dict(self.usage),
+            "vanilla_flops": known(self.vanilla.flops),
+            "vanilla_kv_bytes": known(self.vanilla.kv_bytes),
+            "flops_ratio": known(self.usage.flops / self.vanilla.flops),
+            "kv_ratio": known(self.usage.kv_bytes / self.vanilla.kv_bytes),
+            "comparison": self.comparison.as_dict() if self.comparison else None,
+        }
+
+    def _video(self) -> dict[str, Any] | None:
+        """The video, and the numbers of the frames that were taken of it."""
+        video = self.ready.video
+        return {"path": str(self.ready.request.video), "frames": video.metadata["frames_indices"]} if video else None
+
+
+def run(ready: PreparedRequest, max_new_tokens: int, streamer: Any = None) -> Run:
+    """Answer the request; `streamer` is a Transformers streamer that gets the tokens as they come."""
+    answer = ask(ready.checkpoint, ready.inputs, ready.method, max_new_tokens, streamer)
+    plain = vanilla_usage(ready.checkpoint.model, ready.inputs)
+    return Run(ready, answer.text, usage(answer.trace) if answer.trace else plain, plain, answer.trace)
+
+
+def run_compared(ready: PreparedRequest, max_new_tokens: int) -> Run:
+    """Answer the request without and with its method, and time both prefills.
+
+    Raises:
+        InputError: where the request is for vanilla itself.
+    """
+    if ready.method is None:
+        raise InputError("there is nothing to compare vanilla with; name a method that drops tokens")
+    found = compare(ready.checkpoint, ready.inputs, ready.method, max_new_tokens)
+    return Run(ready, found.pruned.answer, found.pruned.usage, found.vanilla.usage, found.trace, found)

@@ -1,4 +1,4 @@
-"""Owns the start of a server in words: the command that vLLM is given, and what its dropping will save."""
+"""The command that starts a vLLM server, and an estimate of what dropping saves there."""
 
 from __future__ import annotations
 

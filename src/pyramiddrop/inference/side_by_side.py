@@ -1,4 +1,4 @@
-"""Owns the choice of several methods in words, to be set side by side: `fastv:layer=3,keep=0.25`."""
+"""Parse several method specifications, to be compared side by side."""
 
 from __future__ import annotations
 

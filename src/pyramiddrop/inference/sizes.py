@@ -1,4 +1,4 @@
-"""Owns the choice of a model's sizes in words: a named shape, a checkpoint's configuration, or plain numbers."""
+"""Parse a model's sizes: a named preset, a checkpoint's configuration, or plain numbers."""
 
 from __future__ import annotations
 

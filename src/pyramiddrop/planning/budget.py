@@ -1,4 +1,4 @@
-"""Owns the budget: what may be spent, in which unit, and what each layer and each ranking spends of it."""
+"""A budget: the limit, its unit, and the part of it that each layer and each ranking costs."""
 
 from __future__ import annotations
 

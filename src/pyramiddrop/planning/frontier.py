@@ -1,4 +1,4 @@
-"""Owns the frontier of a redundancy profile: the schedules that no other one beats in both cost and predicted loss."""
+"""The Pareto frontier of a redundancy profile: schedules that no other beats in both cost and predicted loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the redundancy profile: how much a model loses when tokens are dropped once, by layer and share."""
+"""The redundancy profile: how much a model loses when tokens are dropped once, by layer and keep ratio."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Owns the way from a budget to a schedule: the best that the budget affords, or the nearest that is within reach."""
+"""Solve a budget for a schedule: the best that the budget affords, or the nearest that is within reach."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +12,6 @@ from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.planning.search import largest, shortest
 from pyramiddrop.schedule import Schedule, equal_stage_layers, powers
 
 PAPER_STAGES = 4
@@ -217,3 +218,19 @@ class _Solver:
             vanilla=account(self.model, self.prompt),
             loss=loss,
         )
+
+
+def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest float below `high` that fits, where `low` does, `high` does not, and all between go one way."""
+    while low < (middle := (low + high) / 2) < high:
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def shortest(value: float, alike: Callable[[float], bool]) -> float:
+    """The shortest decimal up to `value` that is `alike`; `value` itself where none of 16 digits is."""
+    candidates = (math.floor(value * 10**digits) / 10**digits for digits in range(1, 17))
+    return next((short for short in candidates if short > 0 and alike(short)), value)

@@ -1,13 +1,21 @@
-"""Owns the files that the demo leaves: the page, and one overlay a question."""
+"""The demo's files: one HTML page without a network, and one overlay picture for each question."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.demo_page import Card, render_page
+from pyramiddrop.report.pictures.lifetimes import Span, token_status
+from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, visualize
+from pyramiddrop.report.tables import runs
+from pyramiddrop.report.template import template
+from pyramiddrop.report.token_layout.geometry import Cell, View
+from pyramiddrop.report.token_layout.views import PlacedView
 
 
 @dataclass(frozen=True)
@@ -41,3 +49,64 @@ def _visual(demo: Demo, asked: Asked) -> Visual:
         question=asked.question.question,
         answer=f"{pruned} · vanilla: {vanilla} · true: {asked.question.answer}",
     )
+
+
+@dataclass(frozen=True)
+class Card:
+    """One question on the page: what was asked, the views of its picture, and what was alive in each span of layers."""
+
+    asked: Asked
+    seen: Sequence[PlacedView]
+    spans: Sequence[Span]
+
+    @property
+    def picture(self) -> str:
+        """The name of the question's picture on the page."""
+        return self.asked.question.image.stem
+
+    @cached_property
+    def panels(self) -> list[dict[str, Any]]:
+        """One for each span: its layers, and for the picture's first view the shape of what is dropped."""
+        view = self.seen[0].view
+        return [
+            {"layers": span.layers, "tokens": span.tokens, "dropped": dropped_path(view, span.cells[0])}
+            for span in self.spans
+        ]
+
+    @property
+    def view(self) -> View:
+        return self.seen[0].view
+
+    @property
+    def token_status(self) -> list[int]:
+        """For each patch in reading order the number of the last span in which it is alive."""
+        return token_status(self.spans, 0, self.view)
+
+
+def render_page(demo: Demo, cards: Sequence[Card]) -> str:
+    """The whole page as text."""
+    return template("demo").render(
+        demo=demo,
+        cards=cards,
+        pictures={card.picture: picture_data(seen_pixels(card.seen[0].picture, card.view)) for card in cards},
+        dark_pictures={card.picture: overlay_grey(card.asked.picture) > 128 for card in cards},
+        ratios={name: after / before if before else 1.0 for name, (before, after) in _medians(demo).items()},
+        medians=_medians(demo),
+        pyramid=cards[0].spans,
+        right=[sum(right) for right in zip(*demo.right, strict=True)],
+        remarks=runs.summary(demo),
+    )
+
+
+def dropped_path(view: View, kept: frozenset[Cell]) -> str:
+    """An SVG path, in units of patches, that covers every patch that is not `kept`."""
+    return "".join(f"M{column} {row}h1v1h-1z" for row, column in view.grid if (row, column) not in kept)
+
+
+def _medians(demo: Demo) -> dict[str, tuple[float, float]]:
+    return {
+        "flops": demo.medians(lambda one: one.usage.flops),
+        "kv": demo.medians(lambda one: one.usage.kv_bytes),
+        "wall": demo.medians(lambda one: one.prefill.wall),
+        "cpu": demo.medians(lambda one: one.prefill.cpu),
+    }

@@ -1,4 +1,4 @@
-"""Owns the picture of measured speed: bars for each way and batch, and marks where the cost model predicted them."""
+"""Plot measured speed: bars for each method and batch, and marks where the cost model predicted them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the way to the templates of all pages."""
+"""Load the HTML templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how quantities are written for people: FLOPs, bytes, seconds and shares, to three digits; NaN is not known."""
+"""Format FLOPs, bytes, seconds and shares to three digits; NaN is written as "not known"."""
 
 from __future__ import annotations
 

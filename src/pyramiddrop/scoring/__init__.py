@@ -9,10 +9,9 @@ from pyramiddrop.scoring.attention import (
     attention_received,
 )
 from pyramiddrop.scoring.combined import RandomFrom, Reserved
-from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer
+from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer, VisionScorer
 from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
 from pyramiddrop.scoring.evidence import Attention, Evidence, Scorer
-from pyramiddrop.scoring.vision import VisionScorer
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {

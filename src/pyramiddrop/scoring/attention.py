@@ -1,4 +1,4 @@
-"""Owns the scores that are attention: how much the asking tokens look at each visual token, and published remedies."""
+"""Scores by attention from the query tokens to each visual token, and published corrections."""
 
 from __future__ import annotations
 

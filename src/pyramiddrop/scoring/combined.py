@@ -1,4 +1,4 @@
-"""Owns what goes around any scorer: tokens that are reserved for a grid, and chance in late stages."""
+"""Scorers that wrap another scorer: tokens reserved on a grid, and random selection in deep layers."""
 
 from __future__ import annotations
 

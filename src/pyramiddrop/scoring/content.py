@@ -1,4 +1,4 @@
-"""Owns the scores that ask nobody: what a visual token's own key or hidden state says of it."""
+"""Scores that need no query: from a visual token's own key or hidden state."""
 
 from __future__ import annotations
 
@@ -81,3 +81,19 @@ def _group_means(evidence: Evidence, unit: Tensor) -> Tensor:
     sums = unit.new_zeros(*evidence.quota.shape, unit.shape[-1])
     sums = sums.scatter_add(1, groups, unit.masked_fill(~evidence.visual[..., None], 0))
     return normalize(sums, dim=-1).gather(1, groups)
+
+
+@dataclass(frozen=True)
+class VisionScorer(Scorer):
+    """Of the method vision alone: the attention that a patch receives in the vision tower.
+
+    It comes from the class token, or from all patches where there is none; in the layer whose output the decoder is
+    given, mean over heads.
+    """
+
+    watches: ClassVar[bool] = True
+    source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        assert evidence.vision is not None, "a scorer that watches is asked before the decoder"
+        return evidence.vision

@@ -1,4 +1,4 @@
-"""Owns the honest controls: scores that know nothing of the picture or of the question."""
+"""Controls: scores that know nothing of the picture or of the question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what a scorer is: what it may look at when a stage ends, and what it gives back."""
+"""What a scorer gets at a drop, and the interface of a scorer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns a whole benchmark: from what a user asks for to a record of what was measured."""
+"""Run a benchmark: from the user's options to a record of what was measured."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.inference.timing import cpu_threads
-from pyramiddrop.speed.clock import clock_for
+from pyramiddrop.inference.timing import clock_for, cpu_threads
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs

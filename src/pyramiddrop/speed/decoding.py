@@ -1,4 +1,4 @@
-"""Owns the measurement of decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
+"""Measure decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.inference.timing import Clock, Spread
 from pyramiddrop.speed.subject import Subject
 
 #: What makes the function that runs a step of the model itself.

@@ -1,4 +1,4 @@
-"""Owns the measurement of generation: time to the first token, of each step and in all, peak memory and KV bytes."""
+"""Measure generation: time to the first token, of each step and in all, peak memory and KV bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import DynamicCache
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.inference.timing import in_turn
-from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import cache_bytes, peak_memory
 from pyramiddrop.speed.predicted import Predicted, predict
 from pyramiddrop.speed.subject import Subject

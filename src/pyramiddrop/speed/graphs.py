@@ -1,7 +1,8 @@
-"""Owns the count of compiled graphs: each decoder layer compiled, over pictures of several sizes."""
+"""Count compiled graphs over pictures of several sizes, and host waits of a prefill on a CUDA device."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from torch._dynamo.utils import counters
 
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.speed.subject import Subject, resized
-from pyramiddrop.speed.waits import count_waits
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,25 @@ def _prefilled(subject: Subject, way: Column) -> int:
     with torch.no_grad(), subject.under(way.method):
         subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
     return int(counters["stats"]["unique_graphs"])
+
+
+_WAITED = "synchronizing CUDA operation"
+
+
+def count_waits(subject: Subject, way: Column) -> int | None:
+    """Waits in one prefill of one sample, once the method is settled; None where there is no CUDA device.
+
+    PyTorch's own watch counts them; it does not know of every way to wait.
+    """
+    if subject.model.device.type != "cuda":
+        return None
+    with torch.no_grad(), subject.under(way.method):
+        subject.model(**subject.inputs, logits_to_keep=1)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                subject.model(**subject.inputs, logits_to_keep=1)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return sum(_WAITED in str(one.message) for one in seen)

@@ -1,4 +1,4 @@
-"""Owns peak memory: the most bytes of tensors at one moment, above what was there before."""
+"""Measure peak memory: the most bytes of tensors at one moment, above the bytes before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is known before anything runs: the methods that are measured, and what the cost model says of each."""
+"""Choose the methods to measure, and predict the cost of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the record of a measurement: the machine, the setting and the results, as plain numbers that JSON can hold."""
+"""The record of a measurement as plain values: the machine, the settings and the results."""
 
 from __future__ import annotations
 

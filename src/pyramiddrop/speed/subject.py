@@ -1,4 +1,4 @@
-"""Owns what is measured: a checkpoint with a user's picture, or random weights of a real model's sizes."""
+"""The model to measure: a checkpoint with a user's picture, or random weights of a real model's sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.inference.answer import on_model
 from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.request import Ready
+from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory
 
 #: A decoder's sizes, and the visual tokens of its usual picture; beside the real models three small ones.
@@ -75,7 +75,7 @@ class Subject:
         return method(self.model, visual_mask=self.visual if self.masked else None)
 
 
-def checkpoint_subject(ready: Ready) -> Subject:
+def checkpoint_subject(ready: PreparedRequest) -> Subject:
     """A checkpoint with the pictures and the question of `ready`; its vision tower runs, too."""
     model = ready.checkpoint.model
     inputs = on_model(model, ready.inputs)

@@ -1,4 +1,4 @@
-"""Owns the measurement of training steps: forward, backward and optimizer, and peak memory."""
+"""Measure training steps: forward, backward and optimizer, and peak memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 
 from pyramiddrop import Method
 from pyramiddrop.inference.side_by_side import Column
-from pyramiddrop.inference.timing import in_turn
-from pyramiddrop.speed.clock import Clock, Spread
+from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import peak_memory
 from pyramiddrop.speed.predicted import predict_step
 from pyramiddrop.speed.subject import Subject

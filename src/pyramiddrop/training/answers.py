@@ -1,4 +1,4 @@
-"""Owns which tokens are supervised: the answers, as the chat template itself writes them."""
+"""Find the supervised tokens: the answers, as the chat template itself writes them."""
 
 from __future__ import annotations
 

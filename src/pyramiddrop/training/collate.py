@@ -1,4 +1,4 @@
-"""Owns the way from samples to a batch: written, encoded, padded to the longest, labelled on their answers alone."""
+"""Collate samples to a batch: encoded, padded to the longest, labelled on their answers alone."""
 
 from __future__ import annotations
 

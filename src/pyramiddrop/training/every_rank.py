@@ -1,4 +1,4 @@
-"""Owns that ranks stay in step: each runs the vision tower in each forward, also when its own batch has no image."""
+"""Run the vision tower on every rank in every forward, also if a rank's own batch has no image."""
 
 from __future__ import annotations
 

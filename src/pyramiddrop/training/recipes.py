@@ -1,4 +1,4 @@
-"""Owns the recipes: LLaVA's two steps, which weights each of them trains, and at what rates."""
+"""Training recipes: LLaVA's two steps, the weights that each trains, and their learning rates."""
 
 from __future__ import annotations
 

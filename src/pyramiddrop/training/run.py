@@ -1,4 +1,4 @@
-"""Owns a whole training: from what a user asks for to a folder that `generate`, `bench` and others take as a model."""
+"""Run a training: from the user's options to a folder that the other verbs take as a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what a training sample is, and how it is read: LLaVA's conversations, or Hugging Face's messages."""
+"""Parse training samples: LLaVA's conversations, or Hugging Face's messages."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Owns the trainer: TRL's SFTTrainer with the method on the model, an order of samples that can be resumed, and a file
-that travels with every checkpoint.
-"""
+"""TRL's SFTTrainer with the method on the model, a resumable order of samples, and the method saved beside."""
 
 from __future__ import annotations
 

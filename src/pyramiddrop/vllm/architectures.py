@@ -1,4 +1,4 @@
-"""Owns the registration with vLLM: architectures by name, and the hook for their configuration."""
+"""Register the plugin's architectures with vLLM, and the hook for their configuration."""
 
 from __future__ import annotations
 

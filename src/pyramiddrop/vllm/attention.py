@@ -1,4 +1,4 @@
-"""Owns what the attention of a later stage is told: fewer rows, shorter sequences, other slots."""
+"""Attention metadata of a later stage: fewer rows, shorter sequences, other slots."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the description of one step: which requests are in it, what each stage misses of them, whose prompts are
-computed now, and what earlier parts of those prompts have left."""
+"""Describe one step: its requests, the tokens that each stage lacks, and the visual prompts in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the forward of a step that computes a visual prompt: the layers one by one, a gather at each stage end."""
+"""The forward of a step with a visual prompt: layer by layer, with a gather at each drop."""
 
 from __future__ import annotations
 

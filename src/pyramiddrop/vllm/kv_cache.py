@@ -1,4 +1,4 @@
-"""Owns the KV memory of a stage: its own group of blocks, with blocks for the tokens that it really holds."""
+"""KV memory of a stage: its own group of blocks, for the tokens that it really holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the description of a step for vLLM's second model runner (a GPU's), by the hook that a model has there."""
+"""Hook into vLLM's second model runner (the GPU's), by the model state that it offers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the model classes: vLLM's own, with the layers of their text model put into stages."""
+"""Model classes: vLLM's own, with the layers of their text model divided into stages."""
 
 from __future__ import annotations
 

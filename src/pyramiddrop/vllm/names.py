@@ -1,4 +1,4 @@
-"""Owns the names under which the plugin is asked for: of its architectures, and of its settings."""
+"""Names of the plugin's architectures and of its settings."""
 
 from __future__ import annotations
 

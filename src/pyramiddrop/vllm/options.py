@@ -1,4 +1,4 @@
-"""Owns how an engine is asked to drop: the `hf_overrides` for a checkpoint and a method."""
+"""Make the `hf_overrides` that ask an engine to drop, for a checkpoint and a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns what is refused of a single request, before it reaches the engine: a bad request must not end the server."""
+"""Refuse parameters of a single request before they reach the engine: a bad request must not end the server."""
 
 from __future__ import annotations
 

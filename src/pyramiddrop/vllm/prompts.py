@@ -1,4 +1,4 @@
-"""Owns what a prompt alone decides: its visual tokens, and how many of them each stage keeps.
+"""Count the visual tokens of a prompt, and how many of them each stage keeps.
 
 The scheduler, which counts blocks, and the workers, which write them, both work it out from the same prompt, so that
 nothing has to be told from one to the other, and nothing is left over when a request is preempted or aborted.

@@ -1,4 +1,4 @@
-"""Owns the choice at a stage end inside vLLM: one request's rows in, the rows that stay out; the core decides."""
+"""Select the rows of one request that stay at a drop, by the core's scorers and selection."""
 
 from __future__ import annotations
 

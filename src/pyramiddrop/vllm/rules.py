@@ -1,4 +1,4 @@
-"""Owns the settings of one engine: where they are read, and the rules that follow for a decoder of its depth."""
+"""The pruning configuration of one engine: where it is read, and what follows for a decoder of its depth."""
 
 from __future__ import annotations
 

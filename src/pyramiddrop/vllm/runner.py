@@ -1,4 +1,4 @@
-"""Owns the description of a step for vLLM's first model runner (the CPU's), which has no hook of its own for it."""
+"""Hook into vLLM's first model runner (the CPU's), which offers no hook of its own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Owns the scheduler's part: it tells the stages' block managers what each request drops, and cuts prompts so that a
-part of a visual prompt is never taken for a step of decoding."""
+"""The scheduler's part: tell block managers what each request drops, and cut prompts so that pictures stay whole."""
 
 from __future__ import annotations
 

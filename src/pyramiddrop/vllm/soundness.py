@@ -1,4 +1,4 @@
-"""Owns what an engine that drops may not be combined with: refused at start, or switched off with a warning."""
+"""Check what an engine that drops may not be combined with: refused at start, or switched off with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `--model_args`: which of them say the method, which are the backend's, and the way from a method to them."""
+"""Parse and write `--model_args`: the method's options, and those of the backend."""
 
 from __future__ import annotations
 

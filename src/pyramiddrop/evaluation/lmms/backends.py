@@ -1,4 +1,4 @@
-"""Owns the choice of what builds prompts and generates: lmms-eval's own chat classes where they fit, or ours."""
+"""Choose what builds prompts and generates: lmms-eval's own chat classes where they fit, or the generic backend."""
 
 from __future__ import annotations
 

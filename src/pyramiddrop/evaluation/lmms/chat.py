@@ -1,4 +1,4 @@
-"""Owns the generic backend: chat messages with pictures and videos, the checkpoint's own processor, `generate`."""
+"""The generic backend: chat messages with pictures and videos, the checkpoint's own processor, `generate`."""
 
 from __future__ import annotations
 

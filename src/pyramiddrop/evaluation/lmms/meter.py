@@ -1,4 +1,4 @@
-"""Owns what the requests of a run cost: it stands before the model's `generate` and reads what each prefill kept."""
+"""Measure what the requests of a run cost, from what each prefill kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyramiddrop import Method, apply, remove
 from pyramiddrop.inference.checkpoint import decoder_layers
-from pyramiddrop.inference.usage import Usage, batch_usage
+from pyramiddrop.inference.prefill_stats import Usage, batch_usage
 
 #: What a run says of its requests, on average over them.
 COSTS = (

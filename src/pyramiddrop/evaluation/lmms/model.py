@@ -1,4 +1,4 @@
-"""Owns lmms-eval's model `pyramiddrop`: a backend whose model drops visual tokens, and what that saved."""
+"""lmms-eval's model `pyramiddrop`: a backend whose model drops visual tokens, and the cost that this saves."""
 
 from __future__ import annotations
 

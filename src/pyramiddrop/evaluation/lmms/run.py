@@ -1,4 +1,4 @@
-"""Owns a run of lmms-eval from Python: its own command line's way, under a method, with its results as a dictionary."""
+"""Run lmms-eval from Python as its own command does, under a method; the results are a dictionary."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from pyramiddrop import Method
+from pyramiddrop.evaluation.lmms import MODEL
 from pyramiddrop.evaluation.lmms.arguments import write_arguments
-from pyramiddrop.evaluation.lmms.manifest import MODEL
 from pyramiddrop.inference.errors import InputError
 
 

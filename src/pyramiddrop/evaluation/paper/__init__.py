@@ -1,4 +1,4 @@
-"""Owns the paper's FLOPs figures as data, and the cost model's figure for each."""
+"""The paper's FLOPs figures as data, and the cost model's figure for each."""
 
 from __future__ import annotations
 

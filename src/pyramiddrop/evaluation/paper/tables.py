@@ -1,13 +1,15 @@
-"""Owns the paper's Tables 1 to 5 as data, and the tasks of lmms-eval that measure their benchmarks."""
+"""The paper's Tables 1 to 5 as data, the tasks of lmms-eval that measure them, and measured scores beside them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pyramiddrop.evaluation.benchmarks import Measured, TaskScore
 
 _FOLDER = Path(__file__).parent
 #: MME's perception score is a sum; an average takes it in percent of this.
@@ -136,3 +138,38 @@ def _table(number: int) -> PaperTable:
 def _read(name: str) -> list[dict[str, str]]:
     with (_FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def suite_record(measured: Sequence[Measured]) -> dict[str, Any]:
+    """The benchmarks with their tasks, the paper's tables, and each measured method in the paper's units."""
+    return {
+        "suite": "paper",
+        "benchmarks": [asdict(benchmark) for benchmark in paper_benchmarks().values()],
+        "tables": [table.as_dict() for table in paper_tables()],
+        "measured": [_beside(one) for one in measured],
+    }
+
+
+def _beside(one: Measured) -> dict[str, Any]:
+    """The scores by the paper's columns, and the average of each table that was measured as a whole."""
+    found = {column: score for column, benchmark in paper_benchmarks().items() if (score := _score(one, benchmark))}
+    values = {column: score.value for column, score in found.items()}
+    averages = {
+        str(table.number): average({column: values[column] for column in columns})
+        for table in paper_tables()
+        if set(columns := [benchmark.column for benchmark in table.benchmarks]) <= set(values)
+    }
+    return {
+        "name": one.name,
+        "scores": {column: asdict(score) for column, score in found.items()},
+        "averages": averages,
+        "costs": dict(one.costs),
+    }
+
+
+def _score(one: Measured, benchmark: Benchmark) -> TaskScore | None:
+    """What was measured of the benchmark, in the paper's unit."""
+    score = one.scores.get(benchmark.task, {}).get(benchmark.metric)
+    if score is None:
+        return None
+    return TaskScore(score.value * benchmark.scale, None if score.error is None else score.error * benchmark.scale)

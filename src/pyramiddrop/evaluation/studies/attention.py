@@ -1,19 +1,26 @@
-"""Owns the attention on the picture, layer by layer: what the last instruction token looks at in the full model."""
+"""Attention on the picture by layer, in the full model: as numbers, and for a few prompts as maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
 from pyramiddrop.hf import anatomy
 from pyramiddrop.hf.prefix import Prefix
+from pyramiddrop.inference.answer import answer_greedily, on_model
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.prompt import build_inputs
 
-#: The part of the picture's attention whose tokens are counted by `crowd`.
-MOST = 0.9
+#: The part of the picture's attention whose tokens are counted by `attention_concentration`.
+CONCENTRATION = 0.9
+#: Layers that are drawn: as many as fit on a page.
+MAX_LAYERS = 4
 
 
 @torch.inference_mode()
@@ -42,13 +49,70 @@ def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[i
     return found
 
 
-def on_picture(scores: Tensor) -> float:
-    """The part of all attention that goes to the visual tokens, of which these (N,) are the scores."""
+def attention_on_picture(scores: Tensor) -> float:
+    """The share of all attention that the visual tokens receive, given their scores (N,)."""
     return float(scores.double().sum())
 
 
-def crowd(scores: Tensor) -> float:
-    """The smallest share of the visual tokens that gets nine tenths of the attention on the picture."""
+def attention_concentration(scores: Tensor) -> float:
+    """The smallest share of the visual tokens that receives nine tenths of the attention on the picture."""
     ordered = scores.double().sort(descending=True).values.cumsum(0)
-    held = int(torch.searchsorted(ordered, MOST * ordered[-1])) + 1
+    held = int(torch.searchsorted(ordered, CONCENTRATION * ordered[-1])) + 1
     return min(held, len(ordered)) / len(ordered)
+
+
+@dataclass(frozen=True)
+class AttentionExample:
+    """One prompt: the answer, and the attention on each visual token by layer, ready to be drawn.
+
+    Attributes:
+        scores: for each layer the attention on each visual token, (N,).
+        config, processor, inputs: of the model, of the checkpoint, and the processor's output for the prompt; they tell
+            where in the picture a token is.
+    """
+
+    sample: Sample
+    answer: str
+    scores: dict[int, Tensor]
+    config: Any
+    processor: Any
+    inputs: Any = None
+
+
+def attention_examples(
+    checkpoint: Checkpoint, samples: Sequence[Sample], layers: Sequence[int], max_new_tokens: int
+) -> list[AttentionExample]:
+    """One example for each of `samples`, at a few of `layers` from the first to the last."""
+    chosen = spread_layers(layers)
+    return [_example(checkpoint, sample, chosen, max_new_tokens) for sample in samples]
+
+
+def pick_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` samples, or as many as there are: of other pictures and other kinds as long as there are some."""
+    picked: list[Sample] = []
+    for _ in range(min(count, len(samples))):
+        clusters, kinds = [one.cluster for one in picked], [one.kind for one in picked]
+        left = [one for one in samples if not any(one is other for other in picked)]
+        picked.append(min(left, key=lambda one: (clusters.count(one.cluster), kinds.count(one.kind))))
+    return picked
+
+
+def spread_layers(layers: Sequence[int]) -> list[int]:
+    """At most MAX_LAYERS of `layers`, evenly from the first to the last."""
+    if len(layers) <= MAX_LAYERS:
+        return list(layers)
+    return [layers[round(place * (len(layers) - 1) / (MAX_LAYERS - 1))] for place in range(MAX_LAYERS)]
+
+
+def _example(checkpoint: Checkpoint, sample: Sample, layers: Sequence[int], max_new_tokens: int) -> AttentionExample:
+    inputs = build_inputs(checkpoint.processor, list(sample.images), sample.question)
+    (answer,) = answer_greedily(checkpoint, inputs, max_new_tokens)
+    scores = attention_by_layer(checkpoint.model, on_model(checkpoint.model, inputs), layers)
+    return AttentionExample(
+        sample,
+        answer,
+        {layer: found[0] for layer, found in scores.items() if found},
+        checkpoint.model.config,
+        checkpoint.processor,
+        inputs,
+    )

@@ -1,4 +1,4 @@
-"""Owns the grid of a redundancy study: before which layers one drop is tried, and which shares it keeps."""
+"""The grid of a redundancy study: the layers before which one drop is tried, and its keep ratios."""
 
 from __future__ import annotations
 

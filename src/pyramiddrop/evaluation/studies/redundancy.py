@@ -1,4 +1,4 @@
-"""Owns the redundancy study of one model (the paper's Figures 1 and 3): one drop, tried at every layer and share."""
+"""The redundancy study (the paper's Figures 1 and 3): one drop, tried at every layer and keep ratio."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.journal import Journal
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.store import Store
-from pyramiddrop.evaluation.studies.attention import crowd, on_picture
-from pyramiddrop.evaluation.studies.grid import Grid, single_drop
-from pyramiddrop.evaluation.studies.hearing import Heard, hear
-from pyramiddrop.evaluation.studies.pieces import Pieces
+from pyramiddrop.evaluation.studies.agreement import Generation, generate_with_logits
+from pyramiddrop.evaluation.studies.attention import (
+    AttentionExample,
+    attention_concentration,
+    attention_examples,
+    attention_on_picture,
+    pick_samples,
+)
+from pyramiddrop.evaluation.studies.grid import DEFAULT_KEEP, Grid, make_grid, single_drop
+from pyramiddrop.evaluation.studies.inputs import StudyModel
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import anatomy
 from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.inference.answer import on_model
-from pyramiddrop.inference.usage import batch_usage, known
+from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference.prefill_stats import batch_usage, known
+from pyramiddrop.speed.record import machine
 from pyramiddrop.trace import Trace
 
 Piece = dict[str, Any]
@@ -63,14 +72,15 @@ class Redundancy:
         """
         samples, batch = self.task.samples, self.answerer.batch
         key = {**Store(folder, self.answerer, samples).shared, "layers": self.grid.layers, "keep": self.grid.keep}
-        pieces = Pieces(folder, "redundancy", key)
-        for start in range(0, len(samples), batch):
-            if str(start) in pieces.done:
-                advance(1 + len(self.grid.cells))
-            else:
-                pieces.add(str(start), self._measure(samples[start : start + batch], advance))
+        journal = Journal(folder, "redundancy", key)
+        measured = journal.entries()
+        journal.keep(measured)
+        advance(len(measured) * (1 + len(self.grid.cells)))
+        for start in range(len(measured) * batch, len(samples), batch):
+            measured.append(self._measure(samples[start : start + batch], advance))
+            journal.append(measured[-1:])
         about = {"name": self.name, "source": self.source, "num_layers": self.answerer.checkpoint.num_layers}
-        return {**about, **redundancy_record(self.task, self.grid, list(pieces.done.values()))}
+        return {**about, **redundancy_record(self.task, self.grid, measured)}
 
     @cached_property
     def shared(self) -> bool:
@@ -80,9 +90,9 @@ class Redundancy:
             return False
         inputs, prefix = self._inputs(self.task.samples[:1]), Prefix(parts, [layer])
         with prefix.recorded():
-            self._hear(inputs)
-        whole, _ = self._hear_cell(inputs, layer, keep, None)
-        short, _ = self._hear_cell(inputs, layer, keep, prefix)
+            self._generate(inputs)
+        whole, _ = self._generate_cell(inputs, layer, keep, None)
+        short, _ = self._generate_cell(inputs, layer, keep, prefix)
         return torch.equal(whole.logits, short.logits) and whole.texts == short.texts
 
     def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Piece:
@@ -90,15 +100,15 @@ class Redundancy:
         inputs = self._inputs(samples)
         prefix = Prefix(anatomy(self._model), self.grid.layers) if self.shared else None
         with prefix.recorded() if prefix else nullcontext():
-            full = self._hear(inputs)
+            full = self._generate(inputs)
         advance(1)
         cells: list[Piece] = []
         looks: dict[int, list[Tensor] | None] = {}
         for layer, keep in self.grid.cells:
-            heard, trace = self._hear_cell(inputs, layer, keep, prefix)
+            generation, trace = self._generate_cell(inputs, layer, keep, prefix)
             used = batch_usage(self._model, inputs, single_drop(layer, keep), trace)
             flops = [known(one.flops) for one in used]
-            cells.append({"answers": heard.texts, "flops": flops, **heard.next_token(full)})
+            cells.append({"answers": generation.texts, "flops": flops, **generation.next_token(full)})
             looks[layer] = trace.stages[0].scores or looks.get(layer)
             advance(1)
         return {
@@ -108,7 +118,11 @@ class Redundancy:
             "visual_tokens": trace.visual_tokens,
             "cells": cells,
             "attention": [
-                {"layer": layer, "picture": [*map(on_picture, scores)], "crowd": [*map(crowd, scores)]}
+                {
+                    "layer": layer,
+                    "picture": [*map(attention_on_picture, scores)],
+                    "crowd": [*map(attention_concentration, scores)],
+                }
                 for layer, scores in looks.items()
                 if scores is not None
             ],
@@ -121,13 +135,71 @@ class Redundancy:
     def _inputs(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         return on_model(self._model, self.answerer.inputs(samples))
 
-    def _hear(self, inputs: Mapping[str, Any]) -> Heard:
-        return hear(self.answerer.checkpoint, inputs, self.answerer.max_new_tokens)
+    def _generate(self, inputs: Mapping[str, Any]) -> Generation:
+        return generate_with_logits(self.answerer.checkpoint, inputs, self.answerer.max_new_tokens)
 
-    def _hear_cell(
+    def _generate_cell(
         self, inputs: Mapping[str, Any], layer: int, keep: float, prefix: Prefix | None
-    ) -> tuple[Heard, Trace]:
+    ) -> tuple[Generation, Trace]:
         """What the model says with one drop, and the trace of its prefill."""
         replay = prefix.replayed(layer) if prefix else nullcontext()
         with single_drop(layer, keep)(self._model) as trace, replay:
-            return self._hear(inputs), trace
+            return self._generate(inputs), trace
+
+
+#: Told what begins and how many steps it has; gives what is told how many of them are done.
+Begin = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class RedundancyOptions:
+    """What was asked for; `layers` and `keep` None take those of `grid`, `examples` is how many prompts are drawn."""
+
+    models: Sequence[StudyModel]
+    layers: Sequence[int] | None = None
+    keep: Sequence[float] | None = None
+    batch: int = 16
+    max_new_tokens: int = 32
+    examples: int = 2
+    device: str | None = None
+    dtype: str | None = None
+
+
+def run_redundancy(
+    task: Task, options: RedundancyOptions, folder: Path, begin: Begin
+) -> tuple[dict[str, Any], list[AttentionExample]]:
+    """The record of the study, and examples of its first model. What `folder` holds already is not measured again.
+
+    Raises:
+        InputError: for anything that was asked for and cannot be done.
+    """
+    for model in options.models:
+        model.check()
+    record: dict[str, Any] = {"study": "redundancy", "setting": _setting(task, options), "models": []}
+    examples: list[AttentionExample] = []
+    for number, model in enumerate(options.models):
+        checkpoint = model.load(options.device, options.dtype)
+        grid = make_grid(anatomy(checkpoint.model), options.layers, options.keep)
+        answerer = Answerer(checkpoint, options.batch, options.max_new_tokens)
+        study = Redundancy(model.name, model.source, answerer, task, grid)
+        with user_input():
+            record["models"].append(study.run(folder, begin(model.name, study.steps)))
+        if number == 0:
+            picked = pick_samples(task.samples, options.examples)
+            examples = attention_examples(checkpoint, picked, grid.layers, options.max_new_tokens)
+            record["machine"] = machine(checkpoint.model.device, torch.get_num_threads())
+    return record, examples
+
+
+def _setting(task: Task, options: RedundancyOptions) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        **task.about,
+        "match": task.match,
+        "models": {model.name: model.source for model in options.models},
+        "layers": options.layers or "each eighth of the depth",
+        "keep": options.keep or DEFAULT_KEEP,
+        "batch": options.batch,
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": options.dtype or "by device",
+    }

@@ -1,13 +1,13 @@
-"""Owns the page of one prefill: its stages to step through and to play, the fate and the scores of each token."""
+"""The HTML page of one prefill: stages to step through and to play, the status and the scores of each token."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from pyramiddrop.report.pictures.heat import COVER, ramp
-from pyramiddrop.report.pictures.spans import fates
-from pyramiddrop.report.pictures.veil import SEAM, SHOWS_THROUGH, picture_data, veil
+from pyramiddrop.report.pictures.heatmap import COVER, ramp
+from pyramiddrop.report.pictures.lifetimes import token_status
+from pyramiddrop.report.pictures.overlay import SEAM, SHOWS_THROUGH, overlay_grey, picture_data
 from pyramiddrop.report.template import template
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def render(visual: Visual) -> str:
         "stages": [_stage(visual, number) for number in range(len(visual.spans))],
         "views": [_view(visual, number) for number in range(len(visual.seen))],
         "ramp": ramp(),
-        "veiled": 1 - SHOWS_THROUGH,
+        "opacity": 1 - SHOWS_THROUGH,
         "covered": COVER,
         "seam": SEAM,
     }
@@ -39,7 +39,7 @@ def _stage(visual: Visual, number: int) -> dict[str, Any]:
 
 
 def _view(visual: Visual, number: int) -> dict[str, Any]:
-    """What a view draws: `tokens`, `fates`, each of `scores` and of `ranks` have an entry a cell, row by row."""
+    """What a view draws: `tokens`, `status`, each of `scores` and of `ranks` have an entry a cell, row by row."""
     view, pixels = visual.seen[number].view, visual.pixels[number]
     before = sum(one.view.tokens for one in visual.seen[:number])
     numbers = {cell: before + token for token, cell in enumerate(view.cells) if cell is not None}
@@ -51,9 +51,9 @@ def _view(visual: Visual, number: int) -> dict[str, Any]:
         "picture": picture_data(pixels),
         "width": pixels.width,
         "height": pixels.height,
-        "veil": veil(pixels),
+        "overlay": overlay_grey(pixels),
         "tokens": [numbers.get(cell) for cell in view.grid],
-        "fates": fates(visual.spans, number, view),
+        "status": token_status(visual.spans, number, view),
         "scores": [_flat(stage.scores[number], 4) for stage in visual.scored],
         "ranks": [_flat(stage.ranks[number], 0) for stage in visual.scored],
         "scored": [stage.layer for stage in visual.scored],

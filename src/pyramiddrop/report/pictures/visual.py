@@ -1,4 +1,4 @@
-"""Owns what is drawn of one sample of a prefill, from its trace to a picture, a film or a page on disk."""
+"""Everything drawn of one sample of a prefill: from its trace to a picture, an animation or a page on disk."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyramiddrop.cost import Cost
-from pyramiddrop.report.pictures import film, page
-from pyramiddrop.report.pictures.heat import COLOURS, Scored, heat
-from pyramiddrop.report.pictures.sheet import Scale, Stage, draw_film, draw_table
-from pyramiddrop.report.pictures.spans import Span, spans, visual_columns
-from pyramiddrop.report.pictures.veil import dim_dropped, seen_pixels, with_seams
-from pyramiddrop.report.places.grid import Box, View, reading_order
-from pyramiddrop.report.places.layout import CannotPlaceError, Seen, look
+from pyramiddrop.inference.choice import method_label
+from pyramiddrop.inference.request import Run
+from pyramiddrop.report.pictures import animation as animation
+from pyramiddrop.report.pictures import page
+from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
+from pyramiddrop.report.pictures.heatmap import COLOURS, Scored, heat
+from pyramiddrop.report.pictures.lifetimes import Span, spans, visual_columns
+from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels, with_seams
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.views import CannotPlaceError, PlacedView, place_pictures
 from pyramiddrop.trace import Trace
 
-#: What a page and a film have for a suffix; every other one is matplotlib's.
-PAGE, FILM = ".html", ".gif"
+#: What a page and an animation have for a suffix; every other one is matplotlib's.
+PAGE, ANIMATION = ".html", ".gif"
 #: Tokens without a known place, and the empty cells behind the last of them.
 UNPLACED, EMPTY = (108, 142, 191), (255, 255, 255)
 
@@ -41,7 +44,7 @@ class Visual:
         note: why the tokens are not drawn where they lie in the picture; empty where they are.
     """
 
-    seen: list[Seen]
+    seen: list[PlacedView]
     spans: list[Span]
     scored: list[Scored]
     question: str = ""
@@ -60,7 +63,7 @@ class Visual:
         check_picture_path(path, scores)
         if path.suffix.lower() == PAGE:
             path.write_text(self.html(), encoding="utf-8")
-        elif path.suffix.lower() == FILM:
+        elif path.suffix.lower() == ANIMATION:
             self._animate(path)
         else:
             (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
@@ -114,7 +117,7 @@ class Visual:
 
     def _sheet(self, stages: list[Stage]) -> Figure:
         names = [one.view.name for one in self.seen]
-        draw = draw_film if self.has_frames else draw_table
+        draw = draw_contact_sheet if self.has_frames else draw_table
         answer = f"answer: {self.answer}" if self.answer else ""
         return draw(stages, names, self.question, " · ".join(filter(None, (answer, self.note))))
 
@@ -123,7 +126,7 @@ class Visual:
             Stage(
                 f"{span.layers} · {span.tokens} tokens",
                 [
-                    with_seams(dim_dropped(part, one.view, cells), one.view)
+                    with_seams(mask_dropped(part, one.view, cells), one.view)
                     for part, one, cells in zip(self.pixels, self.seen, span.cells, strict=True)
                 ],
             )
@@ -140,9 +143,9 @@ class Visual:
 
     def _animate(self, path: Path) -> None:
         if self.has_frames:
-            film.play(self._kept(), [one.moment for one in self.seen], path)
+            animation.play(self._kept(), [one.moment for one in self.seen], path)
         else:
-            film.step_through(self._kept(), path)
+            animation.step_through(self._kept(), path)
 
 
 def visualize(
@@ -179,7 +182,7 @@ def visualize(
     """
     tokens, note = len(visual_columns(trace, sample)), ""
     try:
-        seen = look(config, processor, images, inputs, videos)
+        seen = place_pictures(config, processor, images, inputs, videos)
     except CannotPlaceError as error:
         seen, note = [_unplaced(tokens)], f"{error}: drawn in the order of the prompt"
     views = [one.view for one in seen]
@@ -192,8 +195,8 @@ def visualize(
 def check_picture_path(path: Path, scores: bool = False) -> None:
     """Raise ValueError where no picture can be written to `path`, by its suffix or for want of its folder."""
     suffix = path.suffix.lower()
-    known = [*sorted(Figure().canvas.get_supported_filetypes()), *([] if scores else [PAGE[1:], FILM[1:]])]
-    if scores and suffix in (PAGE, FILM):
+    known = [*sorted(Figure().canvas.get_supported_filetypes()), *([] if scores else [PAGE[1:], ANIMATION[1:]])]
+    if scores and suffix in (PAGE, ANIMATION):
         raise ValueError(f"a {suffix[1:]} is no picture of the scores alone; choose one of {', '.join(known)}")
     if suffix[1:] not in known:
         raise ValueError(f"a picture must be one of {', '.join(known)} by its suffix; got {path.name!r}")
@@ -209,11 +212,36 @@ def check_drawn_method(name: str | None) -> None:
         raise ValueError("downsample shows the model a smaller picture: its tokens are no patches of this one")
 
 
-def _unplaced(tokens: int) -> Seen:
+def _unplaced(tokens: int) -> PlacedView:
     """A grid of so many tokens in the order of the prompt, over a picture that shows nothing."""
     columns = math.ceil(math.sqrt(tokens * 4 / 3))
     rows = math.ceil(tokens / columns)
     picture = Image.new("RGB", (columns, rows), UNPLACED)
     picture.paste(EMPTY, (tokens - (rows - 1) * columns, rows - 1, columns, rows))
     cells = reading_order(rows, columns)[:tokens]
-    return Seen(picture, View("tokens in the order of the prompt", rows, columns, Box(0, 0, columns, rows), cells))
+    return PlacedView(
+        picture, View("tokens in the order of the prompt", rows, columns, Box(0, 0, columns, rows), cells)
+    )
+
+
+def run_visual(done: Run) -> Visual:
+    """What the run's method kept of its pictures.
+
+    Raises:
+        ValueError: where its method is none of which anything could be drawn, vanilla for one.
+    """
+    check_drawn_method(done.method.lower())
+    ready, method, trace = done.ready, done.ready.method, done.trace
+    assert method is not None, "vanilla has been refused"
+    assert trace is not None, "every method leaves a trace"
+    return visualize(
+        trace,
+        ready.checkpoint.model.config,
+        ready.checkpoint.processor,
+        ready.pictures,
+        ready.inputs,
+        ready.request.prompt,
+        done.answer,
+        f"{ready.request.model or 'the bundled model'} under {method_label(method)}",
+        videos=[ready.video.frames] if ready.video else [],
+    )

@@ -1,1 +1,1 @@
-"""The figures, tables and pages of the studies."""
+"""Figures, tables and pages of the studies."""

@@ -1,4 +1,4 @@
-"""Owns the maps of the paper's Figure 1, right: the attention on a picture, drawn over it, layer by layer."""
+"""Draw attention maps (the paper's Figure 1, right): the attention on a picture, layer by layer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyramiddrop.report.pictures.veil import seen_pixels
-from pyramiddrop.report.places.grid import View
-from pyramiddrop.report.places.layout import Seen
+from pyramiddrop.report.pictures.overlay import seen_pixels
 from pyramiddrop.report.studies.paper_figure import PAGE, styled
+from pyramiddrop.report.token_layout.geometry import View
+from pyramiddrop.report.token_layout.views import PlacedView
 
 HEAT = "inferno"
 
 
 @dataclass(frozen=True)
-class Looks:
+class AttentionMaps:
     """What one prompt looked at.
 
     Attributes:
@@ -31,11 +31,11 @@ class Looks:
     """
 
     title: str
-    seen: Sequence[Seen]
+    seen: Sequence[PlacedView]
     scores: Mapping[int, NDArray[np.float64]]
 
 
-def draw_attention(looks: Sequence[Looks]) -> Figure:
+def draw_attention(looks: Sequence[AttentionMaps]) -> Figure:
     """One row a prompt: the picture, then a map a layer. The maps of a row share their colours, from nothing to the
     most that a token gets in any of its layers; colours go with the square root, so that little is seen, too."""
     columns = 1 + len(looks[0].scores)
@@ -50,7 +50,7 @@ def draw_attention(looks: Sequence[Looks]) -> Figure:
     return figure
 
 
-def _draw_row(axes: Sequence[Axes], one: Looks) -> None:
+def _draw_row(axes: Sequence[Axes], one: AttentionMaps) -> None:
     view, pixels = one.seen[0].view, seen_pixels(one.seen[0].picture, one.seen[0].view)
     _panel(axes[0], pixels, "picture")
     grey, most = pixels.convert("L").convert("RGB"), max(float(scores.max()) for scores in one.scores.values())

@@ -1,4 +1,4 @@
-"""Owns how figures for a paper look: their sizes, type, colours that colour-blind readers tell apart, and files."""
+"""Style of figures for a paper: sizes, type, colours that colour-blind readers tell apart, and file formats."""
 
 from __future__ import annotations
 

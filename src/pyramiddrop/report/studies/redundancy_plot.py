@@ -1,4 +1,4 @@
-"""Owns the curves of the paper's Figures 1 and 3: a score over the share of visual tokens kept, by the drop's layer."""
+"""Draw the curves of the paper's Figures 1 and 3: a score over the share of visual tokens kept, by layer."""
 
 from __future__ import annotations
 

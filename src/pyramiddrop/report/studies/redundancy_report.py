@@ -1,4 +1,4 @@
-"""Owns what the redundancy study shows: curves by layer and share, attention by layer, and their tables."""
+"""Report the redundancy study: curves by layer and keep ratio, attention by layer, and their tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyramiddrop.evaluation.studies.glances import Glance
-from pyramiddrop.evaluation.studies.profiles import profile_of
-from pyramiddrop.report.places.layout import look
-from pyramiddrop.report.studies.attention_plot import Looks, draw_attention
+from pyramiddrop.evaluation.studies.attention import AttentionExample
+from pyramiddrop.evaluation.studies.redundancy_record import profile_of
+from pyramiddrop.report.studies.attention_plot import AttentionMaps, draw_attention
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
 from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, percent, small
+from pyramiddrop.report.token_layout.views import place_pictures
 
 LEAD = (
     "One drop of visual tokens, ranked by the attention from the prompt's last token, tried before each layer and with "
@@ -24,7 +24,7 @@ CAPTIONS = {
     "accuracy": "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
     "agreement": "Whole greedy answers that stay the same as the full model's. Needs no right answers.",
     "top1": "Prompts whose likeliest next token stays the full model's. Needs no right answers.",
-    "kl": "Kullback-Leibler divergence of the next-token distribution from the full model's, which is 0 at "
+    "kl": "Kullback-Leibler kl_divergence_to of the next-token distribution from the full model's, which is 0 at "
     "100 %. Needs no right answers.",
 }
 TITLES = {
@@ -35,7 +35,7 @@ TITLES = {
 }
 
 
-def show_redundancy(record: Record, looks: Sequence[Looks] = ()) -> Shown:
+def show_redundancy(record: Record, looks: Sequence[AttentionMaps] = ()) -> Shown:
     """The figures and tables of a study's `record`, and maps of the attention where there are `looks`."""
     models = record["models"]
     metrics = _metrics(models)
@@ -59,10 +59,10 @@ def redundancy_sheets(record: Record) -> list[Sheet]:
     return [*sheets, *(_attention(model) for model in models if model["attention"])]
 
 
-def glances_to_looks(glances: Sequence[Glance]) -> tuple[list[Looks], str]:
+def attention_maps(examples: Sequence[AttentionExample]) -> tuple[list[AttentionMaps], str]:
     """What can be drawn of the attention on pictures; and why nothing can, or nothing."""
     try:
-        return [_look(glance) for glance in glances if glance.scores], ""
+        return [_look(glance) for glance in examples if glance.scores], ""
     except ValueError as error:  # a family whose visual tokens cannot be placed in the picture
         return [], str(error)
 
@@ -90,10 +90,10 @@ def _profile_names(models: Sequence[str]) -> list[str]:
     return [f"profile-{name}{number}.json" for name, number in zip(plain, numbers, strict=True)]
 
 
-def _look(glance: Glance) -> Looks:
-    return Looks(
+def _look(glance: AttentionExample) -> AttentionMaps:
+    return AttentionMaps(
         title=f"{glance.sample.question} → {glance.answer}",
-        seen=look(glance.config, glance.processor, list(glance.sample.images), glance.inputs),
+        seen=place_pictures(glance.config, glance.processor, list(glance.sample.images), glance.inputs),
         scores={layer: scores.double().numpy() for layer, scores in glance.scores.items()},
     )
 

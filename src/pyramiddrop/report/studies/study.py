@@ -1,4 +1,4 @@
-"""Owns what a study shows: figures and tables that the terminal, the page and the documents share."""
+"""The figures and tables of a study, shared by the terminal, the page and the documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pyramiddrop.report.tables.evaluation import score_cell
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Owns the tables of the cost model: methods side by side, the paper's figures beside ours, a plan's stages."""
+"""Tables of the cost model: methods side by side, the paper's figures beside ours, the stages of a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyramiddrop.cost import PRESETS, Account, Preset
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import Plan
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 SHAPES_HEAD = (
     "name",

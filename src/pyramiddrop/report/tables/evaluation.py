@@ -1,4 +1,4 @@
-"""Owns how the record of an evaluation is read: its heading, and its tables on the terminal and in Markdown."""
+"""Show the record of an evaluation: its heading, and its tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 

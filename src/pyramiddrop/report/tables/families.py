@@ -1,4 +1,4 @@
-"""Owns how model families are shown: a table on the terminal, one family in full, and the page docs/families.md."""
+"""Show model families: a table on the terminal, one family in full, and the page docs/families.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, SAYS, TESTED, Entry
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
 COLORS = {PROVEN: "green", REFUSED: "red", BY_STRUCTURE: "yellow"}

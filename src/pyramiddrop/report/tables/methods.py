@@ -1,4 +1,4 @@
-"""Owns how methods are listed: a table on the terminal."""
+"""Show the methods and scorers as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pyramiddrop.inference.remedies import Entry
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.inference.method_catalog import Entry
+from pyramiddrop.report.tables.style import new_table
 
 
 def methods_table(entries: Sequence[Entry]) -> Table:

@@ -1,4 +1,4 @@
-"""Owns how the paper's tables are shown on the terminal: its figures, and what was measured beside them."""
+"""Show the paper's tables on the terminal, with measured scores beside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from pyramiddrop.evaluation.benchmarks import Measured
 from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
 from pyramiddrop.report.tables.evaluation import folded
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 

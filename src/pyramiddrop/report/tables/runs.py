@@ -1,4 +1,4 @@
-"""Owns the tables and lines on the terminal: what an answer used, a comparison, and the demo's questions."""
+"""Tables and lines on the terminal: what an answer cost, a comparison, and the demo's questions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rich.text import Text
 
 from pyramiddrop.inference.comparison import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
-from pyramiddrop.inference.usage import Usage
+from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.look import new_table
+from pyramiddrop.report.tables.style import new_table
 
 #: Of a number that each way to run has: that of vanilla, and that of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]

@@ -1,0 +1,90 @@
+"""The questions and models of a study, as the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.tasks import Task, digits_task, file_task
+from pyramiddrop.hf import UnsupportedModelError, anatomy
+from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, read_config
+from pyramiddrop.inference.errors import InputError, user_input
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Which questions; None where nothing was said.
+
+    Attributes:
+        data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
+            file the digits benchmark is asked.
+        split, seed: of the digits benchmark.
+        limit: only so many of them.
+    """
+
+    data: Path | None = None
+    images: Path | None = None
+    metric: str | None = None
+    split: str | None = None
+    seed: int | None = None
+    limit: int | None = None
+
+    def task(self, answered: bool = True) -> Task:
+        """The task; `answered` says whether every question needs a right answer.
+
+        Raises:
+            InputError: for options that do not belong together, and for what cannot be read.
+        """
+        foreign = ("images", "metric") if self.data is None else ("split", "seed")
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name} {'belongs to' if self.data is None else 'means nothing with'} --data")
+        if self.data is None:
+            return digits_task(self.split or "test", self.seed or 0, self.limit)
+        return file_task(self.data, self.images, self.metric or "exact", self.limit, answered)
+
+
+@dataclass(frozen=True)
+class StudyModel:
+    """A model that is studied: a folder or a name on the hub, or `bundled`; and its name in the study."""
+
+    name: str
+    source: str
+
+    def check(self) -> None:
+        """Raise InputError where there is no supported checkpoint, before any weights are read."""
+        read_config(self._place)
+
+    def load(self, device: str | None, dtype: str | None) -> Checkpoint:
+        """Load it.
+
+        Raises:
+            InputError: where it cannot be loaded, or nothing can be dropped in it.
+        """
+        checkpoint = load_checkpoint(self._place, device, dtype)
+        with user_input(caught=(UnsupportedModelError,)):
+            anatomy(checkpoint.model)
+        return checkpoint
+
+    @property
+    def _place(self) -> str | Path:
+        return digits_checkpoint() if self.source == BUNDLED else self.source
+
+
+def study_models(sources: Sequence[str], names: Sequence[str]) -> list[StudyModel]:
+    """The models of a study; without a name a model is called by the last part of its source.
+
+    Raises:
+        InputError: for not as many names as models, or two of the same.
+    """
+    sources = sources or [BUNDLED]
+    if names and len(names) != len(sources):
+        raise InputError(f"give one --name for each --model; got {len(names)} for {len(sources)}")
+    found = [name.strip() for name in names] or [Path(source).name or source for source in sources]
+    if len(set(found)) < len(found) or not all(found):
+        raise InputError(f"models need different names (--name); got {', '.join(map(repr, found))}")
+    return [StudyModel(name, source) for name, source in zip(found, sources, strict=True)]

@@ -1,0 +1,76 @@
+"""Studies of methods: the trade-off (the paper's Figure 4), and the ablation of λ (Table 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyramiddrop.evaluation.record import evaluation_record
+from pyramiddrop.evaluation.run import EvalOptions, Evaluator, Progress
+from pyramiddrop.evaluation.tasks import Task
+from pyramiddrop.inference.choice import parse_method
+from pyramiddrop.inference.errors import InputError
+
+METHODS = ("pyramiddrop", "fastv", "uniform", "random")
+PERCENTS = (40.0, 50.0, 60.0, 70.0, 80.0)
+
+
+def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
+    """The study, checked and loaded; the record gives each method its words from `options` as `line`.
+
+    Args:
+        options: METHODS and PERCENTS stand for `methods` and `percents` that are empty.
+
+    Raises:
+        InputError: for anything that was asked for and cannot be used.
+    """
+    words = tuple(word for word in options.methods or METHODS if parse_method(word) is not None)
+    if not words:
+        raise InputError("--methods names vanilla alone, which always runs; name a method that drops tokens")
+    percents = options.percents or PERCENTS
+    evaluator = Evaluator(task, replace(options, methods=words, percents=percents))
+    return MethodStudy("tradeoff", evaluator, [{"line": word} for _ in percents for word in words])
+
+
+#: Those of the paper.
+LAMBDAS = (0.4, 0.5, 0.6)
+
+
+def prepare_ablation(task: Task, lambdas: Sequence[float], options: EvalOptions) -> MethodStudy:
+    """The study, checked and loaded; the record gives each method its `lam`, ascending.
+
+    Raises:
+        InputError: for anything that was asked for and cannot be used.
+    """
+    chosen = sorted(set(lambdas))
+    methods = tuple(f"pyramiddrop:lam={lam!r}" for lam in chosen)
+    return MethodStudy("ablation", Evaluator(task, replace(options, methods=methods)), [{"lam": lam} for lam in chosen])
+
+
+@dataclass(frozen=True)
+class MethodStudy:
+    """An evaluation that is ready to run.
+
+    Attributes:
+        study: its name.
+        labels: what the record adds to each method after vanilla.
+    """
+
+    study: str
+    evaluator: Evaluator
+    labels: Sequence[dict[str, Any]]
+
+    def record(self, progress: Progress = lambda step, count: None) -> dict[str, Any]:
+        """Run the evaluation. The record is its own, with the labels and the settings."""
+        found = evaluation_record(self.evaluator.run(progress))
+        vanilla, *ways = found["methods"]
+        labelled = [{**label, **way} for label, way in zip(self.labels, ways, strict=True)]
+        options = self.evaluator.options
+        setting = {
+            **found["task"],
+            **{name: found[name] for name in ("model", "dtype", "batch")},
+            "methods": options.methods,
+            "percent": options.percents,
+        }
+        return {"study": self.study, **found, "methods": [vanilla, *labelled], "setting": setting}

@@ -1,0 +1,69 @@
+"""Read from a trace which visual tokens are alive in which layers, and where they lie in the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.report.token_layout.geometry import Cell, View, cells_by_view
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Span:
+    """The layers from `first` to `last` (0-based, both included) and the visual tokens that they compute on.
+
+    Attributes:
+        tokens: how many visual tokens, those without a place in the picture among them.
+        cells: for each view of the picture the places of these tokens.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    cells: list[frozenset[Cell]]
+
+    @property
+    def layers(self) -> str:
+        if self.last < self.first:
+            return "before the decoder"
+        return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
+
+
+def token_status(layers: Sequence[Span], number: int, view: View) -> list[int]:
+    """For each cell of `view`, the one of this `number`, row by row: the last of `layers` in which it is alive."""
+    return [sum(cell in span.cells[number] for span in layers) - 1 for cell in view.grid]
+
+
+def visual_columns(trace: Trace, sample: int) -> Tensor:
+    """The columns of the visual tokens of a sample.
+
+    Raises:
+        ValueError: where the trace has no prefill.
+    """
+    if not trace.visual_columns:
+        raise ValueError("the trace is empty: run the patched model first")
+    return trace.visual_columns[sample]
+
+
+def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
+    """The layers of a model cut at the drops of `trace`: the first span has every token, the last one the fewest.
+
+    Raises:
+        ValueError: where the trace has no prefill, or `views` do not have as many tokens as its sample brought.
+    """
+    columns = visual_columns(trace, sample)
+    expected = sum(view.tokens for view in views)
+    if len(columns) != expected:
+        raise ValueError(f"the views have {expected} visual tokens; the trace has {len(columns)}")
+    alive = [columns, *(stage.kept[sample] for stage in trace.stages)]
+    starts = [0, *(stage.layer for stage in trace.stages)]
+    ends = [*(start - 1 for start in starts[1:]), len(trace.lengths) - 1]
+    indices = [torch.searchsorted(columns, kept).tolist() for kept in alive]
+    return [
+        Span(first, last, len(kept), cells_by_view(views, kept))
+        for first, last, kept in zip(starts, ends, indices, strict=True)
+    ]

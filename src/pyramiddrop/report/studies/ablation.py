@@ -1,0 +1,137 @@
+"""Report the ablation of λ: scores and costs by λ beside the paper's Table 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
+from pyramiddrop.report.studies.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds
+from pyramiddrop.report.studies.tradeoff import kind_sheet, scored_cells, way_numbers
+from pyramiddrop.report.tables.evaluation import share_cell
+
+#: The number of the paper's table.
+ABLATION = 4
+LEAD = (
+    "PyramidDrop in 4 equal stages: after drop k the share λ^k of the visual tokens stays. A smaller λ is cheaper. "
+    "Bands and ± are one standard error, clustered by picture."
+)
+
+
+def show_ablation(record: Record) -> Shown:
+    """The figure and the tables of a study's `record`."""
+    vanilla, *points = record["methods"]
+    figure = draw_ablation(vanilla, points, record["kinds"])
+    return Shown(
+        title="What does λ cost, and what does it save?",
+        lead=LEAD,
+        plots=[Plot("ablation", "Accuracy, and costs of vanilla's, over λ.", figure)],
+        sheets=ablation_sheets(record),
+        remarks=[
+            f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures.",
+            "The paper trains its models with each λ; here the same weights answer under each.",
+        ],
+        numbers=[row for way in record["methods"] for row in way_numbers(way, {"lam": way.get("lam", "")})],
+    )
+
+
+def ablation_sheets(record: Record) -> list[Sheet]:
+    """The tables: what each λ costs and scores, its scores by kind of question, and the paper's beside."""
+    ways = record["methods"]
+    vanilla, *points = ways
+    names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
+    head = ("λ", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla", "visual tokens of a layer")
+    tokens = [f"{way['visual_tokens']['per_layer']:.1f}" for way in ways]
+    rows = [(name, *scored_cells(way), count) for name, way, count in zip(names, ways, tokens, strict=True)]
+    beside = _beside_the_paper(record["model"], vanilla, points)
+    return [Sheet("as measured", head, rows), *kind_sheet(names, ways, record["kinds"]), beside]
+
+
+def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:
+    """Costs and scores as parts of vanilla's own, here and in the paper's Table 4: what can be compared over models."""
+    paper = next(table.rows for table in paper_tables() if table.number == ABLATION)
+    models = list(dict.fromkeys(row.settings["model"] for row in paper))
+    rows = []
+    for point in points:
+        whole = vanilla["scores"]["all"]["mean"]
+        score = point["scores"]["all"]["mean"] / whole if whole else None
+        theirs = [cell for model in models for cell in _paper_cells(paper, model, point["lam"])]
+        rows.append((f"{point['lam']:g}", share_cell(point["flops_ratio"]), share_cell(score), *theirs))
+    head = [f"{model}: {what}" for model in (name, *models) for what in ("FLOPs", "score")]
+    return Sheet("of vanilla's, beside the paper's Table 4", ("λ", *head), rows)
+
+
+def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str, str]:
+    """FLOPs and average score; empty where the paper did not try this λ."""
+    own = {row.settings["lambda"]: row for row in rows if row.settings["model"] == model}
+    tried, vanilla = own.get(f"{lam:g}"), own["vanilla"]
+    if tried is None:
+        return "", ""
+    cost, score = float(tried.tflops) / float(vanilla.tflops), float(tried.average) / float(vanilla.average)
+    return share_cell(cost), share_cell(score)
+
+
+#: What is drawn of the costs, by their names in `costs_of`.
+COSTS = {"flops": "decoder FLOPs", "kv": "KV cache", "tokens": "visual tokens of a layer"}
+#: λ of vanilla: each drop would leave everything.
+VANILLA = 1.0
+
+
+def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
+    """Left the score, of all and of each kind of question, over λ; right the costs. Vanilla stands at λ = 1.
+
+    Args:
+        vanilla: a way of an evaluation's record.
+        points: ways, each with its `lam`, ascending.
+    """
+    places = [*(point["lam"] for point in points), VANILLA]
+    with rc_context(styled()):
+        figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_scores(left, places, [*points, vanilla], kinds)
+        _draw_costs(right, places, [costs_of(point, vanilla) for point in [*points, vanilla]])
+        left.set_ylabel("accuracy (%)")
+        right.set_ylabel("of vanilla (%)")
+        for axis in (left, right):
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.set_xlabel("λ, the share that each drop leaves (1: vanilla)")
+            axis.grid(axis="y")
+            axis.set_axisbelow(True)
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def costs_of(way: Record, vanilla: Record) -> dict[str, float | None]:
+    """Parts of vanilla's FLOPs, KV cache and visual tokens of a layer; None where the cost model does not know them."""
+    tokens = way["visual_tokens"]["per_layer"] / vanilla["visual_tokens"]["per_layer"]
+    return {"flops": way["flops_ratio"], "kv": way["kv_ratio"], "tokens": tokens}
+
+
+def _draw_scores(axis: Axes, places: Sequence[float], ways: Sequence[Record], kinds: Sequence[str]) -> None:
+    for number, kind in enumerate(kinds if len(kinds) > 1 else ()):
+        low, middle, high = bounds([way["scores"][kind] for way in ways])
+        band(axis, places, low, high, COLORS[number % len(COLORS)])
+        axis.plot(places, middle, label=literal(kind), linewidth=0.8, **_style(number))
+    low, middle, high = bounds([way["scores"]["all"] for way in ways])
+    band(axis, places, low, high, "black")
+    axis.plot(places, middle, color="black", marker="o", linewidth=1.8, label="all")
+
+
+def _draw_costs(axis: Axes, places: Sequence[float], costs: Sequence[Mapping[str, float | None]]) -> None:
+    for number, (name, label) in enumerate(COSTS.items()):
+        values = [100 * value for one in costs if (value := one[name]) is not None]
+        if len(values) == len(places):
+            axis.plot(places, values, label=label, **_style(number))
+
+
+def _style(number: int) -> Mapping[str, Any]:
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }

@@ -1,0 +1,145 @@
+"""Report the trade-off study: scores over decoder FLOPs for several methods, and the table of all points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pyramiddrop.report.studies.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds
+from pyramiddrop.report.tables.evaluation import difference_cell, score_cell, share_cell
+
+LEAD = (
+    "Every method's shares are solved so that it spends the same part of vanilla's decoder FLOPs, ranking included, or "
+    "just less. Bands and ± are one standard error, clustered by picture; differences are paired, question by "
+    "question, with the 95 % interval of a bootstrap over pictures."
+)
+
+
+def show_tradeoff(record: Record) -> Shown:
+    """The figures and the table of a study's `record`."""
+    vanilla, *points = record["methods"]
+    kinds = record["kinds"]
+    plots = [Plot("tradeoff", "Accuracy over what the decoder computes in a prefill.", draw_tradeoff(vanilla, points))]
+    if len(kinds) > 1:
+        by_kind = draw_tradeoff_by_kind(vanilla, points, kinds)
+        plots.append(Plot("tradeoff-by-kind", "The same for each kind of question.", by_kind))
+    return Shown(
+        title="What does a method keep of the answers, at equal cost?",
+        lead=LEAD,
+        plots=plots,
+        sheets=tradeoff_sheets(record),
+        remarks=[f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures."],
+        numbers=[row for way in record["methods"] for row in way_numbers(way, {"line": way.get("line", "vanilla")})],
+    )
+
+
+def way_numbers(way: Record, about: Record) -> Iterator[dict[str, Any]]:
+    """Rows of the CSV file for one way: one for each kind of question."""
+    costs = {name: way[name] for name in ("percent", "flops", "flops_ratio", "kv_bytes", "kv_ratio")}
+    tokens = way["visual_tokens"]["per_layer"]
+    for kind, score in way["scores"].items():
+        yield {**about, "method": way["name"], **costs, "tokens_per_layer": tokens, "kind": kind, **score}
+
+
+def kind_sheet(heads: Sequence[str], ways: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
+    """Mean scores by kind of question, a row a way with its head; no table where there is one kind."""
+    if len(kinds) < 2:
+        return []
+    rows = [
+        (head, *(f"{100 * way['scores'][kind]['mean']:.0f}" for kind in kinds))
+        for head, way in zip(heads, ways, strict=True)
+    ]
+    return [Sheet("by kind of question (%; errors are in the CSV file)", ("", *kinds), rows)]
+
+
+def tradeoff_sheets(record: Record) -> list[Sheet]:
+    """The tables: what each way costs and scores, and its scores by kind of question."""
+    ways = record["methods"]
+    head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
+    return [
+        Sheet("every point", head, [(way["name"], *scored_cells(way)) for way in ways]),
+        *kind_sheet([way["name"] for way in ways], ways, record["kinds"]),
+    ]
+
+
+def scored_cells(way: Record) -> tuple[str, ...]:
+    """FLOPs and KV cache of vanilla's, the score, and its difference to vanilla's."""
+    return (
+        share_cell(way["flops_ratio"]),
+        share_cell(way["kv_ratio"]),
+        score_cell(way["scores"]["all"]),
+        difference_cell(way["differences"].get("to_vanilla")),
+    )
+
+
+#: What FLOPs are counted in, largest first.
+UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))
+COSTS = "decoder FLOPs of the prefill (% of vanilla)"
+SCORE = "accuracy (%)"
+
+
+def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
+    """The score of all questions: one line a method through its `points`, and vanilla's score as a level.
+
+    Args:
+        vanilla: a way of an evaluation's record.
+        points: ways, each with the name of its `line` beside.
+    """
+    with rc_context(styled()):
+        figure = Figure(figsize=(COLUMN, 2.75), layout="constrained")
+        axis = figure.subplots()
+        _draw(axis, vanilla, points, "all")
+        axis.set(xlabel=COSTS, ylabel=SCORE)
+        _label_flops(axis, vanilla["flops"])
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_tradeoff_by_kind(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
+    """The same for each kind of question, a panel each."""
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    with rc_context(styled()):
+        figure = Figure(figsize=(PAGE, 0.7 + 1.6 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, kind in zip(axes.flat, kinds, strict=False):
+            _draw(axis, vanilla, points, kind)
+            axis.set_title(kind, loc="left", parse_math=False)
+        for axis in axes.flat[len(kinds) :]:
+            axis.set_visible(False)
+        for place, axis in enumerate(axes.flat):
+            axis.tick_params(labelbottom=place + columns >= len(kinds))
+        figure.supxlabel(COSTS, fontsize=7.5)
+        figure.supylabel(SCORE, fontsize=7.5)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return figure
+
+
+def _draw(axis: Axes, vanilla: Record, points: Sequence[Record], kind: str) -> None:
+    for place, line in enumerate(dict.fromkeys(point["line"] for point in points)):
+        own = sorted((point for point in points if point["line"] == line), key=lambda point: point["flops_ratio"])
+        costs, color = [100 * point["flops_ratio"] for point in own], COLORS[place % len(COLORS)]
+        low, middle, high = bounds([point["scores"][kind] for point in own])
+        band(axis, costs, low, high, color)
+        marker, dash = MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
+        axis.plot(costs, middle, color=color, marker=marker, linestyle=dash, label=literal(line))
+    low, middle, high = bounds([vanilla["scores"][kind]])
+    axis.axhspan(low[0], high[0], color="black", alpha=0.08, linewidth=0)
+    axis.axhline(middle[0], color="black", linewidth=0.8, linestyle=(0, (1, 1.5)), label="vanilla")
+    axis.grid(axis="y")
+    axis.set_axisbelow(True)
+
+
+def _label_flops(axis: Axes, flops: float) -> None:
+    """FLOPs of a prompt above, beside the percents below."""
+    size, unit = next(entry for entry in UNITS if flops >= entry[0])
+    one = flops / size / 100
+    upper = axis.secondary_xaxis("top", functions=(lambda x: np.multiply(x, one), lambda y: np.divide(y, one)))
+    upper.set_xlabel(f"{unit} a prompt")
+    upper.spines["top"].set_visible(True)

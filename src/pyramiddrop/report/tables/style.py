@@ -1,0 +1,13 @@
+"""The style of all tables on the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table with the look that all tables of this project have."""
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,1 @@
+"""Token layout: the part of the picture that each visual token is made from, by model family."""

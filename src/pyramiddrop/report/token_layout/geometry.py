@@ -1,0 +1,126 @@
+"""Geometry of visual tokens in plain numbers: views, grids and boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+#: A place in a grid of visual tokens: row and column, both from 0.
+Cell = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels of the picture. It may stick out where a model pads; the padding is black."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at a picture: a grid of `rows` x `columns` visual tokens that is spread evenly over `box`.
+
+    Args:
+        cells: the place of each token in the order of the prompt, None for one that has no place in the picture; an
+            empty tuple for reading order. See :func:`reading_order` and :func:`crop_order`.
+        seams: the rows and the columns at which another crop of the picture begins.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    box: Box
+    cells: tuple[Cell | None, ...] = ()
+    seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def __post_init__(self) -> None:
+        if not self.cells:
+            object.__setattr__(self, "cells", reading_order(self.rows, self.columns))
+
+    @property
+    def tokens(self) -> int:
+        """How many visual tokens this view puts into the prompt, those without a place among them."""
+        return len(self.cells)
+
+    @property
+    def grid(self) -> list[Cell]:
+        """All cells, row after row."""
+        return [(row, column) for row in range(self.rows) for column in range(self.columns)]
+
+    @property
+    def places(self) -> frozenset[Cell]:
+        """The cells of the grid that have a token."""
+        return frozenset(cell for cell in self.cells if cell is not None)
+
+    def cell(self, token: int) -> Cell | None:
+        """The place of the view's `token`-th token; None for one that has none."""
+        if not 0 <= token < self.tokens:
+            raise ValueError(f"token must be in 0..{self.tokens - 1}; got {token}")
+        return self.cells[token]
+
+
+def reading_order(rows: int, columns: int, leading: int = 0, newline: bool = False) -> tuple[Cell | None, ...]:
+    """Row after row. `leading` tokens without a place (a class token) stand before, and a `newline` behind each row."""
+    lines = [(*((row, column) for column in range(columns)), *[None] * newline) for row in range(rows)]
+    return (*[None] * leading, *chain.from_iterable(lines))
+
+
+def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | None, ...]:
+    """Crop after crop, of which there are (down, across): each one's `rows` x `columns` tokens in reading order."""
+    return tuple(
+        (down * rows + row, across * columns + column)
+        for down in range(crops[0])
+        for across in range(crops[1])
+        for row in range(rows)
+        for column in range(columns)
+    )
+
+
+def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozenset[Cell]]:
+    """The places of `tokens`, which are numbered through all `views`, one after the other.
+
+    Raises:
+        ValueError: for a token that lies beyond the last view.
+    """
+    located, places = _located(views), [set[Cell]() for _ in views]
+    for token in tokens:
+        if not 0 <= token < len(located):
+            raise ValueError(f"token {token} is beyond the {len(located)} visual tokens of the picture's views")
+        index, cell = located[token]
+        if cell is not None:
+            places[index].add(cell)
+    return [frozenset(cells) for cells in places]
+
+
+def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[list[float]]]:
+    """For each view its rows of `values`, of which there is one a token through all `views`.
+
+    Raises:
+        ValueError: where there are more or fewer values than tokens.
+    """
+    located = _located(views)
+    if len(values) != len(located):
+        raise ValueError(f"the views have {len(located)} visual tokens; there are {len(values)} values")
+    grids = [[[math.nan] * view.columns for _ in range(view.rows)] for view in views]
+    for (index, cell), value in zip(located, values, strict=True):
+        if cell is not None:
+            grids[index][cell[0]][cell[1]] = value
+    return grids
+
+
+def _located(views: Sequence[View]) -> list[tuple[int, Cell | None]]:
+    """For each token through all `views` the number of its view, and its place there."""
+    return [(index, cell) for index, view in enumerate(views) for cell in view.cells]
