@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
-from pyramiddrop.hf.memory import Slots, static_width, cache_of
+from pyramiddrop.hf.memory import Slots, cache_of, static_width
 from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
 
 Kwargs = dict[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.following import Following, Kwargs, take_tokens
 from pyramiddrop.hf.masks import causal, hide, take_columns
-from pyramiddrop.hf.memory import Slots, cache_of, CACHE_NAMES
+from pyramiddrop.hf.memory import CACHE_NAMES, Slots, cache_of
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projection, Projector
 from pyramiddrop.hf.rows import Kept, take_rows

@@ -13,7 +13,7 @@ from pyramiddrop.hf.anatomy import Anatomy
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.deepstack import DeepStack
 from pyramiddrop.hf.following import Following, Kwargs, first_table
-from pyramiddrop.hf.memory import CacheMemory, Slots, static_width, cache_of
+from pyramiddrop.hf.memory import CacheMemory, Slots, cache_of, static_width
 from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
