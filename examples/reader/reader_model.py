@@ -103,7 +103,7 @@ class ReaderLlava(PackedLlava):
             The loss of each channel, and the share of patches with something to say that say it.
         """
         normed = F.rms_norm(features.float(), (self.config.hidden,)).flatten(0, 1)
-        logits = normed @ self.embed_tokens.weight.T * (3 / self.config.hidden**0.5)
+        logits = (normed @ self.embed_tokens.weight.T).float() * (3 / self.config.hidden**0.5)
         losses, right = [], []
         for channel, target in zip(CHANNELS, labels.flatten(0, 1).long().unbind(-1), strict=True):
             own = logits[:, getattr(self, f"{channel}_ids")]

@@ -35,7 +35,10 @@ VOCABULARY = (*MARKS, *_THINGS, "yes", "no", *LINES, *EXTREMES, *PLACES, *ASKING
 TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
 
 #: Words without which a question says the same.
-FILLERS = "a|an|and|are|at|can|do|does|has|have|how|in|is|it|me|of|on|or|please|s|tell|that|the|this|what|which|you|written|here"
+FILLERS = (
+    "a|an|and|are|at|can|do|does|for|has|have|how|in|is|it|me|of|on|or|please|s|"
+    "tell|that|the|this|what|which|you|written|here"
+)
 REPLACED = {
     r"\bcolou?r(s|ed)?\b": "colour",
     r"\bcoloured\b": "colour",
@@ -61,7 +64,7 @@ def reader_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Replace(Regex("$"), " "),
             decoders.Fuse(),
             decoders.Replace(Regex("(?<=[0-9]) (?=[0-9])"), ""),
-            decoders.Strip(" ", 0, 1),
+            decoders.Replace(Regex(" $"), ""),
         ]
     )
     return tokenizer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from pyramiddrop.evaluation.reader import GROUPS, KINDS
 from pyramiddrop.evaluation.reader.words import CHANNELS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ENDING = 20.0  # seconds kept for the last validation and the export
+ENDING = 10.0  # seconds kept for the last validation and the export
 STATE, WEIGHTS, LOG = "state.pt", "weights.safetensors", "log.jsonl"
 
 
@@ -93,7 +94,9 @@ class Trainer:
         recipe = self.recipe
         batch = pool.sample(recipe.align_batch, 0)
         with self.autocast():
-            losses, right = self.model.alignment_losses(self.model.image_features(to_pixels(batch.images)), batch.labels)
+            losses, right = self.model.alignment_losses(
+                self.model.image_features(to_pixels(batch.images)), batch.labels
+            )
         self._update(losses.sum(), alignment_rate(self.done / recipe.align))
         self._add(pictures=recipe.align_batch, steps=1, loss=losses.sum(), patches=right)
 
@@ -174,13 +177,23 @@ class Trainer:
         return {
             "step": self.step,
             "done": round(self.done, 4),
-            "part": "align" if self.aligning else "plain" if self.done < self.recipe.align + self.recipe.plain else "ask",
+            "part": "align"
+            if self.aligning
+            else "plain"
+            if self.done < self.recipe.align + self.recipe.plain
+            else "ask",
             "loss": round(float(totals["loss"] / steps), 4),
-            "patches": dict(zip(CHANNELS, [round(v, 3) for v in patches.tolist()], strict=True)) if steps and torch.is_tensor(patches) else {},
+            "patches": dict(zip(CHANNELS, [round(v, 3) for v in patches.tolist()], strict=True))
+            if steps and torch.is_tensor(patches)
+            else {},
             "train": {} if self.aligning else {name: round(value, 3) for name, value in kinds.items()},
             "steps": totals["steps"],
             "pictures": totals["pictures"],
         }
+
+    def is_sound(self) -> bool:
+        """Whether all weights are numbers."""
+        return math.isfinite(sum(parameter.detach().double().sum() for parameter in self.model.parameters()))
 
     def state(self) -> dict[str, Any]:
         """Everything that a run goes on from."""
@@ -237,7 +250,9 @@ def compile_layers(trainer: Trainer, pool: Pool) -> str:
         for count in (trainer.recipe.align_batch, trainer.recipe.batch):
             batch = pool.sample(count, 0)
             with trainer.autocast():
-                loss = trainer.model.alignment_losses(trainer.model.image_features(to_pixels(batch.images)), batch.labels)[0].sum()
+                loss = trainer.model.alignment_losses(
+                    trainer.model.image_features(to_pixels(batch.images)), batch.labels
+                )[0].sum()
                 if count == trainer.recipe.batch:
                     loss = loss + trainer._loss(batch)[0]
             loss.backward()
@@ -301,11 +316,14 @@ def train(trainer: Trainer, pool: Pool, checking: Pool, log: Log, arguments: arg
         waited = time.monotonic() - now
         span = time.monotonic() - report_at
         report_at = time.monotonic()
-        entry |= {"steps_per_s": round(entry.pop("steps") / span, 2), "pictures_per_s": round(entry.pop("pictures") / span)}
+        entry |= {
+            "steps_per_s": round(entry.pop("steps") / span, 2),
+            "pictures_per_s": round(entry.pop("pictures") / span),
+        }
         entry |= {"behind_s": round(waited, 3), "drawn": pool.written}
         if trainer.device.type == "cuda":
             entry["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-        if entry["loss"] == entry["loss"] and entry["loss"] < 1e4:
+        if trainer.is_sound() and math.isfinite(entry["loss"]):
             good = copy.deepcopy(trainer.state())
         else:
             slowed = trainer.slowed / 2
@@ -329,10 +347,10 @@ def save(trainer: Trainer, arguments: argparse.Namespace) -> None:
     save_weights(trainer, arguments.out / WEIGHTS)
 
 
-def refill(pool: Pool, trainer: Trainer) -> None:
-    """Without workers: fresh pictures before each step, from the seed and the step alone."""
-    block = empty_block(pool.size)
-    draw_block("train", trainer.recipe.seed, trainer.step, block)
+def refill(pool: Pool, trainer: Trainer, count: int = 8) -> None:
+    """Without workers: some fresh pictures before each step."""
+    block = empty_block(count)
+    draw_block("train", trainer.recipe.seed, pool.written // count, block)
     pool.write(block)
 
 
@@ -353,7 +371,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1) if cuda else 0)
-    parser.add_argument("--pool", type=int, default=49152 if cuda else 64, help="pictures kept on the device")
+    parser.add_argument("--pool", type=int, default=24576 if cuda else 64, help="pictures kept on the device")
     parser.add_argument("--val-pictures", type=int, default=384)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--report-every", type=float, default=8, help="seconds")
@@ -395,7 +413,7 @@ def main() -> None:
         while pool.filled < min(pool.size, 64 * BLOCK):
             time.sleep(0.1)
             workers.check()
-    else:
+    while not workers and pool.filled < pool.size:
         refill(pool, trainer)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     log(event="ready", torch=torch.__version__, parameters=parameters, drawn=pool.written, recipe=asdict(recipe))

@@ -1,4 +1,4 @@
-"""A canvas to draw the reader benchmark's pictures on: textures, printed words, handwritten digits, labels of patches."""
+"""A canvas for the reader benchmark: textures, printed words, handwritten digits, and what each patch shows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ IMAGE, PATCH = 336, 14
 SIDE = IMAGE // PATCH
 #: The label of a patch that training leaves open.
 UNLABELLED = -1
-TURN, SHEAR, STRETCH = 10, 0.12, 0.1  # the most that a handwritten digit is turned (degrees), slanted and stretched
+#: The most that a handwritten digit is turned (degrees), slanted, stretched, and bent at its corners (its own pixels).
+TURN, SHEAR, STRETCH, BEND = 10, 0.12, 0.1, 0.5
+FREEDOM = {"train": 1.4, "val": 0.7, "test": 0.7}
 _CODES = [{word: code for code, word in enumerate(words)} for words in CHANNELS.values()]
 
 
@@ -109,8 +111,8 @@ class Canvas:
     def handwriting(self, digit: int, left: int, top: int, size: int, colour: Array) -> Box:
         """Write a digit by the hand of somebody of this split."""
         images = digit_images(self.split)[digit]
-        turned = _turned(images[self.rng.integers(len(images))], size, self.rng)
-        return self.paste(turned, left, top, colour)
+        chosen = images[self.rng.integers(len(images))]
+        return self.paste(_written(chosen, size, self.rng, FREEDOM[self.split]), left, top, colour)
 
     def number(self, value: str, left: int, top: int, size: int, step: int, colour: Array) -> list[Box]:
         """Write a number digit by digit, `step` pixels from one to the next."""
@@ -188,16 +190,21 @@ def digit_images(split: str) -> list[list[Image.Image]]:
     return [[Image.fromarray(padded[index]) for index in chosen if labels[index] == digit] for digit in range(10)]
 
 
-def _turned(digit: Image.Image, size: int, rng: np.random.Generator) -> Array:
-    """The digit enlarged to (size, size), a little turned, slanted and stretched, with the contrast of ink."""
-    angle, shear = np.deg2rad(rng.uniform(-TURN, TURN)), rng.uniform(-SHEAR, SHEAR)
-    across, down = rng.uniform(1 - STRETCH, 1 + STRETCH, 2) * (8.5 / size)
+def _written(digit: Image.Image, size: int, rng: np.random.Generator, freedom: float) -> Array:
+    """The digit enlarged to (size, size): turned, slanted, stretched and bent, with a pen of some width.
+
+    `freedom` scales how much; training has more of it than there is in the held-out splits.
+    """
+    angle, shear = np.deg2rad(freedom * rng.uniform(-TURN, TURN)), freedom * rng.uniform(-SHEAR, SHEAR)
+    across, down = 4.25 * (1 + freedom * rng.uniform(-STRETCH, STRETCH, 2))
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos * across, (shear - sin) * across], [sin * down, cos * down]])
-    offset = 6 - matrix @ np.array([size / 2, size / 2])
-    coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-    enlarged = digit.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
-    alpha: Array = np.clip((np.asarray(enlarged, np.int16) - 30) * 3 // 2, 0, 255).astype(np.uint8)
+    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) @ matrix.T + 6
+    corners += freedom * rng.uniform(-BEND, BEND, (4, 2))
+    quad = corners.reshape(-1).tolist()
+    enlarged = digit.transform((size, size), Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+    threshold, gain = 40 + freedom * rng.uniform(-18, 18), 1.6 + freedom * rng.uniform(-0.3, 0.3)
+    alpha: Array = np.clip((np.asarray(enlarged, np.float32) - threshold) * gain, 0, 255).astype(np.uint8)
     return alpha
 
 

@@ -90,7 +90,7 @@ def draw_chart(rng: np.random.Generator, split: str) -> Picture:
         _label_value(canvas, plot, index, level, str(level * step), owner=label, colour=colour)
         extreme = "highest" if level == max(levels) else "lowest" if level == min(levels) else None
         if extreme:
-            canvas.label(plot.box(index, 0, level, 0.8), height=extreme)
+            canvas.label(plot.box(index, 0, level, 0.6), height=extreme)
     return canvas.finish(_questions(layout, labels, colours, levels, step))
 
 

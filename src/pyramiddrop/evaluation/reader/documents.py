@@ -139,4 +139,4 @@ def _questions(rng: np.random.Generator, title: str, fields: list[str], values: 
         ]
     absent = [field for field in FIELDS if field not in fields]
     asked = [("yes", field) for field in pick(rng, fields, 3)] + [("no", field) for field in pick(rng, absent, 3)]
-    return questions + [Question("has_field", f"Is there a {field}?", answer) for answer, field in asked]
+    return questions + [Question("has_field", f"Is there a value for {field}?", answer) for answer, field in asked]

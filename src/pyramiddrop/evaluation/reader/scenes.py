@@ -102,9 +102,8 @@ def _shape(name: str, size: int) -> NDArray[Any]:
     else:
         angles = np.arange(10) * np.pi / 5
         reach = np.where(np.arange(10) % 2, 0.22, 0.5) * size
-        draw.polygon(
-            [(size / 2 + r * np.sin(a), size / 2 - r * np.cos(a)) for a, r in zip(angles, reach, strict=True)], 255
-        )
+        tips = [(size / 2 + r * np.sin(a), size / 2 - r * np.cos(a)) for a, r in zip(angles, reach, strict=True)]
+        draw.polygon(tips, 255)
     return np.array(image)
 
 
@@ -149,4 +148,8 @@ def _yes_or_no(rng: np.random.Generator, things: list[Thing]) -> list[Question]:
     names_absent = [name for name in (*DIGITS, *SHAPES) if name not in names]
     asked += [("yes", name) for name in pick(rng, names, 2)]
     denied += [("no", name) for name in pick(rng, names_absent, len(asked) - len(denied))]
-    return [Question("is_there", f"Is there a {what}?", answer) for answer, what in asked + denied]
+    return [Question("is_there", f"Is there {_with_article(what)}?", answer) for answer, what in asked + denied]
+
+
+def _with_article(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou8" else f"a {what}"
