@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 MARKS = {"bos_token_id": TOKEN_ID[BOS], "eos_token_id": TOKEN_ID[EOS], "pad_token_id": TOKEN_ID[PAD]}
@@ -46,7 +47,7 @@ def make_config(config: ModelConfig) -> LlavaConfig:
         num_key_value_heads=config.heads,
         rms_norm_eps=RMS_EPS,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-        max_position_embeddings=512,
+        max_position_embeddings=config.positions,
         tie_word_embeddings=True,
         **MARKS,
     )
@@ -117,7 +118,7 @@ def _decoder_name(name: str) -> str:
     return f"layers.{index}.{block}.{module}.weight"
 
 
-def make_processor(config: ModelConfig) -> LlavaProcessor:
+def make_processor(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaProcessor:
     """Resizes any picture to the canvas, maps it to [-1, 1], and puts one image token per patch into the prompt."""
     images = CLIPImageProcessorPil(
         size={"height": config.image, "width": config.image},
@@ -128,7 +129,7 @@ def make_processor(config: ModelConfig) -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer or make_tokenizer(),
         patch_size=config.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -33,6 +33,7 @@ class ModelConfig:
     vision_inner: int = 256
     image: int = 80
     patch: int = 10
+    positions: int = 512
 
     @property
     def visual_tokens(self) -> int:
@@ -53,7 +54,14 @@ class Packing:
         return torch.cat([torch.arange(self.prefix), slot.repeat(self.slots)])
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of everything to everything, written out; all are (B, heads, T, d)."""
+    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+
+
 class VisionLayer(nn.Module):
+    attention = staticmethod(full_attention)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.vision_hidden
@@ -66,13 +74,14 @@ class VisionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer_norm1(x)
         q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        attention = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1)
-        x = x + self.out_proj(join_heads(attention @ v))
+        x = x + self.out_proj(join_heads(self.attention(q, k, v)))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class VisionTower(nn.Module):
     """CLIP's vision transformer; gives the patch features of the last layer, without the class token."""
+
+    layer_class = VisionLayer
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,11 +90,10 @@ class VisionTower(nn.Module):
         self.patch_embedding = nn.Linear(3 * config.patch**2, width, bias=False)
         self.position_embedding = nn.Embedding(config.visual_tokens + 1, width)
         self.pre_layrnorm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.vision_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = F.unfold(pixels, self.patch, stride=self.patch).mT
-        x = self.patch_embedding(patches)
+        x = self.patch_embedding(cut(pixels, self.patch))
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.position_embedding.weight
         x = self.pre_layrnorm(x)
         for layer in self.layers:
@@ -93,58 +101,10 @@ class VisionTower(nn.Module):
         return x[:, 1:]
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        width, inner = config.hidden, config.inner
-        linear = partial(nn.Linear, bias=False)
-        self.input_layernorm = nn.Parameter(torch.ones(width))
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
-        self.o_proj = linear(width, width)
-        self.post_attention_layernorm = nn.Parameter(torch.ones(width))
-        self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], self.input_layernorm, RMS_EPS)
-        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        seen = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, packing)
-        x = x + self.o_proj(join_heads(seen))
-        y = F.rms_norm(x, x.shape[-1:], self.post_attention_layernorm, RMS_EPS)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
-
-
-class PackedLlava(nn.Module):
-    """The model. ``start`` are the token ids before the picture; questions come as (B, slots * width) token ids."""
-
-    def __init__(self, config: ModelConfig, start: list[int]) -> None:
-        super().__init__()
-        self.config = config
-        self.vision = VisionTower(config)
-        self.linear_1 = nn.Linear(config.vision_hidden, config.hidden)
-        self.linear_2 = nn.Linear(config.hidden, config.hidden)
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.norm = nn.Parameter(torch.ones(config.hidden))
-        self.register_buffer("start", torch.tensor(start), persistent=False)
-        initialise(self)
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """(B, 64, hidden): what stands in the prompt for the picture."""
-        return self.linear_2(F.gelu(self.linear_1(self.vision(pixels))))
-
-    def packing(self, slots: int, width: int) -> Packing:
-        return Packing(len(self.start) + self.config.visual_tokens, slots, width)
-
-    def forward(self, pixels: Tensor, ids: Tensor, packing: Packing) -> Tensor:
-        """The logits of the question tokens, (B, slots * width, vocabulary)."""
-        start = self.embed_tokens(self.start).expand(len(pixels), -1, -1)
-        x = torch.cat([start, self.image_features(pixels), self.embed_tokens(ids)], dim=1)
-        cos, sin = rotary_table(packing.positions(), self.config.hidden // self.config.heads)
-        for layer in self.layers:
-            x = layer(x, cos, sin, packing)
-        x = F.rms_norm(x[:, packing.prefix :], (self.config.hidden,), self.norm, RMS_EPS)
-        return F.linear(x, self.embed_tokens.weight)
+def cut(pixels: Tensor, patch: int) -> Tensor:
+    """(B, 3, H, W) -> (B, patches, 3 * patch * patch), row by row."""
+    grid = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -168,6 +128,72 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     on_self = attention[..., prefix:].reshape(batch, heads, slots, width, width) @ own_v
     after = attention[..., :prefix] @ values + on_self.reshape(batch, heads, slots * width, depth)
     return torch.cat([before, after], dim=2)
+
+
+class DecoderLayer(nn.Module):
+    attention = staticmethod(packed_attention)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        width, inner = config.hidden, config.inner
+        linear = partial(nn.Linear, bias=False)
+        self.input_layernorm = nn.Parameter(torch.ones(width))
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        self.o_proj = linear(width, width)
+        self.post_attention_layernorm = nn.Parameter(torch.ones(width))
+        self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+        y = F.rms_norm(x, x.shape[-1:], self.input_layernorm, RMS_EPS)
+        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        seen = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, packing)
+        x = x + self.o_proj(join_heads(seen))
+        y = F.rms_norm(x, x.shape[-1:], self.post_attention_layernorm, RMS_EPS)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class PackedLlava(nn.Module):
+    """The model. ``start`` are the token ids before the picture; questions come as (B, slots * width) token ids."""
+
+    tower_class, layer_class = VisionTower, DecoderLayer
+
+    def __init__(self, config: ModelConfig, start: list[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = self.tower_class(config)
+        self.linear_1 = nn.Linear(config.vision_hidden, config.hidden)
+        self.linear_2 = nn.Linear(config.hidden, config.hidden)
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden))
+        self.register_buffer("start", torch.tensor(start), persistent=False)
+        initialise(self)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(B, 64, hidden): what stands in the prompt for the picture."""
+        return self.linear_2(F.gelu(self.linear_1(self.vision(pixels))))
+
+    def packing(self, slots: int, width: int) -> Packing:
+        return Packing(len(self.start) + self.config.visual_tokens, slots, width)
+
+    def rotary(self, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions."""
+        return rotary_table(packing.positions(), self.config.hidden // self.config.heads)
+
+    def forward(self, pixels: Tensor, ids: Tensor, packing: Packing) -> Tensor:
+        """The logits of the question tokens, (B, slots * width, vocabulary)."""
+        return self.answer(self.image_features(pixels), ids, packing)
+
+    def answer(self, features: Tensor, ids: Tensor, packing: Packing) -> Tensor:
+        """The same from the picture's features."""
+        start = self.embed_tokens(self.start).expand(len(features), -1, -1)
+        x = torch.cat([start, features, self.embed_tokens(ids)], dim=1)
+        cos, sin = self.rotary(packing)
+        for layer in self.layers:
+            x = layer(x, cos, sin, packing)
+        x = F.rms_norm(x[:, packing.prefix :], (self.config.hidden,), self.norm, RMS_EPS)
+        return F.linear(x, self.embed_tokens.weight)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -51,8 +51,8 @@ class StackedMuon(torch.optim.Optimizer):
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
             update = orthogonalise(gradient.lerp(state["momentum"], group["momentum"]))
             rate, size = group["lr"], 0.2 * max(matrices[0].shape) ** 0.5
-            for matrix, direction in zip(matrices, update, strict=True):
-                matrix.mul_(1 - rate * group["weight_decay"]).add_(direction, alpha=-rate * size)
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update.unbind()), alpha=-rate * size)
 
 
 def make_optimizers(

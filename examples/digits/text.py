@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -60,12 +61,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer. "row 3" is one word; case, punctuation and filler words do not count."""
-    tokenizer = Tokenizer(models.WordLevel(dict(TOKEN_ID), unk_token=UNK))
-    replacements = [normalizers.Replace(Regex(pattern), word) for pattern, word in REPLACED.items()]
+def make_tokenizer(
+    vocabulary: Sequence[str] = VOCABULARY,
+    replaced: Mapping[str, str] = REPLACED,
+    word: str = WORD,
+    longest: int = 512,
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer. What `word` does not match, such as punctuation and filler words, does not count."""
+    tokens = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token=UNK))
+    replacements = [normalizers.Replace(Regex(pattern), word) for pattern, word in replaced.items()]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *replacements])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word), behavior="removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, TOKEN_ID[BOS])])
     tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in (USER, ASSISTANT)])
     return PreTrainedTokenizerFast(
@@ -76,7 +83,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNK,
         extra_special_tokens={"image_token": IMAGE},
         padding_side="left",
-        model_max_length=512,
+        model_max_length=longest,
         clean_up_tokenization_spaces=False,
     )
 

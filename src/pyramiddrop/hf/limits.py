@@ -113,6 +113,6 @@ def check_static_cache(anatomy: Anatomy, first: int, cache: Any) -> None:
     windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
     if windowed and static_width(cache, anatomy.sources[windowed[0]]) is not None:
         raise UnsupportedModelError(
-            f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual tokens "
-            f"are dropped before one of them (before layer {first}); use a DynamicCache, or drop behind the last of them"
+            f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual "
+            f"tokens are dropped before one of them (before layer {first}); use a DynamicCache, or drop after them all"
         )

@@ -76,8 +76,8 @@ def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, v
     The processor takes the video's frames as they are, and samples none.
 
     Raises:
-        InputError: for neither picture nor video, an empty prompt, one that contains the processor's own image token, and
-            a video for a processor of images alone.
+        InputError: for neither picture nor video, an empty prompt, one with the processor's own image token, and a
+            video for a processor of images alone.
     """
     if video and getattr(processor, "video_processor", None) is None:
         raise InputError("the checkpoint's processor takes no videos; give the frames as images")

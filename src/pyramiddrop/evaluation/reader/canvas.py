@@ -1,0 +1,221 @@
+"""A canvas for the reader benchmark: textures, printed words, handwritten digits, and what each patch shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pyramiddrop.assets import handwritten_digits
+from pyramiddrop.evaluation.digits import COLOURS as RGB
+from pyramiddrop.evaluation.digits import split_indices
+from pyramiddrop.evaluation.reader.words import CHANNELS
+
+Array = NDArray[Any]
+
+IMAGE, PATCH = 336, 14
+SIDE = IMAGE // PATCH
+#: The label of a patch that training leaves open.
+UNLABELLED = -1
+#: The most that a handwritten digit is turned (degrees), slanted, stretched, and bent at its corners (its own pixels).
+TURN, SHEAR, STRETCH, BEND = 10, 0.12, 0.1, 0.5
+FREEDOM = {"train": 1.4, "val": 0.7, "test": 0.7}
+_CODES = [{word: code for code, word in enumerate(words)} for words in CHANNELS.values()]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a kind, and its one right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with everything that can be asked about it.
+
+    Attributes:
+        pixels: (336, 336, 3) uint8.
+        labels: (576, 5) int8: what each patch shows, as indices into the words of each of `CHANNELS`; -1 is open.
+        questions: at least one of each kind that the picture allows.
+    """
+
+    pixels: Array
+    labels: Array
+    questions: Sequence[Question]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.height
+
+    def meets(self, other: Box, gap: int = 0) -> bool:
+        """Whether two boxes are closer than `gap` pixels to each other."""
+        apart_across = self.right + gap <= other.left or other.right + gap <= self.left
+        return not (apart_across or self.bottom + gap <= other.top or other.bottom + gap <= self.top)
+
+
+class Canvas:
+    """Pixels and the labels of their patches; `split` decides which handwritten digits may appear."""
+
+    def __init__(self, rng: np.random.Generator, split: str, ground: Array) -> None:
+        self.rng, self.split = rng, split
+        self.pixels = ground
+        self.labels = np.zeros((SIDE, SIDE, len(CHANNELS)), np.int8)
+
+    def finish(self, questions: Sequence[Question]) -> Picture:
+        """The picture with the noise of a camera."""
+        noise = _noise_bank()
+        plane = noise[self.rng.integers(len(noise))]
+        top, left = self.rng.integers(0, plane.shape[0] - IMAGE + 1, 2)
+        noisy = self.pixels.astype(np.int16) + plane[top : top + IMAGE, left : left + IMAGE]
+        pixels = np.clip(noisy, 0, 255).astype(np.uint8)
+        return Picture(pixels, self.labels.reshape(SIDE * SIDE, -1), questions)
+
+    def paint(self, image: Image.Image) -> None:
+        """Continue from what Pillow has drawn."""
+        self.pixels = np.array(image)
+
+    def paste(self, alpha: Array, left: int, top: int, colour: Array) -> Box:
+        """Blend `colour` (3,) in by `alpha` (h, w) in 0..255."""
+        height, width = alpha.shape
+        area = self.pixels[top : top + height, left : left + width]
+        share = alpha[..., None].astype(np.uint16)
+        area[:] = (area * (255 - share) + share * colour.astype(np.uint16)) // 255
+        return Box(left, top, width, height)
+
+    def word(self, text: str, left: int, top: int, size: int, colour: Array) -> Box:
+        """Print a word, its upper left corner at (left, top)."""
+        return self.paste(printed(text, size), left, top, colour)
+
+    def handwriting(self, digit: int, left: int, top: int, size: int, colour: Array) -> Box:
+        """Write a digit by the hand of somebody of this split."""
+        images = digit_images(self.split)[digit]
+        chosen = images[self.rng.integers(len(images))]
+        return self.paste(_written(chosen, size, self.rng, FREEDOM[self.split]), left, top, colour)
+
+    def number(self, value: str, left: int, top: int, size: int, step: int, colour: Array) -> list[Box]:
+        """Write a number digit by digit, `step` pixels from one to the next."""
+        return [self.handwriting(int(one), left + index * step, top, size, colour) for index, one in enumerate(value)]
+
+    def label(self, box: Box, **words: str) -> None:
+        """Say what the patches under a box show, for some of the channels; those that it barely touches are left."""
+        rows = _covered(box.top, box.bottom)
+        columns = _covered(box.left, box.right)
+        for channel, name in enumerate(CHANNELS):
+            if name in words:
+                self.labels[rows, columns, channel] = _CODES[channel][words[name]]
+
+    def leave_open(self, box: Box) -> None:
+        """Leave the labels of the patches under a box open."""
+        self.labels[_covered(box.top, box.bottom), _covered(box.left, box.right)] = UNLABELLED
+
+
+def texture(rng: np.random.Generator, darkest: int, brightest: int, spread: int = 25, tint: int = 18) -> Array:
+    """A ground of slowly changing brightness and tint: (336, 336, 3) uint8."""
+    cells = int(rng.integers(3, 9))
+    level = rng.integers(darkest, brightest + 1)
+    coarse = level + rng.integers(-spread, spread + 1, (cells, cells, 1)) + rng.integers(-tint, tint + 1, (1, 1, 3))
+    coarse = np.clip(coarse, 0, 255).astype(np.uint8)
+    return np.array(Image.fromarray(coarse).resize((IMAGE, IMAGE), Image.Resampling.BILINEAR))
+
+
+def scribble(rng: np.random.Generator, ground: Array, count: int, grey: tuple[int, int]) -> Image.Image:
+    """`ground` with `count` strokes and patches of greyish clutter."""
+    image = Image.fromarray(ground)
+    draw = ImageDraw.Draw(image)
+    for _ in range(count):
+        colour = tuple((rng.integers(*grey) + rng.integers(-20, 21, 3)).clip(0, 255).tolist())
+        x, y = rng.integers(-20, IMAGE, 2).tolist()
+        wide, high = rng.integers(10, 90, 2).tolist()
+        kind = rng.integers(4)
+        if kind == 0:
+            draw.line((x, y, x + wide, y + high), colour, int(rng.integers(1, 7)))
+        elif kind == 1:
+            draw.rectangle((x, y, x + wide, y + high), None, colour, int(rng.integers(1, 5)))
+        elif kind == 2:
+            draw.rectangle((x, y, x + wide, y + high // 2), colour)
+        else:
+            draw.arc((x, y, x + wide, y + high), 0, int(rng.integers(90, 300)), colour, int(rng.integers(1, 6)))
+    return image
+
+
+def tinted(rng: np.random.Generator, colour: str) -> Array:
+    """One of the shades of a named colour: (3,)."""
+    shade = np.array(RGB[colour]) * rng.uniform(0.85, 1) + rng.uniform(-14, 14, 3)
+    return np.clip(shade, 0, 255).astype(np.uint8)
+
+
+def pick(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
+    """`count` different words."""
+    return [words[index] for index in rng.permutation(len(words))[:count]]
+
+
+@lru_cache(maxsize=1024)
+def printed(text: str, size: int) -> Array:
+    """A printed word: (h, w) in 0..255, in the font that Pillow brings."""
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
+    image = Image.new("L", (right - left + 2, bottom - top + 2))
+    ImageDraw.Draw(image).text((1 - left, 1 - top), text, 255, font)
+    return np.array(image)
+
+
+@lru_cache(maxsize=3)
+def digit_images(split: str) -> list[list[Image.Image]]:
+    """The handwritten digits of a split, by digit: 8 x 8 in the middle of 12 x 12."""
+    images, labels = handwritten_digits()
+    chosen = split_indices(split, len(labels))
+    padded = np.pad((images.astype(np.uint16) * 15).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+    return [[Image.fromarray(padded[index]) for index in chosen if labels[index] == digit] for digit in range(10)]
+
+
+def _written(digit: Image.Image, size: int, rng: np.random.Generator, freedom: float) -> Array:
+    """The digit enlarged to (size, size): turned, slanted, stretched and bent, with a pen of some width.
+
+    `freedom` scales how much; training has more of it than there is in the held-out splits.
+    """
+    angle, shear = np.deg2rad(freedom * rng.uniform(-TURN, TURN)), freedom * rng.uniform(-SHEAR, SHEAR)
+    across, down = 4.25 * (1 + freedom * rng.uniform(-STRETCH, STRETCH, 2))
+    cos, sin = np.cos(angle), np.sin(angle)
+    matrix = np.array([[cos * across, (shear - sin) * across], [sin * down, cos * down]])
+    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) @ matrix.T + 6
+    corners += freedom * rng.uniform(-BEND, BEND, (4, 2))
+    quad = corners.reshape(-1).tolist()
+    enlarged = digit.transform((size, size), Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+    threshold, gain = 40 + freedom * rng.uniform(-18, 18), 1.6 + freedom * rng.uniform(-0.3, 0.3)
+    alpha: Array = np.clip((np.asarray(enlarged, np.float32) - threshold) * gain, 0, 255).astype(np.uint8)
+    return alpha
+
+
+@lru_cache(maxsize=1)
+def _noise_bank() -> Array:
+    """Planes of pixel noise to crop from: drawing a new one for each picture would take most of its time."""
+    rng = np.random.default_rng(336)
+    return rng.normal(0, 5, (8, IMAGE + 64, IMAGE + 64, 3)).round().astype(np.int8)
+
+
+def _covered(start: int, stop: int) -> slice:
+    """The patches that a stretch of pixels covers by at least 5 of them, and one at least."""
+    first = max(0, (start + 5) // PATCH)
+    return slice(first, min(SIDE, max(first, (stop - 6) // PATCH) + 1))
