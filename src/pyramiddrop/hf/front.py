@@ -23,6 +23,7 @@ from pyramiddrop.hf.request import GivenMasks, call_shape
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.run import Rules
 from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
+from pyramiddrop.hf.versions import let_crop_follow
 from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
 from pyramiddrop.trace import Ranked
@@ -136,6 +137,7 @@ class _Prompt:
         others = {name: take_rows(kwargs[name], kept.rows) for name in per_token(kwargs, hidden.shape[1])}
         if self.cache is not None:
             setattr(self.cache, _MEMORY, _Memory(self.plan.length, kept))
+            let_crop_follow(self.cache, self.plan.length - kept.rows.shape[1])
         # Never without a mask: Transformers would take gaps between positions for the bounds of packed sequences.
         return {**kwargs, **others, "attention_mask": left.long(), "position_ids": ids}
 

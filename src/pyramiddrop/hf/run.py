@@ -19,7 +19,7 @@ from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_hidden, take_next_labels
-from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -214,6 +214,7 @@ class Run:
         if self.memory is None:
             self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
             self.memory.attach(cache)
+            let_crop_follow(cache)
         earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
         slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
         self.memory.hold(stage, slots, static_width(cache, index))
