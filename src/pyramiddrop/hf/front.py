@@ -26,6 +26,7 @@ from pyramiddrop.hf.request import GivenMasks, call_shape
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.run import Rules
 from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
+from pyramiddrop.hf.versions import let_crop_follow
 from pyramiddrop.schedule import FrontSchedule
 from pyramiddrop.scoring import Evidence
 from pyramiddrop.trace import Ranked, Trace
@@ -232,6 +233,7 @@ class _Prompt:
         if kept is not None and cache is not None:
             check_lengths(cache, kept.rows.shape[1], dict.fromkeys(self.attachment.anatomy.caching, 1), None)
             remember(cache, _Memory(length, kept, self.attachment.rules.positions))
+            let_crop_follow(cache, length - kept.rows.shape[1])
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
 

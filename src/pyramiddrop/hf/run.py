@@ -20,7 +20,7 @@ from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.projections import Projector
 from pyramiddrop.hf.ranking import Ranking
 from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_hidden, take_next_labels
-from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -286,6 +286,7 @@ class Run:
         stages = {index: self.rules.schedule.stage_of(index) for index in self.anatomy.caching}
         check_lengths(cache, self.past + self.length, stages, self.memory)
         remember(cache, self.memory)
+        let_crop_follow(cache)
 
     def _given_back(self, hidden: Tensor, kept: Kept) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""
