@@ -16,6 +16,8 @@ from tiny import Answer, make_batch, text_model, tiny_model
 
 accelerate = pytest.importorskip("accelerate")
 
+from accelerate.hooks import attach_align_device_hook_on_blocks  # noqa: E402
+
 from fake_devices import fake_devices, on_device, spread  # noqa: E402
 
 ALONE: list[list[Any]] = [[5, "image", 7]]
@@ -178,3 +180,29 @@ def test_offloaded_weights(name: str, where: str, tmp_path: Path) -> None:
     with method(away):
         assert torch.equal(generated(away, inputs).sequences, expected)
     assert [(name, parameter.device) for name, parameter in away.named_parameters()] == before
+
+
+# --- Two real devices -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu_and_the_cpu(name: str) -> None:
+    """The last layers compute on the CPU: two devices that no make-believe is needed for."""
+    model, method = tiny_model("llava-gqa"), METHODS[name]
+    inputs = make_batch(model, BATCH)
+    with method(model) as trace:
+        expected = generated(model, inputs).sequences
+        kept = [[row.tolist() for row in stage.kept] for stage in trace.stages]
+    layers = {f"model.language_model.layers.{number}": "cuda" if number < 4 else "cpu" for number in range(8)}
+    text = {f"model.language_model.{part}": "cuda" for part in ("embed_tokens", "norm", "rotary_emb")}
+    others = dict.fromkeys(["", "model.vision_tower", "model.multi_modal_projector", "lm_head"], "cuda")
+    places = {block: torch.device(place) for block, place in (layers | text | others).items()}
+    attach_align_device_hook_on_blocks(model, places, False, skip_keys=model._skip_keys_device_placement)
+    for block, place in places.items():
+        if block:
+            model.get_submodule(block).to(place)
+    with method(model) as trace:
+        found = generated(model, {key: value.cuda() for key, value in inputs.items()}).sequences
+    assert torch.equal(found.cpu(), expected)
+    assert [[row.tolist() for row in stage.kept] for stage in trace.stages] == kept
