@@ -285,7 +285,7 @@ class Attachment:
             memory.called = True
         generation = self._generation()
         first = generation is None or generation.is_first
-        plan = self._plan(call, past, generation)
+        plan = self._plan(call, past, generation, generation is not None and generation.continues(call))
         trace = self._begin_trace(plan) if plan is not None and first else None
         if memory is None and (plan is None or not plan.drops):
             return None
@@ -321,11 +321,11 @@ class Attachment:
                 f"row numbers, which dropping changes; this one has {columns}. Use shorter prompts, or no method"
             )
 
-    def _plan(self, call: Kwargs, past: int, generation: Generation | None) -> Plan | None:
-        """The plan of this forward where it is a prefill, else None."""
+    def _plan(self, call: Kwargs, past: int, generation: Generation | None, step: bool) -> Plan | None:
+        """The plan of this forward where it is a prefill, else None; `step`: where it is one of the `generation`."""
         shape = call_shape(call)
         assert shape is not None
-        if generation is not None and generation.started and generation.continues(call):
+        if generation is not None and step:
             # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
             # never dropped; without one the prompt is ranked again, by its own last token.
             if generation.prompt is None or cache_of(call) is not None:

@@ -19,6 +19,7 @@ from pyramiddrop.hf.cache_layer import RowMemory, forget, memory_of, remember
 from pyramiddrop.hf.choosing import choose, present
 from pyramiddrop.hf.compatibility import check_signatures, number_run
 from pyramiddrop.hf.following import Kwargs, per_token
+from pyramiddrop.hf.generation import Generation
 from pyramiddrop.hf.limits import check_grouping
 from pyramiddrop.hf.memory import cache_made, check_lengths, past_length
 from pyramiddrop.hf.plan import Plan
@@ -124,7 +125,9 @@ class FrontAttachment(Attachment):
             memory.called = True
         generation = self._generation()
         first = generation is None or generation.is_first
-        plan = self._plan(call, past, generation)
+        step = generation is not None and generation.continues(call)
+        own = generation if step or (generation is not None and not generation.started) else None
+        plan = self._plan(call, past, generation, step)
         trace = self._begin_trace(plan) if plan is not None and first else None
         if plan is not None and past and plan.drops:
             raise ValueError(
@@ -140,7 +143,7 @@ class FrontAttachment(Attachment):
             tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
             self._ignore_labels(call, plan)
             labels = call.get("labels") if self.rules.logits == "kept" else None
-            return _Prompt(self, plan.to(tokens.device), cache, labels, trace)
+            return _Prompt(self, plan.to(tokens.device), cache, labels, trace, own)
         return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
 
 
@@ -148,8 +151,15 @@ class _Prompt:
     """A forward that drops; it has the ways of `hf.run.Run`."""
 
     def __init__(
-        self, attachment: FrontAttachment, plan: Plan, cache: Any, labels: Tensor | None, trace: Trace | None
+        self,
+        attachment: FrontAttachment,
+        plan: Plan,
+        cache: Any,
+        labels: Tensor | None,
+        trace: Trace | None,
+        generation: Generation | None,
     ) -> None:
+        self.generation = generation  # of which this is the prompt or a step, if any
         self.attachment, self.plan, self.cache, self.trace = attachment, plan, cache, trace
         self._kept: Kept | None = None
         self.unreached: int | None = number_run()
@@ -210,9 +220,18 @@ class _Prompt:
                 hidden=hidden,
                 attention=_nobody_asks,
                 keys=_nobody_asks,
-                vision=None if watch is None else self._by_patch(watch.received),
+                vision=self._by_patch(self._vision(watch)) if watch else None,
             )
         )
+
+    def _vision(self, watch: Watch) -> Tensor | None:
+        """What the vision tower told of this prompt's pictures; of a generation's at its start, for the tower may have
+        looked at others since."""
+        if self.generation is None:
+            return watch.received
+        if self.generation.vision is None:
+            self.generation.vision = watch.received
+        return self.generation.vision
 
     def _by_patch(self, values: Tensor | None) -> Tensor:
         """(B, L) of values by picture and patch (pictures, patches), or of one row for all pictures."""

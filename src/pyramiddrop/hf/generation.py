@@ -26,6 +26,7 @@ class Generation:
         prompt: the request of the first forward, once that has come, where it is no single token on top of a cache.
         started: whether the first forward has come.
         embedded: whether that had embeddings, and no ids.
+        vision: what the vision tower told of the prompt's pictures, where a method asks it: it looks once.
     """
 
     tokens: Tensor | None
@@ -35,6 +36,7 @@ class Generation:
     prompt: Request | None = None
     started: bool = False
     embedded: bool = False
+    vision: Tensor | None = None
     _cache: Any = None
     _ids: Tensor | None = None
 
@@ -51,8 +53,10 @@ class Generation:
             self._ids = self.tokens.repeat_interleave(self.beams(batch), 0)
 
     def continues(self, call: Mapping[str, Any]) -> bool:
-        """Whether a forward after the first one is a step of this generation: it has the same cache; or, where there
+        """Whether a forward is, after the first one, a step of this generation: it has the same cache; or, where there
         is none, the same ids and more behind them. Anything else asks another prompt (guidance, verifiers)."""
+        if not self.started:
+            return False
         cache, ids, prompt = cache_of(call), call.get("input_ids"), self._ids
         if cache is not None or self._cache is not None:
             return cache is self._cache
