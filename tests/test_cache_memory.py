@@ -39,6 +39,9 @@ def test_a_crop_takes_the_text_behind_the_image_and_nothing_else() -> None:
     assert held.until(5).columns.tolist() == [[0, 2]]
     with pytest.raises(ValueError, match="cropped by 3 tokens, into visual tokens"):
         held.until(4)
+    for length in (5, 3):  # all that is held, and more than that
+        with pytest.raises(ValueError, match="into visual tokens"):
+            slots([[5, 6]], 7).until(length)
 
 
 def prompt(batch: int = 1) -> tuple[torch.nn.Module, dict[str, Tensor]]:

@@ -761,6 +761,24 @@ def test_a_visual_mask_overrides_the_image_tokens() -> None:
 
 
 @torch.no_grad()
+def test_a_visual_mask_may_cover_what_the_cache_holds() -> None:
+    """Of a further turn: its own columns alone, or all columns so far."""
+    model = tiny_model()
+    first, second = make_batch(model, [[5, "image", 7]]), make_batch(model, [[3, "image", 4]], seed=2)
+    visual = [inputs["input_ids"] == IMAGE_TOKEN for inputs in (first, second)]
+    embeds, kept = reference.embed(model, **second), []
+    for mask in (visual[1], torch.cat(visual, 1)):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with method_of(HALVES)(model):
+            model(**first, past_key_values=cache)
+        with method_of(HALVES)(model, visual_mask=mask) as trace:
+            model(inputs_embeds=embeds, past_key_values=cache)
+        assert trace.visual_tokens == [16]
+        kept.append([stage.kept[0].tolist() for stage in trace.stages])
+    assert kept[0] == kept[1]
+
+
+@torch.no_grad()
 def test_a_query_mask_says_who_asks() -> None:
     model = tiny_model()
     inputs = make_batch(model, [[5, "image", 7], [8, "image", 3]])

@@ -293,6 +293,19 @@ def test_rows_of_filler_see_themselves() -> None:
     assert torch.equal(found[:, 0].diagonal(dim1=-2, dim2=-1), filler)
 
 
+def test_rows_of_filler_see_themselves_behind_a_cache_too() -> None:
+    first = prefill(FULL, 1)
+    kept = kept_rows([[0, 2, 4, 5], [0, 4, 5]])
+    slots = first.slots.extended(kept.rows, kept.valid, 12, 6)
+    case = replace(first, past=12, length=6, slots=slots, kept=kept, count=4)
+    found = follow_mask(torch.zeros_like(case.full()), kept, slots, 4, case.sight())
+    assert found is not None
+    assert kept.valid is not None
+    own = found[:, 0, :, -4:]
+    assert torch.equal(own.diagonal(dim1=-2, dim2=-1), ~kept.valid)
+    assert torch.equal(found.sum(-1)[:, 0], (~kept.valid).long())
+
+
 # --- Recurrent layers -----------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,20 @@ def test_a_token_counts_for_all_that_have_gone_into_it() -> None:
     hidden, sizes = merged([0, 3, 4, 5], [1, 3, 1, 1, 1, 1])
     assert hidden[1] == [(3 * 2 + 4) / 4, 0]
     assert sizes == [1, 4, 2, 1]
+    hidden, sizes = merged([0, 3, 4, 5], [1, 1, 1, 3, 1, 1])
+    assert hidden[1] == [(2 + 3 * 4) / 4, 0]
+    assert sizes == [1, 4, 2, 1]
+
+
+def test_a_row_of_some_size_that_takes_nothing_in_keeps_its_bits() -> None:
+    """A third of three times a number is not always that number."""
+    torch.manual_seed(0)
+    hidden, visual = torch.randn(1, 64, 3), torch.ones(1, 64, dtype=torch.bool)
+    left, sizes = merge(
+        hidden, torch.full((1, 64), 3.0), visual, torch.zeros(1, 64).long(), torch.arange(64)[None], None
+    )
+    assert torch.equal(left, hidden)
+    assert torch.equal(sizes, torch.full((1, 64), 3.0))
 
 
 def test_text_takes_nothing_in_and_rows_that_take_nothing_are_untouched() -> None:

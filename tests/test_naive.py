@@ -169,3 +169,5 @@ def test_equal_scores_go_to_the_lower_column() -> None:
     scores = torch.tensor([[9.0, 1, 2, 1, 2, 1, 2, 9]])
     left = naive.drop(alive, scores, visual, asks, nobody, 0.7)  # floor(6 * 0.7) = 4
     assert left[0].nonzero()[:, 0].tolist() == [0, 1, 2, 4, 6, 7]
+    one = naive.drop(alive, scores, visual, asks, nobody, 0.01)
+    assert one[0].nonzero()[:, 0].tolist() == [0, 2, 7]

@@ -74,6 +74,21 @@ def test_query_columns_are_padded_with_no_weight() -> None:
     assert made.weights.tolist() == [[1, 1], [1, 0]]
 
 
+def test_visual_tokens_are_numbered_from_zero_in_each_sample() -> None:
+    made = plan(mask("..xx.x..", "xx......"), mask(*[".......x"] * 2))
+    assert [row[eye].tolist() for row, eye in zip(made.ordinal, made.visual, strict=True)] == [[0, 1, 2], [0, 1]]
+
+
+def test_one_query_is_one_column() -> None:
+    assert plan(mask("xx....", "xx...."), mask(".....x", "....x.")).queries.tolist() == [[5], [4]]
+
+
+def test_reach_is_from_the_first_visual_to_the_last_query_token_where_that_is_most() -> None:
+    assert plan(mask("..xx...."), mask(".......x")).reach == 6
+    assert plan(mask("..xx....", "...x....", "........"), mask(*[".......x"] * 2, "x.......")).reach == 6
+    assert plan(mask("........"), mask(".......x")).reach == 0
+
+
 def test_images_have_their_own_quota() -> None:
     made = plan(mask("xxxxxx..xx.", "..xx......."), mask(*["..........x"] * 2), lengths=[4, 2, 2, 2], per_image=True)
     assert made.stages[0].quota.tolist() == [[2, 1, 1], [1, 0, 0]]

@@ -33,7 +33,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-settings.register_profile("many", settings.get_profile("few"), max_examples=800, derandomize=False, print_blob=True)
+settings.register_profile("many", settings.get_profile("few"), max_examples=500, derandomize=False, print_blob=True)
 
 DEPTH = 6
 RATIOS = [1.0, 0.9, 0.7, 0.5, 0.29, 0.25, 0.125, 0.01]

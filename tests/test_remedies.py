@@ -144,6 +144,20 @@ def test_a_prompt_that_ends_with_its_image_has_no_instruction_but_its_last_token
     assert kept[0] == kept[1]
 
 
+def test_the_instruction_ends_with_the_token_that_asks() -> None:
+    """Five tokens, an image, seven tokens of which the third asks: the first three of them are the instruction."""
+    model = tiny_model(attention="eager")
+    inputs = make_batch(model, [[5, "image", 7]])
+    asks = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    asks[0, 23] = True
+    with torch.no_grad():
+        weights = model(**inputs, output_attentions=True).attentions[2][0].mean(0)
+        with PyramidDrop(layers=[2], keep=[0.5], score="instruction")(model, query_mask=asks) as trace:
+            model(**inputs)
+    assert trace.stages[0].scores is not None
+    torch.testing.assert_close(trace.stages[0].scores[0], weights[[21, 22, 23], 5:21].mean(0))
+
+
 def test_a_further_image_on_a_cache_is_refused_without_rotation() -> None:
     model = tiny_model()
     first, second = make_batch(model, [[5, "image", 7]]), make_batch(model, [[3, "image", 4]], seed=2)

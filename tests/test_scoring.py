@@ -80,6 +80,13 @@ def test_query_tokens_weigh_the_same_and_padded_ones_nothing() -> None:
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
 
 
+def test_a_sample_that_nobody_asks_of_has_no_attention_and_no_nan() -> None:
+    queries, keys = torch.ones(2, 1, 1, 2), torch.ones(2, 1, 3, 2)
+    visible = torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    received = attention_received(queries, keys, visible, torch.tensor([[1.0], [0.0]]), 1.0)
+    torch.testing.assert_close(received, torch.tensor([[1 / 3] * 3, [0.0] * 3]))
+
+
 def test_a_softcap_flattens_the_logits() -> None:
     queries, keys = torch.tensor([[[[9.0]]]]), torch.tensor([[[[9.0], [0.0]]]])
     visible = torch.ones(1, 1, 1, 2, dtype=torch.bool)
@@ -141,6 +148,11 @@ def test_random_without_a_seed_draws_anew() -> None:
     assert not torch.equal(RandomScorer(None)(case), RandomScorer(None)(case))
 
 
+def test_a_seed_draws_the_same_tokens_in_every_release() -> None:
+    drawn = {seed: chosen(RandomScorer(seed)(evidence([[1] * 16], [[4]])), 4) for seed in (0, 1, 7)}
+    assert drawn == {0: [1, 3, 8, 11], 1: [0, 2, 5, 11], 7: [3, 4, 13, 14]}
+
+
 def test_random_is_uniform_over_seeds() -> None:
     case = evidence([[1] * 16], [[4]])
     chosen = torch.stack([RandomScorer(seed)(case)[0].topk(4).indices for seed in range(2000)])
@@ -181,6 +193,8 @@ def test_top_heads_are_those_that_look_at_the_picture() -> None:
     torch.testing.assert_close(TopHeadsScorer()(case)[0, 1:], torch.tensor([0.2, 0.7]))
     two = TopHeadsScorer(share=0.5)(case)[0, 1:]
     torch.testing.assert_close(two, torch.tensor([0.3, 0.5]))
+    torch.testing.assert_close(TopHeadsScorer(share=0.1)(case)[0, 1:], torch.tensor([0.2, 0.7]))  # at least one
+    torch.testing.assert_close(TopHeadsScorer(share=1)(case), AttentionScorer()(case))
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\]; got 0"):
         TopHeadsScorer(share=0)
 
@@ -194,6 +208,12 @@ def test_an_exponential_trend_is_taken_out() -> None:
     raised = evidence([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
     assert DebiasedScorer()(raised).argmax() == 1
     assert AttentionScorer()(raised).argmax() == 5
+
+
+def test_text_is_no_part_of_a_trend() -> None:
+    attention = looking([[0.9, 0.01, 0.02, 0.04, 0.08, 0.7]])
+    case = evidence([[0, 1, 1, 1, 1, 0]], [[2]], attention=attention, hidden=torch.ones(1, 6, 2))
+    torch.testing.assert_close(DebiasedScorer()(case)[:, 1:-1], torch.zeros(1, 4), atol=1e-5, rtol=0)
 
 
 def test_each_group_has_a_trend_of_its_own_and_one_token_none() -> None:
@@ -226,6 +246,23 @@ def test_a_large_negative_activation_is_a_sink_too() -> None:
     assert DebiasedScorer()(case).argmin() == 1
 
 
+def test_a_sink_has_at_least_its_share() -> None:
+    """One activation of 20 among 400 is exactly 20 times the root mean square."""
+    hidden = torch.zeros(1, 2, 400)
+    hidden[0, 0, 3] = 20.0
+    hidden[0, 1] = 1.0
+    case = evidence([[1, 1]], [[1]], attention=looking([[0.9, 0.1]]), hidden=hidden)
+    assert DebiasedScorer(sink=20.0)(case).argmin() == 0
+
+
+def test_a_token_without_any_attention_spoils_no_trend() -> None:
+    """Its logarithm would be minus infinity, and the line through it no number."""
+    case = evidence([[1] * 5], [[3]], attention=looking([[0.1, 0.2, 0.0, 0.3, 0.4]]), hidden=torch.ones(1, 5, 2))
+    scores = DebiasedScorer()(case)
+    assert scores.isfinite().all()
+    assert scores.argmin() == 2
+
+
 def test_short_keys_stay() -> None:
     keys = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 2.0]]]])  # (1, 2 heads, 2 tokens, 2)
     case = evidence([[1, 1]], [[1]], keys=lambda: keys)
@@ -236,6 +273,12 @@ def test_what_a_layer_changed_stays() -> None:
     hidden, previous = torch.tensor([[[3.0, 4.0], [1.0, 1.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
     case = evidence([[1, 1]], [[1]], hidden=hidden, previous=previous)
     torch.testing.assert_close(VariationScorer()(case), torch.tensor([[5.0, 1.0]]))
+
+
+def test_a_change_is_measured_in_float32() -> None:
+    """511 is no bfloat16 number."""
+    hidden, previous = torch.tensor([[[512.0]]]).bfloat16(), torch.tensor([[[1.0]]]).bfloat16()
+    assert VariationScorer()(evidence([[1]], [[1]], hidden=hidden, previous=previous)).item() == 511
 
 
 def directions(*degrees: float) -> Tensor:
@@ -253,6 +296,18 @@ def test_diversity_takes_the_farthest_from_those_it_has() -> None:
     case = evidence([[1] * 5], [[3]], hidden=directions(0, 5, 12, 92, 100))
     scores = DiversityScorer()(case)
     assert scores[0].tolist() == [2, 0, 1, 0, 3]
+
+
+def test_diversity_among_equal_tokens_takes_as_many_as_asked_for() -> None:
+    case = evidence([[1] * 4], [[3]], hidden=directions(30, 30, 30, 30))
+    assert int((DiversityScorer()(case) > 0).sum()) == 3
+
+
+def test_diversity_looks_at_the_mean_for_the_first_token_alone() -> None:
+    """160 and 10 go first; then, of 30, 90 and 110, which are 20, 70 and 50 from the nearest of them, 90: no matter
+    that the mean is at 83."""
+    case = evidence([[1] * 5], [[3]], hidden=directions(10, 30, 90, 110, 160))
+    assert chosen(DiversityScorer()(case), 3) == [0, 2, 4]
 
 
 def test_diversity_of_a_group_does_not_depend_on_other_groups() -> None:

@@ -35,6 +35,8 @@ def test_infinite_scores_win_and_nan_loses() -> None:
     everyone = torch.ones(1, 4, dtype=torch.bool)
     stays = select(scores, everyone, torch.zeros(1, 4, dtype=torch.long), torch.tensor([[2]]))
     assert stays.tolist() == [[False, True, False, True]]
+    below = select(torch.tensor([[float("nan"), -1.0]]), everyone[:, :2], torch.zeros(1, 2).long(), torch.tensor([[1]]))
+    assert below.tolist() == [[False, True]]
 
 
 def test_an_infinite_score_is_above_the_largest_number() -> None:
@@ -55,4 +57,10 @@ def test_compact_keeps_the_order_and_marks_filler() -> None:
 def test_compact_has_no_mask_where_nothing_is_ragged() -> None:
     rows, valid = compact(torch.tensor([[True, False, True], [False, True, True]]), 2, ragged=False)
     assert rows.tolist() == [[0, 2], [1, 2]]
+    assert valid is None
+
+
+def test_compact_of_nothing_is_empty() -> None:
+    rows, valid = compact(torch.zeros(2, 3, dtype=torch.bool), 0, ragged=False)
+    assert rows.shape == (2, 0)
     assert valid is None
