@@ -160,7 +160,7 @@ def test_the_plugin_steps_aside_of_an_unknown_vllm(caplog: pytest.LogCaptureFixt
     for _ in range(2):
         plugin.load()()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "Nothing is registered" in caplog.text
+    assert "Nothing is dropped" in caplog.text
 
 
 @pytest.mark.usefixtures("unknown_vllm")

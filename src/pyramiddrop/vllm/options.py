@@ -7,7 +7,7 @@ from typing import Any
 
 from pyramiddrop.methods import Method
 from pyramiddrop.vllm.names import KEY, dropping
-from pyramiddrop.vllm.registration import check_registered
+from pyramiddrop.vllm.registration import check_vllm
 
 
 def hf_overrides(model: str, method: Method | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def hf_overrides(model: str, method: Method | None = None, revision: str | None 
     from transformers import PretrainedConfig
 
     if find_spec("vllm") is not None:  # elsewhere the server may run on another machine
-        check_registered()
+        check_vllm()
     config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     named = config.get("architectures") or []
     if not named:

@@ -16,16 +16,21 @@ def register() -> None:
     and left as it is.
     """
     try:
-        check_registered()
-    except RuntimeError as error:
-        _warn_once(f"{error}. Nothing is registered: vLLM serves as without pyramiddrop")
+        check_vllm()
+        from pyramiddrop.vllm.architectures import register_architectures
+        from pyramiddrop.vllm.params import guard_requests
+
+        register_architectures()
+        guard_requests()
+    except Exception as error:
+        _warn_once(f"{error}. Nothing is dropped: vLLM serves as without pyramiddrop")
 
 
-def check_registered() -> None:
-    """Register, unless that is done.
+def check_vllm() -> None:
+    """Import all parts of vLLM that registering needs.
 
     Raises:
-        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks a part which the plugin needs.
+        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks such a part.
     """
     try:
         from vllm import __version__ as version
@@ -35,12 +40,9 @@ def check_registered() -> None:
     if ".".join(version.split(".")[:2]) not in KNOWN:
         raise RuntimeError(f"{fits}. To drop visual tokens, install one that fits")
     try:
-        # All that can be missing is imported before anything is registered.
-        from pyramiddrop.vllm.architectures import register_architectures
-        from pyramiddrop.vllm.params import guard_requests
-
-        register_architectures()
-        guard_requests()
+        import pyramiddrop.vllm.architectures
+        import pyramiddrop.vllm.params
+        import pyramiddrop.vllm.soundness  # noqa: F401
     except Exception as error:
         raise RuntimeError(f"{fits}, but not as expected: {type(error).__name__}: {error}") from error
 
