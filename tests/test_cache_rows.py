@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 
 from pyramiddrop import Downsample, Method, PyramidDrop, UniformDrop, VisionDrop
 from pyramiddrop.hf.cache_layer import memory_of
-from pyramiddrop.hf.memory import CACHE_NAMES, cache_of
+from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from tiny import make_batch, tiny_model
 
 LAYERS = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.125]}

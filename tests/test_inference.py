@@ -27,7 +27,7 @@ from checks import (
     new_tokens,
     stacked,
 )
-from pyramiddrop.hf.attachment import _Generation
+from pyramiddrop.hf.generation import Generation
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from reference import Case, Rule, Turn
 from tiny import FAMILIES, IMAGE_TOKEN, IMPLEMENTATIONS, Row, collate, make_batch, make_rows, text_model, tiny_model
@@ -602,9 +602,9 @@ def test_a_further_turn_without_a_mask() -> None:
 def test_guessed_columns_are_counted_without_a_mask(guessed: int) -> None:
     """20 columns in the cache, 10 new ones; `generate` was given all of them, or the new ones alone."""
     for given in (30, 10):
-        assert _Generation(given, None, 1, None).guesses(20, 10 + guessed) == guessed
-    assert _Generation(30, None, 1, None).guesses(0, 30 + guessed) == guessed
-    assert _Generation(None, None, 1, None).guesses(0, 30) == 0
+        assert Generation(torch.zeros(1, given), None, None, False).guesses(20, 10 + guessed) == guessed
+    assert Generation(torch.zeros(1, 30), None, None, False).guesses(0, 30 + guessed) == guessed
+    assert Generation(None, None, None, False).guesses(0, 30) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -41,6 +41,7 @@ from pyramiddrop.hf.request import (
     remark,
 )
 from pyramiddrop.hf.run import Rules, Run
+from pyramiddrop.hf.trainers import TrainerCheck
 from pyramiddrop.hf.versions import cache_names, cache_of, given_twice, with_one_cache
 from pyramiddrop.trace import Trace
 
@@ -129,6 +130,8 @@ class Attachment:
         for index, layer in enumerate(self.anatomy.layers):
             hook = partial(self._before_layer, self.rules.schedule.stage_of(index), index, _parameters(layer)[0])
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        check = TrainerCheck(self.rules, _rules_of, cache_of)
+        self._handles.append(text.register_forward_pre_hook(check, with_kwargs=True))
         setattr(text, _MARK, self)
         if generator is not None:
             generator.__dict__["generate"] = Generate(self, generator)
@@ -457,3 +460,8 @@ def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, found from any module around its text model; None where there is none."""
     return next((found for module in model.modules() if (found := module.__dict__.get(_MARK)) is not None), None)
+
+
+def _rules_of(model: nn.Module) -> Rules | None:
+    found = attachment_of(model)
+    return None if found is None else found.rules
