@@ -96,8 +96,8 @@ class Attachment:
         self._check()
         self.trace, self._projector = Trace(), Projector()
         self._handles: list[RemovableHandle] = []
-        # The calls of `generate` that run now, in any thread.
-        self._generating: set[int] = set()
+        # The calls of `generate` that run now, in any thread; with its own id, for a deep copy runs none of them.
+        self._generating: set[tuple[int, int]] = set()
         self._attach()
 
     def _check(self) -> None:
@@ -131,7 +131,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take all hooks off; the model is as it was."""
-        if self._generating:
+        if any(owner == id(self) for owner, _ in self._generating):
             warnings.warn(
                 "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
                 f"writes from now on is wrong. {_WAIT}",
@@ -146,17 +146,18 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
+        """Whether the hooks are on the model."""
         return bool(self._handles)
 
     @contextmanager
     def generating(self, generation: _Generation) -> Iterator[None]:
         """Let forwards in the block, and in this thread, belong to this call of `generate`."""
         token = _generations.set({**_generations.get(), id(self): generation})
-        self._generating.add(id(generation))
+        self._generating.add((id(self), id(generation)))
         try:
             yield
         finally:
-            self._generating.discard(id(generation))
+            self._generating.discard((id(self), id(generation)))
             _generations.reset(token)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
