@@ -48,6 +48,11 @@ def spread(model: nn.Module, layers: nn.ModuleList, first: int) -> nn.Module:
         for name, module in model.named_modules()
         if module not in outer and module not in inside
     }
+    for module in outer:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tag(tensor, 0)
+    loose = {name for name, parameter in model.named_parameters() if tag_of(parameter) != _CPU}
+    devices |= dict.fromkeys(loose, torch.device("cuda", 0))
 
     def place(module: nn.Module, name: str, device: Any, *args: Any, **kwargs: Any) -> None:
         tag(attrgetter(name)(module), device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
+from pyramiddrop.hf import anatomy
 from pyramiddrop.scoring import SCORERS
 from tiny import Answer, make_batch, text_model, tiny_model
 
@@ -143,6 +144,23 @@ def test_training(logits: str) -> None:
     for mine, other in zip(gradients, others, strict=True):
         assert (mine is None) == (other is None)
         assert mine is None or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("rank_layer", ["next", "last"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3n", "lfm2_vl", "granite4_vision"])
+def test_families(name: str, rank_layer: str) -> None:
+    """Positions of three axes, DeepStack's features, shared keys, recurrent layers, features between layers."""
+    pytest.importorskip("transformers", minversion="5.23")
+    import zoo
+
+    model, method = zoo.MEMBERS[name].build(0), PyramidDrop(stages=2, rank_layer=rank_layer)
+    inputs, layers = zoo.make_batch(zoo.MEMBERS[name], model, [[3, "image", 7]]), len(anatomy(model).layers)
+    with torch.no_grad(), method(model):
+        expected = model(**inputs).logits
+    spread(model, anatomy(model).layers, layers // 2)
+    with torch.no_grad(), fake_devices(), method(model):
+        found = model(**on_device(inputs, 0)).logits
+    assert torch.equal(found, expected)
 
 
 # --- Weights that are loaded when they are needed -------------------------------------------------------------------

@@ -110,6 +110,23 @@ def test_a_view_has_this_method_alone() -> None:
     assert torch.equal(logits_of(model, inputs), dropped)
 
 
+def test_a_view_can_be_made_while_the_model_generates(recwarn: pytest.WarningsRecorder) -> None:
+    model, views = tiny_model("llava-gqa"), list[Any]()
+
+    class Make:
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            views.append(METHODS[1].view(model))
+            return scores
+
+    inputs = make_batch(model, MIXED)
+    with STAGED(model):
+        expected = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False, logits_processor=[Make()])
+    assert torch.equal(ids, expected)
+    assert [current_method(view) for view in views] == [METHODS[1]] * 2
+    assert not [warning for warning in recwarn if "pyramiddrop" in str(warning.message)]
+
+
 def test_a_view_saves_its_method(tmp_path: Path) -> None:
     model = tiny_model("llava-gqa")
     view = STAGED.view(model)
@@ -152,7 +169,7 @@ def test_peft() -> None:
     with STAGED(model):
         expected = logits_of(model, inputs)
         ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    view: Any = STAGED.view(model)
+    view = STAGED.view(model)
     assert tensors(view) == tensors(model)
     assert torch.equal(logits_of(view, inputs), expected)
     assert torch.equal(view.generate(**inputs, max_new_tokens=3, do_sample=False), ids)
@@ -171,7 +188,7 @@ def test_accelerates_hooks_come_along(place: str) -> None:
         accelerate.cpu_offload(model, torch.device("cpu"))
     else:
         accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    view: Any = STAGED.view(model)
+    view = STAGED.view(model)
     assert torch.equal(logits_of(view, inputs), expected)
     hooked = [module for module in view.modules() if hasattr(module, "_hf_hook")]
     assert hooked

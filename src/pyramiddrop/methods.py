@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ from pyramiddrop.trace import Trace
 if TYPE_CHECKING:
     from pyramiddrop.hf import Attachment, GivenMasks, Rules
     from pyramiddrop.hf.anatomy import Anatomy
+
+Model = TypeVar("Model", bound=nn.Module)
 
 FILE_NAME = "pyramiddrop.json"
 BY_ATTENTION, BY_VISION = AttentionScorer(), VisionScorer()
@@ -166,7 +168,7 @@ class Method:
             raise ValueError(f"{source}: {name} does not take {wrong}")
         return method
 
-    def view(self, model: nn.Module) -> nn.Module:
+    def view(self, model: Model) -> Model:
         """A second model object on the same weights, with the method on it; `model` stays as it is.
 
         Views do not know of each other: one set of weights serves many methods at once, from many threads. A view has
@@ -184,7 +186,7 @@ class Method:
         """
         from pyramiddrop.hf import attachment_of, shared_copy
 
-        second = shared_copy(_module_of(model))
+        second: Model = shared_copy(_module_of(model))
         if attachment_of(second) is not None:
             remove(second)
         apply(second, self)
@@ -508,7 +510,7 @@ def _attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
-def _module_of(model: Any) -> nn.Module:
+def _module_of(model: Any) -> Any:
     """The model, or that of a pipeline."""
     if isinstance(model, Method):
         raise TypeError(f"the model comes first: apply(model, {type(model).__name__}())")

@@ -85,8 +85,8 @@ class Attachment:
         self.trace, self._projector = Trace(), Projector()
         self._said: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        # The calls of `generate` that run now, in any thread.
-        self._generating: set[int] = set()
+        # The calls of `generate` that run now, in any thread; with its own id, for a deep copy runs none of them.
+        self._generating: set[tuple[int, int]] = set()
         # Of each stage the first layer with keys of its own: looked at in each call, whether its cache is as it was.
         first = {rules.schedule.stage_of(index): index for index in reversed(parts.caching)}
         self._first_layers = {index: stage for stage, index in first.items()}
@@ -139,7 +139,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take all hooks off; the model is as it was."""
-        if self._generating:
+        if any(owner == id(self) for owner, _ in self._generating):
             warnings.warn(
                 "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
                 f"writes from now on is wrong. {_WAIT}",
@@ -154,17 +154,18 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
+        """Whether the hooks are on the model."""
         return bool(self._handles)
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
         """Let forwards in the block, and in this thread, belong to this call of `generate`."""
         token = _generations.set({**_generations.get(), id(self): generation})
-        self._generating.add(id(generation))
+        self._generating.add((id(self), id(generation)))
         try:
             yield
         finally:
-            self._generating.discard(id(generation))
+            self._generating.discard((id(self), id(generation)))
             _generations.reset(token)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def shared_copy(model: nn.Module) -> nn.Module:
+
+def shared_copy(model: Model) -> Model:
     """A deep copy of `model` on the same tensors, with its own modules, hooks and configuration.
 
     accelerate's hooks, PEFT's adapters, tied and quantised weights come along; `model.compile()` does not.
@@ -21,7 +23,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """
     originals = {id(module) for module in model.modules()}
     with _SharedTensors():
-        copied: nn.Module = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied: Model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in copied.modules():
         _forget_wrappers(module, originals)
     return copied
