@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import reference
 from checks import COMPACT, HALVES, LAST, UNEVEN, check_trace, method_of
 from pyramiddrop import PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop.hf.rows import take_next_labels
 from reference import Rule
 from tiny import IMAGE_TOKEN, IMPLEMENTATIONS, Answer, make_batch, tiny_model
 
@@ -271,6 +272,13 @@ def test_kept_logits(attention: str, specs: str) -> None:
     assert full.logits.shape[1] == inputs["input_ids"].shape[1]
     assert kept.logits.shape[1] == lengths[-1]
     torch.testing.assert_close(kept.loss, full.loss, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_that_are_left_predict_what_stood_behind_them_and_filler_nothing() -> None:
+    labels = torch.tensor([[-100, 5, 6, 7], [1, 2, 3, 4]])
+    rows = torch.tensor([[0, 1, 3], [0, 1, 2]])
+    valid = torch.tensor([[True, True, True], [False, True, True]])
+    assert take_next_labels(labels, rows, valid).tolist() == [[5, 6, -100], [-100, 3, 4]]
 
 
 @pytest.mark.parametrize("logits", ["full", "kept"])
