@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,15 +24,18 @@ from checkpoints import save_checkpoint, save_picture
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from huggingface_hub import ModelCard
 
 import pyramiddrop
-from pyramiddrop import Method, PyramidDrop
+from pyramiddrop import Method, PyramidDrop, VisionDrop
 from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.schedule import Stage
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import LENGTH, with_fillers
+from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import RECIPES
 from pyramiddrop.training.run import TrainOptions, last_whole_checkpoint, prepare_training
 from pyramiddrop.training.trainer import SeededLengths
@@ -124,6 +128,54 @@ def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions
     frozen = {parameter.dtype for parameter in job.trainer.model.parameters() if not parameter.requires_grad}
     assert (kinds, frozen) == ({torch.float32}, {torch.bfloat16})
     assert job.run()["train_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "unsaid"),
+    [
+        (
+            MethodOptions(lam=0.6),
+            ["PyramidDrop (arXiv 2410.17247)", "0.6 of them from layer 2 on", "PyramidDrop(logits='kept', lam=0.6)"],
+            ["None"],
+        ),
+        (MethodOptions("vanilla"), ["trained with all of them", "Transformers alone loads it"], ["PyramidDrop("]),
+    ],
+)
+def test_the_model_card(
+    method: MethodOptions, said: list[str], unsaid: list[str], options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is true of checkpoints, too; its code runs."""
+    prepare_training(replace(options, method=method, steps=3, save_every=2)).run()
+    card = ModelCard.load(options.output / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert (card.data.base_model, card.data.license) == (None, None)  # a folder is no name on the hub
+    trained = (
+        "12 conversations of `",
+        "3 steps of 4 conversations",
+        "rate of 0.001 and seed 0",
+        "but those of the vision",
+    )
+    for words in (*said, *trained, f"The model in `{options.model}`"):
+        assert words in card.text
+    assert not any(words in card.text.replace('", None)', "") for words in unsaid)
+    monkeypatch.chdir(options.output.parent)
+    first, *further = re.findall("```python\n(.*?)```", card.text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert (attachment_of(names["model"]) is None) == (method.method == "vanilla")
+    for code in further:
+        pyramiddrop.remove(names["model"])
+        exec(code, names)
+        assert attachment_of(names["model"]) is not None
+
+
+def test_the_card_of_a_model_on_the_hub() -> None:
+    facts = TrainingFacts("some/model", "some/data", 7, "lora", 128, 2e-4, 3, VisionDrop(keep=0.25), (Stage(0, 0.25),))
+    card = facts.card("mine", 9)
+    assert card.data.base_model == "some/model"
+    assert "[some/model](https://huggingface.co/some/model)" in card.text
+    assert "VisionDrop(keep=0.25)" in card.text
+    assert "keeps 0.25 of them from layer 0 on" in card.text
 
 
 def test_vanilla(options: TrainOptions) -> None:

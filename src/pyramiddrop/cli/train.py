@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import remarks, results
 
 if TYPE_CHECKING:
     from pyramiddrop.training.run import TrainingJob, TrainOptions
@@ -134,12 +134,15 @@ def train(
 
 
 def _prepare(options: TrainOptions) -> TrainingJob:
+    from datasets import disable_progress_bars
+
     from pyramiddrop.training.run import prepare_training
 
+    if not (_speaks() and remarks().is_terminal):
+        disable_progress_bars()
     if not _speaks():
         return prepare_training(options)
-    with waiting("checking what was asked for") as say:
-        job = prepare_training(options, say)
+    job = prepare_training(options, lambda step: remarks().print(step, soft_wrap=True))
     broken = job.report.broken
     for line in broken[:SHOWN]:
         remarks().print(f"skipped: {line}", soft_wrap=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pyramiddrop.hf import UnsupportedModelError
+from pyramiddrop.hf import UnsupportedModelError, attachment_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
@@ -23,6 +24,7 @@ from pyramiddrop.methods import Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.every_rank import BlankImage, blank_pixels
+from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig, holds_whole_model
 
@@ -105,6 +107,7 @@ class TrainingJob:
         figures: dict[str, float] = trainer.train(resume_from_checkpoint=resumed).metrics
         trainer.save_state()
         trainer.save_model()
+        trainer.create_model_card()
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.options.recipe == "lora" and not sharded and trainer.is_world_process_zero():
             self._merge()
@@ -145,7 +148,8 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
             apply(model, method)
     if arguments.world_size > 1:
         BlankImage(model, blank_pixels(processor))
-        table = with_fillers(table, options.device_batch * arguments.world_size)
+        if not is_deepspeed_zero3_enabled():  # a rank whose batch is all fillers would rank nothing
+            table = with_fillers(table, options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(
         model=model,
         args=arguments,
@@ -154,6 +158,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
         processing_class=processor,
         callbacks=[MethodCallback(method)] if method is not None else None,
     )
+    trainer.facts = _facts(options, recipe, arguments, report, model, method)
     if report.broken and trainer.is_world_process_zero():
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / BROKEN_LIST).write_text("\n".join(report.broken) + "\n", encoding="utf-8")
@@ -206,6 +211,23 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 500,
         seed=options.seed,
+    )
+
+
+def _facts(
+    options: TrainOptions, recipe: Recipe, arguments: SFTConfig, report: Report, model: Any, method: Method | None
+) -> TrainingFacts:
+    attachment = attachment_of(model)
+    return TrainingFacts(
+        base=options.model,
+        data=options.data,
+        samples=report.good,
+        recipe=options.recipe,
+        batch=options.batch or recipe.batch,
+        learning_rate=arguments.learning_rate,
+        seed=options.seed,
+        method=method,
+        stages=attachment.rules.schedule.stages if attachment is not None else (),
     )
 
 

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pyramiddrop.methods import Method
+from pyramiddrop.training.model_card import TrainingFacts
 
 
 class MethodCallback(TrainerCallback):  # type: ignore[misc]
@@ -41,7 +42,20 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, ordered so that a resumed run sees the same batches.
 
     To be resumed from a checkpoint that holds a whole model, it must be given the model loaded from there.
+
+    Attributes:
+        facts: what the model card says; TRL's own, where None, knows of no pictures and no method.
     """
+
+    facts: TrainingFacts | None = None
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write the model card into the output folder; called with each checkpoint, and by `push_to_hub`."""
+        if self.facts is None:
+            super().create_model_card(model_name, *args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            self.facts.card(model_name or folder.name, self.state.global_step).save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Transformers restores weights by the names that modules have. Families whose names on disk are others, LLaVA

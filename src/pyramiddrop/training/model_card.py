@@ -1,0 +1,130 @@
+"""Write the model card of a training: what was trained on what and how, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+import trl
+from huggingface_hub import ModelCard, ModelCardData
+
+from pyramiddrop import __version__
+from pyramiddrop.methods import Method
+from pyramiddrop.schedule import Stage
+
+TRAINED = {
+    "projector": "the projector alone",
+    "all": "all weights but those of the vision tower",
+    "lora": "LoRA on the decoder, and the projector",
+}
+CARD = """# {name}
+
+{base}, trained with [pyramiddrop](https://arxiv.org/abs/2410.17247) on conversations about images.
+
+## Dropped visual tokens
+
+{dropping}
+
+## How to use
+
+```python
+import pyramiddrop
+from transformers import AutoProcessor
+
+model = pyramiddrop.load("{name}")  # the path of this folder, or its name on the hub
+processor = AutoProcessor.from_pretrained("{name}")
+```
+
+{loading}
+
+## Training
+
+- Data: {samples} conversations of `{data}`; their answers alone were supervised.
+- Trained were {trained}.
+- {steps} steps of {batch} conversations, with a peak learning rate of {rate:g} and seed {seed}.
+- pyramiddrop {version}, TRL {trl}, Transformers {transformers}.
+
+How well the model answers was not measured in this training.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What the card of a training says.
+
+    Attributes:
+        base: folder or hub name of the checkpoint that the training began with.
+        data: as it was given, a file, a folder or a hub name.
+        samples: of the data that were trained on.
+        recipe: a name in RECIPES.
+        batch: conversations of a step, over all devices.
+        learning_rate: the peak.
+        method: what dropped tokens, or None.
+        stages: its drops on this model.
+    """
+
+    base: str
+    data: str
+    samples: int
+    recipe: str
+    batch: int
+    learning_rate: float
+    seed: int
+    method: Method | None
+    stages: Sequence[Stage]
+
+    def card(self, name: str, steps: int) -> ModelCard:
+        """The card of the model `name` after `steps` steps. Its licence is the user's to say."""
+        on_hub = not Path(self.base).exists()
+        data = ModelCardData(
+            base_model=self.base if on_hub else None,
+            library_name="transformers",
+            pipeline_tag="image-text-to-text",
+            tags=["pyramiddrop", "trl", "sft"],
+        )
+        text = CARD.format(
+            name=name,
+            base=f"[{self.base}](https://huggingface.co/{self.base})" if on_hub else f"The model in `{self.base}`",
+            dropping=self._dropping(),
+            loading=self._loading(name),
+            samples=self.samples,
+            data=self.data,
+            trained=TRAINED[self.recipe],
+            steps=steps,
+            batch=self.batch,
+            rate=self.learning_rate,
+            seed=self.seed,
+            version=__version__,
+            trl=trl.__version__,
+            transformers=transformers.__version__,
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def _dropping(self) -> str:
+        if self.method is None:
+            return "None: the model was trained with all of them."
+        drops = ", ".join(f"{stage.keep:.4g} of them from layer {stage.layer} on" for stage in self.stages)
+        first = "all at first, " if self.stages[0].layer else ""
+        source = f" ({self.method.source})" if self.method.source else ""
+        return (
+            f"The model was trained with {type(self.method).__name__}{source}: of an image's visual tokens the decoder "
+            f"keeps {first}{drops} (layers count from 0). The same is done when `pyramiddrop.load` has loaded it."
+        )
+
+    def _loading(self, name: str) -> str:
+        if self.method is None:
+            return "Transformers alone loads it, too."
+        return (
+            f'`pyramiddrop.load` applies the method of `pyramiddrop.json`; `pyramiddrop.load("{name}", None)` and '
+            "Transformers alone load the model without dropping. On a model that is loaded already:\n\n"
+            f"```python\npyramiddrop.apply(model, pyramiddrop.{_code(self.method)})\n```"
+        )
+
+
+def _code(method: Method) -> str:
+    """The call that makes `method`, with the arguments that are not the defaults."""
+    defaults = type(method)().settings()
+    changed = {name: value for name, value in method.settings().items() if value != defaults[name]}
+    return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
