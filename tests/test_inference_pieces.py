@@ -163,7 +163,7 @@ def test_units() -> None:
 def test_a_text_model_of_unknown_sizes_still_answers(
     llava_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pyramiddrop.hf.anatomy"], "TEXT_MODELS", ())
+    monkeypatch.setattr(sys.modules["pyramiddrop.hf.model_info"], "TEXT_MODELS", ())
     checkpoint = load_checkpoint(llava_folder, "cpu", "float32")
     inputs = build_inputs(checkpoint.processor, [open_picture(picture)], "What?")
     found = compare(checkpoint, inputs, PyramidDrop(), 2, runs=1)

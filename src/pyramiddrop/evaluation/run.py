@@ -17,7 +17,7 @@ from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.evaluation.ways import choose_methods, drop_layers
-from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
+from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.choice import VANILLA, method_label
 from pyramiddrop.inference.errors import InputError, user_input

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 from pyramiddrop.method_spec import NAMES
 from pyramiddrop.methods import Method
-from pyramiddrop.scoring import SCORERS, RandomFrom, Reserved, Scorer
+from pyramiddrop.scoring import SCORERS, GridReserveScorer, RandomAfterScorer, Scorer
 
 METHOD, SCORER, OPTION = "method", "scorer", "option"
 
@@ -62,8 +62,8 @@ def _arguments(kind: type) -> list[str]:
 
 #: What goes with any scorer.
 OPTIONS = (
-    Entry(OPTION, "reserve=SHARE", _rule(Reserved), Reserved.source),
-    Entry(OPTION, "random_from=LAYER", _rule(RandomFrom), RandomFrom.source),
+    Entry(OPTION, "reserve=SHARE", _rule(GridReserveScorer), GridReserveScorer.source),
+    Entry(OPTION, "random_from=LAYER", _rule(RandomAfterScorer), RandomAfterScorer.source),
     Entry(
         OPTION,
         "merge=true",

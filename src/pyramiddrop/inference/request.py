@@ -11,7 +11,7 @@ from PIL import Image
 
 from pyramiddrop import Method
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
+from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyramiddrop.cost import Choice, DecoderShape
 from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
-from pyramiddrop.scoring.evidence import Evidence, Scorer
+from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
 
 
 @dataclass(frozen=True)
@@ -20,38 +20,38 @@ class _Around(Scorer):
     inner: Scorer
 
     @property
-    def attends(self) -> bool:  # type: ignore[override]
-        return self.inner.attends
+    def needs_attention(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_attention
 
     @property
-    def compares(self) -> bool:  # type: ignore[override]
-        return self.inner.compares
+    def needs_previous_hidden(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_previous_hidden
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
         return self.inner.flops(shape, choice)
 
 
 @dataclass(frozen=True)
-class Reserved(_Around):
+class GridReserveScorer(_Around):
     """The share `share` of what stays is evenly spaced over the picture; the rest are the best of the others."""
 
     share: float
     source: ClassVar[str] = "FEATHER's uniform sampling, arXiv 2412.13180"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         grid = UniformScorer()(replace(evidence, quota=(evidence.quota * self.share).long()))
         # Below infinity, for that is what tokens have that must stay whatever their score.
         return self.inner(evidence).masked_fill(grid.bool(), torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
-class RandomFrom(_Around):
+class RandomAfterScorer(_Around):
     """Chance instead of the scorer at drops before the 0-based `layer` and later ones, where tokens say little."""
 
     layer: int
     source: ClassVar[str] = "arXiv 2512.07580"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         return RandomScorer()(evidence) if evidence.layer >= self.layer else self.inner(evidence)
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:

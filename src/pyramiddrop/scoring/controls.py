@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyramiddrop.scoring.evidence import Evidence, Scorer
+from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RandomScorer(Scorer):
 
     seed: int | None = 0
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         return _hashed(evidence.ordinal + (seed + 1) * 0x9E3779B9)
 
@@ -29,7 +29,7 @@ class RandomScorer(Scorer):
 class UniformScorer(Scorer):
     """The tokens that stay are evenly spaced among those that are still there, in each group."""
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         present = evidence.per_group(evidence.visual.long())
         before = present.cumsum(1) - present
         rank = evidence.visual.long().cumsum(1) - 1 - evidence.per_token(before)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
+from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.hf import anatomy
-from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.inference.answer import answer_greedily, on_model
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prompt import build_inputs

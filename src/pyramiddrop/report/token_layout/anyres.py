@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers.image_processing_utils import select_best_resolution
 
-from pyramiddrop.hf.anyres import unpadded
+from pyramiddrop.hf.images import unpadded
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.prompt import Prompt, Size
 
