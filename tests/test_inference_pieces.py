@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
-from pyramiddrop.inference.answer import ask
+from pyramiddrop.inference.answer import ask, compare
 from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_dtype
 from pyramiddrop.inference.choice import MethodOptions, choose_method, parse_method
-from pyramiddrop.inference.comparison import compare
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, open_picture

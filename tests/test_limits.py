@@ -59,8 +59,8 @@ def test_recurrent_layers_cannot_rank_and_nothing_is_dropped_before_the_first_la
 
 
 def test_a_method_that_needs_no_attention_may_drop_before_any_layer_behind_the_first_of_attention() -> None:
-    assert allowed(MIXED, "next", needs_attention=False) == [1, 2, 3, 4, 5, 6, 7]
-    assert allowed(HYBRID, "next", needs_attention=False) == [4, 5, 6, 7]
+    assert allowed(MIXED, "next", attends=False) == [1, 2, 3, 4, 5, 6, 7]
+    assert allowed(HYBRID, "next", attends=False) == [4, 5, 6, 7]
 
 
 def test_nothing_is_dropped_before_layers_that_share_keys() -> None:
@@ -86,7 +86,7 @@ def test_a_layer_without_attention_cannot_rank() -> None:
 
 def test_nothing_is_dropped_before_the_model_has_counted_its_cache() -> None:
     words = "before layer 2: the model reads the length of its cache from a layer behind it. Allowed are layers"
-    refused(parts(HYBRID), (2,), words, needs_attention=False)
+    refused(parts(HYBRID), (2,), words, attends=False)
     refused(parts(HYBRID), (3,), "before layer 3: the model reads the length of its cache")
 
 

@@ -19,7 +19,7 @@ from pyramiddrop.hf import families as told
 from pyramiddrop.hf.families import FAMILIES, Limit
 from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_compact_positions, check_grouping
 from pyramiddrop.hf.versions import NEWEST_TESTED
-from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
+from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, all_families
 from pyramiddrop.trace import Trace
 from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
 from zoo.pieces import collate

@@ -8,10 +8,9 @@ from pyramiddrop.scoring.attention import (
     TopHeadsScorer,
     attention_received,
 )
-from pyramiddrop.scoring.combined import GridReserveScorer, RandomAfterScorer
 from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer, VisionScorer
-from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
 from pyramiddrop.scoring.evidence import Attention, Scorer, ScorerInputs
+from pyramiddrop.scoring.wrappers import GridReserveScorer, RandomAfterScorer, RandomScorer, UniformScorer
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {
