@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.report.token_layout.views import PlacedView
 
 SIZES = [(120, 120), (260, 90), (90, 260)]

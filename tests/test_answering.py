@@ -14,7 +14,7 @@ from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.budgets import decoder_flops
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError

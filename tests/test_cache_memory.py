@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig
 
 from pyramiddrop import FastV, PyramidDrop
-from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.versions import cache_argument
 from tiny import make_batch, tiny_model
 
 LAYERS = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.125]}
 
 
-def slots(columns: list[list[int]], length: int, valid: list[list[bool]] | None = None) -> Slots:
-    return Slots(torch.tensor(columns), None if valid is None else torch.tensor(valid), length)
+def slots(columns: list[list[int]], length: int, valid: list[list[bool]] | None = None) -> CacheIndex:
+    return CacheIndex(torch.tensor(columns), None if valid is None else torch.tensor(valid), length)
 
 
 def test_later_slots_hold_later_columns() -> None:
@@ -77,9 +77,9 @@ def test_another_batch_cannot_continue_a_pruned_cache() -> None:
 # --- What a layer's cache hands out ---------------------------------------------------------------------------------
 
 
-def handed(cache: DynamicCache, index: int, held: Slots, added: int) -> tuple[list[list[int]], list[list[int]]]:
+def handed(cache: DynamicCache, index: int, held: CacheIndex, added: int) -> tuple[list[list[int]], list[list[int]]]:
     """The columns that a cache layer really hands out once the last `added` slots are in it, and those told before."""
-    told = held.handed_out(cache, index, added)
+    told = held.window(cache, index, added)
     assert told.length == held.length
     new = held.columns[:, -added:].float()[:, None, :, None]
     keys, _ = cache.update(new, new, index)
@@ -111,7 +111,7 @@ def test_the_filler_of_a_sliding_layer_is_cut_alike() -> None:
     cache = sliding_cache()
     held = slots([[1, 2, 3, 5, 6, 7]], 8, [[False, False, False, False, True, True]])
     handed(cache, 0, held, 6)
-    told = held.until(9).handed_out(cache, 0, 1)
+    told = held.until(9).window(cache, 0, 1)
     assert told.columns.tolist() == [[5, 6, 7, 8]]
     assert told.valid is not None
     assert told.valid.tolist() == [[False, True, True, True]]
@@ -119,7 +119,7 @@ def test_the_filler_of_a_sliding_layer_is_cut_alike() -> None:
 
 def test_without_a_cache_all_slots_are_handed_out() -> None:
     held = slots([[0, 3, 4]], 5)
-    assert held.handed_out(None, 0, 3) is held
+    assert held.window(None, 0, 3) is held
 
 
 def test_of_an_earlier_layers_slots_those_are_shown_that_this_stage_has_kept() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from pyramiddrop import Downsample, Method, PyramidDrop, UniformDrop, VisionDrop
-from pyramiddrop.hf.cache_layer import memory_of
+from pyramiddrop.hf.cache_state import memory_of
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from tiny import make_batch, tiny_model
 

@@ -289,7 +289,7 @@ def test_a_text_model_that_is_not_supported(
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.delitem(sys.modules["pyramiddrop.hf.spans"]._KINDS, "full_attention")
+    monkeypatch.delitem(sys.modules["pyramiddrop.hf.masks"]._KINDS, "full_attention")
     result = run("--model", folder, "--image", picture, *PROMPT, "--method", method)
     assert result.exit_code == 2
     assert "is not supported: layers of type 'full_attention' are not known" in result.stderr

@@ -45,7 +45,7 @@ from pyramiddrop.cost import (
     paper_layer_flops,
 )
 from pyramiddrop.evaluation.paper import Figure, paper_figures
-from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
+from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.schedule import Schedule, powers
 from pyramiddrop.scoring import SCORERS

@@ -13,9 +13,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops, step_flops
-from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES
-from pyramiddrop.hf.limits import drop_layers
+from pyramiddrop.hf.model_info import ModelInfo, anatomy, drop_layers
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.scoring import AttentionScorer, UniformScorer
 from pyramiddrop.speed.memory import cache_bytes
@@ -66,7 +65,7 @@ def _tensors(layer: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def uncounted(parts: Anatomy) -> int:
+def uncounted(parts: ModelInfo) -> int:
     """FLOPs of a decode step that the counter misses: the products with the delta rule's state, made elementwise."""
     return sum(mixer.step for mixer in parts.shape.mixers)
 
@@ -109,4 +108,4 @@ def test_sizes_tell_before_which_layers_the_model_drops(name: str) -> None:
     parts = anatomy(model_of(name))
     for rank_layer in ("next", "last"):
         for scorer in (AttentionScorer(), UniformScorer()):
-            assert parts.shape.drop_layers(rank_layer, scorer.attends) == drop_layers(parts, rank_layer, scorer)
+            assert parts.shape.drop_layers(rank_layer, scorer.needs_attention) == drop_layers(parts, rank_layer, scorer)

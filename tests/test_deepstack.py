@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.deepstack import DeepStack
-from pyramiddrop.hf.rows import Kept
+from pyramiddrop.hf.rows import Selection
+from pyramiddrop.hf.run import DeepStack
 
 VISUAL = torch.tensor([[False, True, True, True, False], [True, False, True, False, False]])
 
@@ -70,7 +70,7 @@ def test_a_call_without_features(kwargs: dict[str, Any]) -> None:
 # --- Adding ---------------------------------------------------------------------------------------------------------
 
 
-def added(layer: int, kept: Kept | None, width: int) -> list[list[float]]:
+def added(layer: int, kept: Selection | None, width: int) -> list[list[float]]:
     deepstack, _ = between(1)
     assert deepstack is not None
     hidden = torch.full((2, width, 1), 100.0)
@@ -84,7 +84,7 @@ def test_without_a_drop_every_visual_token_gets_its_row() -> None:
 
 
 def test_after_a_drop_the_rows_that_are_left_get_theirs() -> None:
-    kept = Kept(torch.tensor([[0, 1, 3, 4], [0, 1, 3, 4]]), torch.zeros(2, 4), None)  # columns 2 are dropped
+    kept = Selection(torch.tensor([[0, 1, 3, 4], [0, 1, 3, 4]]), torch.zeros(2, 4), None)  # columns 2 are dropped
     assert added(3, kept, 4) == [[0, 30, 32, 0], [33, 0, 0, 0]]
 
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, VisionDrop, apply, current_method, remove, trace_of
 from pyramiddrop.assets import demo_images, digits_checkpoint
-from pyramiddrop.hf import projections
+from pyramiddrop.hf import query_key
 from tiny import make_batch, tiny_model
 
 MIXED: list[list[Any]] = [[5, "image", 7], [3, "image", 2, "image", 1], [9]]
@@ -134,23 +134,23 @@ def test_the_attention_functions_may_be_wrapped_and_called_by_position() -> None
             with method(model):
                 expected.append(model(**inputs).logits)
         try:
-            for name in ("sdpa", projections._STOP):
+            for name in ("sdpa", query_key._STOP):
                 AttentionInterface.register(name, wrapped(name))
             for method, logits in zip(methods, expected, strict=True):
                 with method(model):
                     assert torch.equal(model(**inputs).logits, logits)
         finally:
-            for name in ("sdpa", projections._STOP):
+            for name in ("sdpa", query_key._STOP):
                 AttentionInterface.register(name, functions[name])
-    assert {"sdpa", projections._STOP} <= set(seen)
+    assert {"sdpa", query_key._STOP} <= set(seen)
 
 
 def test_the_probe_takes_what_sdpa_takes_in_its_order() -> None:
     query, key = torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)
     given = (nn.Module(), query, key, key, None, 0.1, 0.25, True)
     sdpa_attention_forward(*given)
-    with pytest.raises(projections._ReachedError) as stopped:
-        projections._stop(*given)
+    with pytest.raises(query_key._ReachedError) as stopped:
+        query_key._stop(*given)
     assert stopped.value.queries is query
     assert stopped.value.keys is key
     assert stopped.value.scale == 0.25

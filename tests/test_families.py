@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from pyramiddrop import PyramidDrop, UnsupportedModelError
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf.model_info import anatomy
 from tiny import CROP, tiny_model
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import reference
 from pyramiddrop import Downsample, PyramidDrop, UnsupportedModelError, VisionDrop, apply, remove
-from pyramiddrop.hf.tower import Shrunk
+from pyramiddrop.hf.before_decoder import DownsampledEncoder
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.inference.prefill_stats import usage
-from pyramiddrop.schedule import FrontSchedule
+from pyramiddrop.schedule import PreLLMSchedule
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 SPECS = [[5, "image", 7], [3, "image", 2, "image", 4], [6]]
@@ -143,7 +143,7 @@ def test_a_smaller_picture_is_what_the_tower_sees_of_a_smaller_picture() -> None
 def test_a_smaller_picture_has_all_its_patches_for_any_number_of_pictures(side: int) -> None:
     """The share is a fraction whose float product with the patches can fall below the whole number."""
     for small in range(1, side):
-        [stage] = FrontSchedule.keeping(Shrunk(SimpleNamespace(side=side), small).share).stages
+        [stage] = PreLLMSchedule.keeping(DownsampledEncoder(SimpleNamespace(side=side), small).share).stages
         for pictures in (1, 2, 3, 5):
             assert stage.count(pictures * side**2) == pictures * small**2
 

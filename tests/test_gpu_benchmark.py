@@ -138,7 +138,7 @@ def test_host_waits_are_counted_once_the_method_is_settled(subject: Subject, mon
                 waits.warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
                 waits.warnings.warn("something else", stacklevel=1)
 
-    monkeypatch.setattr("pyramiddrop.hf.projections._agree", scores)
+    monkeypatch.setattr("pyramiddrop.hf.query_key._agree", scores)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     fake: Any = OnGpu()
     held = subject.under

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.groups import frames_of_beams, group_tokens, video_frames
+from pyramiddrop.hf.images import frames_of_beams, group_tokens, video_frames
 
 
 def groups(

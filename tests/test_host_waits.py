@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
-from pyramiddrop.hf import projections
+from pyramiddrop.hf import query_key
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.speed.subject import shape_subject
 
@@ -33,7 +33,7 @@ METHODS = [
 @pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a ranking layer is asked once, and waited for, is answered."""
-    monkeypatch.setattr(projections, "_agree", lambda *given: True)
+    monkeypatch.setattr(query_key, "_agree", lambda *given: True)
 
 
 @pytest.fixture(scope="module")

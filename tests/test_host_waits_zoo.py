@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.hf import projections
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf import query_key
+from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.hf.versions import cache_argument
 from test_cost_zoo import SUPPORTED, TOO_LONG
 from zoo import MEMBERS
@@ -28,7 +28,7 @@ ROWS = 40
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in CANNOT])
 def test_a_prefill_and_a_step_ask_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "_agree", lambda *given: True)  # asked once, and waited for
+    monkeypatch.setattr(query_key, "_agree", lambda *given: True)  # asked once, and waited for
     text: Any = anatomy(MEMBERS[name].build(0)).text.to("meta", torch.bfloat16)
     visual = torch.zeros(1, ROWS, dtype=torch.bool)
     visual[:, 5:30] = True

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
-from pyramiddrop.inference.answer import ask
+from pyramiddrop.inference.answer import ask, compare
 from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_dtype
 from pyramiddrop.inference.choice import MethodOptions, choose_method, parse_method
-from pyramiddrop.inference.comparison import compare
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, open_picture
@@ -163,7 +162,7 @@ def test_units() -> None:
 def test_a_text_model_of_unknown_sizes_still_answers(
     llava_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pyramiddrop.hf.anatomy"], "TEXT_MODELS", ())
+    monkeypatch.setattr(sys.modules["pyramiddrop.hf.model_info"], "TEXT_MODELS", ())
     checkpoint = load_checkpoint(llava_folder, "cpu", "float32")
     inputs = build_inputs(checkpoint.processor, [open_picture(picture)], "What?")
     found = compare(checkpoint, inputs, PyramidDrop(), 2, runs=1)

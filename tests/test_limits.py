@@ -11,9 +11,8 @@ import torch
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UnsupportedModelError
 from pyramiddrop.hf import drop_layers
-from pyramiddrop.hf.anatomy import Anatomy, anatomy
-from pyramiddrop.hf.limits import check_attention, check_compact_positions, check_layers
-from pyramiddrop.hf.spans import FULL, Span
+from pyramiddrop.hf.masks import FULL, Span
+from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_attention, check_compact_positions, check_layers
 from pyramiddrop.scoring import AttentionScorer, Scorer, UniformScorer, VariationScorer
 from tiny import tiny_model
 
@@ -21,7 +20,7 @@ MIXED = [Span("sliding", 8)] * 3 + [FULL] + [Span("sliding", 8)] * 3 + [FULL]
 HYBRID = [Span("recurrent")] * 3 + [FULL] + [Span("recurrent")] * 3 + [FULL]
 
 
-def parts(spans: Sequence[Span] = (FULL,) * 8, sources: Sequence[int] = tuple(range(8))) -> Anatomy:
+def parts(spans: Sequence[Span] = (FULL,) * 8, sources: Sequence[int] = tuple(range(8))) -> ModelInfo:
     """A Llama of eight layers that says to see so far, and to attend to the keys of these layers."""
     return replace(anatomy(tiny_model()), spans=tuple(spans), sources=tuple(sources))
 
@@ -72,7 +71,7 @@ def test_nothing_is_dropped_before_layers_that_share_keys() -> None:
 
 
 def refused(
-    model: Anatomy, layers: tuple[int, ...], words: str, rank_layer: str = "next", attends: bool = True
+    model: ModelInfo, layers: tuple[int, ...], words: str, rank_layer: str = "next", attends: bool = True
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
         check_layers(model, layers, rank_layer, scorer(attends))

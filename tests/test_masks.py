@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
-from pyramiddrop.hf.memory import Slots
-from pyramiddrop.hf.rows import Kept
-from pyramiddrop.hf.spans import FULL, Span
+from pyramiddrop.hf.cache_state import CacheIndex
+from pyramiddrop.hf.masks import FULL, MaskSpec, Span, follow_mask, follow_recurrent_mask
+from pyramiddrop.hf.rows import Selection
 
 SPANS = (FULL, Span("sliding", 4), Span("chunked", 5))
 LOWEST = torch.finfo(torch.float32).min
@@ -33,8 +32,8 @@ class Case:
     past: int
     length: int
     starts: list[int]
-    slots: Slots
-    kept: Kept | None
+    slots: CacheIndex
+    kept: Selection | None
     count: int
 
     @property
@@ -89,12 +88,12 @@ class Case:
                 if self.starts[sample] <= query:
                     assert found == wanted, (sample, query)
 
-    def sight(self, attention: str = "sdpa", trusted: bool = True, padded: bool = True) -> Sight:
+    def sight(self, attention: str = "sdpa", trusted: bool = True, padded: bool = True) -> MaskSpec:
         padding = self.padding() if padded else None
-        return Sight(self.span, attention, self.past, self.length, None, trusted, padding)
+        return MaskSpec(self.span, attention, self.past, self.length, None, trusted, padding)
 
 
-def kept_rows(chosen: list[list[int]]) -> Kept:
+def kept_rows(chosen: list[list[int]]) -> Selection:
     """The rows that stay, ragged ones filled from the left by the lowest rows that do not."""
     width = max(map(len, chosen))
     rows, valid = [], []
@@ -103,7 +102,7 @@ def kept_rows(chosen: list[list[int]]) -> Kept:
         rows.append(others + row)
         valid.append([False] * len(others) + [True] * len(row))
     ragged = any(len(row) != width for row in chosen)
-    return Kept(torch.tensor(rows), torch.tensor(rows), torch.tensor(valid) if ragged else None)
+    return Selection(torch.tensor(rows), torch.tensor(rows), torch.tensor(valid) if ragged else None)
 
 
 def prefill(span: Span, seed: int, padded: bool = False, ragged: bool = False) -> Case:
@@ -117,7 +116,7 @@ def prefill(span: Span, seed: int, padded: bool = False, ragged: bool = False) -
     if padded:
         chosen[0] = [*range(ragged, 2), *chosen[0]]  # padding that stayed; two columns make the samples equally long
     kept = kept_rows(chosen)
-    slots = Slots(kept.rows, kept.valid, 12)
+    slots = CacheIndex(kept.rows, kept.valid, 12)
     return Case(span, 0, 12, starts, slots, kept, kept.rows.shape[1])
 
 
@@ -231,7 +230,7 @@ def test_a_windowed_cache_hands_out_its_last_columns_and_its_mask_is_as_wide(rag
     for seed in range(8):
         case = step(span, seed, ragged=ragged)
         held = case.slots
-        case.slots = Slots(held.columns[:, -6:], None if held.valid is None else held.valid[:, -6:], 13)
+        case.slots = CacheIndex(held.columns[:, -6:], None if held.valid is None else held.valid[:, -6:], 13)
         assert bool((case.slots.columns < 7).any()), "nothing further back than the mask"
         found = follow_mask(case.full()[..., -6:], None, case.slots, 1, case.sight())
         assert found is not None
@@ -310,7 +309,7 @@ def test_rows_of_filler_see_themselves_behind_a_cache_too() -> None:
 
 
 def test_a_recurrent_layer_is_told_of_padding_and_filler() -> None:
-    kept = Kept(
+    kept = Selection(
         torch.tensor([[1, 3], [0, 2]]), torch.tensor([[1, 3], [0, 2]]), torch.tensor([[True] * 2, [False, True]])
     )
     padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError, apply
 from pyramiddrop.cli.main import app
 from pyramiddrop.hf import families as told
-from pyramiddrop.hf.anatomy import Anatomy, anatomy
 from pyramiddrop.hf.families import FAMILIES, Limit
-from pyramiddrop.hf.limits import check_compact_positions, check_grouping
+from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_compact_positions, check_grouping
 from pyramiddrop.hf.versions import NEWEST_TESTED
-from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, all_families
+from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, all_families
 from pyramiddrop.trace import Trace
 from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
 from zoo.pieces import collate
@@ -49,7 +48,7 @@ def members_of(family: str) -> list[str]:
 
 
 @cache
-def parts_of(member: str) -> Anatomy:
+def parts_of(member: str) -> ModelInfo:
     """A member's parts; its model is not run."""
     return anatomy(MEMBERS[member].build(0))
 

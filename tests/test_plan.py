@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.groups import group_tokens
+from pyramiddrop.hf.images import group_tokens
 from pyramiddrop.hf.plan import Plan, Request, make_plan
 from pyramiddrop.schedule import Schedule
 

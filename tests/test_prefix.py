@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from checks import generated
 from pyramiddrop import PyramidDrop
+from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.hf import anatomy, drop_layers
-from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.scoring import AttentionScorer
 from tiny import make_batch, tiny_model
 

@@ -25,11 +25,11 @@ from pyramiddrop.evaluation.studies.attention import (
     spread_layers,
 )
 from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, usual_layers
+from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import anatomy
-from pyramiddrop.hf.prefix import Prefix
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.planning import Profile

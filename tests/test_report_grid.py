@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.image_processing_utils import select_best_resolution
 
-from pyramiddrop.hf.anyres import unpadded
-from pyramiddrop.report.token_layout.anyres import tiled_views
+from pyramiddrop.hf.images import unpadded
 from pyramiddrop.report.token_layout.geometry import Box, View, cells_by_view, crop_order, reading_order
+from pyramiddrop.report.token_layout.grids import tiled_views
 from tiny import tiny_model
 
 PATCH, TILE = 7, 28

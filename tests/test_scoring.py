@@ -14,13 +14,13 @@ from pyramiddrop.scoring import (
     AttentionScorer,
     DebiasedScorer,
     DiversityScorer,
-    Evidence,
+    GridReserveScorer,
     InstructionScorer,
     KeyNormScorer,
-    RandomFrom,
+    RandomAfterScorer,
     RandomScorer,
-    Reserved,
     RopeFreeScorer,
+    ScorerInputs,
     TopHeadsScorer,
     UniformScorer,
     VariationScorer,
@@ -31,14 +31,14 @@ from pyramiddrop.selection import select
 
 def evidence(
     visual: list[list[int]], quota: list[list[int]], groups: list[list[int]] | None = None, **known: Any
-) -> Evidence:
+) -> ScorerInputs:
     """What a scorer sees; `known` is what it may ask for."""
     mask = torch.tensor(visual).bool()
 
     def nothing(**options: bool) -> Tensor:
         raise AssertionError("this scorer must not ask for attention or keys")
 
-    return Evidence(
+    return ScorerInputs(
         layer=known.pop("layer", 2),
         visual=mask,
         ordinal=(mask.long().cumsum(1) - 1).clamp(min=0),
@@ -324,14 +324,14 @@ def test_a_reserve_is_evenly_spaced_and_the_rest_are_the_best() -> None:
     """Six of twelve stay, half of them on a grid: every fourth; then the three best of the others."""
     attention = [float(place in (0, 1, 2, 3)) + place / 100 for place in range(12)]
     case = evidence([[1] * 12], [[6]], attention=looking([attention]))
-    assert chosen(Reserved(AttentionScorer(), 0.5)(case), 6) == sorted([3, 7, 11, 2, 1, 0])
-    assert chosen(Reserved(AttentionScorer(), 1.0)(case), 6) == [1, 3, 5, 7, 9, 11]
+    assert chosen(GridReserveScorer(AttentionScorer(), 0.5)(case), 6) == sorted([3, 7, 11, 2, 1, 0])
+    assert chosen(GridReserveScorer(AttentionScorer(), 1.0)(case), 6) == [1, 3, 5, 7, 9, 11]
 
 
 def test_a_reserved_token_gives_way_to_one_that_must_stay() -> None:
     """The grid of two in eight is 3 and 7; 5 and 6 must stay, as tokens that predict a label do."""
     case = evidence([[1] * 8], [[2]], attention=looking([[0.1] * 8]))
-    scores = Reserved(AttentionScorer(), 1.0)(case)
+    scores = GridReserveScorer(AttentionScorer(), 1.0)(case)
     assert scores[0].topk(2).indices.sort().values.tolist() == [3, 7]
     scores[0, [5, 6]] = float("inf")
     assert select(scores, case.visual, case.groups, case.quota)[0].nonzero()[:, 0].tolist() == [5, 6]
@@ -339,28 +339,28 @@ def test_a_reserved_token_gives_way_to_one_that_must_stay() -> None:
 
 def test_a_reserve_of_less_than_a_token_is_none() -> None:
     case = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.1, 0.1]]))
-    assert chosen(Reserved(AttentionScorer(), 0.9)(case), 1) == [0]
+    assert chosen(GridReserveScorer(AttentionScorer(), 0.9)(case), 1) == [0]
 
 
 def test_chance_takes_over_at_a_layer() -> None:
     early = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.2, 0.1]]))
     late = evidence([[1] * 4], [[1]], layer=5)  # and asks for no attention
-    scorer = RandomFrom(AttentionScorer(), 5)
+    scorer = RandomAfterScorer(AttentionScorer(), 5)
     assert torch.equal(scorer(early), AttentionScorer()(early))
     assert torch.equal(scorer(late), RandomScorer()(late))
 
 
 def test_chance_costs_nothing_from_its_layer_on() -> None:
-    scorer, shape = RandomFrom(AttentionScorer(), 5), PRESETS["llava-1.5-7b"].shape.decoder
+    scorer, shape = RandomAfterScorer(AttentionScorer(), 5), PRESETS["llava-1.5-7b"].shape.decoder
     before, at, after = (Choice(layer, 100, 64, 32, 1, 10) for layer in (4, 5, 6))
     assert scorer.flops(shape, before) == AttentionScorer().flops(shape, before) > 0
     assert scorer.flops(shape, at) == scorer.flops(shape, after) == 0
 
 
 def test_what_goes_around_a_scorer_needs_what_it_needs() -> None:
-    around = Reserved(RandomFrom(VariationScorer(), 5), 0.5)
-    assert (around.attends, around.compares) == (False, True)
-    assert Reserved(KeyNormScorer(), 0.5).attends
+    around = GridReserveScorer(RandomAfterScorer(VariationScorer(), 5), 0.5)
+    assert (around.needs_attention, around.needs_previous_hidden) == (False, True)
+    assert GridReserveScorer(KeyNormScorer(), 0.5).needs_attention
 
 
 @pytest.mark.parametrize("name", SCORERS)

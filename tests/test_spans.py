@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pyramiddrop.hf.spans import FULL, Span, UnknownLayerTypeError, spans_of
+from pyramiddrop.hf.masks import FULL, Span, UnknownLayerTypeError, spans_of
 
 
 def columns(*rows: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyramiddrop.hf import projections
+from pyramiddrop.hf import query_key
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.timing import Clock, CpuClock, Spread, WallClock, clock_for, in_turn
 from pyramiddrop.speed import generation, training
@@ -136,8 +136,8 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
 def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, agree = [], projections._agree
-    monkeypatch.setattr(projections, "_agree", lambda *given: asked.append(given) or agree(*given))
+    asked, agree = [], query_key._agree
+    monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
     watch = generation._PrefillWatch(subject.parts, Ticks())
     watch.before_method()
     with subject.under(ways_for(subject, "pyramiddrop")[1].method), torch.inference_mode():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from pyramiddrop.hf.tiles import Beginnings, end_behind, one_between, tile_first, tile_lengths, whole_last
+from pyramiddrop.hf.images import Beginnings, end_behind, one_between, tile_first, tile_lengths, whole_last
 
 V = 0  # a visual token
 FRAME, ROW1, ROW2, WHOLE, LINE, START, END, TAG = 91, 92, 93, 94, 95, 96, 97, 98

@@ -16,8 +16,7 @@ from tiny import IMAGE_TOKEN
 
 pytest.importorskip("datasets")
 
-from pyramiddrop.training.answers import IGNORED_LABEL
-from pyramiddrop.training.collate import AnswerCollator
+from pyramiddrop.training.collate import IGNORED_LABEL, AnswerCollator
 from pyramiddrop.training.samples import BrokenSampleError
 
 HEAD = "{% for m in messages %}{{ m['role'] }} {% for p in m['content'] if p['type'] == 'image' %}<image> {% endfor %}"

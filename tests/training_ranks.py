@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyramiddrop import PyramidDrop, apply
-from pyramiddrop.training.every_rank import BlankImage
+from pyramiddrop.training.trainer import BlankImage
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 TURNS = [3, "image", 4, Answer(3), 5, Answer(2)]

@@ -33,7 +33,7 @@ from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
-from pyramiddrop.hf.anatomy import anatomy
+from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.methods import Method
 

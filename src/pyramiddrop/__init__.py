@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyramiddrop.hf import UnsupportedModelError as UnsupportedModelError
-    from pyramiddrop.inference.loading import load as load
+    from pyramiddrop.inference.checkpoint import load as load
     from pyramiddrop.methods import METHODS as METHODS
     from pyramiddrop.methods import Downsample as Downsample
     from pyramiddrop.methods import FastV as FastV
@@ -42,7 +42,7 @@ _HOMES = {
     "VisionDrop": "pyramiddrop.methods",
     "apply": "pyramiddrop.methods",
     "current_method": "pyramiddrop.methods",
-    "load": "pyramiddrop.inference.loading",
+    "load": "pyramiddrop.inference.checkpoint",
     "remove": "pyramiddrop.methods",
     "trace_of": "pyramiddrop.methods",
 }

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from pyramiddrop.cost import Choice, DecoderShape, merging_flops
 from pyramiddrop.saving import stay, travel
-from pyramiddrop.schedule import FrontSchedule, Schedule, Stage, equal_stage_layers, powers
+from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
-    RandomFrom,
+    GridReserveScorer,
+    RandomAfterScorer,
     RandomScorer,
-    Reserved,
     Scorer,
     UniformScorer,
     VisionScorer,
@@ -31,7 +31,7 @@ from pyramiddrop.trace import Trace
 
 if TYPE_CHECKING:
     from pyramiddrop.hf import Attachment, GivenMasks, Rules
-    from pyramiddrop.hf.anatomy import Anatomy
+    from pyramiddrop.hf.model_info import ModelInfo
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,7 +92,7 @@ class Method:
         """What choosing (and merging) costs at one stage end of one sample in a decoder of this `shape`."""
         return self.scorer().flops(shape, choice) + (merging_flops(shape, choice) if self.merge else 0)
 
-    def attach(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> Attachment:
+    def attach(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
         """Put the method's hooks on a model."""
         from pyramiddrop.hf import Attachment
 
@@ -243,8 +243,8 @@ class ScoredMethod(Method):
         assert isinstance(self.score, Scorer)
         scorer = self.score
         if self.random_from is not None:
-            scorer = RandomFrom(scorer, self.random_from)
-        return Reserved(scorer, self.reserve) if self.reserve else scorer
+            scorer = RandomAfterScorer(scorer, self.random_from)
+        return GridReserveScorer(scorer, self.reserve) if self.reserve else scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +363,7 @@ class UniformDrop(StagedMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontMethod(Method):
+class PreLLMMethod(Method):
     """A control that drops before the decoder, so that its first layer sees the share `keep` already.
 
     For LLaVA-like models, whose visual tokens are the patches of the vision tower, one for one.
@@ -375,19 +375,19 @@ class FrontMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FrontSchedule.keeping(self.keep)
+        PreLLMSchedule.keeping(self.keep)
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
-        return FrontSchedule.keeping(self.keep)
+        return PreLLMSchedule.keeping(self.keep)
 
-    def attach(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> Attachment:
-        from pyramiddrop.hf import FrontAttachment
+    def attach(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
+        from pyramiddrop.hf import PreLLMAttachment
 
-        return FrontAttachment(parts, rules, given, shrinks=isinstance(self, Downsample))
+        return PreLLMAttachment(parts, rules, given, shrinks=isinstance(self, Downsample))
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionDrop(FrontMethod):
+class VisionDrop(PreLLMMethod):
     """A control: one drop before the decoder, ranked without a look at the question.
 
     Attributes:
@@ -401,7 +401,7 @@ class VisionDrop(FrontMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         scorer = _scorer(self.score)
-        if scorer.attends or scorer.compares:
+        if scorer.needs_attention or scorer.needs_previous_hidden:
             raise ValueError(
                 f"score must be one that needs no layer of the decoder (vision, diversity, random, uniform); got "
                 f"{self.score!r}"
@@ -414,7 +414,7 @@ class VisionDrop(FrontMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(FrontMethod):
+class Downsample(PreLLMMethod):
     """A control: the vision tower sees a smaller picture, with the largest square grid of patches that has no more than
     the share `keep`, and position embeddings interpolated to it. Its tokens take the places that they cover."""
 

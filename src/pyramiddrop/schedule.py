@@ -79,11 +79,11 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class FrontSchedule(Schedule):
+class PreLLMSchedule(Schedule):
     """One drop before the decoder: its first layer, 0, sees the share `keep` already."""
 
     @classmethod
-    def keeping(cls, keep: float) -> FrontSchedule:
+    def keeping(cls, keep: float) -> PreLLMSchedule:
         return cls((Stage(0, keep),))
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def vanilla(llava: Path) -> list[list[int]]:
     return expected(llava, ASKED, None)
 
 
-class Watch:
+class ClsAttentionRecorder:
     """What went on in the scheduler."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def test_a_stage_holds_blocks_for_what_it_keeps(llava: Path) -> None:
     asked = [question for question in questions(8, seed=4, tokens=(4, 4)) if len(question.images) == 2]
     peaks = {}
     for name, method in {"all": PyramidDrop(lam=1.0), "few": PyramidDrop(lam=0.1)}.items():
-        watch = Watch()
+        watch = ClsAttentionRecorder()
         with engine(llava, method) as llm:
             answers(llm, asked, watch=watch)
         peaks[name] = watch.peak
@@ -79,7 +79,7 @@ def test_a_stage_holds_blocks_for_what_it_keeps(llava: Path) -> None:
 
 
 def test_preemption(llava: Path, halves: list[list[int]]) -> None:
-    watch = Watch()
+    watch = ClsAttentionRecorder()
     with engine(llava, HALVES, **FEW_BLOCKS) as llm:
         assert answers(llm, ASKED, watch=watch) == halves
         assert nothing_left(llm)
@@ -90,7 +90,7 @@ def test_preemption(llava: Path, halves: list[list[int]]) -> None:
 def test_a_tight_token_budget_computes_prompts_in_parts(
     llava: Path, halves: list[list[int]], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, sizes = Watch(), set()
+    watch, sizes = ClsAttentionRecorder(), set()
     begin = Batch.begin
 
     def watched(self: Batch, entries: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_tight_token_budget_computes_prompts_in_parts(
 
 
 def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
-    watch = Watch()
+    watch = ClsAttentionRecorder()
     with engine(llava, HALVES, max_num_batched_tokens=24, **FEW_BLOCKS) as llm:
         assert answers(llm, ASKED, watch=watch) == halves
         assert nothing_left(llm)
@@ -295,7 +295,7 @@ def test_control_blocks_for_every_token_save_nothing(llava: Path, monkeypatch: p
     for patched in (False, True):
         if patched:
             monkeypatch.setattr(kv_cache.StageManager, "_held", lambda self, request_id, tokens: tokens)
-        watch = Watch()
+        watch = ClsAttentionRecorder()
         with engine(llava, PyramidDrop(lam=0.1)) as llm:
             answers(llm, asked, watch=watch)
         peaks.append(watch.peak)

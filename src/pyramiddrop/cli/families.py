@@ -18,8 +18,8 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
 ) -> None:
     """List the model families: text model, modalities, status, limits, and how each was tested."""
-    from pyramiddrop.inference.families import all_families, find_family
-    from pyramiddrop.report.tables.families import families_page, families_summary, families_table, family_in_full
+    from pyramiddrop.inference.catalog import all_families, find_family
+    from pyramiddrop.report.tables.catalog import families_page, families_summary, families_table, family_in_full
 
     entries = all_families() if model is None else [find_family(model)]
     if as_json:

@@ -11,7 +11,18 @@ import typer
 from typer.core import TyperCommand
 
 from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
+from pyramiddrop.cli.dropping import (
+    Keep,
+    Lam,
+    Layer,
+    Layers,
+    Merge,
+    Positions,
+    RandomFrom,
+    Reserve,
+    Score,
+    Stages,
+)
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:

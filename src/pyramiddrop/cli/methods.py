@@ -17,8 +17,8 @@ def methods(
 
     Every argument is also an option in words, as bench, cost, eval and study read them: pyramiddrop:score=diversity.
     """
-    from pyramiddrop.inference.method_catalog import all_entries
-    from pyramiddrop.report.tables.methods import methods_table
+    from pyramiddrop.inference.catalog import all_entries
+    from pyramiddrop.report.tables.catalog import methods_table
 
     entries = all_entries()
     if as_json:

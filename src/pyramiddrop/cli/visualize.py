@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Merge, Positions, RandomFrom, Reserve, Score, Stages
+from pyramiddrop.cli.dropping import (
+    Keep,
+    Lam,
+    Layer,
+    Layers,
+    Merge,
+    Positions,
+    RandomFrom,
+    Reserve,
+    Score,
+    Stages,
+)
 from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 

@@ -109,7 +109,7 @@ class DecoderShape:
 
         Args:
             rank_layer: "next" or "last", of the method.
-            attends: whether the method ranks by attention.
+            needs_attention: whether the method ranks by attention.
         """
         possible = self._possible(rank_layer, attends)
         far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]

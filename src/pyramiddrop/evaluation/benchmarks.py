@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.budgets import choose_methods
 from pyramiddrop.evaluation.lmms.meter import COSTS
 from pyramiddrop.evaluation.lmms.run import check_installed, run_tasks
-from pyramiddrop.evaluation.ways import choose_methods
 from pyramiddrop.inference.choice import VANILLA, method_label
 from pyramiddrop.inference.errors import InputError, user_input
 
@@ -56,7 +56,7 @@ def run_benchmarks(
     """Run tasks of lmms-eval under vanilla and `methods`; empty in all processes of a parallel run but the first.
 
     Args:
-        methods: in words, as `pyramiddrop.evaluation.ways.choose_methods` takes them.
+        methods: in words, as `pyramiddrop.evaluation.budgets.choose_methods` takes them.
         model: None for the bundled one.
         output: where lmms-eval's files are kept. Each run asks anew: lmms-eval keeps answers only once all are there,
             and without what they cost.

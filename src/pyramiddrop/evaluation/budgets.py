@@ -1,4 +1,4 @@
-"""Solve a method's keep ratios so that it costs a given percentage of vanilla's decoder FLOPs."""
+"""Choose the methods of an evaluation, and solve their keep ratios for a percentage of vanilla's FLOPs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
+from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference.choice import VANILLA, method_label, parse_method, saved_method
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.methods import Method
 from pyramiddrop.planning.solve import largest, shortest
+from pyramiddrop.speed.predicted import PUBLISHED
 
 
 def at_budget(
@@ -84,3 +87,36 @@ def _scaled(method: Method) -> Callable[[float], Method]:
     if not hasattr(method, name):
         raise InputError(f"{type(method).__name__} has no share to solve for --percent")
     return lambda share: replace(settings, **{name: share})
+
+
+def choose_methods(words: Sequence[str], source: str) -> list[Method]:
+    """The methods that `words` name; vanilla, which always runs, is not among them.
+
+    Without any word: the method saved beside the checkpoint `source`, or else those published.
+
+    Raises:
+        InputError: for an unknown method, option or value, or a method that is named twice.
+    """
+    saved = None if words else saved_method(source)
+    if saved is not None:
+        return [saved]
+    methods = [method for method in map(parse_method, words or PUBLISHED) if method is not None]
+    if len(methods) < len(words) - 1:
+        raise InputError(f"{VANILLA} is named twice; it always runs, once")
+    labels = [method_label(method) for method in methods]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"{label} is named twice")
+    return methods
+
+
+def drop_layers(model: Any, method: Method) -> tuple[int, ...]:
+    """The layers before which `method` drops in `model`, where it also sees whether it can work there.
+
+    Raises:
+        UnsupportedModelError, ValueError: where it cannot.
+    """
+    with method(model):
+        attachment = attachment_of(model)
+        assert attachment is not None
+        return attachment.rules.schedule.layers

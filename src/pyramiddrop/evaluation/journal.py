@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyramiddrop.evaluation.answering import Reply
-from pyramiddrop.evaluation.fingerprint import key_digest
-from pyramiddrop.inference.comparison import usage_dict
+from pyramiddrop.inference.answer import usage_dict
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """A short name for `parts`, each of which counts."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()[:16]
+
+
+def key_digest(key: Mapping[str, Any]) -> str:
+    """The same for plain values by name."""
+    return digest([json.dumps(key, sort_keys=True)])
 
 
 class Journal:

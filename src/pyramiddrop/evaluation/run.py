@@ -11,13 +11,12 @@ import numpy as np
 
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer, Reply
-from pyramiddrop.evaluation.budgets import at_budget, check_percent
+from pyramiddrop.evaluation.budgets import at_budget, check_percent, choose_methods, drop_layers
 from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import Task
-from pyramiddrop.evaluation.ways import choose_methods, drop_layers
-from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
+from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.choice import VANILLA, method_label
 from pyramiddrop.inference.errors import InputError, user_input

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import transformers
 
 import pyramiddrop
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.fingerprint import key_digest, model_digest, samples_digest
-from pyramiddrop.evaluation.journal import ReplyJournal
-from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.evaluation.journal import ReplyJournal, digest, key_digest
+from pyramiddrop.evaluation.samples import PictureFiles, Sample
+from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.choice import VANILLA
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.timing import PrefillTime
@@ -75,3 +75,41 @@ def write_json(path: Path, values: Any) -> None:
 
 def _settings(method: Method | None) -> Mapping[str, Any]:
     return {} if method is None else method.settings()
+
+
+#: Values of each weight tensor that are looked at: training changes nearly all, and reading all of 7B takes minutes.
+PROBES = 256
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Of the configuration, of evenly spaced values of every weight, of the dtype and the device, and of the processor.
+
+    It does not depend on where the checkpoint lies.
+    """
+    return digest(_model_parts(checkpoint))
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Of questions and pictures, in their order. The right answers do not matter: no model sees them."""
+    return digest(part for sample in samples for part in _sample_parts(sample))
+
+
+def _model_parts(checkpoint: Checkpoint) -> Iterable[bytes | str]:
+    model, processor = checkpoint.model, checkpoint.processor
+    yield from (model.config.to_json_string(), model.device.type)
+    for name, weight in model.state_dict().items():
+        values = weight.detach().flatten()
+        probes = values[:: max(1, -(-len(values) // PROBES))]
+        yield f"{name} {tuple(weight.shape)} {weight.dtype}"
+        yield probes.to("cpu", torch.float32).numpy().tobytes()
+    yield str(getattr(processor, "chat_template", None))
+    images = getattr(processor, "image_processor", None)
+    yield images.to_json_string() if images is not None else ""
+
+
+def _sample_parts(sample: Sample) -> Iterable[bytes | str]:
+    yield sample.question
+    if isinstance(sample.images, PictureFiles):
+        yield from (file.read_bytes() for file in sample.images.files)
+    else:
+        yield from (part for image in sample.images for part in (f"{image.mode} {image.size}", image.tobytes()))

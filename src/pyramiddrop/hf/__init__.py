@@ -1,17 +1,16 @@
 """The adapter to Hugging Face Transformers: unmodified models, hooks that come off again."""
 
-from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
 from pyramiddrop.hf.attachment import Attachment, attachment_of
-from pyramiddrop.hf.front import FrontAttachment
-from pyramiddrop.hf.limits import drop_layers
-from pyramiddrop.hf.request import GivenMasks
+from pyramiddrop.hf.before_decoder import PreLLMAttachment
+from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy, drop_layers
+from pyramiddrop.hf.plan import GivenMasks
+from pyramiddrop.hf.query_key import shared_copy
 from pyramiddrop.hf.run import Rules
-from pyramiddrop.hf.shared_copy import shared_copy
 
 __all__ = [
     "Attachment",
-    "FrontAttachment",
     "GivenMasks",
+    "PreLLMAttachment",
     "Rules",
     "UnsupportedModelError",
     "anatomy",

@@ -1,4 +1,4 @@
-"""Hooks on a model and off again: how a method takes part in the model's forward and `generate`."""
+"""Attach a method to a model by hooks, and take it off again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
-from pyramiddrop.hf.cache_layer import forget
-from pyramiddrop.hf.compatibility import check_cache, check_reached, check_signatures
-from pyramiddrop.hf.following import Kwargs
+from pyramiddrop.hf.cache_state import CacheState, check_lengths, forget, past_length
+from pyramiddrop.hf.compatibility import TrainerCheck, check_cache, check_reached, check_signatures
 from pyramiddrop.hf.generation import Generation
-from pyramiddrop.hf.groups import video_frames
-from pyramiddrop.hf.limits import (
+from pyramiddrop.hf.images import video_frames
+from pyramiddrop.hf.layer_inputs import Kwargs
+from pyramiddrop.hf.model_info import (
+    ModelInfo,
+    UnsupportedModelError,
     check_attention,
     check_compact_positions,
     check_further_image,
@@ -29,19 +30,19 @@ from pyramiddrop.hf.limits import (
     check_layers,
     check_static_cache,
 )
-from pyramiddrop.hf.memory import CacheMemory, check_lengths, past_length
-from pyramiddrop.hf.plan import Plan, Request, make_plan
-from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.request import (
+from pyramiddrop.hf.plan import (
     IGNORED_LABEL,
     GivenMasks,
+    Plan,
+    Request,
     call_shape,
     extend_request,
+    make_plan,
     read_request,
     remark,
 )
+from pyramiddrop.hf.query_key import QueryKeyExtractor
 from pyramiddrop.hf.run import Rules, Run
-from pyramiddrop.hf.trainers import TrainerCheck
 from pyramiddrop.hf.versions import cache_names, cache_of, given_twice, with_one_cache
 from pyramiddrop.trace import Trace
 
@@ -74,7 +75,7 @@ class Attachment:
         UnsupportedModelError: where the model cannot work with these rules.
     """
 
-    def __init__(self, parts: Anatomy, rules: Rules, given: GivenMasks) -> None:
+    def __init__(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> None:
         if attachment_of(parts.text) is not None:
             raise RuntimeError(
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
@@ -82,7 +83,7 @@ class Attachment:
         self.anatomy, self.rules, self.given = parts, rules, given
         self.method: Any = None
         self._check()
-        self.trace, self._projector = Trace(), Projector()
+        self.trace, self._projector = Trace(), QueryKeyExtractor()
         self._said: set[str] = set()
         self._handles: list[RemovableHandle] = []
         # The calls of `generate` that run now, in any thread; with its own id, for a deep copy runs none of them.
@@ -98,7 +99,7 @@ class Attachment:
         check_signatures(parts)
         if rules.positions == "compact":
             check_compact_positions(parts)
-        if rules.scorer.watches:
+        if rules.scorer.needs_vision_attention:
             raise UnsupportedModelError(
                 "what a patch receives in the vision tower ranks before the decoder alone; use VisionDrop"
             )
@@ -271,7 +272,7 @@ class Attachment:
         cache, (_, length) = cache_of(call), call_shape(call) or (0, 0)
         follows = length == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
-            memory = CacheMemory.of(cache)
+            memory = CacheState.of(cache)
             return None if memory is None else Run(self.anatomy, self.rules, 0, 1, memory=memory)
         opened: Run | None = self._open_eagerly(call, cache)
         return opened
@@ -281,7 +282,7 @@ class Attachment:
         past = past_length(cache)
         if past == 0:
             forget(cache)
-        memory = CacheMemory.of(cache)
+        memory = CacheState.of(cache)
         if memory is not None:
             memory.check(self.rules.schedule.layers, self.rules.positions, (call_shape(call) or (0, 0))[0])
             check_lengths(cache, past, self._first_layers, memory)

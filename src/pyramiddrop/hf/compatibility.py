@@ -1,4 +1,4 @@
-"""Check that Transformers names and calls what dropping relies on, so that a rename is an error and no wrong answer.
+"""Check that Transformers and trainers name and call what dropping relies on: a rename is an error, no wrong answer.
 
 Signatures are read when a method is applied; calls are looked at in prefills that drop, on the host alone.
 """
@@ -6,18 +6,25 @@ Signatures are read when a method is applied; calls are looked at in prefills th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Cache
 
-from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
+from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
+
+if TYPE_CHECKING:
+    from pyramiddrop.hf.run import Rules
 
 _POSITIONS = ("position_embeddings", "position_ids")
 _FOLLOWED = ("attention_mask", *_POSITIONS)
@@ -33,7 +40,7 @@ _last_run: ContextVar[int] = ContextVar("pyramiddrop_last_run", default=0)
 # ---- when a method is applied ------------------------------------------------------------------------------------
 
 
-def check_signatures(parts: Anatomy) -> None:
+def check_signatures(parts: ModelInfo) -> None:
     """Raise UnsupportedModelError where a forward does not name an argument that dropping needs."""
     # A user's subclass may name less than the model of Transformers that it calls.
     bases: tuple[Any, ...] = type(parts.generator).__mro__ if parts.generator is not parts.text else ()
@@ -139,3 +146,61 @@ def _lost(what: str) -> UnsupportedModelError:
         "pyramiddrop's newest. In a class of your own, take the arguments by Transformers' names, and pass keyword "
         "arguments on"
     )
+
+
+class TrainerCheck:
+    """A forward pre-hook that looks once for a `Trainer` with a reference model (TRL's DPO, KTO, GRPO and RLOO).
+
+    No trainer tells its models of each other, and so it is found among the callers. Forwards with a cache, those of
+    `generate`, are left alone.
+
+    Args:
+        rules: of the method on the model.
+        rules_of: gives the rules of the method on another model, or None.
+        cache_of: gives the cache among the arguments of a forward, or None.
+    """
+
+    def __init__(
+        self, rules: Rules, rules_of: Callable[[nn.Module], Rules | None], cache_of: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        self.rules, self.rules_of, self.cache_of = rules, rules_of, cache_of
+        self._done = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the trainer of this forward.
+
+        Raises:
+            ValueError: for `logits="kept"` under a trainer that reads a log-probability for each column.
+        """
+        if torch.compiler.is_compiling() or self._done or self.cache_of(kwargs) is not None:
+            return
+        trainer = _calling_trainer()
+        self._done = trainer is not None or module.training
+        if trainer is None:
+            return
+        name = type(trainer).__name__
+        if self.rules.logits == "kept":
+            raise ValueError(
+                f'logits="kept" is not supported under {name}, which reads the logits of all columns; use logits="full"'
+            )
+        if trainer.ref_model is not None and not self._drops_alike(trainer.ref_model):
+            warnings.warn(
+                f"the reference model of {name} does not drop visual tokens as the trained model does, and the two are "
+                "compared as if it did. Before training: pyramiddrop.apply(trainer.ref_model, method)",
+                stacklevel=2,
+            )
+
+    def _drops_alike(self, reference: nn.Module) -> bool:
+        found = self.rules_of(reference)
+        return found is not None and replace(found, choosing=self.rules.choosing) == self.rules
+
+
+def _calling_trainer() -> Any:
+    """The innermost `Trainer` with a place for a reference model that calls this forward, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(type(owner), "compute_loss") and hasattr(owner, "ref_model"):
+            return owner
+        frame = frame.f_back
+    return None

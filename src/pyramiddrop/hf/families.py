@@ -1,4 +1,4 @@
-"""What cannot be seen in a model itself: one entry a family, and what a user should know of it."""
+"""What cannot be seen in a model itself: one record for each family, and its limits in words."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pyramiddrop.hf.images import (
     ImageLengths,
     anyres_lengths,
+    end_behind,
     equal_lengths,
     molmo_lengths,
+    one_between,
     pixtral_lengths,
     pooled_lengths,
     step_lengths,
+    tile_first,
+    tile_lengths,
+    whole_last,
 )
-from pyramiddrop.hf.tiles import end_behind, one_between, tile_first, tile_lengths, whole_last
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One call of `generate`: tell its own forwards from those that something else makes while it runs."""
+"""One call of `generate`: which forwards are its steps, and which ask another prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention masks of pruned layers: gathered from the mask that the text model made for the full sequence.
+"""Attention masks of pruned layers, by the scope of each layer: full, windowed, chunked or recurrent.
 
 Where it made none, or measured it by a cache from which tokens were dropped, by the layer's own rule over ORIGINAL
 columns. Never by positions: Transformers would read the gaps between them as packed sequences.
@@ -6,18 +6,19 @@ columns. Never by positions: Transformers would read the gaps between them as pa
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.memory import Slots
-from pyramiddrop.hf.rows import Kept, take_rows
-from pyramiddrop.hf.spans import Span
+from pyramiddrop.hf.cache_state import CacheIndex
+from pyramiddrop.hf.rows import Selection, take_rows
 
 
 @dataclass(frozen=True)
-class Sight:
+class MaskSpec:
     """What a layer sees by its place in the model and in the call.
 
     Attributes:
@@ -53,7 +54,9 @@ class Sight:
         return not self.span.windowed or (self.total <= self.span.size and not padded)
 
 
-def follow_mask(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+def follow_mask(
+    mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec
+) -> Tensor | None:
     """The mask of a pruned layer.
 
     Args:
@@ -82,7 +85,7 @@ def follow_mask(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int
     return _padded(_filler_sees_itself(mask, kept, slots, sight), sight.width)
 
 
-def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | None:
+def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor | None:
     """The (B, N) mask of a recurrent layer, whose state padding and filler must not touch; None where there is none."""
     if kept is None:
         return mask
@@ -92,7 +95,9 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Kept | None) -> Tensor | No
     return kept.valid.long() if given is None else hide(given, kept.valid)
 
 
-def _ruled(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor | None:
+def _ruled(
+    mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec
+) -> Tensor | None:
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
     slots = slots.until(sight.total)
     valid = slots.valid
@@ -113,7 +118,7 @@ def _ruled(mask: Tensor | None, kept: Kept | None, slots: Slots, count: int, sig
     return _padded(_filler_sees_itself(seen, kept, slots, sight), sight.width)
 
 
-def _first_column(sight: Sight, batch: int, device: torch.device) -> Tensor:
+def _first_column(sight: MaskSpec, batch: int, device: torch.device) -> Tensor:
     """(B,) the first column of each sample that is no padding."""
     if sight.padding is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
@@ -137,7 +142,7 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
 
 
-def _filler_sees_itself(mask: Tensor, kept: Kept | None, slots: Slots, sight: Sight) -> Tensor:
+def _filler_sees_itself(mask: Tensor, kept: Selection | None, slots: CacheIndex, sight: MaskSpec) -> Tensor:
     """Show each filler row its own slot: a row that sees nothing can become NaN, and a masked NaN is still NaN for
     everybody."""
     if kept is None or kept.valid is None:
@@ -150,7 +155,7 @@ def _hidden(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
 
 
-def _query_columns(kept: Kept | None, slots: Slots, count: int, sight: Sight) -> Tensor:
+def _query_columns(kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec) -> Tensor:
     if kept is not None:
         return kept.rows + sight.past
     last = torch.arange(sight.total - count, sight.total, device=slots.columns.device)
@@ -162,3 +167,80 @@ def _padded(mask: Tensor, width: int | None) -> Tensor:
     if width is None or width == mask.shape[-1]:
         return mask
     return torch.nn.functional.pad(mask, (0, width - mask.shape[-1]), value=_hidden(mask))
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one layer's tokens see of the tokens before them, by ORIGINAL column, whatever was dropped between.
+
+    Attributes:
+        kind: "full"; "sliding": the last `size` columns; "chunked": the columns of the same chunk of `size`, counted
+            from the first token that is no padding; "recurrent": a state that runs along the sequence (linear
+            attention, convolutions), so that nothing can be ranked there.
+        size: of the window or chunk, in columns; 0 for the other kinds.
+    """
+
+    kind: str
+    size: int = 0
+
+    @property
+    def windowed(self) -> bool:
+        return self.kind in ("sliding", "chunked")
+
+    def reaches(self, queries: Tensor, keys: Tensor, start: Tensor) -> Tensor:
+        """Which columns are near enough.
+
+        Args:
+            queries: (B, Q) long, columns.
+            keys: (B, K) long, columns.
+            start: (B,) long, the first column of each sample that is no padding.
+
+        Returns:
+            (B, 1, Q, K) bool; the order of columns (causality) is not looked at.
+        """
+        queries, keys = queries[:, None, :, None], keys[:, None, None, :]
+        if self.kind == "sliding":
+            return keys > queries - self.size
+        if self.kind == "chunked":
+            start = start[:, None, None, None]
+            return (keys - start) // self.size == (queries - start) // self.size
+        return torch.ones_like(keys <= queries)
+
+
+FULL = Span("full")
+_SIZES = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
+_KINDS = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "recurrent",
+    "conv": "recurrent",
+}
+
+
+class UnknownLayerTypeError(ValueError):
+    """A decoder has a kind of layer of which nothing is known; the message names it."""
+
+
+def spans_of(text: Any) -> tuple[Span, ...]:
+    """The span of each decoder layer of a text model, by its configuration.
+
+    Raises:
+        UnknownLayerTypeError: for a layer type that is not known.
+    """
+    config, count = text.config, len(text.layers)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        # Without layer types, a model that makes sliding masks at all (Mistral) makes them for every layer.
+        slides = hasattr(sys.modules[type(text).__module__], "create_sliding_window_causal_mask")
+        size = getattr(config, "sliding_window", None) if slides else None
+        return (Span("sliding", size) if size else FULL,) * count
+    unknown = sorted(set(types) - set(_KINDS))
+    if unknown:
+        raise UnknownLayerTypeError(f"layers of type {', '.join(map(repr, unknown))}")
+    return tuple(_span(_KINDS[layer_type], config) for layer_type in types)
+
+
+def _span(kind: str, config: Any) -> Span:
+    size = getattr(config, _SIZES[kind], None) if kind in _SIZES else None
+    return Span(kind, size or 0) if size or kind == "recurrent" else FULL

@@ -1,24 +1,28 @@
-"""Ranking: what the scorer is shown at a stage end."""
+"""Rank the visual tokens at a drop by the ranking layer, and select the rows that stay."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.hf.choosing import present
+from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
-from pyramiddrop.hf.following import Following, Kwargs
-from pyramiddrop.hf.memory import Slots
+from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs, take_tokens
+from pyramiddrop.hf.masks import Span, causal, hide, take_columns
+from pyramiddrop.hf.model_info import UnsupportedModelError
 from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.ranking_layer import RankingLayer
-from pyramiddrop.hf.rows import Kept
+from pyramiddrop.hf.query_key import QueryKey, QueryKeyExtractor, cached_keys
+from pyramiddrop.hf.rows import Selection, take_rows
+from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from pyramiddrop.schedule import Schedule
-from pyramiddrop.scoring import Evidence, Scorer
+from pyramiddrop.scoring import Scorer, ScorerInputs
+from pyramiddrop.scoring.attention import attention_by_head
+from pyramiddrop.selection import compact, select
 
 
 class Ranking:
@@ -38,9 +42,9 @@ class Ranking:
         plan: Plan,
         schedule: Schedule,
         scorer: Scorer,
-        following: Following,
-        earlier: Mapping[int, Slots],
-        projector: Projector,
+        following: LayerInputs,
+        earlier: Mapping[int, CacheIndex],
+        projector: QueryKeyExtractor,
     ) -> None:
         self.plan, self.schedule, self.scorer = plan, schedule, scorer
         self.following, self.earlier, self.projector = following, earlier, projector
@@ -48,7 +52,7 @@ class Ranking:
     def score(
         self,
         stage: int,
-        kept: Kept | None,
+        kept: Selection | None,
         index: int,
         layer: nn.Module,
         hidden: Tensor,
@@ -84,7 +88,7 @@ class Ranking:
             kwargs,
             documents,
         )
-        evidence = Evidence(
+        evidence = ScorerInputs(
             layer=plan.stages[stage - 1].layer,
             visual=visual.to(device),
             ordinal=plan.ordinal.gather(1, rows).to(device),
@@ -109,7 +113,7 @@ class Ranking:
         return Unpacked(numbers, packing.count, bounds.longest)
 
 
-def _by_document(evidence: Evidence, packing: Packing, documents: Unpacked) -> Evidence:
+def _by_document(evidence: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
     """What a scorer is shown of packed rows: each document as a row of a batch."""
     own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
     own, valid = own.to(evidence.visual.device), documents.valid.to(evidence.visual.device)
@@ -128,3 +132,206 @@ def _by_document(evidence: Evidence, packing: Packing, documents: Unpacked) -> E
 def _first_stream(hidden: Tensor) -> Tensor:
     """(B, N, D): of models with several hidden streams (Gemma 3n), the one that their layers compute on."""
     return hidden if hidden.dim() == 3 else hidden[0]
+
+
+def present(plan: Plan, kept: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) rows that `kept` leaves (None: all), which of them are no filler, and which are visual tokens."""
+    if kept is not None:
+        rows, valid = kept.rows, kept.valid
+    else:
+        rows, valid = torch.arange(plan.length, device=plan.visual.device).expand_as(plan.visual), plan.valid
+    alive = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
+    return rows, alive, plan.visual.gather(1, rows) & alive
+
+
+def choose(plan: Plan, stage: int, before: Selection | None, scores: Tensor) -> Selection:
+    """The rows that the end of `stage` leaves of those `before` it, by their `scores` (B, N)."""
+    ending = plan.stages[stage - 1]
+    rows, alive, visual = present(plan, before)
+    scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
+    stays = select(scores, visual, plan.groups.gather(1, rows), ending.quota) | (alive & ~visual)
+    local, valid = compact(stays, ending.length, ending.ragged)
+    return Selection(rows.gather(1, local), local, valid)
+
+
+class RankingLayer:
+    """One layer at one stage end. Nothing is computed before it is asked for.
+
+    Args:
+        plan: of the prefill.
+        following: positions of the rows.
+        projector: gives the queries and keys.
+        stage: drops that the layer has behind it.
+        earlier: stage -> what earlier calls left in the stage's cache.
+        kept: the rows that are left, or None for all.
+        present: (B, N) those rows, and which of them are no filler.
+        index: of the layer.
+        layer: the layer.
+        hidden: (B, N, D), what it receives.
+        kwargs: of the text model, for the full length.
+        documents: in those rows, or None where no row is packed; what is asked for is then told of each document.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        following: LayerInputs,
+        projector: QueryKeyExtractor,
+        stage: int,
+        earlier: Mapping[int, CacheIndex],
+        kept: Selection | None,
+        present: tuple[Tensor, Tensor],
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        kwargs: Kwargs,
+        documents: Unpacked | None = None,
+    ) -> None:
+        self.plan, self.following, self.projector = plan, following, projector
+        self.stage, self.earlier, self.kept, self.present = stage, earlier, kept, present
+        self.index, self.layer, self.hidden, self.kwargs = index, layer, hidden, kwargs
+        self.documents = documents
+
+    def keys(self) -> Tensor:
+        """(B, Hkv, N, d), rotated."""
+        keys = self._project(self.plan.queries, rotated=True).keys.to(self.hidden.device)
+        return keys if self.documents is None else _heads_by_document(self.documents, keys)
+
+    def attention(self, *, instruction: bool = False, rotated: bool = True) -> Tensor:
+        """(B, H, N) the attention that each row receives; see `pyramiddrop.scoring.Attention`."""
+        plan, (rows, alive) = self.plan, self.present
+        columns, weights = plan.queries, plan.weights
+        if instruction:
+            columns, weights = plan.instruction, plan.instruction_weights
+        if plan.past and not rotated:
+            raise ValueError(
+                "score='rope_free' cannot rank a further image on top of a cache, whose keys are rotated already; give "
+                "the whole conversation without a cache, or use another score"
+            )
+        self._check_reach()
+        seen = self._project(columns, rotated)
+        if plan.packing is not None and self.documents is not None:
+            width = plan.packing.instruction if instruction else plan.packing.queries
+            return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
+        keys, key_columns, alive = self._with_past(seen.keys, rows, alive)
+        # The layer may be on another device than what it is about to be given: one number a row and head is moved.
+        visible, weights = (table.to(keys.device) for table in (self._visible(columns, key_columns, alive), weights))
+        received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
+        return received[..., -rows.shape[1] :].to(self.hidden.device)
+
+    def _within_documents(
+        self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: QueryKey, width: int
+    ) -> Tensor:
+        """(S, H, W) the attention that each document's rows receive from its own query tokens, at most `width`."""
+        numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
+        asking = Unpacked(numbers, packing.count, width)
+        visible = self._visible(
+            asking.take(columns), documents.take(self.present[0]), documents.valid, packing.rows[:, None, None]
+        )
+        queries, keys = _heads_by_document(asking, seen.queries), _heads_by_document(documents, seen.keys)
+        visible, weights = visible.to(keys.device), asking.valid.to(keys.device)
+        received = attention_by_head(queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
+        return received.to(self.hidden.device)
+
+    def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
+        """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
+        # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
+        tokens = self.following.tokens(self.stage, self.kept, self.hidden, self.kwargs)
+        if not rotated:
+            tokens = tokens | unrotated(tokens)
+        fixed = {name: value for name, value in self.kwargs.items() if name not in (*tokens, *_CACHING)}
+        fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in self.kwargs}
+
+        def arguments(some: Tensor | None) -> Kwargs:
+            return fixed | (tokens if some is None else take_tokens(tokens, some))
+
+        asking = self._among_rows(columns)
+        seen: QueryKey = self.projector.project(self.index, self.layer, self.hidden, asking, arguments)
+        return seen
+
+    def _among_rows(self, columns: Tensor) -> Tensor:
+        """(B, Q) where the tokens at `columns` stand among the rows that are left."""
+        rows = self.present[0]
+        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)
+
+    def _with_past(self, keys: Tensor, rows: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys (B, Hkv, K, d) with those that the layer's cache holds before them; the column of each (B, K), and which
+        are no filler."""
+        past: int = self.plan.past
+        cache: Any = cache_of(self.kwargs)
+        if not past:
+            return keys, rows, alive
+        before = self.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).until(past)
+        before = before.window(cache, self.index, 0)
+        cached = cached_keys(self.layer, cache.layers[self.index])[:, :, : before.columns.shape[1]].to(keys.device)
+        if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
+            raise ValueError(
+                f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
+                "read back: use a DynamicCache or a StaticCache"
+            )
+        columns = torch.cat([before.columns, rows + past], 1)
+        return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
+
+    def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
+        """(B, 1 or H, Q, K) which `columns` (B, K) those at `asking` (B, Q) see, by the text model's own full-length
+        mask; of packed rows, (S, 1, 1) `batch` tells the row of each document."""
+        plan, mask = self.plan, self.kwargs.get("attention_mask")
+        if not self.following.trusts(self.index):
+            mask = self.following.padding
+        if mask is None or mask.dim() == 2:
+            seen = causal(asking + plan.past, columns, alive)
+            if mask is None:
+                return seen
+            shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
+            return seen & shown[:, None, None]
+        offset = plan.past + plan.length - mask.shape[-1] if self._span.windowed else 0
+        if batch is not None:
+            mask = mask.expand(len(plan.visual), -1, -1, -1)
+            seen = mask[batch, :, asking[..., None], columns[:, None]].movedim(-1, 1)
+            return hide(seen, alive[:, None, None])
+        by_asking = take_rows(mask.transpose(1, 2), asking).transpose(1, 2)
+        seen = take_columns(by_asking, (columns - offset).clamp(min=0) if offset else columns)
+        return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
+
+    @property
+    def _span(self) -> Span:
+        return self.following.anatomy.spans[self.index]
+
+    def _check_reach(self) -> None:
+        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
+        cannot see last, whatever they show."""
+        span = self._span
+        reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
+        if span.windowed and reach > span.size:
+            whole = [number for number, other in enumerate(self.following.anatomy.spans) if other.kind == "full"]
+            raise UnsupportedModelError(
+                f"layer {self.index}, which ranks the visual tokens, sees {span.size} tokens, but they begin {reach} "
+                "tokens before the end of the prompt. Let a layer rank that sees everything "
+                f"({whole or 'this model has none'}), or use a method that needs no attention (RandomDrop, UniformDrop)"
+            )
+
+
+def _heads_by_document(documents: Unpacked, heads: Tensor) -> Tensor:
+    """(S, H, W, d) queries or keys of each document, of those of rows (B, H, N, d)."""
+    return documents.take(heads.transpose(1, 2)).transpose(1, 2)
+
+
+_CACHING = (*CACHE_NAMES, "use_cache")
+
+
+def unrotated(tokens: Kwargs) -> Kwargs:
+    """What makes of the position arguments in `tokens` those of a prompt all of whose tokens stand at position 0.
+
+    Of a cosine and a sine (or a complex number) only the length is left, for some models scale queries and keys by it.
+    """
+    changed: Kwargs = {}
+    embeddings = tokens.get("position_embeddings")
+    if isinstance(embeddings, Tensor):
+        changed["position_embeddings"] = embeddings.abs().to(embeddings.dtype)
+    elif embeddings is not None:
+        cos, sin = embeddings
+        changed["position_embeddings"] = (torch.hypot(cos.float(), sin.float()).to(cos.dtype), torch.zeros_like(sin))
+    if tokens.get("position_ids") is not None:
+        changed["position_ids"] = torch.zeros_like(tokens["position_ids"])
+    return changed

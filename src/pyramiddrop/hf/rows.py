@@ -1,4 +1,4 @@
-"""Making per-token tensors follow the rows that stay, and putting rows back where they came from."""
+"""Gather per-token tensors by the rows that stay, and scatter rows back to full length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Kept:
+class Selection:
     """The rows that a stage left. Written once, so that gradient checkpointing replays the same decision.
 
     Attributes:

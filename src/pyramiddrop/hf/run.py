@@ -1,7 +1,8 @@
-"""One forward of a patched model: ends its stages, hands each layer what it needs, and gives all rows back."""
+"""One forward of a patched model: drop before each stage, prepare the inputs of each layer, restore full length."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,17 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pyramiddrop.cost import Choosing
-from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.cache_layer import remember
-from pyramiddrop.hf.choosing import choose, present
+from pyramiddrop.hf.cache_state import CacheIndex, CacheState, check_lengths, remember, static_width
 from pyramiddrop.hf.compatibility import check_drops, number_run
-from pyramiddrop.hf.deepstack import DeepStack
-from pyramiddrop.hf.following import Following, Kwargs, first_table
-from pyramiddrop.hf.memory import CacheMemory, Slots, check_lengths, static_width
+from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs, first_table
+from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.projections import Projector
-from pyramiddrop.hf.ranking import Ranking
-from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_hidden, take_next_labels
+from pyramiddrop.hf.query_key import QueryKeyExtractor
+from pyramiddrop.hf.ranking import Ranking, choose, present
+from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels, take_rows
 from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
@@ -67,37 +65,37 @@ class Run:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        anatomy: ModelInfo,
         rules: Rules,
         past: int,
         length: int,
         plan: Plan | None = None,
-        memory: CacheMemory | None = None,
+        memory: CacheState | None = None,
         labels: Tensor | None = None,
         trace: Trace | None = None,
         padding: Tensor | None = None,
-        projector: Projector | None = None,
+        projector: QueryKeyExtractor | None = None,
     ) -> None:
         self.anatomy, self.rules, self.past, self.length = anatomy, rules, past, length
         self.memory, self.trace = memory, trace
         self._cache: Any = None  # where this call leaves something to remember
         # What the cache held before this call; `memory` grows while the call runs.
-        self._earlier: dict[int, Slots] = dict(memory.slots) if memory else {}
+        self._earlier: dict[int, CacheIndex] = dict(memory.slots) if memory else {}
         shift = dict(memory.shift) if memory else {}
         first = rules.schedule.layers[0]
-        self._following = Following(anatomy, rules.positions, past, length, shift, first, padding, plan)
+        self._following = LayerInputs(anatomy, rules.positions, past, length, shift, first, padding, plan)
         self._ranking: Ranking | None = None
         self.unreached: int | None = None  # the number of a run that drops, until the text model is called with it
         if plan is not None:
             self.unreached = number_run()
-            projector = projector or Projector()
+            projector = projector or QueryKeyExtractor()
             self._ranking = Ranking(plan, rules.schedule, rules.scorer, self._following, self._earlier, projector)
         self._deepstack: DeepStack | None = None
-        self._kept: dict[int, Kept | None] = {0: None}
+        self._kept: dict[int, Selection | None] = {0: None}
         self._scores: dict[int, Tensor] = {}
         self._sizes: dict[int, Tensor] = {}
         self._previous: Tensor | None = None  # what the layer before received, where the scorer compares
-        self._held: dict[tuple[int, int], Slots | None] = {}
+        self._held: dict[tuple[int, int], CacheIndex | None] = {}
         self._steps: dict[tuple[int, int], Step] = {}
         self._labels = labels
         self.shift_labels: Tensor | None = None
@@ -180,10 +178,10 @@ class Run:
                 if previous is not None and kept is not None and previous.shape[-2] != hidden.shape[-2]:
                     previous = take_hidden(previous, kept.local)
                 self._scores[following] = ranking.score(following, kept, index, layer, hidden, previous, kwargs)
-        self._previous = hidden if self.rules.scorer.compares else None
+        self._previous = hidden if self.rules.scorer.needs_previous_hidden else None
         return hidden
 
-    def _left(self, ranking: Ranking, stage: int, kept: Kept, hidden: Tensor) -> Tensor:
+    def _left(self, ranking: Ranking, stage: int, kept: Selection, hidden: Tensor) -> Tensor:
         """What the end of `stage` leaves of `hidden`; what goes is merged into it where the method says so."""
         if not self.rules.merge:
             return take_hidden(hidden, kept.local)
@@ -225,18 +223,18 @@ class Run:
                 ranked = Ranked(there, candidates, scores)
             self.trace.record(ending.layer, ending.keep, rows, visual, self.past, ranked)
 
-    def _remember(self, stage: int, index: int, kept: Kept, cache: Any, position_ids: Tensor | None) -> None:
+    def _remember(self, stage: int, index: int, kept: Selection, cache: Any, position_ids: Tensor | None) -> None:
         if self.memory is None:
-            self.memory = CacheMemory(self.rules.schedule.layers, self.rules.positions)
+            self.memory = CacheState(self.rules.schedule.layers, self.rules.positions)
         self._cache = cache
-        earlier = self._earlier.get(stage, Slots(kept.rows[:, :0], None, 0))
+        earlier = self._earlier.get(stage, CacheIndex(kept.rows[:, :0], None, 0))
         slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
         self.memory.hold(stage, slots, static_width(cache, index))
         if self.rules.positions == "compact":
             assert position_ids is not None
             self.memory.shift[stage] = self._following.new_shift(stage, kept, position_ids)
 
-    def _slots(self, stage: int, source: int) -> Slots | None:
+    def _slots(self, stage: int, source: int) -> CacheIndex | None:
         """What stands in the KV cache that a layer of `stage` reads, which is that of layer `source`; None where that
         is every column, and all of them may be seen."""
         if (stage, source) in self._held:
@@ -246,17 +244,17 @@ class Run:
         if own is not None and held != stage:
             total = self.past + self.length
             own, all_columns = own.until(total), torch.arange(total, device=own.columns.device)
-            slots = self._cached(held) or Slots(all_columns.expand(len(own.columns), -1), None, total)
+            slots = self._cached(held) or CacheIndex(all_columns.expand(len(own.columns), -1), None, total)
             slots = slots.until(total).among(own.columns, own.valid)
         if self._ranking is None or stage in self._kept:
             self._held[stage, source] = slots
         return slots
 
-    def _cached(self, stage: int) -> Slots | None:
+    def _cached(self, stage: int) -> CacheIndex | None:
         """The slots of a stage's own KV cache, once it has added this call's rows; None where that is every column."""
         if self.memory is None:
             kept = self._kept.get(stage)
-            return None if kept is None else Slots(kept.rows, kept.valid, self.length)
+            return None if kept is None else CacheIndex(kept.rows, kept.valid, self.length)
         if self._ranking is not None:
             slots = self.memory.slots.get(stage)
             return slots and slots.until(self.past + self.length)
@@ -288,7 +286,7 @@ class Run:
         remember(cache, self.memory)
         let_crop_follow(cache)
 
-    def _given_back(self, hidden: Tensor, kept: Kept) -> Tensor:
+    def _given_back(self, hidden: Tensor, kept: Selection) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""
         if self.shift_labels is None or self._labels is None:
             return scatter_rows(hidden, kept.rows, kept.valid, self.length)
@@ -310,3 +308,54 @@ class Run:
         weights = scatter_rows(weights, kept.rows, kept.valid, self.length, dim=2)
         weights = weights[..., : slots.columns.shape[1]]  # a static cache is wider than what it holds
         return scatter_rows(weights, slots.columns, slots.valid, self.past + self.length, dim=3)
+
+
+_BETWEEN = ("deepstack_visual_embeds", "visual_pos_masks")  # a list: entry i is added behind layer i
+_BEFORE = ("deepstack_features", "vision_mask")  # a dict: entry i is added before layer i
+
+
+class DeepStack:
+    """The features that come in after tokens were dropped; the model's own loop adds those before.
+
+    Args:
+        features: layer -> (M, D), what is added to what the layer receives.
+        visual: (B, L) bool, the M rows of the full sequence to which it is added.
+    """
+
+    def __init__(self, features: Mapping[int, Tensor], visual: Tensor) -> None:
+        self.features, self.visual = features, visual
+
+    @classmethod
+    def taken(cls, kwargs: dict[str, Any], first: int) -> tuple[DeepStack | None, dict[str, Any]]:
+        """Take over what the text model would add behind layer `first`, before which tokens are dropped first.
+
+        Returns:
+            it, or None where there is nothing, and the `kwargs` for the model's own loop.
+        """
+        name, mask = next((pair for pair in (_BETWEEN, _BEFORE) if kwargs.get(pair[0]) is not None), _BETWEEN)
+        given = kwargs.get(name)
+        if given is None:
+            return None, kwargs
+        if name == "deepstack_features":
+            own = {layer: features for layer, features in given.items() if layer <= first}
+            taken = {layer: features for layer, features in given.items() if layer > first}
+        else:
+            own = given[:first]
+            taken = {index + 1: features for index, features in enumerate(given) if index >= first}
+        if not taken:
+            return None, kwargs
+        visual = kwargs[mask]
+        return cls(taken, visual.squeeze(-1) if visual.dim() == 3 else visual), {**kwargs, name: own}
+
+    def add(self, index: int, hidden: Tensor, kept: Selection | None) -> Tensor:
+        """`hidden` (B, N, D), the rows in `kept` that layer `index` receives, with what is added there."""
+        features = self.features.get(index)
+        if features is None:
+            return hidden
+        visual = self.visual.to(hidden.device)
+        # Numbered through the batch, so that dropped rows' features are left out without a look at who was dropped.
+        number = (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape)
+        if kept is not None:
+            number, visual = take_rows(number, kept.rows), take_rows(visual, kept.rows)
+        rows = features.to(hidden)[number.flatten()].view(*number.shape, -1)
+        return torch.where(visual[..., None], hidden + rows, hidden)

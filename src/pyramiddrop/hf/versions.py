@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Transformers.
+"""Differences between the supported versions of Transformers.
 
 5.24 renames the KV cache: the argument `past_key_values` of models and layers, and the output of that name, become
 `cache`. Until 5.40 models take the old name too. Before 5.18 a cache can be cropped to a length, and before 5.15

@@ -1,4 +1,4 @@
-"""Load a checkpoint: its configuration, its processor and its weights, on a suitable device."""
+"""Load a checkpoint: configuration, processor, weights on a suitable device, and the method saved beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import is_torchvision_available
 
 from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.inference.choice import saved_method
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.methods import Method, apply
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cuda", "mps", "cpu")
@@ -150,3 +152,29 @@ def pick_dtype(device: torch.device, name: str | None) -> torch.dtype | str:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
+
+
+SAVED = "saved"
+
+
+def load(source: str | Path, method: Method | str | None = SAVED, **options: Any) -> Any:
+    """Load a model, and apply the method that was saved beside it.
+
+    >>> model = pyramiddrop.load("runs/my-llava")          # as it was trained; as it is where nothing was saved
+    >>> model = pyramiddrop.load("runs/my-llava", None)    # without dropping
+
+    Args:
+        source: a folder or a name on the hub, of a whole model or of a LoRA adapter.
+        method: another one, or None for none.
+        options: of `AutoModelForImageTextToText.from_pretrained`.
+
+    Raises:
+        ValueError: for a `pyramiddrop.json` that cannot be read, or a method that does not fit the model.
+    """
+    if isinstance(method, str) and method != SAVED:
+        raise ValueError(f"method must be a Method, {SAVED!r} or None; got {method!r}")
+    chosen = saved_method(source) if isinstance(method, str) else method
+    model = AutoModelForImageTextToText.from_pretrained(source, **options)
+    if chosen is not None:
+        apply(model, chosen)
+    return model

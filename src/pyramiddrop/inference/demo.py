@@ -12,8 +12,8 @@ from PIL import Image
 
 from pyramiddrop import Method, PyramidDrop
 from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint
+from pyramiddrop.inference.answer import Comparison, Outcome, compare
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.comparison import Comparison, Outcome, compare
 from pyramiddrop.inference.midsize import PrefillRatio, midsize_prefill
 from pyramiddrop.inference.prompt import build_inputs, open_picture
 from pyramiddrop.inference.timing import cpu_threads

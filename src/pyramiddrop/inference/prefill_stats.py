@@ -11,7 +11,7 @@ import torch
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Choice, DecoderShape, Prompt, kv_bytes, prefill_flops
-from pyramiddrop.hf.anatomy import Anatomy, anatomy
+from pyramiddrop.hf.model_info import ModelInfo, anatomy
 from pyramiddrop.trace import Trace
 
 
@@ -97,7 +97,7 @@ def batch_prompts(model: Any, inputs: Mapping[str, Any]) -> list[Prompt]:
     ]
 
 
-def _counted(parts: Anatomy, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
+def _counted(parts: ModelInfo, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
     """Of each sample of a batch, without padding: visual tokens, all others, and those of them behind the pictures."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids) if mask is None else mask

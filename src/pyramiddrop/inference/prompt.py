@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,3 +177,9 @@ def _left_padding(tokenizer: Any) -> Iterator[None]:
         yield
     finally:
         tokenizer.padding_side, tokenizer.pad_token = before
+
+
+def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` on the model's device, the pixels in its dtype."""
+    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}

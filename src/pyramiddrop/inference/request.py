@@ -11,11 +11,10 @@ from PIL import Image
 
 from pyramiddrop import Method
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.hf.anatomy import UnsupportedModelError, anatomy
-from pyramiddrop.inference.answer import ask
+from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
+from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
-from pyramiddrop.inference.comparison import Comparison, compare, usage_dict
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, Prompt, account
-from pyramiddrop.hf.shapes import model_shape, visual_tokens_of
+from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, read_served_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input

@@ -93,7 +93,7 @@ def _method(options: MethodOptions, sizes: Sizes) -> Method | None:
 def _column(method: Method, sizes: Sizes) -> Column:
     shape = sizes.shape.decoder
     with user_input():
-        attends = method.scorer().attends
+        attends = method.scorer().needs_attention
         schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
         shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt)
     cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)

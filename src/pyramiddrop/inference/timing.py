@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from pyramiddrop import Method
-from pyramiddrop.inference.answer import on_model
+from pyramiddrop.inference.prompt import on_model
 
 Way = TypeVar("Way")
 

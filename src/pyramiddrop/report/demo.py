@@ -13,9 +13,9 @@ from pyramiddrop.report.pictures.lifetimes import Span, token_status
 from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, visualize
 from pyramiddrop.report.tables import runs
-from pyramiddrop.report.template import template
 from pyramiddrop.report.token_layout.geometry import Cell, View
 from pyramiddrop.report.token_layout.views import PlacedView
+from pyramiddrop.report.units import template
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Format FLOPs, bytes, seconds and shares to three digits; NaN is written as "not known"."""
+"""Format quantities to three digits, and load the HTML templates that use them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from pyramiddrop.report import units
 
 UNKNOWN = "not known"
 
@@ -49,3 +53,12 @@ def _scaled(value: float, base: int, names: Sequence[str]) -> str:
 def _three(value: float) -> str:
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{digits}f}"
+
+
+def template(name: str) -> Template:
+    """The template `name`.html.j2, with the units of this project as filters."""
+    environment = Environment(
+        loader=PackageLoader("pyramiddrop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"flops": units.flops, "size": units.size, "seconds": units.seconds, "share": units.share}
+    return environment.get_template(f"{name}.html.j2")

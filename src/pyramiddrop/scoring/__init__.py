@@ -8,10 +8,9 @@ from pyramiddrop.scoring.attention import (
     TopHeadsScorer,
     attention_received,
 )
-from pyramiddrop.scoring.combined import RandomFrom, Reserved
 from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer, VisionScorer
-from pyramiddrop.scoring.controls import RandomScorer, UniformScorer
-from pyramiddrop.scoring.evidence import Attention, Evidence, Scorer
+from pyramiddrop.scoring.evidence import Attention, Scorer, ScorerInputs
+from pyramiddrop.scoring.wrappers import GridReserveScorer, RandomAfterScorer, RandomScorer, UniformScorer
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {
@@ -34,14 +33,14 @@ __all__ = [
     "AttentionScorer",
     "DebiasedScorer",
     "DiversityScorer",
-    "Evidence",
+    "GridReserveScorer",
     "InstructionScorer",
     "KeyNormScorer",
-    "RandomFrom",
+    "RandomAfterScorer",
     "RandomScorer",
-    "Reserved",
     "RopeFreeScorer",
     "Scorer",
+    "ScorerInputs",
     "TopHeadsScorer",
     "UniformScorer",
     "VariationScorer",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.cost import Choice, DecoderShape, ranking_flops
-from pyramiddrop.scoring.evidence import Evidence, Scorer
+from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
 
 
 class _Attending(Scorer):
     """Scores that read the ranking layer's attention."""
 
-    attends: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
         return ranking_flops(shape, choice.rows, choice.queries)
@@ -27,7 +27,7 @@ class AttentionScorer(_Attending):
 
     source: ClassVar[str] = "arXiv 2410.17247, 2403.06764"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         return evidence.attention().mean(1)
 
 
@@ -37,7 +37,7 @@ class InstructionScorer(_Attending):
 
     source: ClassVar[str] = "after SparseVLM, arXiv 2410.04417"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         return evidence.attention(instruction=True).mean(1)
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
@@ -50,7 +50,7 @@ class RopeFreeScorer(_Attending):
 
     source: ClassVar[str] = "FEATHER, arXiv 2412.13180"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         return evidence.attention(rotated=False).mean(1)
 
 
@@ -67,7 +67,7 @@ class DebiasedScorer(_Attending):
     sink: float = 20.0
     source: ClassVar[str] = "arXiv 2508.17807; sinks: 2503.03321"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         logarithm = evidence.attention().mean(1).clamp(min=torch.finfo(torch.float32).tiny).log()
         scores = logarithm - _line(evidence, evidence.ordinal.float(), logarithm)
         hidden = evidence.hidden.float()
@@ -90,14 +90,14 @@ class TopHeadsScorer(_Attending):
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1]; got {self.share!r}")
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         heads = evidence.attention()
         looking = heads.masked_fill(~evidence.visual[:, None], 0).sum(-1)
         top = looking.topk(max(1, int(heads.shape[1] * self.share)), dim=1).indices
         return heads.gather(1, top[..., None].expand(-1, -1, heads.shape[2])).mean(1)
 
 
-def _line(evidence: Evidence, x: Tensor, y: Tensor) -> Tensor:
+def _line(evidence: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
     """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean of fewer than four points.
 
     What a line leaves of two points is nothing, and of three, one number times what their places say: ties, and

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyramiddrop.cost import Choice, DecoderShape, projecting_flops
-from pyramiddrop.scoring.evidence import Evidence, Scorer
+from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
 
 
 @dataclass(frozen=True)
 class KeyNormScorer(Scorer):
     """Tokens whose keys are short stay, mean over the heads: short keys are seen to receive much attention."""
 
-    attends: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2406.11430"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(evidence.keys().float(), dim=-1)
         return -length.mean(1)
 
@@ -32,11 +32,11 @@ class KeyNormScorer(Scorer):
 class VariationScorer(Scorer):
     """Tokens stay whose hidden states the layer before the ranking layer changed most (Euclidean distance)."""
 
-    compares: ClassVar[bool] = True
+    needs_previous_hidden: ClassVar[bool] = True
     source: ClassVar[str] = "V2Drop, arXiv 2509.01552"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        assert evidence.previous is not None, "a scorer that compares is given what came before"
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        assert evidence.previous is not None, "the scorer needs the previous hidden states"
         changed: Tensor = torch.linalg.vector_norm(evidence.hidden.float() - evidence.previous.float(), dim=-1)
         return changed
 
@@ -51,7 +51,7 @@ class DiversityScorer(Scorer):
 
     source: ClassVar[str] = "max-min diversity (DivPrune, arXiv 2503.02175); own implementation"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         visual, groups, quota = evidence.visual, evidence.groups, evidence.quota
         unit = normalize(evidence.hidden.float(), dim=-1)
         distance = 1 - unit @ unit.transpose(1, 2)
@@ -75,7 +75,7 @@ class DiversityScorer(Scorer):
         return 2 * choice.rows * choice.rows * shape.hidden
 
 
-def _group_means(evidence: Evidence, unit: Tensor) -> Tensor:
+def _group_means(evidence: ScorerInputs, unit: Tensor) -> Tensor:
     """(B, N, D): for each row the direction of its group's mean of `unit` (B, N, D)."""
     groups = evidence.groups[..., None].expand_as(unit)
     sums = unit.new_zeros(*evidence.quota.shape, unit.shape[-1])
@@ -91,9 +91,9 @@ class VisionScorer(Scorer):
     given, mean over heads.
     """
 
-    watches: ClassVar[bool] = True
+    needs_vision_attention: ClassVar[bool] = True
     source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        assert evidence.vision is not None, "a scorer that watches is asked before the decoder"
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        assert evidence.vision is not None, "the score is known before the decoder alone"
         return evidence.vision

@@ -30,7 +30,7 @@ class Attention(Protocol):
 
 
 @dataclass
-class Evidence:
+class ScorerInputs:
     """What a scorer may look at when a stage ends. B samples, N rows still in the sequence, G groups of visual tokens.
 
     A group is what shares a quota: all visual tokens of a sample, or one image where each image has its own.
@@ -44,9 +44,10 @@ class Evidence:
         hidden: (B, N, D), the hidden states that the ranking layer receives.
         attention: computes what the ranking layer attends to.
         keys: computes (B, Hkv, N, d), the ranking layer's keys.
-        previous: (B, N, D), what the layer before the ranking layer received; given where the scorer `compares`.
+        previous: (B, N, D), what the layer before the ranking layer received; given if the scorer
+            `needs_previous_hidden`.
         vision: (B, N), the attention that each visual token's patch receives in the vision tower; given before the
-            decoder, where the scorer `watches`.
+            decoder, where the scorer `needs_vision_attention`.
     """
 
     layer: int
@@ -74,19 +75,19 @@ class Scorer(ABC):
     """Gives each row a score; among the visual tokens of a group, the highest scores stay.
 
     Attributes:
-        attends: whether it asks for the ranking layer's attention or keys, so that this layer must have them.
-        compares: whether it reads `Evidence.previous`.
-        watches: whether it reads `Evidence.vision`, which is known before the decoder alone.
+        needs_attention: whether it asks for the ranking layer's attention or keys, so that this layer must have them.
+        needs_previous_hidden: whether it reads `ScorerInputs.previous`.
+        needs_vision_attention: whether it reads `ScorerInputs.vision`, which is known before the decoder alone.
         source: where the rule was published.
     """
 
-    attends: ClassVar[bool] = False
-    compares: ClassVar[bool] = False
-    watches: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
+    needs_previous_hidden: ClassVar[bool] = False
+    needs_vision_attention: ClassVar[bool] = False
     source: ClassVar[str] = ""
 
     @abstractmethod
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
         """(B, N) float32; what rows other than visual ones get is ignored. Ties are broken by the lower column."""
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:

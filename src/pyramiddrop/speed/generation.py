@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
@@ -168,7 +168,7 @@ def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch
 class _PrefillWatch:
     """Marks the time inside a method's hooks, by hooks that stand before and after them, and inside the text model."""
 
-    def __init__(self, parts: Anatomy, clock: Clock) -> None:
+    def __init__(self, parts: ModelInfo, clock: Clock) -> None:
         self.text, self.clock = parts.text, clock
         self.around, self.inside = parts.wrappers, (parts.text, *parts.layers)
         self.spans: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}  # inside the text model, or around it

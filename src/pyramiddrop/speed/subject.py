@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from pyramiddrop import Method
 from pyramiddrop.cost import PRESETS, DecoderShape, Prompt
-from pyramiddrop.hf.anatomy import Anatomy, anatomy
-from pyramiddrop.inference.answer import on_model
+from pyramiddrop.hf.model_info import ModelInfo, anatomy
 from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory
 
@@ -54,7 +54,7 @@ class Subject:
     masked: bool
 
     @property
-    def parts(self) -> Anatomy:
+    def parts(self) -> ModelInfo:
         return anatomy(self.model)
 
     @property

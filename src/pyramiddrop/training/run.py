@@ -23,10 +23,16 @@ from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.methods import Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
-from pyramiddrop.training.every_rank import BlankImage, blank_pixels
 from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
-from pyramiddrop.training.trainer import ConversationTrainer, MethodCallback, SFTConfig, holds_whole_model
+from pyramiddrop.training.trainer import (
+    BlankImage,
+    ConversationTrainer,
+    MethodCallback,
+    SFTConfig,
+    blank_pixels,
+    holds_whole_model,
+)
 
 BROKEN_LIST = "broken.txt"
 

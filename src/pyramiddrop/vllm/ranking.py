@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
-from pyramiddrop.scoring import Evidence
+from pyramiddrop.scoring import ScorerInputs
 from pyramiddrop.scoring.attention import attention_by_head
 from pyramiddrop.selection import compact, select
 from pyramiddrop.vllm.prompts import VisualPrompt
@@ -46,7 +46,7 @@ class Survivors:
             positions: (N,) or (3, N).
         """
         return self._rules.scorer(
-            Evidence(
+            ScorerInputs(
                 layer=self._rules.schedule.layers[stage - 1],
                 visual=self._visual,
                 ordinal=self._ordinal,

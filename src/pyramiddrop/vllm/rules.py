@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyramiddrop.methods import FILE_NAME, FrontMethod, Method, PyramidDrop, RandomDrop
+from pyramiddrop.methods import FILE_NAME, Method, PreLLMMethod, PyramidDrop, RandomDrop
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
     DebiasedScorer,
     DiversityScorer,
-    RandomFrom,
+    GridReserveScorer,
+    RandomAfterScorer,
     RandomScorer,
-    Reserved,
     Scorer,
     TopHeadsScorer,
     UniformScorer,
@@ -100,7 +100,7 @@ def _check(method: Method) -> None:
             f"positions={method.positions!r} cannot be served: vLLM counts the positions of decoding itself; "
             'use positions="original"'
         )
-    if isinstance(method, FrontMethod):
+    if isinstance(method, PreLLMMethod):
         raise ValueError(f"{type(method).__name__} cannot be served: it drops before the decoder")
     if method.merge:
         raise ValueError("merge=True cannot be served: vLLM's later stages hold copies of rows; leave merge=False")
@@ -112,7 +112,7 @@ def _check(method: Method) -> None:
 
 
 def _check_scorer(scorer: Scorer) -> None:
-    while isinstance(scorer, Reserved | RandomFrom):
+    while isinstance(scorer, GridReserveScorer | RandomAfterScorer):
         scorer = scorer.inner
     if not isinstance(scorer, SERVED):
         names = ", ".join(name for name, kind in SCORERS.items() if kind in SERVED)

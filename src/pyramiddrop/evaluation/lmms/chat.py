@@ -19,10 +19,10 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.video_utils import load_video
 
-from pyramiddrop.inference.answer import on_model, pad_token
+from pyramiddrop.inference.answer import pad_token
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.prompt import build_batch
+from pyramiddrop.inference.prompt import build_batch, on_model
 
 #: Of `generate`, and what a task may ask of it; the defaults are those of lmms-eval's LLaVA class.
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 1024, "temperature": 0.0, "top_p": None, "num_beams": 1}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
+from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.hf import anatomy
-from pyramiddrop.hf.prefix import Prefix
-from pyramiddrop.inference.answer import answer_greedily, on_model
+from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
-from pyramiddrop.inference.prompt import build_inputs
+from pyramiddrop.inference.prompt import build_inputs, on_model
 
 #: The part of the picture's attention whose tokens are counted by `attention_concentration`.
 CONCENTRATION = 0.9

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.limits import check_layers, drop_layers
+from pyramiddrop.hf.model_info import ModelInfo, check_layers, drop_layers
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.scoring import AttentionScorer
 
@@ -32,7 +31,7 @@ def single_drop(layer: int, keep: float) -> PyramidDrop:
     return PyramidDrop(layers=[layer], keep=[keep])
 
 
-def make_grid(parts: Anatomy, layers: Sequence[int] | None = None, keep: Sequence[float] | None = None) -> Grid:
+def make_grid(parts: ModelInfo, layers: Sequence[int] | None = None, keep: Sequence[float] | None = None) -> Grid:
     """The grid for one model: what the user gave, or else `usual_layers` and a half down to a sixty-fourth.
 
     Raises:

@@ -26,13 +26,13 @@ from pyramiddrop.evaluation.studies.attention import (
 )
 from pyramiddrop.evaluation.studies.grid import DEFAULT_KEEP, Grid, make_grid, single_drop
 from pyramiddrop.evaluation.studies.inputs import StudyModel
+from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import anatomy
-from pyramiddrop.hf.prefix import Prefix
-from pyramiddrop.inference.answer import on_model
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.prefill_stats import batch_usage, known
+from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.speed.record import machine
 from pyramiddrop.trace import Trace
 

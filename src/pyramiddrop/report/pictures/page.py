@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyramiddrop.report.pictures.heatmap import COVER, ramp
 from pyramiddrop.report.pictures.lifetimes import token_status
 from pyramiddrop.report.pictures.overlay import SEAM, SHOWS_THROUGH, overlay_grey, picture_data
-from pyramiddrop.report.template import template
+from pyramiddrop.report.units import template
 
 if TYPE_CHECKING:
     from pyramiddrop.report.pictures.visual import Visual

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyramiddrop.report.studies.paper_figure import save
 from pyramiddrop.report.studies.study import Plot, Record, Shown
-from pyramiddrop.report.template import template
+from pyramiddrop.report.units import template
 
 PAGE = "index.html"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.inference.comparison import Comparison, Outcome
+from pyramiddrop.inference.answer import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
 from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 
-from pyramiddrop.report.token_layout.anyres import next_views, onevision_views
 from pyramiddrop.report.token_layout.crops import (
     calibrated_moments,
     calibrated_views,
     calibrated_whole_view,
     phi4_views,
 )
-from pyramiddrop.report.token_layout.dynamic import (
+from pyramiddrop.report.token_layout.geometry import View
+from pyramiddrop.report.token_layout.grids import (
     newline_grids,
+    next_views,
+    onevision_views,
     patch_grids,
     patch_grids_in_time,
     pixel_sizes,
     placed_patches,
     placed_patches_in_time,
 )
-from pyramiddrop.report.token_layout.geometry import View
 from pyramiddrop.report.token_layout.molmo import molmo_moments, molmo_views
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Prompt, Size
 

@@ -1,15 +1,83 @@
-"""Describe model families: the entries, and the families of the installed Transformers that have none."""
+"""Describe methods, scorers and model families: rules, arguments, sources, support and limits."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pyramiddrop.hf.families import FAMILIES, Family
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.method_spec import NAMES
+from pyramiddrop.methods import Method
+from pyramiddrop.scoring import SCORERS, GridReserveScorer, RandomAfterScorer, Scorer
+
+METHOD, SCORER, OPTION = "method", "scorer", "option"
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One thing that can be chosen.
+
+    Attributes:
+        kind: METHOD, SCORER or OPTION.
+        name: as a command line has it.
+        rule: in one sentence.
+        source: where it was published; empty for controls of this library's own.
+        arguments: names of its own arguments.
+    """
+
+    kind: str
+    name: str
+    rule: str
+    source: str
+    arguments: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "arguments": list(self.arguments)}
+
+
+def all_entries() -> list[MethodEntry]:
+    """Methods, then scorers, then options."""
+    return [*map(_method, NAMES), *map(_scorer, SCORERS), *OPTIONS]
+
+
+def _method(name: str) -> MethodEntry:
+    kind, shared = NAMES[name], _arguments(Method)
+    own = tuple(argument for argument in _arguments(kind) if argument not in shared)
+    return MethodEntry(METHOD, name, _rule(kind), kind.source, own)
+
+
+def _scorer(name: str) -> MethodEntry:
+    kind = SCORERS[name]
+    return MethodEntry(SCORER, f"score={name}", _rule(kind), kind.source, tuple(_arguments(kind)))
+
+
+def _rule(kind: type[Method] | type[Scorer]) -> str:
+    """The first paragraph of its docstring on one line."""
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+
+
+def _arguments(kind: type) -> list[str]:
+    return [entry.name for entry in fields(kind) if entry.init]
+
+
+#: What goes with any scorer.
+OPTIONS = (
+    MethodEntry(OPTION, "reserve=SHARE", _rule(GridReserveScorer), GridReserveScorer.source),
+    MethodEntry(OPTION, "random_from=LAYER", _rule(RandomAfterScorer), RandomAfterScorer.source),
+    MethodEntry(
+        OPTION,
+        "merge=true",
+        "What goes is averaged into the kept visual token of its group whose hidden state is nearest by cosine.",
+        "after ToMe, arXiv 2210.09461",
+    ),
+)
+
 
 PROVEN, REFUSED, BY_STRUCTURE = "proven", "refused", "by structure"
 TESTED = {
@@ -26,7 +94,7 @@ SAYS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class FamilyEntry:
     """One family.
 
     Attributes:
@@ -64,16 +132,16 @@ class Entry:
         }
 
 
-def all_families() -> list[Entry]:
+def all_families() -> list[FamilyEntry]:
     """Those with an entry by name: proven, then refused; then what else Transformers makes text of images with."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
-    known = [Entry(name, FAMILIES[name]) for name in sorted(FAMILIES)]
-    other = [Entry(name, Family(), known=False) for name in sorted(set(NAMES) - set(FAMILIES))]
+    known = [FamilyEntry(name, FAMILIES[name]) for name in sorted(FAMILIES)]
+    other = [FamilyEntry(name, Family(), known=False) for name in sorted(set(NAMES) - set(FAMILIES))]
     return sorted(known, key=lambda entry: entry.status == REFUSED) + other
 
 
-def find_family(model: str) -> Entry:
+def find_family(model: str) -> FamilyEntry:
     """The family of a model type, or of the checkpoint in a folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The queries and keys of a decoder layer, taken from the layer itself on its way to the attention kernel.
+"""Queries and keys of a decoder layer, taken from the layer itself just before its attention kernel.
 
 The layer's own forward runs on a shadow copy of it, whose attention implementation stops everything as soon as it is
 called. So the answer is exact whatever the family does before: norms of queries and keys, rotary embeddings of any
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from types import FunctionType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from pyramiddrop.hf.rows import take_hidden, take_rows
@@ -27,7 +29,7 @@ _QUERIES, _VALUES = ("q_proj", "q_b_proj"), ("v_proj",)  # projections that the 
 
 
 @dataclass(frozen=True)
-class Projection:
+class QueryKey:
     """What the attention kernel of a layer is given.
 
     Attributes:
@@ -77,14 +79,14 @@ AttentionInterface.register(_STOP, _stop)
 PerToken = Callable[[Tensor | None], dict[str, Any]]
 
 
-class Projector:
+class QueryKeyExtractor:
     """Projects for one model; remembers of which layers the keys may be had alone."""
 
     def __init__(self) -> None:
         self._splits: dict[int, bool] = {}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def project(self, index: int, layer: nn.Module, hidden: Tensor, asking: Tensor, arguments: PerToken) -> Projection:
+    def project(self, index: int, layer: nn.Module, hidden: Tensor, asking: Tensor, arguments: PerToken) -> QueryKey:
         """Queries of the rows `asking` (B, Q) and keys of all rows of `hidden` (B, N, D), in layer `index`.
 
         Args:
@@ -99,9 +101,9 @@ class Projector:
             if index not in self._splits:  # once, for the answer makes the host wait for the device
                 self._splits[index] = _agree(keyed.keys, asked.keys, asking)
             if self._splits[index]:
-                return Projection(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
+                return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
         whole = _run(shadow_copy(layer), hidden, arguments(None))
-        return Projection(_columns(whole.queries, asking), whole.keys, whole.scale, whole.softcap, whole.sinks)
+        return QueryKey(_columns(whole.queries, asking), whole.keys, whole.scale, whole.softcap, whole.sinks)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -200,3 +202,56 @@ def _through_hook(shadow: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> An
         hook.post_forward(shadow, ())  # lets go of the weights
         raise
     return hook.post_forward(shadow, output)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shared_copy(model: Model) -> Model:
+    """A deep copy of `model` on the same tensors, with its own modules, hooks and configuration.
+
+    accelerate's hooks, PEFT's adapters, tied and quantised weights come along; `model.compile()` does not.
+
+    Raises:
+        ValueError: if a module's `forward` was replaced by a function that would run the original.
+    """
+    originals = {id(module) for module in model.modules()}
+    with _SharedTensors():
+        copied: Model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in copied.modules():
+        _forget_wrappers(module, originals)
+    return copied
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Let deep copies share tensors; parameters do not ask, and are shared by the copy's memo."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
+def _forget_wrappers(module: nn.Module, originals: Collection[int]) -> None:
+    """Take off functions that stand in for methods of this one object, which a deep copy leaves with the original:
+    accelerate puts such around `to` and `cuda`, to warn."""
+    replaced = {name: value for name, value in module.__dict__.items() if isinstance(value, FunctionType)}
+    for name, function in replaced.items():
+        if not hasattr(type(module), name) or not _runs(function, originals):
+            continue
+        if name == "forward":
+            raise ValueError(
+                f"cannot copy this model: the forward of its {type(module).__name__} was replaced by a function, which "
+                "would run the original model (torch.compile(model.forward)?). Make views first, then wrap or compile"
+            )
+        del module.__dict__[name]
+
+
+def _runs(function: FunctionType, modules: Collection[int]) -> bool:
+    """Whether a function holds one of `modules` (by id), a method of one, or another function that does."""
+    seen, waiting = set[FunctionType](), [function]
+    while waiting:
+        seen.add(function := waiting.pop())
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        if any(id(getattr(value, "__self__", value)) in modules for value in held):
+            return True
+        waiting += [value for value in held if isinstance(value, FunctionType) and value not in seen]
+    return False

@@ -1,4 +1,4 @@
-"""A prefill recorded once, and its first layers replayed: they do not depend on what is dropped after them."""
+"""Record a prefill once and replay its first layers, which do not depend on later drops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pyramiddrop.hf.anatomy import Anatomy
+from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.versions import cache_of
 
 _FEATURES = "get_image_features"
@@ -36,7 +36,7 @@ class Prefix:
         layers: 0-based layers before which prefills will drop; each one's input is held in memory.
     """
 
-    def __init__(self, parts: Anatomy, layers: Collection[int]) -> None:
+    def __init__(self, parts: ModelInfo, layers: Collection[int]) -> None:
         self._layers = parts.layers
         self._ends = {layer - 1 for layer in layers}
         self._sees = next((module for module in reversed(parts.wrappers) if hasattr(type(module), _FEATURES)), None)
@@ -45,7 +45,7 @@ class Prefix:
         self._features: list[Any] = []
 
     @staticmethod
-    def can_share(parts: Anatomy) -> bool:
+    def can_share(parts: ModelInfo) -> bool:
         """Whether a layer's input and cache are all that the layers before leave: not where layers share keys."""
         return parts.sources == tuple(range(len(parts.layers)))
 

@@ -1,23 +1,124 @@
-"""What a KV cache must remember of a pruned prefill: for each stage, the original column of every slot."""
+"""State of a pruned KV cache: the original column of every slot, for each stage, on the cache object itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache as memoized
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from pyramiddrop.hf.cache_layer import RowMemory, memory_of
 from pyramiddrop.hf.versions import cache_of
+
+_MEMORY = "pyramiddrop_memory"
+
+
+class RowMemory:
+    """What is remembered of a batch of prompts in a KV cache, one row a sample.
+
+    Attributes:
+        called: whether a model with a method on it has opened a forward with this cache that has added no keys yet.
+    """
+
+    called = False
+
+    def select(self, pick: Callable[[Tensor], Tensor]) -> RowMemory:
+        """The same of the rows that `pick` takes of each (B, ...) tensor."""
+        raise NotImplementedError
+
+
+@memoized
+def _carrying(base: type) -> Any:
+    """The class of a cache layer that carries a memory, made of the class that the layer has."""
+
+    class CarryingLayer(base):  # type: ignore[misc]
+        _layer_type = None  # Transformers registers subclasses that have one
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                _check_called(getattr(self, _MEMORY))
+            return super().update(*args, **kwargs)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._follow(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+        def batch_select_indices(self, indices: Any) -> None:
+            super().batch_select_indices(indices)
+            self._follow(lambda rows: rows[indices.to(rows.device) if isinstance(indices, Tensor) else indices])
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._follow(lambda rows: rows.repeat_interleave(repeats, 0))
+
+        def _follow(self, pick: Callable[[Tensor], Tensor]) -> None:
+            setattr(self, _MEMORY, getattr(self, _MEMORY).select(pick))
+
+        def reset(self) -> None:
+            super().reset()
+            _release(self)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _blank, (base,), self.__dict__
+
+    CarryingLayer.__name__ = base.__name__
+    return CarryingLayer
+
+
+def _check_called(memory: RowMemory) -> None:
+    """Raise ValueError where keys come from a model that has no method on it; a compiled one is not seen."""
+    if not memory.called:
+        raise ValueError(
+            "this KV cache holds a prompt of which a pyramiddrop method dropped tokens, but the model that is called "
+            "with it has no method on it. Call it inside the `with` block (or after `apply`), on the model or view "
+            "that has the method, or start again without this cache"
+        )
+    memory.called = False
+
+
+def _blank(base: type) -> Any:
+    """An empty layer that is to carry a memory, for copies and pickles to fill."""
+    return object.__new__(_carrying(base))
+
+
+def _release(layer: Any) -> None:
+    if hasattr(layer, _MEMORY):
+        delattr(layer, _MEMORY)
+        layer.__class__ = type(layer).__base__
+
+
+def _first(cache: Any) -> Any:
+    """The first layer of a cache that counts tokens, or None."""
+    return next((layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")), None)
+
+
+def memory_of(cache: Any) -> Any:
+    """What is remembered of a cache, or None."""
+    return getattr(_first(cache), _MEMORY, None)
+
+
+def remember(cache: Any, memory: RowMemory) -> None:
+    """Put a memory on a cache that has been filled."""
+    layer = _first(cache)
+    if not hasattr(layer, _MEMORY):
+        base: type = type(layer)
+        layer.__class__ = _carrying(base)
+    setattr(layer, _MEMORY, memory)
+
+
+def forget(cache: Any) -> None:
+    """Take its memory off a cache, where it has one."""
+    _release(_first(cache))
+
 
 _BLOCK = 128  # columns that are tabled ahead of decoding, so that not every step builds the tables anew
 
 
 @dataclass(frozen=True)
-class Slots:
+class CacheIndex:
     """The slots of one stage's KV cache that pruned prefills have written.
 
     Later slots need no entry: slot `columns.shape[1] + j` holds column `length + j`.
@@ -37,11 +138,11 @@ class Slots:
         """(B, n) bool, which slots are no filler."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
 
-    def select(self, pick: Callable[[Tensor], Tensor]) -> Slots:
+    def select(self, pick: Callable[[Tensor], Tensor]) -> CacheIndex:
         """The slots of the rows that `pick` takes of a (B, n) tensor."""
-        return Slots(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
+        return CacheIndex(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
 
-    def until(self, length: int) -> Slots:
+    def until(self, length: int) -> CacheIndex:
         """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
 
         Raises:
@@ -54,9 +155,9 @@ class Slots:
         valid = None
         if self.valid is not None:
             valid = torch.cat([self.valid, self.valid.new_ones(batch, later.shape[1])], 1)
-        return Slots(torch.cat([self.columns, later], 1), valid, length)
+        return CacheIndex(torch.cat([self.columns, later], 1), valid, length)
 
-    def _cropped(self, count: int) -> Slots:
+    def _cropped(self, count: int) -> CacheIndex:
         """Without the last `count` columns, which only text may hold: a crop takes that many slots from every layer."""
         columns, valid = self.columns[:, :-count], self.valid
         tail = torch.arange(self.length - count, self.length, device=columns.device)
@@ -65,22 +166,22 @@ class Slots:
                 f"the KV cache was cropped by {count} tokens, into visual tokens of which some were dropped; crop only "
                 "what follows the last image"
             )
-        return Slots(columns, None if valid is None else valid[:, :-count], self.length - count)
+        return CacheIndex(columns, None if valid is None else valid[:, :-count], self.length - count)
 
-    def first(self, length: int) -> Slots:
+    def first(self, length: int) -> CacheIndex:
         """Of slots that were grown ahead, those up to column `length`."""
         count = self.columns.shape[1] - (self.length - length)
-        return Slots(self.columns[:, :count], None if self.valid is None else self.valid[:, :count], length)
+        return CacheIndex(self.columns[:, :count], None if self.valid is None else self.valid[:, :count], length)
 
-    def widened(self, width: int) -> Slots:
+    def widened(self, width: int) -> CacheIndex:
         """These slots for all `width` of a static cache: one shape for prompts of any length, so that compiled decoding
         does not recompile. Which of the later slots are filled already, the model's own mask tells."""
         grown = self.until(width)
         missing = width - grown.columns.shape[1]
         columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
-        return Slots(columns, valid, width)
+        return CacheIndex(columns, valid, width)
 
-    def handed_out(self, cache: Any, index: int, added: int) -> Slots:
+    def window(self, cache: Any, index: int, added: int) -> CacheIndex:
         """Those of these slots, the last `added` of this call, that layer `index` of a cache hands out: with a sliding
         window it holds no more slots than that, be they neighbours or far apart."""
         layer = _cache_layer(cache, index)
@@ -88,22 +189,22 @@ class Slots:
         if layer is None or not layer.is_sliding or before < layer.sliding_window:
             return self
         first = before - (layer.sliding_window - 1)
-        return Slots(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
+        return CacheIndex(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
 
-    def among(self, columns: Tensor, valid: Tensor | None) -> Slots:
+    def among(self, columns: Tensor, valid: Tensor | None) -> CacheIndex:
         """The same slots, of which only those are no filler that hold one of the `columns` (B, n) that are `valid`."""
         shown = torch.zeros(len(columns), self.length + 1, dtype=torch.bool, device=columns.device)
         alive = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
         shown = shown.scatter(1, columns.masked_fill(~alive, self.length), True)
         shown[:, -1] = False
-        return Slots(self.columns, self.alive & shown.gather(1, self.columns), self.length)
+        return CacheIndex(self.columns, self.alive & shown.gather(1, self.columns), self.length)
 
-    def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> Slots:
+    def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> CacheIndex:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
-        before, added = self.until(past), Slots(rows + past, valid, past + length)
+        before, added = self.until(past), CacheIndex(rows + past, valid, past + length)
         filled = before.valid is None and added.valid is None
         both = None if filled else torch.cat([before.alive, added.alive], 1)
-        return Slots(torch.cat([before.columns, added.columns], 1), both, added.length)
+        return CacheIndex(torch.cat([before.columns, added.columns], 1), both, added.length)
 
 
 def cache_made(output: Any) -> Any:
@@ -130,7 +231,7 @@ def past_length(cache: Any) -> int:
 
 
 def static_width(cache: Any, index: int) -> int | None:
-    """Slots of layer `index` where the cache is a static one, else None."""
+    """CacheIndex of layer `index` where the cache is a static one, else None."""
     layer = _cache_layer(cache, index)
     return getattr(layer, "max_cache_len", None) if layer is not None and layer.is_compileable else None
 
@@ -140,7 +241,7 @@ def _cache_layer(cache: Any, index: int) -> Any:
 
 
 @dataclass
-class CacheMemory(RowMemory):
+class CacheState(RowMemory):
     """Lives in the cache, so that it is copied, passed on and forgotten with it, and follows its rows.
 
     Attributes:
@@ -153,30 +254,30 @@ class CacheMemory(RowMemory):
 
     layers: tuple[int, ...]
     positions: str
-    slots: dict[int, Slots] = field(default_factory=dict)
-    wide: dict[int, Slots] = field(default_factory=dict)
+    slots: dict[int, CacheIndex] = field(default_factory=dict)
+    wide: dict[int, CacheIndex] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
-    _ahead: dict[int, Slots] = field(default_factory=dict)
+    _ahead: dict[int, CacheIndex] = field(default_factory=dict)
 
     @staticmethod
-    def of(cache: Any) -> CacheMemory | None:
+    def of(cache: Any) -> CacheState | None:
         """The memory of a cache, or None where nothing was ever dropped from it.
 
         Raises:
             ValueError: where its tokens were dropped before the decoder.
         """
         memory = memory_of(cache)
-        if memory is None or isinstance(memory, CacheMemory):
+        if memory is None or isinstance(memory, CacheState):
             return memory
         raise ValueError(
             "this KV cache was pruned before the decoder, and cannot be continued by a method that drops inside it; go "
             "on with the method that filled it, or start without this cache"
         )
 
-    def select(self, pick: Callable[[Tensor], Tensor]) -> CacheMemory:
+    def select(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
         """The memory of the rows that `pick` takes of a (B, ...) tensor."""
 
-        def rows(tables: Mapping[int, Slots]) -> dict[int, Slots]:
+        def rows(tables: Mapping[int, CacheIndex]) -> dict[int, CacheIndex]:
             return {stage: slots.select(pick) for stage, slots in tables.items()}
 
         shift = {stage: pick(shift) for stage, shift in self.shift.items()}
@@ -197,14 +298,14 @@ class CacheMemory(RowMemory):
                 "(batch_select_indices, batch_repeat_interleave, reorder_cache)"
             )
 
-    def hold(self, stage: int, slots: Slots, width: int | None) -> None:
+    def hold(self, stage: int, slots: CacheIndex, width: int | None) -> None:
         """Remember what a pruned prefill left in the cache of a stage; `width` is a static cache's."""
         self.slots[stage] = slots
         self._ahead.pop(stage, None)
         if width is not None:
             self.wide[stage] = slots.widened(width)
 
-    def covering(self, stage: int, length: int) -> Slots | None:
+    def covering(self, stage: int, length: int) -> CacheIndex | None:
         """The slots of a stage's cache up to column `length`, or None where nothing was dropped there."""
         slots, ahead = self.slots.get(stage), self._ahead.get(stage)
         if slots is None:
@@ -225,7 +326,7 @@ class CacheMemory(RowMemory):
         return 0 if slots is None else slots.length - slots.columns.shape[1]
 
 
-def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: CacheMemory | None) -> None:
+def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: CacheState | None) -> None:
     """Raise ValueError where a layer of a dynamic cache does not hold what dropping has left of so many `columns`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the layers after a drop are called with: masks, positions and whatever is kept per token follow the rows."""
+"""Inputs of the layers after a drop: masks, positions and per-token arguments follow the rows that are left."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.anatomy import Anatomy
-from pyramiddrop.hf.masks import Sight, follow_mask, follow_recurrent_mask
-from pyramiddrop.hf.memory import Slots, static_width
+from pyramiddrop.hf.cache_state import CacheIndex, static_width
+from pyramiddrop.hf.masks import MaskSpec, follow_mask, follow_recurrent_mask
+from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.rows import Kept, take_embeddings, take_positions, take_rows
+from pyramiddrop.hf.rows import Selection, take_embeddings, take_positions, take_rows
 from pyramiddrop.hf.versions import cache_of
 
 Kwargs = dict[str, Any]
@@ -21,7 +21,7 @@ Kwargs = dict[str, Any]
 _POSITIONS = ("position_ids", "position_embeddings")
 
 
-class Following:
+class LayerInputs:
     """The followers of one forward. Each is worked out once a stage and serves all of its layers.
 
     Args:
@@ -37,7 +37,7 @@ class Following:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        anatomy: ModelInfo,
         positions: str,
         past: int,
         length: int,
@@ -52,7 +52,14 @@ class Following:
         self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
     def changes(
-        self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, hidden: Tensor, kwargs: Kwargs
+        self,
+        stage: int,
+        index: int,
+        kept: Selection | None,
+        slots: CacheIndex,
+        added: int,
+        hidden: Tensor,
+        kwargs: Kwargs,
     ) -> Kwargs:
         """What layer `index`, with `stage` drops behind it, is called with otherwise than by the text model.
 
@@ -67,11 +74,11 @@ class Following:
         own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
         if kept is not None or self.compact:
             bounds = {} if kept is None else self._bounds(stage, kwargs)
-            return {"attention_mask": own} | self._followed(stage, kept, hidden, kwargs) | bounds
+            return {"attention_mask": own} | self._per_token(stage, kept, hidden, kwargs) | bounds
         return {} if own is mask else {"attention_mask": own}  # {}: a step to which the missing slots are all one
 
     def _mask(
-        self, stage: int, index: int, kept: Kept | None, slots: Slots, added: int, count: int, kwargs: Kwargs
+        self, stage: int, index: int, kept: Selection | None, slots: CacheIndex, added: int, count: int, kwargs: Kwargs
     ) -> Tensor | None:
         mask, span, source = kwargs.get("attention_mask"), self.anatomy.spans[index], self.anatomy.sources[index]
         if span.kind == "recurrent":
@@ -82,22 +89,22 @@ class Following:
         cache = cache_of(kwargs)
         width = static_width(cache, source)
         if span.windowed:
-            slots = slots.handed_out(cache, source, added)
+            slots = slots.window(cache, source, added)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
         own: Tensor | None = self._once(
             key, mask, lambda: follow_mask(mask, kept, slots, count, self._sight(index, width))
         )
         return own
 
-    def _sight(self, index: int, width: int | None) -> Sight:
+    def _sight(self, index: int, width: int | None) -> MaskSpec:
         span, attention = self.anatomy.spans[index], self.anatomy.attention
-        return Sight(span, attention, self.past, self.length, width, self.trusts(index), self.padding)
+        return MaskSpec(span, attention, self.past, self.length, width, self.trusts(index), self.padding)
 
     def trusts(self, index: int) -> bool:
         """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
         return not self.past or self.anatomy.first_of_kind[self.anatomy.spans[index]] < self.first
 
-    def _followed(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+    def _per_token(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """`tokens`, of which layers of the same stage share what they share in `kwargs`."""
         source = first_table(kwargs.get("position_embeddings"))
         positions: Kwargs = self._once(
@@ -110,7 +117,7 @@ class Following:
             for name in per_token(kwargs, self.length)
         }
 
-    def tokens(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+    def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` where asked for."""
         rows = {
             name: kwargs[name] if kept is None else take_rows(kwargs[name], kept.rows)
@@ -118,7 +125,7 @@ class Following:
         }
         return self._positions(stage, kept, hidden, kwargs) | rows
 
-    def _positions(self, stage: int, kept: Kept | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+    def _positions(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """`position_ids` and `position_embeddings`, as far as the layer takes them."""
         ids = kwargs.get("position_ids")
         if self.compact and (kept is not None or stage in self.shift):
@@ -147,7 +154,7 @@ class Following:
             "max_length_k": bounds.longest,
         }
 
-    def renumbered(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
+    def renumbered(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
         """(B, N) consecutive positions in each document; a further turn goes on where the one before ended."""
         valid = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
         consecutive = (valid.cumsum(1) - 1).clamp(min=0)
@@ -162,7 +169,7 @@ class Following:
         first = take_positions(position_ids, start)
         return first - self.shift.get(stage, torch.zeros_like(first)) + consecutive
 
-    def new_shift(self, stage: int, kept: Kept, position_ids: Tensor) -> Tensor:
+    def new_shift(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
         """(B, 1) by how much tokens after this call must be numbered lower on the cache of `stage`."""
         return take_positions(position_ids, kept.rows[:, -1:]) - self.renumbered(stage, kept, position_ids)[:, -1:]
 
@@ -177,7 +184,7 @@ class Following:
 
 
 def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
-    """Rows (B, n) of what `Following.tokens` gave."""
+    """Rows (B, n) of what `LayerInputs.tokens` gave."""
     take = {"position_ids": take_positions, "position_embeddings": _taken}
     return {name: value if value is None else take.get(name, take_rows)(value, rows) for name, value in tokens.items()}
 

@@ -1,4 +1,4 @@
-"""Dropping before the decoder: the text model gets a shorter prompt, and its caller the rows that it expects.
+"""Drop visual tokens before the decoder, by attention in the vision encoder or by a smaller picture.
 
 For the controls that papers are compared with. It stands on the same hooks as staged dropping, but there is nothing to
 follow inside: masks and positions are cut once, and the KV cache of every layer is equally short.
@@ -6,30 +6,33 @@ follow inside: masks and positions are cut once, and the KV cache of every layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.utils.hooks import RemovableHandle
 
-from pyramiddrop.hf.anatomy import Anatomy, UnsupportedModelError
 from pyramiddrop.hf.attachment import Attachment
-from pyramiddrop.hf.cache_layer import RowMemory, forget, memory_of, remember
-from pyramiddrop.hf.choosing import choose, present
+from pyramiddrop.hf.cache_state import RowMemory, cache_made, check_lengths, forget, memory_of, past_length, remember
 from pyramiddrop.hf.compatibility import check_signatures, number_run
-from pyramiddrop.hf.following import Kwargs, per_token
 from pyramiddrop.hf.generation import Generation
-from pyramiddrop.hf.limits import check_grouping
-from pyramiddrop.hf.memory import cache_made, check_lengths, past_length
-from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.request import GivenMasks, call_shape
-from pyramiddrop.hf.rows import Kept, give_back, scatter_rows, take_next_labels, take_rows
+from pyramiddrop.hf.layer_inputs import Kwargs, per_token
+from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError, check_grouping
+from pyramiddrop.hf.plan import GivenMasks, Plan, call_shape
+from pyramiddrop.hf.query_key import QueryKeyExtractor
+from pyramiddrop.hf.ranking import choose, present
+from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.run import Rules
-from pyramiddrop.hf.tower import Shrunk, Tower, Watch, small_side
 from pyramiddrop.hf.versions import let_crop_follow
-from pyramiddrop.schedule import FrontSchedule
-from pyramiddrop.scoring import Evidence
+from pyramiddrop.schedule import PreLLMSchedule
+from pyramiddrop.scoring import ScorerInputs
+from pyramiddrop.scoring.attention import attention_by_head
 from pyramiddrop.trace import Ranked, Trace
 
 
@@ -38,7 +41,7 @@ class _Memory(RowMemory):
     """What a cache holds of a prompt of `length` columns: the rows that were `kept`, with their `positions`."""
 
     length: int
-    kept: Kept
+    kept: Selection
     positions: str
 
     @staticmethod
@@ -71,10 +74,10 @@ class _Memory(RowMemory):
         """The memory of the rows that `pick` takes of a (B, ...) tensor."""
         kept = self.kept
         valid = None if kept.valid is None else pick(kept.valid)
-        return replace(self, kept=Kept(pick(kept.rows), pick(kept.local), valid))
+        return replace(self, kept=Selection(pick(kept.rows), pick(kept.local), valid))
 
 
-class FrontAttachment(Attachment):
+class PreLLMAttachment(Attachment):
     """A method that drops before the decoder, on a model.
 
     Args:
@@ -85,19 +88,19 @@ class FrontAttachment(Attachment):
         UnsupportedModelError: where the model cannot work so.
     """
 
-    def __init__(self, parts: Anatomy, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
+    def __init__(self, parts: ModelInfo, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
         windowed = [index for index, span in enumerate(parts.spans) if span.kind != "full"]
         if windowed:
             raise UnsupportedModelError(
                 f"{type(parts.text).__name__} cannot drop before its first layer: layer {windowed[0]} does not see "
                 "everything, and would count what is left"
             )
-        self.watch = Watch(Tower(parts)) if rules.scorer.watches else None
-        self.shrunk: Shrunk | None = None
+        self.watch = ClsAttentionRecorder(Tower(parts)) if rules.scorer.needs_vision_attention else None
+        self.shrunk: DownsampledEncoder | None = None
         if shrinks:
             tower = Tower(parts)
-            self.shrunk = Shrunk(tower, small_side(tower.side, rules.schedule.keep[0]))
-            rules = replace(rules, schedule=FrontSchedule.keeping(self.shrunk.share))
+            self.shrunk = DownsampledEncoder(tower, small_side(tower.side, rules.schedule.keep[0]))
+            rules = replace(rules, schedule=PreLLMSchedule.keeping(self.shrunk.share))
         super().__init__(parts, rules, given)
 
     def _check(self) -> None:
@@ -152,7 +155,7 @@ class _Prompt:
 
     def __init__(
         self,
-        attachment: FrontAttachment,
+        attachment: PreLLMAttachment,
         plan: Plan,
         cache: Any,
         labels: Tensor | None,
@@ -161,7 +164,7 @@ class _Prompt:
     ) -> None:
         self.generation = generation  # of which this is the prompt or a step, if any
         self.attachment, self.plan, self.cache, self.trace = attachment, plan, cache, trace
-        self._kept: Kept | None = None
+        self._kept: Selection | None = None
         self.unreached: int | None = number_run()
         self._labels = labels
         self.shift_labels: Tensor | None = None
@@ -194,7 +197,7 @@ class _Prompt:
         return {**kwargs, **others, "attention_mask": left.long(), "position_ids": ids}
 
     @torch.no_grad()
-    def _choose(self, hidden: Tensor) -> Kept:
+    def _choose(self, hidden: Tensor) -> Selection:
         """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
         kept = choose(self.plan, 1, None, scores)
@@ -211,7 +214,7 @@ class _Prompt:
         if shrunk is not None:
             return self._by_patch(shrunk.firsts().float().to(hidden.device)[None])
         return self.attachment.rules.scorer(
-            Evidence(
+            ScorerInputs(
                 layer=0,
                 visual=plan.visual,
                 ordinal=plan.ordinal,
@@ -224,7 +227,7 @@ class _Prompt:
             )
         )
 
-    def _vision(self, watch: Watch) -> Tensor | None:
+    def _vision(self, watch: ClsAttentionRecorder) -> Tensor | None:
         """What the vision tower told of this prompt's pictures; of a generation's at its start, for the tower may have
         looked at others since."""
         if self.generation is None:
@@ -309,7 +312,7 @@ class _Step:
         return output
 
 
-def _alive(kept: Kept) -> Tensor:
+def _alive(kept: Selection) -> Tensor:
     """(B, n) False at filler."""
     return torch.ones_like(kept.rows, dtype=torch.bool) if kept.valid is None else kept.valid
 
@@ -318,3 +321,134 @@ def _nobody_asks(**options: bool) -> Tensor:
     raise UnsupportedModelError(
         "before the decoder there is no layer that could rank: score must be one that needs no attention of it"
     )
+
+
+#: Families whose visual tokens are the patches of a tower of one fixed size, one for one.
+FAMILIES = ("llava", "vipllava")
+
+
+class Tower:
+    """The tower of one model.
+
+    Attributes:
+        module: the tower.
+        side: patches on a side of the square that it sees.
+        class_token: whether a token stands before the patches.
+
+    Raises:
+        UnsupportedModelError: where visual tokens are not its patches, one for one.
+    """
+
+    def __init__(self, parts: ModelInfo) -> None:
+        config = parts.config
+        named = parts.wrappers[0].named_modules()
+        module = next((part for name, part in named if name.endswith("vision_tower")), None)
+        if config.model_type not in FAMILIES or module is None or config.vision_feature_select_strategy != "default":
+            raise UnsupportedModelError(
+                f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "
+                f"{', '.join(FAMILIES)} with vision_feature_select_strategy='default' alone"
+            )
+        self.module: nn.Module = module
+        vision = config.vision_config
+        self.side = int(vision.image_size // vision.patch_size)
+        self.class_token = vision.model_type == "clip_vision_model"
+        stacks = [getattr(part, "layers", None) for part in module.modules()]
+        self.layers = next(stack for stack in stacks if isinstance(stack, nn.ModuleList))
+        feature = config.vision_feature_layer
+        feature = feature[-1] if isinstance(feature, list | tuple) else feature
+        # Hidden state number k is what layer k - 1 gives.
+        self.layer = int(feature) % (len(self.layers) + 1) - 1
+
+
+class ClsAttentionRecorder:
+    """Keeps what the patches of a call's pictures received in the tower, in the layer whose output is taken.
+
+    It is kept with the thread (or task) that calls, for others may call the same model at the same time.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        self._tower, self._projector = tower, QueryKeyExtractor()
+
+    @property
+    def received(self) -> Tensor | None:
+        """(pictures, patches) of the last pictures that this thread has shown to the tower, or None."""
+        return _received.get().get(ref(self))
+
+    def attach(self) -> list[RemovableHandle]:
+        layer = self._tower.layers[self._tower.layer]
+        return [layer.register_forward_pre_hook(self._look, with_kwargs=True)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        first = int(self._tower.class_token)
+        count = 1 if first else hidden.shape[1]
+        asking = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
+        seen = self._projector.project(0, layer, hidden, asking, lambda rows: {"attention_mask": None})
+        visible = seen.keys.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
+        weights = seen.keys.new_ones(len(hidden), count)
+        received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)[:, first:]
+        others = {watch: table for watch, table in _received.get().items() if watch() is not None}
+        _received.set({**others, ref(self): received})
+
+
+# By watch, for a patched assistant model may look at the same pictures before the main model goes on.
+_received: ContextVar[Mapping[ref[ClsAttentionRecorder], Tensor]] = ContextVar("pyramiddrop_received", default={})  # noqa: B039
+
+
+class DownsampledEncoder:
+    """Lets the tower see each picture smaller: `side` patches on a side; each of its patches stands for as many of the
+    full grid as it covers, so that the model finds as many visual tokens as it expects.
+
+    Attributes:
+        side: patches on a side of the small picture.
+    """
+
+    def __init__(self, tower: Tower, side: int) -> None:
+        self._tower, self.side = tower, side
+
+    def attach(self) -> list[RemovableHandle]:
+        module = self._tower.module
+        return [
+            module.register_forward_pre_hook(self._shrink, with_kwargs=True),
+            module.register_forward_hook(self._spread),
+        ]
+
+    @property
+    def share(self) -> float:
+        """Of the full grid's patches; a little more, so that products with whole numbers of them have that floor."""
+        return (self.side**2 + 1e-3) / self._tower.side**2
+
+    def firsts(self) -> Tensor:
+        """(side of the full grid squared,) bool: the first patch of the full grid in each patch of the small one."""
+        number = torch.arange(self._tower.side) * self.side // self._tower.side
+        first = torch.cat([torch.ones(1, dtype=torch.bool), number[1:] != number[:-1]])
+        return (first[:, None] & first).flatten()
+
+    def _shrink(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pixels = args[0] if args else kwargs["pixel_values"]
+        size = pixels.shape[-1] * self.side // self._tower.side
+        small = interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+        others = {name: value for name, value in kwargs.items() if name != "pixel_values"}
+        return (small.to(pixels.dtype),), {**others, "interpolate_pos_encoding": True}
+
+    def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        output.last_hidden_state = self._spread_one(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(
+                None if state is None else self._spread_one(state) for state in output.hidden_states
+            )
+        return output
+
+    def _spread_one(self, state: Tensor) -> Tensor:
+        """(n, rows, D) of the small grid as that of the full one, a class token before it as it is."""
+        side, first = self._tower.side, int(self._tower.class_token)
+        number = torch.arange(side, device=state.device) * self.side // side
+        rows = (number[:, None] * self.side + number).flatten() + first
+        return torch.cat([state[:, :first], state[:, rows]], 1)
+
+
+def small_side(side: int, keep: float) -> int:
+    """The side of the largest square grid that has no more than the share `keep` of `side` squared patches."""
+    return max(1, math.isqrt(math.floor(side * side * keep)))

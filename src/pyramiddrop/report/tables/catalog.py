@@ -1,4 +1,4 @@
-"""Show model families: a table on the terminal, one family in full, and the page docs/families.md."""
+"""Show model families, methods and scorers: tables on the terminal, and the page docs/families.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.inference.families import BY_STRUCTURE, PROVEN, REFUSED, SAYS, TESTED, Entry
+from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, SAYS, TESTED, FamilyEntry, MethodEntry
 from pyramiddrop.report.tables.style import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
@@ -26,7 +26,7 @@ follow the same code.
 """
 
 
-def families_table(entries: Sequence[Entry]) -> Table:
+def families_table(entries: Sequence[FamilyEntry]) -> Table:
     """One row a family. How it was tested goes with its status, and is left out: terminals are narrow."""
     table = new_table(*HEAD[:-1])
     for column in (0, 2):
@@ -37,7 +37,7 @@ def families_table(entries: Sequence[Entry]) -> Table:
     return table
 
 
-def family_in_full(entry: Entry) -> Table:
+def family_in_full(entry: FamilyEntry) -> Table:
     """All that is known of one family: a line for each thing."""
     table = new_table("", entry.model_type)
     table.add_row("text model", _text(entry))
@@ -50,13 +50,13 @@ def family_in_full(entry: Entry) -> Table:
     return table
 
 
-def families_summary(entries: Sequence[Entry]) -> str:
+def families_summary(entries: Sequence[FamilyEntry]) -> str:
     """How many there are of each status."""
     counts = [(status, sum(entry.status == status for entry in entries)) for status in (PROVEN, REFUSED, BY_STRUCTURE)]
     return ", ".join(f"{count} {status}" for status, count in counts)
 
 
-def families_page(entries: Sequence[Entry]) -> str:
+def families_page(entries: Sequence[FamilyEntry]) -> str:
     """The page docs/families.md."""
     parts = [INTRODUCTION]
     for status in (PROVEN, REFUSED, BY_STRUCTURE):
@@ -66,18 +66,18 @@ def families_page(entries: Sequence[Entry]) -> str:
     return "\n".join([*parts, "\n".join(_legend(entries))])
 
 
-def _rows(entries: Sequence[Entry]) -> list[str]:
+def _rows(entries: Sequence[FamilyEntry]) -> list[str]:
     """The lines of a Markdown table; families are code, for some have underscores."""
     cells = [_cells(entry) for entry in entries]
     rows = [(f"`{family}`", _code(text), *others) for family, text, *others in cells]
     return [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
+def _names(entries: Sequence[FamilyEntry]) -> list[str]:
     return [", ".join(f"`{entry.model_type}`" for entry in entries) + "."]
 
 
-def _legend(entries: Sequence[Entry]) -> list[str]:
+def _legend(entries: Sequence[FamilyEntry]) -> list[str]:
     """What the short names of limits mean; a name may stand for several sentences, of which one holds for a family."""
     meanings: dict[str, dict[str, None]] = {}
     for limit in (limit for entry in entries for limit in entry.family.limits):
@@ -93,16 +93,16 @@ def _legend(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: FamilyEntry) -> tuple[str, ...]:
     limits = entry.family.refused or ", ".join(dict.fromkeys(limit.name for limit in entry.family.limits))
     return entry.model_type, _text(entry), _modalities(entry), entry.status, limits, TESTED[entry.status]
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: FamilyEntry) -> str:
     return ", ".join(entry.family.text)
 
 
-def _modalities(entry: Entry) -> str:
+def _modalities(entry: FamilyEntry) -> str:
     return ", ".join(entry.family.modalities) if entry.known else ""
 
 
@@ -112,3 +112,15 @@ def _code(names: str) -> str:
 
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
+
+
+def methods_table(entries: Sequence[MethodEntry]) -> Table:
+    """One row an entry, kinds apart."""
+    table = new_table("", "name", "rule", "arguments", "source")
+    for number, entry in enumerate(entries):
+        first = number == 0 or entries[number - 1].kind != entry.kind
+        if first and number:
+            table.add_section()
+        kind = f"{entry.kind}s" if first else ""
+        table.add_row(kind, entry.name, entry.rule, ", ".join(entry.arguments), entry.source)
+    return table

@@ -1,16 +1,24 @@
-"""Read the sizes for the cost model from a Transformers configuration; no weights are needed."""
+"""Read the sizes for the cost model from a Transformers configuration: heads, mixers, experts; no weights needed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, VisionShape
-from pyramiddrop.hf.experts import experts_of
+from pyramiddrop.cost import (
+    DecoderShape,
+    Experts,
+    Mixer,
+    ModelShape,
+    VisionShape,
+    delta_rule,
+    grouped_attention,
+    latent_attention,
+    short_convolution,
+)
 from pyramiddrop.hf.families import FAMILIES
-from pyramiddrop.hf.mixers import heads_of, mixers_of
 
-#: Text models whose layers are of kinds that are known (`hf.mixers`), with MLPs or mixtures of experts.
+#: Text models whose layers are of kinds that are known (below), with MLPs or mixtures of experts.
 TEXT_MODELS = (
     "aria_text",
     "chameleon",
@@ -226,3 +234,156 @@ def _qwen_shape(vision: Any) -> VisionShape:
         window=(vision.window_size // vision.patch_size) ** 2 if gated else 0,
         full_layers=len(vision.fullatt_block_indexes) if gated else 0,
     )
+
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+#: Heads differ from layer to layer: Gemma 4's key heads and their width, Step 3.7's query heads.
+UNEVEN = ("gemma4_text", "gemma4_unified_text", "step3p5")
+FUSED = ("persimmon", "phi4_multimodal")
+#: Attention's output has a gate for each of its numbers.
+GATED = ("muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text")
+
+
+def mixers_of(text: Any) -> tuple[Mixer, ...]:
+    """Of each decoder layer, by a text model's configuration."""
+    return tuple(_mixer(text, index, kind) for index, kind in enumerate(_layer_types(text)))
+
+
+def heads_of(text: Any, index: int = 0) -> tuple[int, int, int]:
+    """How many query heads the 0-based layer has, how many key and value heads, and the width of one head."""
+    own = text.per_layer_config[index] if text.model_type in UNEVEN else text
+    heads: int = own.num_attention_heads
+    width = getattr(own, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(own, "num_key_value_heads", None) or heads, width
+
+
+def _layer_types(text: Any) -> list[str]:
+    """As Transformers' caches read them, also where the configuration does not name the layers' types."""
+    types = getattr(text, "layer_types", None)
+    if types:
+        return list(types)
+    given = [kind for kind, size in _WINDOWS.items() if getattr(text, size, None)]
+    return [given[0] if given else "full_attention"] * text.num_hidden_layers
+
+
+def _mixer(text: Any, index: int, kind: str) -> Mixer:
+    if kind == "conv":
+        return short_convolution(text.hidden_size, text.conv_L_cache)
+    if kind == "linear_attention":
+        return delta_rule(
+            text.hidden_size,
+            text.linear_num_key_heads,
+            text.linear_num_value_heads,
+            text.linear_key_head_dim,
+            text.linear_value_head_dim,
+            text.linear_conv_kernel_dim,
+        )
+    if getattr(text, "kv_lora_rank", None):
+        return latent_attention(
+            text.hidden_size,
+            text.num_attention_heads,
+            text.q_lora_rank,
+            text.kv_lora_rank,
+            text.qk_rope_head_dim,
+            text.qk_nope_head_dim,
+            text.v_head_dim,
+        )
+    return _attention(text, index, kind)
+
+
+def _attention(text: Any, index: int, kind: str) -> Mixer:
+    window = getattr(text, _WINDOWS[kind], None) if kind in _WINDOWS else None
+    heads, kv_heads, width = heads_of(text, index)
+    return grouped_attention(
+        text.hidden_size,
+        heads,
+        kv_heads,
+        width,
+        window=window or 0,
+        gate=_gate(text, heads, width),
+        before=_before(text, heads),
+        keys_are_values=bool(getattr(text, "attention_k_eq_v", False)) and kind == "full_attention",
+        fused=text.model_type in FUSED,
+        source=_source(text, index, kind),
+    )
+
+
+def _gate(text: Any, heads: int, width: int) -> int:
+    """Numbers of a row's gate of attention's output; LFM3 has one for each head."""
+    if text.model_type in GATED:
+        return heads * width
+    return heads if getattr(text, "use_attention_gate", False) else 0
+
+
+def _before(text: Any, heads: int) -> int:
+    """Weights in front of the attention: Step 3.7 makes its heads' gates there; Gemma 3n predicts each of its streams
+    of all of them, and adds a detour of low rank around the attention."""
+    hidden: int = text.hidden_size
+    if text.model_type == "step3p5":
+        return hidden * heads
+    streams: int = getattr(text, "altup_num_inputs", 1)
+    if streams == 1:
+        return 0
+    return streams * (hidden + streams**2 + streams * hidden) + 2 * hidden * int(text.laurel_rank)
+
+
+def _source(text: Any, index: int, kind: str) -> int | None:
+    """The last of Gemma 3n's and Gemma 4's layers attend to the keys of the last layer of their kind that has some."""
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return None if index < own else max(layer for layer in range(own) if text.layer_types[layer] == kind)
+
+
+_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+_SHARED = ("n_shared_experts", "moe_num_shared_experts")
+#: Transformers sends every row through every expert here, and through most of them zeros.
+_ALL_RUN = ("llama4_text",)
+
+
+def experts_of(text: Any) -> Experts | None:
+    """The experts of a text model's configuration, or None where all MLPs are dense."""
+    count = _first(text, _COUNT)
+    if not count or not getattr(text, "enable_moe_block", True):
+        return None
+    width, visual = _expert_widths(text)
+    gated = getattr(text, "shared_expert_intermediate_size", 0)
+    return Experts(
+        count=count,
+        active=count if text.model_type in _ALL_RUN else _first(text, _ACTIVE),
+        intermediate=width,
+        shared=gated or _shared(text, width),
+        layers=_layers(text),
+        shared_gate=bool(gated),
+        visual=visual,
+    )
+
+
+def _expert_widths(text: Any) -> tuple[int, int | None]:
+    """The width of one expert, and of one of visual tokens where these have their own (ERNIE 4.5 VL)."""
+    width: Any = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return (width, None) if isinstance(width, int) else (width[0], width[1])
+
+
+def _shared(text: Any, width: int) -> int:
+    """The width of what stands beside the experts: shared ones, or in Gemma 4 the dense MLP."""
+    if getattr(text, "enable_moe_block", False) or text.model_type == "llama4_text":
+        return int(text.intermediate_size)
+    return getattr(text, "share_expert_dim", None) or width * _first(text, _SHARED)
+
+
+def _layers(text: Any) -> tuple[int, ...]:
+    """The layers that have experts."""
+    every = range(text.num_hidden_layers)
+    types, chosen = getattr(text, "mlp_layer_types", None), getattr(text, "moe_layers", None)
+    if types is not None:
+        return tuple(layer for layer in every if types[layer] == "sparse")
+    if chosen is not None:
+        return tuple(chosen)
+    first = getattr(text, "first_k_dense_replace", None) or 0
+    step, dense = getattr(text, "decoder_sparse_step", 1), set(getattr(text, "mlp_only_layers", None) or [])
+    return tuple(layer for layer in every if layer >= first and layer not in dense and (layer + 1) % step == 0)
+
+
+def _first(text: Any, names: tuple[str, ...]) -> int:
+    """The first of the attributes that there is and that is a number; 0 for none."""
+    return next((value for name in names if (value := getattr(text, name, None))), 0)

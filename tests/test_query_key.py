@@ -16,10 +16,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.hf import projections
-from pyramiddrop.hf.anatomy import anatomy
-from pyramiddrop.hf.following import take_tokens
-from pyramiddrop.hf.projections import NoAttentionError, Projection, Projector
+from pyramiddrop.hf import query_key
+from pyramiddrop.hf.layer_inputs import take_tokens
+from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.query_key import NoAttentionError, QueryKey, QueryKeyExtractor
 from tiny import Answer, make_batch, tiny_model
 
 Given = dict[int, dict[str, Any]]
@@ -77,12 +77,12 @@ class Case:
         return lambda rows: fixed | (tokens if rows is None else take_tokens(tokens, rows))
 
     @torch.no_grad()
-    def project(self, index: int, asking: Tensor, projector: Projector | None = None) -> Projection:
+    def project(self, index: int, asking: Tensor, projector: QueryKeyExtractor | None = None) -> QueryKey:
         hidden = self.calls[index][0]
-        projector = projector or Projector()
+        projector = projector or QueryKeyExtractor()
         return projector.project(index, self.layers[index], hidden, asking, self.arguments(index))
 
-    def check(self, index: int, projector: Projector | None = None) -> None:
+    def check(self, index: int, projector: QueryKeyExtractor | None = None) -> None:
         """The projection of a few rows of each sample is what the kernel was given."""
         given, count = self.given[index], self.calls[index][0].shape[1]
         asking = torch.tensor([[count - 1, 2], [0, count // 2]])[: len(self.calls[index][0])]
@@ -134,7 +134,7 @@ def test_families(name: str, layers: tuple[int, ...]) -> None:
     specs = [[3, "image", 7]] if "batch" in MEMBERS[name].cannot else [[3, "image", 7], [12]]
     case = Case(model, make_batch(MEMBERS[name], model, specs))
     for index in layers:
-        projector = Projector()
+        projector = QueryKeyExtractor()
         for _ in range(2):  # the second time it knows how the layer may be asked
             case.check(index, projector)
 
@@ -168,7 +168,7 @@ def test_lora() -> None:
 # --- What it costs --------------------------------------------------------------------------------------------------
 
 
-def rows_seen(case: Case, index: int, projector: Projector) -> dict[str, list[int]]:
+def rows_seen(case: Case, index: int, projector: QueryKeyExtractor) -> dict[str, list[int]]:
     """How many rows each linear module of the layer computes while two tokens ask."""
     seen: dict[str, list[int]] = {}
     handles = [
@@ -187,7 +187,7 @@ def rows_seen(case: Case, index: int, projector: Projector) -> dict[str, list[in
 def test_only_the_keys_are_computed_for_all_rows() -> None:
     case = llava_case()
     count = case.calls[3][0].shape[1]
-    assert rows_seen(case, 3, Projector()) == {"q_proj": [2], "k_proj": [2, count], "v_proj": [2]}
+    assert rows_seen(case, 3, QueryKeyExtractor()) == {"q_proj": [2], "k_proj": [2, count], "v_proj": [2]}
 
 
 def entangle(model: PreTrainedModel) -> None:
@@ -210,16 +210,16 @@ def entangle(model: PreTrainedModel) -> None:
 
 def test_whether_keys_may_be_had_alone_is_asked_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is a number that the host waits for: on a GPU everything queued has to be done first."""
-    asked, agree = [], projections._agree
-    monkeypatch.setattr(projections, "_agree", lambda *given: asked.append(given) or agree(*given))
-    case, projector = llava_case(), Projector()
+    asked, agree = [], query_key._agree
+    monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
+    case, projector = llava_case(), QueryKeyExtractor()
     for index in (3, 3, 2, 3):
         case.project(index, torch.tensor([[1, 2]] * 2), projector)
     assert len(asked) == 2
 
 
 def test_keys_that_need_the_queries_make_it_ask_the_whole_layer() -> None:
-    case, projector = llava_case(change=entangle), Projector()
+    case, projector = llava_case(change=entangle), QueryKeyExtractor()
     count = case.calls[3][0].shape[1]
     case.check(3, projector)
     case.check(3, projector)
@@ -262,7 +262,9 @@ def test_nothing_is_left_behind() -> None:
     with untouched(case.model):
         case.project(3, torch.tensor([[1], [2]]))
     with untouched(case.model), pytest.raises(TypeError):
-        Projector().project(3, case.layers[3], case.calls[3][0], torch.tensor([[1], [2]]), lambda rows: {"no": 1})
+        QueryKeyExtractor().project(
+            3, case.layers[3], case.calls[3][0], torch.tensor([[1], [2]]), lambda rows: {"no": 1}
+        )
     case.check(3)
 
 
@@ -343,7 +345,7 @@ def test_ranking_in_training_touches_no_live_module(monkeypatch: pytest.MonkeyPa
 
 
 def test_projecting_twice_gives_the_same_bits() -> None:
-    case, projector = llava_case(), Projector()
+    case, projector = llava_case(), QueryKeyExtractor()
     first, second = (case.project(3, torch.tensor([[5, 1], [2, 2]]), projector) for _ in range(2))
     assert torch.equal(first.queries, second.queries)
     assert torch.equal(first.keys, second.keys)
@@ -368,4 +370,4 @@ def test_a_layer_that_never_attends_is_named() -> None:
             return hidden_states
 
     with pytest.raises(NoAttentionError, match="Mixing does not reach Transformers' attention interface"):
-        Projector().project(0, Mixing(), torch.zeros(1, 4, 8), torch.tensor([[3]]), lambda rows: {})
+        QueryKeyExtractor().project(0, Mixing(), torch.zeros(1, 4, 8), torch.tensor([[3]]), lambda rows: {})

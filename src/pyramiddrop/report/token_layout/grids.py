@@ -1,0 +1,165 @@
+"""Views of families that cut a picture into a grid: LLaVA-NeXT's tiles, and grids of the picture's own aspect ratio."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
+
+from pyramiddrop.hf.images import unpadded
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.prompt import Moment, Prompt, Size
+
+#: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.
+_TOLERANCE = 1.1
+
+
+def next_views(prompt: Prompt, size: Size) -> list[View]:
+    """LLaVA-NeXT: the base view, then the tiles with one newline token a row."""
+    width, height = size
+    best = select_best_resolution((height, width), prompt.config.image_grid_pinpoints)
+    vision = prompt.config.vision_config
+    return tiled_views(width, height, tuple(best), vision.image_size, vision.patch_size)
+
+
+def onevision_views(prompt: Prompt, size: Size) -> list[View]:
+    """LLaVA-OneVision: as LLaVA-NeXT, but the tiles' grid is made smaller where it is large.
+
+    Of several pictures each is one view, padded to a square, with one newline token behind it.
+    """
+    side = prompt.config.vision_config.image_size // prompt.config.vision_config.patch_size
+    if any(count > 1 for count in prompt.inputs.get("batch_num_images", [1])):
+        return [_squared(size, side)]
+    base, tiles = next_views(prompt, size)
+    most = int(prompt.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(tiles.rows * tiles.columns / (most * side**2))
+    if ratio <= _TOLERANCE:
+        return [base, tiles]
+    rows, columns = int(tiles.rows // ratio), int(tiles.columns // ratio)
+    cells = reading_order(rows, columns, newline=True)
+    return [base, replace(tiles, rows=rows, columns=columns, cells=cells, seams=((), ()))]
+
+
+def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch: int) -> list[View]:
+    """LLaVA-NeXT: the order is the base features, then the high-resolution grid with one newline token a row.
+
+    The base view is the whole picture, squeezed into one square tile. For the other one the picture is fitted into
+    `best` (height, width, multiples of `tile`), centred and padded; the tokens of its tiles are put together again to
+    one grid, and the rows or columns that are nothing but padding are cut off.
+    """
+    side = tile // patch
+    base = View("base", side, side, Box(0, 0, width, height))
+    grid = (best[0] // tile * side, best[1] // tile * side)
+    top, left, rows, columns = unpadded(*grid, height, width)
+    fitted_height, fitted_width = _fitted(height, width, best)
+    pad_y, pad_x = (best[0] - fitted_height) // 2, (best[1] - fitted_width) // 2
+    scale_y, scale_x = height / fitted_height, width / fitted_width
+    box = Box(
+        (left * patch - pad_x) * scale_x,
+        (top * patch - pad_y) * scale_y,
+        ((left + columns) * patch - pad_x) * scale_x,
+        ((top + rows) * patch - pad_y) * scale_y,
+    )
+    seams = _seams(top, rows, side), _seams(left, columns, side)
+    return [base, View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams)]
+
+
+def _squared(size: Size, side: int) -> View:
+    longer = max(size)
+    left, top = (-((longer - length) // 2) for length in size)
+    cells = (*reading_order(side, side), None)
+    return View("picture", side, side, Box(left, top, left + longer, top + longer), cells)
+
+
+def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
+    """The largest size (height, width) of the picture's own shape that fits into `best`."""
+    scale_y, scale_x = best[0] / height, best[1] / width
+    if scale_x < scale_y:
+        return min(math.ceil(height * scale_x), best[0]), best[1]
+    return best[0], min(math.ceil(width * scale_y), best[1])
+
+
+def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
+    """Where in `count` rows or columns, the first of which is number `start`, another crop of `side` begins."""
+    return tuple(place - start for place in range(side, start + count, side) if place > start)
+
+
+def patch_grids(prompt: Prompt) -> list[list[View]]:
+    """Qwen-VL and its kin: `image_grid_thw` tells the patches, a square of which is one token."""
+    merge = merge_size(prompt)
+    return [
+        [View("picture", rows // merge, columns // merge, whole(picture))]
+        for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True)
+    ]
+
+
+def newline_grids(prompt: Prompt) -> list[list[View]]:
+    """HunYuan-VL: `image_grid_thw`, too; a newline ends each row, one token stands before the grid and one behind."""
+    merge, found = merge_size(prompt), []
+    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True):
+        down, across = rows // merge, columns // merge
+        cells = (*reading_order(down, across, leading=1, newline=True), None)
+        found.append([View("picture", down, across, whole(picture), cells)])
+    return found
+
+
+def pixel_sizes(prompt: Prompt) -> list[list[View]]:
+    """Pixtral and its kin: `image_sizes` tells the pixels, (height, width); tokens that break the rows are text."""
+    side = prompt.config.vision_config.patch_size * getattr(prompt.config, "spatial_merge_size", 1)
+    return [
+        [View("picture", height // side, width // side, whole(picture))]
+        for picture, (height, width) in zip(prompt.pictures, prompt.of_pictures("image_sizes"), strict=True)
+    ]
+
+
+def patch_grids_in_time(prompt: Prompt) -> list[list[Moment]]:
+    """Qwen-VL and its kin: `video_grid_thw` tells the patches, each of which covers a few frames, one after another.
+
+    Raises:
+        ValueError: where the processor took other frames than those of the prompt.
+    """
+    depth, merge = prompt.processor.video_processor.temporal_patch_size, prompt.processor.video_processor.merge_size
+    found = []
+    for frames, (times, rows, columns) in zip(prompt.videos, prompt.of_videos("video_grid_thw"), strict=True):
+        if math.ceil(len(frames) / depth) != times:
+            raise ValueError(f"the processor made {times} times {depth} frames of a video of {len(frames)}")
+        view = View("", rows // merge, columns // merge, whole(frames[0]))
+        firsts = range(0, len(frames), depth)
+        found.append([Moment(first, min(first + depth, len(frames)) - 1, view) for first in firsts])
+    return found
+
+
+def placed_patches(prompt: Prompt) -> list[list[View]]:
+    """Gemma 4: `image_position_ids` tells the place of each patch, (column, row), and -1 for padding."""
+    return [
+        [_placed(prompt, picture, places)]
+        for picture, places in zip(prompt.pictures, prompt.of_pictures("image_position_ids"), strict=True)
+    ]
+
+
+def placed_patches_in_time(prompt: Prompt) -> list[list[Moment]]:
+    """The same of each frame: `video_position_ids`."""
+    places = iter(prompt.of_frames("video_position_ids"))
+    return [
+        [Moment(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
+        for frames in prompt.videos
+    ]
+
+
+def _placed(prompt: Prompt, picture: Image.Image, places: list[tuple[int, int]]) -> View:
+    pooled = prompt.config.model_type == "gemma4"  # the other ones' patches are merged before they are placed
+    side = prompt.config.vision_config.pooling_kernel_size if pooled else 1
+    columns, rows = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    return View("picture", rows // side, columns // side, whole(picture))
+
+
+def merge_size(prompt: Prompt) -> int:
+    """How many patches, down and across, are one token."""
+    return int(prompt.processor.image_processor.merge_size)
+
+
+def whole(picture: Image.Image) -> Box:
+    """All of a picture."""
+    return Box(0, 0, picture.width, picture.height)

@@ -1,0 +1,92 @@
+"""Controls, and scorers that wrap another: random and uniform selection, tokens reserved on a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramiddrop.cost import Choice, DecoderShape
+from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
+
+
+@dataclass(frozen=True)
+class _Around(Scorer):
+    """A scorer around another, `inner`."""
+
+    inner: Scorer
+
+    @property
+    def needs_attention(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_attention
+
+    @property
+    def needs_previous_hidden(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_previous_hidden
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return self.inner.flops(shape, choice)
+
+
+@dataclass(frozen=True)
+class GridReserveScorer(_Around):
+    """The share `share` of what stays is evenly spaced over the picture; the rest are the best of the others."""
+
+    share: float
+    source: ClassVar[str] = "FEATHER's uniform sampling, arXiv 2412.13180"
+
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        grid = UniformScorer()(replace(evidence, quota=(evidence.quota * self.share).long()))
+        # Below infinity, for that is what tokens have that must stay whatever their score.
+        return self.inner(evidence).masked_fill(grid.bool(), torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class RandomAfterScorer(_Around):
+    """Chance instead of the scorer at drops before the 0-based `layer` and later ones, where tokens say little."""
+
+    layer: int
+    source: ClassVar[str] = "arXiv 2512.07580"
+
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        return RandomScorer()(evidence) if evidence.layer >= self.layer else self.inner(evidence)
+
+    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+        return 0 if choice.layer >= self.layer else self.inner.flops(shape, choice)
+
+
+@dataclass(frozen=True)
+class RandomScorer(Scorer):
+    """Which tokens stay is drawn at random, one draw a token, so that the stages are nested.
+
+    The draw depends on `seed` and on the token's ordinal alone, so that a sample's result does not depend on its
+    batch. With `seed=None` each call draws anew.
+    """
+
+    seed: int | None = 0
+
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
+        return _hashed(evidence.ordinal + (seed + 1) * 0x9E3779B9)
+
+
+@dataclass(frozen=True)
+class UniformScorer(Scorer):
+    """The tokens that stay are evenly spaced among those that are still there, in each group."""
+
+    def __call__(self, evidence: ScorerInputs) -> Tensor:
+        present = evidence.per_group(evidence.visual.long())
+        before = present.cumsum(1) - present
+        rank = evidence.visual.long().cumsum(1) - 1 - evidence.per_token(before)
+        tokens, kept = evidence.per_token(present).clamp(min=1), evidence.per_token(evidence.quota)
+        # Of n tokens, c stay: those at which floor(rank * c / n) steps up. That is exactly c, as even as integers go.
+        return ((rank + 1) * kept // tokens > rank * kept // tokens).float()
+
+
+def _hashed(numbers: Tensor) -> Tensor:
+    """Float32 in [0, 1) for each long: the first steps of splitmix64. Unlike a generator's draws, each stands alone."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+    return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
