@@ -265,6 +265,14 @@ def test_keys_that_something_else_removed_are_noticed(model: PreTrainedModel) ->
                 step(model, cache, torch.tensor([[11]]), longer(inputs["attention_mask"]))
 
 
+def test_a_cache_that_was_rebuilt_from_its_keys_is_noticed(model: PreTrainedModel) -> None:
+    inputs = make_batch(model, SPECS[:1])
+    with METHODS["original"](model):
+        rebuilt = DynamicCache(list(cache_in(model(**inputs, use_cache=True))))
+        with pytest.raises(ValueError, match="rebuilt from a pruned cache's keys"):
+            step(model, rebuilt, torch.tensor([[11]]), longer(inputs["attention_mask"]))
+
+
 @pytest.mark.parametrize("layers", [[2], [0], range(8)])
 @pytest.mark.parametrize("name", ["original", "vision"])
 def test_keys_that_a_hook_removed_in_the_prompt_are_noticed(

@@ -285,9 +285,11 @@ class Attachment:
         memory = CacheState.of(cache)
         if memory is not None:
             memory.check(self.rules.schedule.layers, self.rules.positions, (call_shape(call) or (0, 0))[0])
-            check_lengths(cache, past, self._first_layers, memory)
-            memory.crop(past)
             memory.called = True
+        if past:
+            check_lengths(cache, past, self._first_layers, memory)
+        if memory is not None:
+            memory.crop(past)
         generation = self._generation()
         first = generation is None or generation.is_first
         plan = self._plan(call, past, generation, generation is not None and generation.continues(call))
@@ -297,7 +299,6 @@ class Attachment:
         self._check_length(past + (call_shape(call) or (0, 0))[1])
         tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
         if past and plan is not None and plan.drops:
-            check_lengths(cache, past, self._first_layers, memory)
             check_further_image(self.anatomy, self.rules.schedule.layers[0])
         dropping = plan.to(tokens.device) if plan is not None and plan.drops else None
         if dropping is not None:

@@ -344,7 +344,7 @@ def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: C
         held, expected = layer.get_seq_length(), columns - (memory.missing(stage) if memory else 0)
         if held != expected:
             raise ValueError(
-                f"layer {index} of this KV cache holds {held} tokens, where a pyramiddrop method left {expected}: "
-                "something else has removed keys from it, such as a press of kvpress. Use one of the two at a time; to "
-                "take back the last tokens, call the cache's own crop"
+                f"layer {index} of this KV cache holds {held} tokens, where {expected} are remembered: something else "
+                "has removed keys from it, such as a press of kvpress, or it was rebuilt from a pruned cache's keys. "
+                "Use one library at a time; copy a cache with copy.deepcopy, and crop it with its own crop"
             )
