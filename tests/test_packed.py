@@ -19,6 +19,7 @@ import reference
 from checks import HALVES, method_of
 from flash_cpu import flash_on_cpu
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
+from pyramiddrop.scoring import ScorerInputs, UniformScorer
 from tiny import Answer, Row, collate, make_rows, text_model, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -251,3 +252,54 @@ def test_gaps_that_we_leave_are_never_taken_for_packed_rows(spec: list[Any], pos
             with flash_on_cpu(text_model(model())):
                 got = model()(**inputs).logits
         torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["sdpa", "flash by bounds"])
+def test_compact_positions_start_again_with_each_document(way: str) -> None:
+    """Logits would not tell: rotation sees differences alone."""
+    seen: list[Tensor] = []
+
+    def note(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"][0])
+
+    with running(way), METHODS["compact"](model()) as trace:
+        handle = text_model(model()).layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            model()(**inputs_of(way, True), use_cache=False)
+        finally:
+            handle.remove()
+    kept, first = trace.stages[-1].kept[0], 0
+    expected: list[int] = []
+    for row in documents():
+        visual = sum(token == model().config.image_token_id for token in row.ids)
+        left = int(((kept >= first) & (kept < first + len(row.ids))).sum())
+        expected += range(len(row.ids) - visual + left)
+        first += len(row.ids)
+    assert seen[0].tolist() == expected
+
+
+@torch.no_grad()
+def test_a_document_does_not_ask_for_the_first_word_of_the_next() -> None:
+    """Which a collator of one's own may supervise; a document alone never predicts its first token."""
+    rows = make_rows(model(), [[5, "image", 7], [Answer(4), "image", 3, Answer(2)]])
+    inputs = packed(rows, labels=True)
+    first = len(rows[0].ids)
+    inputs["labels"][0, first] = inputs["input_ids"][0, first]
+    with METHODS["pyramid"](model()) as trace:
+        model()(**inputs, use_cache=False)
+    kept = trace.stages[-1].kept[0]
+    assert [int((kept < first).sum()), int((kept >= first).sum())] == [16, 2]
+
+
+@torch.no_grad()
+def test_a_scorer_is_shown_documents_as_the_rows_of_a_batch() -> None:
+    class Watching(UniformScorer):
+        def __call__(self, evidence: ScorerInputs) -> Tensor:
+            seen.append((evidence.visual.sum(1).tolist(), evidence.quota.sum(1).tolist(), evidence.keys().shape[0]))
+            return super().__call__(evidence)
+
+    seen: list[tuple[list[int], list[int], int]] = []
+    with PyramidDrop(layers=[2, 4], keep=[0.5, 0.25], score=Watching())(model()):
+        model()(**packed(documents(), labels=True), use_cache=False)
+    assert seen == [([16, 32, 0, 16, 32], [8, 16, 0, 8, 16], 5), ([8, 16, 0, 8, 16], [4, 8, 0, 4, 8], 5)]
