@@ -1,4 +1,4 @@
-"""Files that come with the library: a small trained LLaVA, pictures to ask it about, and the true answers."""
+"""Files that come with the library: two small trained LLaVAs, pictures to ask one about, and the true answers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["demo_images", "demo_questions", "digits_checkpoint", "handwritten_digits"]
+__all__ = ["demo_images", "demo_questions", "digits_checkpoint", "handwritten_digits", "reader_checkpoint"]
 
 _HERE = Path(__file__).parent
 
 
+def reader_checkpoint() -> Path:
+    """The folder of the bundled model of 576 visual tokens, in Hugging Face's format; its card is its ``README.md``."""
+    return _HERE / "reader"
+
+
 def digits_checkpoint() -> Path:
-    """The folder of the bundled model, in Hugging Face's format; its card is the ``README.md`` in it."""
+    """The folder of the small model of 64 visual tokens that the digits benchmark and the tests use, with its card."""
     return _HERE / "digits"
 
 
