@@ -30,7 +30,7 @@ def record_of(*arguments: str) -> dict[str, Any]:
 def test_the_bundled_model_is_measured_without_any_option() -> None:
     result = run("--repeats", "1", "--new-tokens", "2")
     assert result.exit_code == 0, result.stderr
-    for word in ("bundled", "vision tower included", "64 visual", "vanilla", "PyramidDrop", "FastV", "CPU seconds"):
+    for word in ("bundled", "vision tower included", "576 visual", "vanilla", "PyramidDrop", "FastV", "CPU seconds"):
         assert word in result.stdout
     for row in ("first token", "decoder, ratio", "predicted: FLOPs", "dropping", "a step", "tokens/s", "peak", "KV"):
         assert row in result.stdout

@@ -324,3 +324,14 @@ def test_version_and_help() -> None:
         assert "generate" in shown.stdout
         assert "demo" in shown.stdout
     assert_one_line(runner.invoke(app, ["odd"]), "odd")
+
+
+def test_the_bundled_model_says_what_it_cannot_know(picture: Path) -> None:
+    result = run("--image", picture, "--prompt", "Describe this.", "--max-new-tokens", "2")
+    assert result.exit_code == 0
+    assert "warning: not in the bundled model's vocabulary: 'Describe'" in result.stderr
+    assert "is resized to 336 x 336" in result.stderr
+
+
+def test_a_named_model_is_not_remarked_on(llava_folder: Path, picture: Path) -> None:
+    assert "warning" not in run("--model", llava_folder, "--image", picture, *PROMPT).stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pyramiddrop.assets import demo_images, digits_checkpoint
+from pyramiddrop.assets import digits_checkpoint, digits_images
 from pyramiddrop.cli.main import app
 
 pytest.importorskip("trl")
@@ -31,7 +31,7 @@ def run(*words: str) -> Result:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Eight questions about bundled pictures, and two about one that is not there."""
-    names = [str(path) for path in demo_images()]
+    names = [str(path) for path in digits_images()]
     records = [
         {
             "image": names[number % len(names)] if number < 8 else f"gone-{number}.png",

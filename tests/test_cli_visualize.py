@@ -19,7 +19,7 @@ def test_without_a_word_it_draws_a_bundled_picture(tmp_path: Path, monkeypatch: 
     found = json.loads(result.stdout)
     assert found["files"] == ["kept.png", "kept.gif", "scores.svg"]
     assert all(Path(name).stat().st_size > 1000 for name in found["files"])
-    assert [stage["tokens"] for stage in found["kept"]] == [64, 32, 16, 8]
+    assert [stage["tokens"] for stage in found["kept"]] == [576, 288, 144, 72]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint
+from pyramiddrop.assets import digits_checkpoint, digits_images, digits_questions
 from pyramiddrop.evaluation.digits import (
     COLOUR_NAMES,
     EMPTY,
@@ -182,12 +182,12 @@ def test_the_chat_template_speaks_llava() -> None:
 
 
 def test_the_demo_pictures_have_true_questions() -> None:
-    questions = demo_questions()
-    assert [image.name for image in demo_images()] == sorted(questions)
+    questions = digits_questions()
+    assert [image.name for image in digits_images()] == sorted(questions)
     assert len(questions) >= 2
     samples = islice(DigitsBenchmark("test", scenes=len(questions), questions_per_scene=6, seed=2024), 6)
     truth = [{"kind": s.kind, "question": s.question, "answer": s.answer} for s in samples]
-    assert questions[demo_images()[0].name] == truth
+    assert questions[digits_images()[0].name] == truth
 
 
 # The training script

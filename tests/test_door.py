@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, AutoPr
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, VisionDrop, apply, current_method, remove, trace_of
-from pyramiddrop.assets import demo_images, digits_checkpoint
+from pyramiddrop.assets import digits_checkpoint, digits_images
 from pyramiddrop.hf import query_key
 from tiny import make_batch, tiny_model
 
@@ -74,7 +74,7 @@ def test_a_pipeline() -> None:
     model = AutoModelForImageTextToText.from_pretrained(digits_checkpoint())
     processor = AutoProcessor.from_pretrained(digits_checkpoint())
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    content = [{"type": "image", "image": str(demo_images()[0])}, {"type": "text", "text": "Read row 6."}]
+    content = [{"type": "image", "image": str(digits_images()[0])}, {"type": "text", "text": "Read row 6."}]
 
     def ask() -> Any:
         return pipe(text=[{"role": "user", "content": content}], max_new_tokens=4, do_sample=False)

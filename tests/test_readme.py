@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pyramiddrop.assets import demo_images, digits_checkpoint
+from pyramiddrop.assets import digits_checkpoint, digits_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ def test_the_readme_runs() -> None:
         block.replace("llava-hf/llava-1.5-7b-hf", str(digits_checkpoint())).replace(', device_map="auto"', "")
         for block in python_blocks()
     )
-    with Image.open(demo_images()[0]) as image:
+    with Image.open(digits_images()[0]) as image:
         names: dict[str, Any] = {"image": image}
         exec(first, names)
     assert names["trace"].visual_tokens == [64]

@@ -129,19 +129,20 @@ def test_the_pointer_and_the_arrow_keys_tell_the_fate_and_the_scores(visual: Vis
 
 
 @needs_browser
-def test_it_plays_through_the_stages_and_stops_where_one_is_chosen(visual: Visual, tmp_path: Path) -> None:
+def test_it_opens_on_the_first_stage_plays_once_and_stops_where_one_is_chosen(visual: Visual, tmp_path: Path) -> None:
     script = (
         READ
         + """
     const stage = () => document.querySelector("input[name=stage]:checked").value, found = [stage()];
     const play = document.getElementById("play");
-    play.click(); found.push(stage());
-    for (let step = 0; step < 4; step++) { await wait(step ? 1200 : 1300); found.push(stage()); }
+    for (let step = 0; step < 4; step++) { await wait(1200); found.push(stage()); }
+    found.push(play.textContent);
+    play.click(); found.push(stage(), play.textContent);
     choose("stage", 1); await wait(3000);
-    return [found.join(""), stage(), play.textContent, play.getAttribute("aria-pressed")];
+    return [found.join(" "), stage(), play.textContent, play.getAttribute("aria-pressed")];
     """
     )
-    assert act(visual.html(), script, tmp_path) == ["201201", "1", "Play", "false"]
+    assert act(visual.html(), script, tmp_path) == ["0 1 2 2 2 Play 0 Pause", "1", "Play", "false"]
 
 
 @needs_browser

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyramiddrop.assets import demo_images, demo_questions
+from pyramiddrop.assets import digits_checkpoint, digits_images, digits_questions
 from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
 from pyramiddrop.report.pictures import animation as animation
@@ -28,9 +28,9 @@ GONE = math.nan
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[Any, Visual]:
-    """The trace of the bundled model's answer about two bundled pictures, and what is drawn of it."""
-    paths = demo_images()[:2]
-    ready = prepare(Request(demo_questions()[paths[0].name][0]["question"], paths))
+    """The trace of the small model's answer about two of its pictures, and what is drawn of it."""
+    paths = digits_images()[:2]
+    ready = prepare(Request(digits_questions()[paths[0].name][0]["question"], paths, str(digits_checkpoint())))
     done = run(ready, 4)
     config, processor = ready.checkpoint.model.config, ready.checkpoint.processor
     assert done.trace is not None

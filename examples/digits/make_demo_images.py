@@ -1,6 +1,6 @@
-"""Draws the bundled demo pictures and their questions: the first scenes of the benchmark's test split with seed 2024.
+"""Draws the small model's pictures and their questions: the first scenes of the benchmark's test split with seed 2024.
 
-python examples/digits/make_demo_images.py src/pyramiddrop/assets/images
+python examples/digits/make_demo_images.py src/pyramiddrop/assets/digits_images
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Measures the reader in plain Transformers: exact match by group and by kind, errors clustered by picture.
 
-python examples/reader/evaluate_reader.py CHECKPOINT --split test --pictures 90
+python examples/reader/evaluate_reader.py                    # the bundled model on the test split
+python examples/reader/evaluate_reader.py CHECKPOINT --split val --json
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.reader import KINDS, ReaderBenchmark
@@ -41,16 +43,17 @@ def measure(model: Path, benchmark: ReaderBenchmark, batch: int, device: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a checkpoint")
+    parser.add_argument("model", type=Path, nargs="?", default=reader_checkpoint(), help="folder of a checkpoint")
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--pictures", type=int, default=90, help="12 questions about each")
+    parser.add_argument("--pictures", type=int, default=120, help="the groups take turns")
+    parser.add_argument("--questions", type=int, default=6, help="about each picture")
     parser.add_argument("--seed", type=int, default=0, help="of the benchmark's pictures")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    benchmark = ReaderBenchmark(arguments.split, arguments.pictures, seed=arguments.seed)
+    benchmark = ReaderBenchmark(arguments.split, arguments.pictures, arguments.questions, arguments.seed)
     scores = measure(arguments.model, benchmark, arguments.batch, arguments.device)
     if arguments.json:
         print(json.dumps({name: asdict(value) for name, value in scores.items()}, indent=2))

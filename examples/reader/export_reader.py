@@ -32,6 +32,7 @@ def export(weights: Path, out: Path) -> float:
     exported = to_hugging_face(model)
     difference = largest_difference(model, exported)
     exported.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     make_processor(model.config, reader_tokenizer()).save_pretrained(out)
     compute_in_fp32(out / "config.json")
     return difference

@@ -1,4 +1,4 @@
-"""Files that come with the library: a small trained LLaVA, pictures to ask it about, and the true answers."""
+"""Files that come with the library: two small trained LLaVAs, and for each pictures with questions and true answers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["demo_images", "demo_questions", "digits_checkpoint", "handwritten_digits"]
+__all__ = [
+    "demo_images",
+    "demo_questions",
+    "digits_checkpoint",
+    "digits_images",
+    "digits_questions",
+    "handwritten_digits",
+    "reader_checkpoint",
+]
 
 _HERE = Path(__file__).parent
+#: For each picture, by file name: questions with ``kind``, ``question`` and the true ``answer``.
+Questions = dict[str, list[dict[str, str]]]
 
 
-def digits_checkpoint() -> Path:
-    """The folder of the bundled model, in Hugging Face's format; its card is the ``README.md`` in it."""
-    return _HERE / "digits"
+def reader_checkpoint() -> Path:
+    """The folder of the bundled model of 576 visual tokens, in Hugging Face's format; its card is its ``README.md``."""
+    return _HERE / "reader"
 
 
 def demo_images() -> list[Path]:
-    """The bundled pictures: scenes of the digits benchmark's test split, which the model never saw."""
-    return sorted((_HERE / "images").glob("*.png"))
+    """The demo's pictures: a scene, a document and a chart of the reader benchmark's test split."""
+    return [_HERE / "images" / name for name in demo_questions()]
 
 
-def demo_questions() -> dict[str, list[dict[str, str]]]:
-    """For each bundled picture, by file name: questions with ``kind``, ``question`` and the true ``answer``."""
-    questions: dict[str, list[dict[str, str]]] = json.loads((_HERE / "images" / "questions.json").read_text("utf-8"))
+def demo_questions() -> Questions:
+    """For each picture of the demo its questions; one that PyramidDrop answers wrongly says ``why``."""
+    return _questions(_HERE / "images")
+
+
+def digits_checkpoint() -> Path:
+    """The folder of the small model of 64 visual tokens, for the digits benchmark and for tests; it has a card, too."""
+    return _HERE / "digits"
+
+
+def digits_images() -> list[Path]:
+    """Pictures for the small model: scenes of the digits benchmark's test split."""
+    return [_HERE / "digits_images" / name for name in digits_questions()]
+
+
+def digits_questions() -> Questions:
+    """For each of :func:`digits_images` its questions."""
+    return _questions(_HERE / "digits_images")
+
+
+def _questions(folder: Path) -> Questions:
+    questions: Questions = json.loads((folder / "questions.json").read_text("utf-8"))
     return questions
 
 

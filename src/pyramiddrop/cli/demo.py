@@ -16,7 +16,7 @@ def demo(
     questions: Annotated[int, typer.Option(min=1, help="How many of the bundled questions to ask.")] = 6,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """See PyramidDrop answer questions about a picture: offline, in less than a minute, nothing to download.
+    """See PyramidDrop answer questions about pictures: offline, in about a minute, nothing to download.
 
     Writes a page (index.html) and an overlay for each question: which patches of the picture are still there, stage by
     stage.
@@ -24,7 +24,7 @@ def demo(
     from pyramiddrop.inference.demo import run_demo
     from pyramiddrop.inference.errors import user_input
     from pyramiddrop.report.demo import write_demo
-    from pyramiddrop.report.tables.runs import costs_table, questions_table, summary
+    from pyramiddrop.report.tables.runs import OWN_MODEL, costs_table, failures, questions_table, summary
 
     with user_input(f"cannot write into {out}", (OSError,)):
         out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def demo(
         )
         return
     console = results()
-    for part in (questions_table(done), costs_table(done), *summary(done)):
+    for part in (questions_table(done), costs_table(done), *summary(done), *failures(done)):
         console.print(part)
         console.print()
-    console.print(f"page:     {written.page}\noverlays: {out}/*.png", soft_wrap=True)
+    console.print(f"page:     {written.page}\noverlays: {out}/*.png\nyour own: {OWN_MODEL}", soft_wrap=True)

@@ -78,6 +78,8 @@ def generate(
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype, video, frames))
+    for remark in ready.remarks:
+        remarks().print(f"warning: {remark}", soft_wrap=True)
     stream = sys.stdout.isatty() and not compare and not as_json
     done = _answer(ready, max_new_tokens, compare, stream)
     if overlay:

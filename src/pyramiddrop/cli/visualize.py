@@ -79,6 +79,8 @@ def visualize(
     options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image), model, options, device, dtype, video, frames))
+    for remark in ready.remarks:
+        remarks().print(f"warning: {remark}", soft_wrap=True)
     with waiting("answering"):
         done = run(ready, max_new_tokens)
     visual = _draw(done, outputs, scores)

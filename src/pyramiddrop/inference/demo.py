@@ -1,35 +1,40 @@
-"""The demo: ask the bundled model about the bundled pictures, without and with a method."""
+"""The demo: ask the bundled model about the bundled pictures, without and with a method, and time both."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from pyramiddrop import Method, PyramidDrop
-from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint
+from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.inference.answer import Comparison, Outcome, compare
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.midsize import PrefillRatio, midsize_prefill
-from pyramiddrop.inference.prompt import build_inputs, open_picture
-from pyramiddrop.inference.timing import cpu_threads
+from pyramiddrop.inference.prompt import build_batch, build_inputs, open_picture
+from pyramiddrop.inference.timing import PrefillTime, cpu_threads, time_prefills
 
 MAX_NEW_TOKENS = 8
-RUNS = 9
+RUNS = 3
+BATCH, BATCH_RUNS = 8, 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the picture in the file `image`, with its true answer."""
+    """A question about the picture in the file `image`, with its true answer.
+
+    `why` says, of a question that PyramidDrop answers wrongly, what the drops took from it.
+    """
 
     image: Path
     kind: str
     question: str
     answer: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,43 @@ class Asked:
     def pruned_right(self) -> bool:
         return self.comparison.pruned.answer == self.question.answer
 
+    @property
+    def why_wrong(self) -> str:
+        """What the drops took from the question, if PyramidDrop alone is wrong and it is known why; else empty."""
+        return self.question.why if self.vanilla_right and not self.pruned_right else ""
+
+
+@dataclass(frozen=True)
+class BatchPrefill:
+    """The prefill of `size` prompts at once, without and with the method."""
+
+    size: int
+    vanilla: PrefillTime
+    pruned: PrefillTime
+
+    @property
+    def cpu_ratio(self) -> float:
+        """Pruned CPU time / vanilla CPU time."""
+        return self.pruned.cpu / self.vanilla.cpu
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, in seconds."""
+        return {
+            "size": self.size,
+            "vanilla_prefill_cpu_seconds": self.vanilla.cpu,
+            "pruned_prefill_cpu_seconds": self.pruned.cpu,
+            "prefill_cpu_ratio": self.cpu_ratio,
+        }
+
 
 @dataclass(frozen=True)
 class Demo:
-    """All questions, and the prefill of a bigger random model (see :mod:`pyramiddrop.inference.midsize`)."""
+    """All questions, each asked alone, and the prefill of a batch of them."""
 
     checkpoint: Checkpoint
     method: Method
     asked: list[Asked]
-    midsize: PrefillRatio
+    batch: BatchPrefill
 
     @property
     def right(self) -> list[tuple[bool, bool]]:
@@ -71,13 +104,20 @@ class Demo:
             statistics.median(value(one.pruned) for one in comparisons),
         )
 
+    @property
+    def prefill_cpu_ratio(self) -> float:
+        """The method's CPU time of one prompt's prefill / vanilla's."""
+        vanilla, pruned = self.medians(lambda one: one.prefill.cpu)
+        return pruned / vanilla
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and text: FLOPs, bytes and seconds."""
         return {
             "questions": [_asked_dict(asked) for asked in self.asked],
             "vanilla_right": sum(asked.vanilla_right for asked in self.asked),
             "pruned_right": sum(asked.pruned_right for asked in self.asked),
-            "midsize": _midsize_dict(self.midsize),
+            "prefill_cpu_ratio": self.prefill_cpu_ratio,
+            "batch": self.batch.as_dict(),
         }
 
 
@@ -90,41 +130,34 @@ def run_demo(questions: int, progress: Callable[[str], None] = lambda step: None
     method = PyramidDrop()
     with cpu_threads(1):
         progress("loading the bundled model")
-        checkpoint = load_checkpoint(digits_checkpoint(), device="cpu")
+        checkpoint = load_checkpoint(reader_checkpoint(), device="cpu")
         asked = []
         for question in pick_questions(questions):
             progress(f"asking: {question.question}")
             asked.append(_ask(checkpoint, method, question))
-        progress("timing the prefill of a random model of middle size")
-        return Demo(checkpoint, method, asked, midsize_prefill(method))
+        progress(f"timing the prefill of {BATCH} prompts at once")
+        return Demo(checkpoint, method, asked, _time_batch(checkpoint, method, asked))
 
 
 def pick_questions(count: int) -> list[Question]:
-    """`count` of the bundled questions: a new kind each time as long as there are new ones, the pictures in turn.
-
-    All of them where there are not so many. Which ones does not depend on how the model does.
+    """The first `count` of the bundled questions, the pictures in turn; all of them if there are not so many.
 
     Raises:
         ValueError: for fewer than one.
     """
     if count < 1:
         raise ValueError(f"questions must be at least 1; got {count}")
-    left = bundled_questions()
-    images = list(dict.fromkeys(question.image for question in left))
-    picked: list[Question] = []
-    while left and len(picked) < count:
-        turn = images[len(picked) % len(images)]
-        kinds = [question.kind for question in picked]
-        chosen = min(left, key=lambda question: (kinds.count(question.kind), question.image != turn))
-        left.remove(chosen)
-        picked.append(chosen)
-    return picked
-
-
-def bundled_questions() -> list[Question]:
-    """Every bundled question, picture by picture."""
     questions = demo_questions()
-    return [Question(image, **entry) for image in demo_images() for entry in questions[image.name]]
+    by_picture = [[Question(image, **entry) for entry in questions[image.name]] for image in demo_images()]
+    in_turn = chain.from_iterable(zip_longest(*by_picture))
+    return [question for question in in_turn if question][:count]
+
+
+def _time_batch(checkpoint: Checkpoint, method: Method, asked: Sequence[Asked]) -> BatchPrefill:
+    prompts = [([one.picture], one.question.question) for one in islice(cycle(asked), BATCH)]
+    inputs = build_batch(checkpoint.processor, prompts)
+    times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, BATCH_RUNS)
+    return BatchPrefill(BATCH, times["vanilla"], times["pruned"])
 
 
 def _ask(checkpoint: Checkpoint, method: Method, question: Question) -> Asked:
@@ -143,15 +176,4 @@ def _asked_dict(asked: Asked) -> dict[str, Any]:
         "vanilla_right": asked.vanilla_right,
         "pruned_right": asked.pruned_right,
         **asked.comparison.as_dict(),
-    }
-
-
-def _midsize_dict(ratio: PrefillRatio) -> dict[str, Any]:
-    return {
-        "decoder_parameters": ratio.parameters,
-        "visual_tokens": ratio.pruned.tokens_by_stage,
-        "flops_ratio": ratio.predicted,
-        "prefill_ratio": ratio.measured,
-        "vanilla_prefill_seconds": ratio.vanilla_time.wall,
-        "pruned_prefill_seconds": ratio.pruned_time.wall,
     }

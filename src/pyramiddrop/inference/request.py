@@ -10,9 +10,10 @@ from typing import Any
 from PIL import Image
 
 from pyramiddrop import Method
-from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
+from pyramiddrop.inference.bundled import bundled_remarks
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
@@ -50,6 +51,13 @@ class PreparedRequest:
     inputs: Any
     video: Video | None = None
 
+    @property
+    def remarks(self) -> list[str]:
+        """What the bundled model cannot know of the request; empty for a model that was named."""
+        if self.request.model is not None:
+            return []
+        return bundled_remarks(self.checkpoint.processor, self.request.prompt, self.pictures)
+
 
 def prepare(request: Request) -> PreparedRequest:
     """Check the request, load its checkpoint, and build the model's inputs.
@@ -57,7 +65,7 @@ def prepare(request: Request) -> PreparedRequest:
     Raises:
         InputError: for anything that the user gave and that cannot be used.
     """
-    source = request.model or str(digits_checkpoint())
+    source = request.model or str(reader_checkpoint())
     check_prompt(request.prompt, len(request.images), videos=request.video is not None)
     pictures, config = [open_picture(path) for path in request.images], read_config(source)
     video = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ def write_demo(demo: Demo, folder: Path) -> Written:
         visual.save(overlays[-1])
     cards = [Card(asked, visual.seen, visual.spans) for asked, visual in zip(demo.asked, visuals, strict=True)]
     page = folder / "index.html"
-    page.write_text(render_page(demo, cards), encoding="utf-8")
+    page.write_text(render_page(demo, cards, _readme(folder)), encoding="utf-8")
     return Written(page, overlays)
 
 
@@ -83,8 +84,14 @@ class Card:
         return token_status(self.spans, 0, self.view)
 
 
-def render_page(demo: Demo, cards: Sequence[Card]) -> str:
-    """The whole page as text."""
+def _readme(folder: Path) -> str | None:
+    """The way from `folder` to the README, None if the library is installed without its source tree."""
+    readme = Path(__file__).parents[3] / "README.md"
+    return os.path.relpath(readme, folder) if readme.is_file() else None
+
+
+def render_page(demo: Demo, cards: Sequence[Card], readme: str | None = None) -> str:
+    """The whole page as text; `readme` is where its link to the README leads."""
     return template("demo").render(
         demo=demo,
         cards=cards,
@@ -95,6 +102,8 @@ def render_page(demo: Demo, cards: Sequence[Card]) -> str:
         pyramid=cards[0].spans,
         right=[sum(right) for right in zip(*demo.right, strict=True)],
         remarks=runs.summary(demo),
+        own_model=runs.OWN_MODEL,
+        readme=readme,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint
+from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.cost import Prompt
 from pyramiddrop.hf.model_sizes import decoder_shape
 from pyramiddrop.inference.checkpoint import pick_device, read_config
@@ -187,7 +187,7 @@ def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
     for name in ("layers", "visual_tokens", "text_tokens"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} belongs to random weights; name their --shape")
-    source = options.model or str(digits_checkpoint())
+    source = options.model or str(reader_checkpoint())
     text = read_config(source).get_text_config(decoder=True)
     with user_input(f"cannot count {source}"):
         shape = decoder_shape(text, 2)
