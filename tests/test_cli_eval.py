@@ -15,7 +15,7 @@ from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.samples import digits_samples, read_samples
+from pyramiddrop.evaluation.samples import read_samples
 from pyramiddrop.evaluation.scores import difference, score
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from test_cli_generate import assert_one_line
@@ -60,9 +60,8 @@ def tiny(data: Path, llava_folder: Path) -> list[str | Path]:
 
 
 def test_digits_are_scored_as_by_hand() -> None:
-    pytest.importorskip("sklearn")
     record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--methods", "fastv:layer=1,keep=0.2")
-    samples = digits_samples("val", 2, seed=3)[:20]
+    samples = digits_task("val", 3, limit=20).samples
     answerer = Answerer(load_checkpoint(digits_checkpoint(), "cpu"))
     right = [
         [float(reply.text == sample.answers[0]) for reply, sample in zip(replies, samples, strict=True)]
@@ -76,7 +75,21 @@ def test_digits_are_scored_as_by_hand() -> None:
     assert vanilla["differences"] == {}
     assert 0 < vanilla["scores"]["all"]["mean"] != fastv["scores"]["all"]["mean"]
     assert sum(vanilla["scores"][kind]["count"] for kind in record["kinds"]) == 20
-    assert (record["task"]["split"], record["task"]["seed"], record["pictures"]) == ("val", 3, 2)
+    assert (record["task"]["split"], record["task"]["seed"], record["pictures"]) == ("val", 3, 20)
+
+
+def test_below_ten_pictures_no_interval_is_drawn() -> None:
+    for limit, drawn in ((9, False), (10, True)):
+        (_, fastv) = run_json("--limit", str(limit), "--methods", "fastv:layer=1,keep=0.2")["methods"]
+        assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
+
+
+def test_the_reader_answers_its_own_benchmark() -> None:
+    record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--methods", "pyramiddrop")
+    assert (record["task"]["name"], record["kinds"]) == ("reader", ["scenes", "documents", "charts"])
+    vanilla, pyramid = record["methods"]
+    assert vanilla["scores"]["all"]["mean"] == 1
+    assert pyramid["visual_tokens"]["by_stage"] == [576, 288, 144, 72]
 
 
 def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
@@ -181,7 +194,6 @@ def test_a_run_that_was_stopped_goes_on(
     ],
 )
 def test_bad_input_is_one_line(arguments: str, words: str) -> None:
-    pytest.importorskip("sklearn")
     assert_one_line(run(*arguments.split()), words)
 
 

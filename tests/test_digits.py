@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pyramiddrop.assets import digits_checkpoint, digits_images, digits_questions
+from pyramiddrop.assets import digits_checkpoint, digits_images, digits_questions, handwritten_digits
 from pyramiddrop.evaluation.digits import (
     COLOUR_NAMES,
     EMPTY,
@@ -30,7 +30,6 @@ from pyramiddrop.evaluation.digits import (
     split_indices,
 )
 
-pytest.importorskip("sklearn")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
 
 
@@ -124,6 +123,13 @@ def test_errors_say_what_is_wrong() -> None:
         next(iter(DigitsBenchmark("dev")))
     with pytest.raises(ValueError, match="questions_per_scene=500 is more than"):
         next(iter(DigitsBenchmark("val", questions_per_scene=500)))
+
+
+def test_the_shipped_digits_are_those_of_scikit_learn() -> None:
+    source = pytest.importorskip("sklearn.datasets").load_digits()
+    images, labels = handwritten_digits()
+    assert np.array_equal(images, source.images)
+    assert np.array_equal(labels, source.target)
 
 
 # The bundled model

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.samples import digits_samples, read_samples
+from pyramiddrop.evaluation.tasks import digits_task, reader_task
 from pyramiddrop.inference.errors import InputError
 
 PLAIN = {"image": "a.png", "question": "Why?", "answer": "So."}
@@ -142,3 +145,22 @@ def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(InputError, match=r"pip install 'pyramiddrop\[eval\]'"):
         digits_samples("val", 1)
+
+
+def test_a_limit_spreads_over_pictures() -> None:
+    few = digits_task(limit=12).samples
+    assert len({sample.cluster for sample in few}) == 12
+    more = digits_task(limit=200).samples
+    assert sorted(Counter(sample.cluster for sample in more).values()) == [2] * 40 + [3] * 40
+    chosen = {(sample.cluster, sample.question) for sample in more}
+    everything = [(sample.cluster, sample.question) for sample in digits_task().samples]
+    assert [(sample.cluster, sample.question) for sample in more] == [one for one in everything if one in chosen]
+
+
+def test_the_reader_task_has_groups_and_its_own_model() -> None:
+    task = reader_task(limit=6)
+    assert task.kinds == ("scenes", "documents", "charts")
+    assert [sample.kind for sample in task.samples] == [*task.kinds] * 2
+    assert task.bundled == reader_checkpoint()
+    with pytest.raises(InputError, match="split='odd' is not one of"):
+        reader_task("odd")

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from pyramiddrop.evaluation.tasks import Task
 
 WHAT, HOW, OUTPUT = "What is asked", "How", "Output"
-DIGITS, PAPER = "digits", "paper"
+BUNDLED, PAPER = ("digits", "reader"), "paper"
+OFFLINE = "--tasks digits or reader"
 #: The options of each way to use the verb, beside --output and --json.
 RUN = {"--limit", "--model", "--methods", "--batch", "--device"}
 OWN = RUN | {"--percent", "--max-new-tokens", "--dtype"}
 MODES = {
     "--suite": {"--suite", "--results"},
     "--data": OWN | {"--data", "--images", "--metric"},
-    "--tasks digits": OWN | {"--tasks", "--split", "--seed"},
+    OFFLINE: OWN | {"--tasks", "--split", "--seed"},
     "tasks of lmms-eval": RUN | {"--tasks"},
 }
 
@@ -42,7 +43,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="digits, the bundled benchmark, or tasks of lmms-eval: mme,pope. (default: digits)",
+            help="digits or reader, the bundled benchmarks, or tasks of lmms-eval: mme,pope. (default: digits)",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -71,10 +72,10 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of digits: test, val or train. (default: test)", rich_help_panel=WHAT)
+        str | None, typer.Option(help="Of digits and reader: test, val or train. (default: test)", rich_help_panel=WHAT)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the scenes of digits. (default: 0)", rich_help_panel=WHAT)
+        int | None, typer.Option(min=0, help="Of the pictures of digits and reader. (default: 0)", rich_help_panel=WHAT)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask so many questions at most.", rich_help_panel=WHAT)] = None,
     model: Annotated[
@@ -149,13 +150,13 @@ def evaluate(
         _run_benchmarks(str(tasks), methods or [], model, limit, batch or 1, device, output, as_json)
     else:
         from pyramiddrop.evaluation.run import EvalOptions
-        from pyramiddrop.evaluation.tasks import digits_task, file_task
+        from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, file_task
 
         with waiting("reading the questions"):
             task = (
                 file_task(data, images, metric or "exact", limit)
                 if data
-                else digits_task(split or "test", seed or 0, limit)
+                else BUNDLED_TASKS[tasks or BUNDLED[0]](split or "test", seed or 0, limit)
             )
         options = EvalOptions(
             methods=tuple(methods or ()),
@@ -174,11 +175,12 @@ def _mode(given: dict[str, Any]) -> str:
     """The way in which the verb is used; one line about an option that does not belong to it."""
     from pyramiddrop.inference.errors import InputError
 
-    mode = next((name for name in ("--suite", "--data") if name in given), "--tasks digits")
-    if mode == "--tasks digits" and given.get("--tasks", DIGITS) != DIGITS:
+    mode = next((name for name in ("--suite", "--data") if name in given), OFFLINE)
+    if mode == OFFLINE and given.get("--tasks", BUNDLED[0]) not in BUNDLED:
         mode = "tasks of lmms-eval"
-        if DIGITS in given["--tasks"].split(","):
-            raise InputError("digits is not a task of lmms-eval: give --tasks digits alone")
+        for name in BUNDLED:
+            if name in given["--tasks"].split(","):
+                raise InputError(f"{name} is not a task of lmms-eval: give --tasks {name} alone")
     for option in given:
         if option not in MODES[mode]:
             raise InputError(f"{option} means nothing with {mode}")

@@ -40,6 +40,7 @@ def redundancy(
     name: Annotated[
         list[str] | None, typer.Option(help="What a model is called, one for each.", rich_help_panel=words.WHAT)
     ] = None,
+    tasks: words.Tasks = None,
     data: words.Data = None,
     images: words.Images = None,
     metric: words.Metric = None,
@@ -74,8 +75,9 @@ def redundancy(
     from pyramiddrop.inference.choice import numbers
     from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 
+    task = Questions(data, images, metric, split, seed, limit, tasks).task(answered=False)
     options = RedundancyOptions(
-        models=study_models(model or (), name or ()),
+        models=study_models(model or (), name or (), task.bundled),
         layers=None if layers is None else numbers("layers", layers, int),
         keep=None if keep is None else numbers("keep", keep, float),
         batch=batch,
@@ -84,7 +86,6 @@ def redundancy(
         device=device,
         dtype=dtype,
     )
-    task = Questions(data, images, metric, split, seed, limit).task(answered=False)
     _make_folder(output)
     with progress() as begin:
         record, examples = run_redundancy(task, options, output, begin)
@@ -99,6 +100,7 @@ def redundancy(
 
 @study.command(cls=SeveralMethods)
 def tradeoff(
+    tasks: words.Tasks = None,
     data: words.Data = None,
     images: words.Images = None,
     metric: words.Metric = None,
@@ -136,7 +138,7 @@ def tradeoff(
     from pyramiddrop.evaluation.studies.method_studies import prepare_tradeoff
     from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
-    task = Questions(data, images, metric, split, seed, limit).task()
+    task = Questions(data, images, metric, split, seed, limit, tasks).task()
     options = EvalOptions(
         tuple(methods or ()), tuple(percent or ()), model, batch, max_new_tokens, device, dtype, output
     )
@@ -146,6 +148,7 @@ def tradeoff(
 
 @study.command()
 def ablation(
+    tasks: words.Tasks = None,
     data: words.Data = None,
     images: words.Images = None,
     metric: words.Metric = None,
@@ -170,7 +173,7 @@ def ablation(
     from pyramiddrop.inference.choice import numbers
     from pyramiddrop.report.studies.ablation import show_ablation
 
-    task = Questions(data, images, metric, split, seed, limit).task()
+    task = Questions(data, images, metric, split, seed, limit, tasks).task()
     options = EvalOptions((), (), model, batch, max_new_tokens, device, dtype, output)
     lambdas = LAMBDAS if lam is None else numbers("lam", lam, float)
     record = _run(lambda: prepare_ablation(task, lambdas, options))

@@ -17,18 +17,23 @@ Output = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
+Tasks = Annotated[
+    str | None, typer.Option(help="A bundled benchmark: digits or reader. (default: digits)", rich_help_panel=WHAT)
+]
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Questions of your own: JSON or JSON lines. (default: the bundled benchmark, digits)", rich_help_panel=WHAT
+        help="Questions of your own: JSON or JSON lines. (default: a bundled benchmark)", rich_help_panel=WHAT
     ),
 ]
 Images = Annotated[
     Path | None, typer.Option(help="Folder of the pictures of --data. (default: its own)", rich_help_panel=WHAT)
 ]
 Metric = Annotated[str | None, typer.Option(help="Of --data: exact or vqa. (default: exact)", rich_help_panel=WHAT)]
-Split = Annotated[str | None, typer.Option(help="Of digits: test, val or train. (default: test)", rich_help_panel=WHAT)]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of the scenes of digits. (default: 0)", rich_help_panel=WHAT)]
+Split = Annotated[
+    str | None, typer.Option(help="Of --tasks: test, val or train. (default: test)", rich_help_panel=WHAT)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the pictures of --tasks. (default: 0)", rich_help_panel=WHAT)]
 Limit = Annotated[int | None, typer.Option(help="Ask so many questions at most.", rich_help_panel=WHAT)]
 Model = Annotated[
     str | None,

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pyramiddrop.assets import handwritten_digits
+
 Array = NDArray[Any]
 
 GRID = 8
@@ -182,8 +184,8 @@ class SceneGenerator:
 @lru_cache(maxsize=3)
 def digit_bank(split: str) -> tuple[Array, Array]:
     """The digit images of a split, each in several renderings: (N, 10, 10) in [0, 1], and their labels (N,)."""
-    source = _load_digits()
-    pictures, labels = source.images.astype(np.float32) / 16, source.target
+    images, labels = handwritten_digits()
+    pictures = images.astype(np.float32) / 16
     chosen = split_indices(split, len(labels))
     rng = np.random.default_rng([len(SPLITS), SPLITS.index(split)])
     distort = split == "train"
@@ -317,7 +319,10 @@ def _shifted(picture: Array, rng: np.random.Generator) -> Array:
 
 
 def _distorted(picture: Array, rng: np.random.Generator) -> Array:
-    from scipy import ndimage
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError("the train split of digits needs SciPy: pip install 'pyramiddrop[eval]'") from error
 
     angle, scale, shear = np.deg2rad(rng.uniform(-14, 14)), rng.uniform(0.88, 1.12), rng.uniform(-0.15, 0.15)
     turn = np.array([[np.cos(angle), -np.sin(angle) + shear], [np.sin(angle), np.cos(angle)]]) / scale
@@ -332,11 +337,3 @@ def _checked(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     return split
-
-
-def _load_digits() -> Any:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits benchmark needs scikit-learn: pip install 'pyramiddrop[eval]'") from error
-    return load_digits()

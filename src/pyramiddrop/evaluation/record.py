@@ -11,14 +11,19 @@ import torch
 
 from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.run import Evaluation, Outcome
-from pyramiddrop.evaluation.scores import Score, difference, score_by_kind
+from pyramiddrop.evaluation.scores import Difference, Score, difference, score_by_kind
 from pyramiddrop.inference.prefill_stats import known
 from pyramiddrop.inference.timing import PrefillTime
 from pyramiddrop.speed.record import machine
 
+#: Pictures below which a bootstrap over pictures says nothing: differences have no interval.
+FEWEST_PICTURES = 10
+
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that is measured, for JSON; FLOPs, bytes and seconds, means over the questions. NaN becomes null.
+
+    So do the ends of intervals below ten pictures.
 
     Each way has its differences "to_vanilla" and, but for the first method itself, "to_first" of the same budget.
     """
@@ -48,7 +53,7 @@ def _way(evaluation: Evaluation, outcome: Outcome, time: PrefillTime) -> dict[st
         "percent": outcome.percent,
         "scores": {kind: _plain(scores[kind]) for kind in ("all", *evaluation.task.kinds)},
         "differences": {
-            name: _plain(difference(outcome.points, base.points, clusters))
+            name: _difference(difference(outcome.points, base.points, clusters), len(set(clusters)))
             for name, base in _bases(evaluation, outcome).items()
         },
         **_cost(outcome.replies, vanilla.replies, evaluation.checkpoint.num_layers),
@@ -85,6 +90,11 @@ def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> di
 def _clock(evaluation: Evaluation, time: PrefillTime) -> float:
     """CPU time on a CPU, where others may have it too; else the clock on the wall."""
     return time.cpu if evaluation.checkpoint.model.device.type == "cpu" else time.wall
+
+
+def _difference(value: Difference, pictures: int) -> dict[str, Any]:
+    interval = {} if pictures >= FEWEST_PICTURES else {"low": None, "high": None}
+    return {**_plain(value), **interval}
 
 
 def _plain(value: Score) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer, Reply
 from pyramiddrop.evaluation.budgets import at_budget, check_percent, choose_methods, drop_layers
 from pyramiddrop.evaluation.matching import MATCHES
@@ -91,7 +90,7 @@ class Evaluator:
 
     def __init__(self, task: Task, options: EvalOptions) -> None:
         self.task, self.options = task, options
-        source = options.model or str(digits_checkpoint())
+        source = options.model or str(task.bundled)
         self.methods = choose_methods(options.methods, source)
         for percent in options.percents:
             check_percent(percent)

@@ -1,4 +1,4 @@
-"""Questions about pictures with their right answers, from the digits benchmark or from a user's file."""
+"""Questions about pictures with their right answers, from a bundled benchmark or from a user's file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, overload
 from PIL import Image
 
 from pyramiddrop.evaluation.digits import DigitsBenchmark
+from pyramiddrop.evaluation.reader import ReaderBenchmark
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prompt import check_picture, open_picture
 from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
@@ -54,13 +55,24 @@ def digits_samples(split: str = "test", scenes: int = 80, seed: int = 0) -> list
     """The questions of the digits benchmark: 16 about each of `scenes` pictures, clustered by picture.
 
     Raises:
-        InputError: for an unknown split, no scene, or where scikit-learn, whose digits these are, is not installed.
+        InputError: for an unknown split, no scene, or the train split without SciPy, which distorts its digits.
     """
     if scenes < 1:
         raise InputError(f"scenes must be at least 1; got {scenes}")
     with user_input(caught=(ValueError, ImportError)):
         drawn = list(DigitsBenchmark(split, scenes, seed=seed))
     return [Sample((one.image,), one.question, (one.answer,), one.kind, str(one.scene)) for one in drawn]
+
+
+def reader_samples(split: str = "test", pictures: int = 120, seed: int = 0, questions: int = 6) -> list[Sample]:
+    """The questions of the reader benchmark: `questions` about each of `pictures`, by group, clustered by picture.
+
+    Raises:
+        InputError: for an unknown split.
+    """
+    with user_input(caught=(ValueError,)):
+        drawn = list(ReaderBenchmark(split, pictures, questions, seed))
+    return [Sample((one.image,), one.question, (one.answer,), one.group, str(one.picture)) for one in drawn]
 
 
 def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sample]:

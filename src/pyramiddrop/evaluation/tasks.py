@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyramiddrop.assets import digits_checkpoint, reader_checkpoint
 from pyramiddrop.evaluation.digits import KIND_NAMES
 from pyramiddrop.evaluation.matching import MATCHES
-from pyramiddrop.evaluation.samples import Sample, digits_samples, read_samples
+from pyramiddrop.evaluation.reader import KINDS
+from pyramiddrop.evaluation.samples import Sample, digits_samples, read_samples, reader_samples
 from pyramiddrop.inference.errors import InputError
 
-DIGITS = "digits"
-SCENES, PER_SCENE = 80, 16
+DIGITS, READER = "digits", "reader"
+DIGITS_SCENES, READER_PICTURES = 80, 120
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Task:
         about: where they come from, as plain values.
         match: when an answer is right; a name in `pyramiddrop.evaluation.matching.MATCHES`.
         kinds: of the samples, in the order of a table.
+        bundled: the folder of the bundled model, which answers where no model is named.
     """
 
     name: str
@@ -31,26 +35,43 @@ class Task:
     samples: Sequence[Sample]
     match: str
     kinds: tuple[str, ...]
+    bundled: Path = field(default_factory=digits_checkpoint)
 
 
 def digits_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
-    """The digits benchmark, or its first `limit` questions.
+    """The digits benchmark, or `limit` of its questions, spread over the pictures.
 
     Raises:
-        InputError: for an unknown split or limit, or where scikit-learn is not installed.
+        InputError: for an unknown split or limit.
     """
     _check_limit(limit)
-    scenes = SCENES if limit is None else -(-limit // PER_SCENE)
-    samples = digits_samples(split, scenes, seed)[:limit]
+    samples = spread(digits_samples(split, min(DIGITS_SCENES, limit or DIGITS_SCENES), seed), limit)
     asked = {sample.kind for sample in samples}
     about = {"split": split, "seed": seed}
     return Task(DIGITS, about, samples, "same", tuple(kind for kind in KIND_NAMES if kind in asked))
 
 
+def reader_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
+    """The reader benchmark, or `limit` of its questions, spread over the pictures; the groups are its kinds.
+
+    Raises:
+        InputError: for an unknown split or limit.
+    """
+    _check_limit(limit)
+    samples = spread(reader_samples(split, min(READER_PICTURES, limit or READER_PICTURES), seed), limit)
+    asked = {sample.kind for sample in samples}
+    about = {"split": split, "seed": seed}
+    return Task(READER, about, samples, "same", tuple(kind for kind in KINDS if kind in asked), reader_checkpoint())
+
+
+#: The benchmarks that need no download, by name.
+BUNDLED_TASKS = {DIGITS: digits_task, READER: reader_task}
+
+
 def file_task(
     file: Path, images: Path | None = None, match: str = "exact", limit: int | None = None, answered: bool = True
 ) -> Task:
-    """A user's own questions, or the first `limit` of them; see `pyramiddrop.evaluation.samples.read_samples`.
+    """A user's own questions, or `limit` of them; see `pyramiddrop.evaluation.samples.read_samples`.
 
     Args:
         answered: whether every question needs an answer.
@@ -61,11 +82,22 @@ def file_task(
     _check_limit(limit)
     if match not in MATCHES:
         raise InputError(f"--metric must be one of {', '.join(MATCHES)}; got {match!r}")
-    samples = read_samples(file, images)[:limit]
+    samples = spread(read_samples(file, images), limit)
     for index, sample in enumerate(samples):
         if answered and not sample.answers:
             raise InputError(f'{file.name}[{index}]: no "answer" to compare with')
     return Task(file.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
+
+
+def spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """At most `limit` of the samples, in their order: the first question about every picture, then the second, ..."""
+    asked: Counter[str] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(asked[sample.cluster])
+        asked[sample.cluster] += 1
+    chosen = sorted(range(len(samples)), key=turns.__getitem__)[:limit]
+    return [samples[index] for index in sorted(chosen)]
 
 
 def _check_limit(limit: int | None) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.evaluation.tasks import Task, digits_task, file_task
+from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, DIGITS, Task, file_task
 from pyramiddrop.hf import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
@@ -21,9 +20,10 @@ class Questions:
 
     Attributes:
         data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
-            file the digits benchmark is asked.
-        split, seed: of the digits benchmark.
+            file a bundled benchmark is asked.
+        split, seed: of the bundled benchmark.
         limit: only so many of them.
+        tasks: the name of the bundled benchmark; digits if nothing was said.
     """
 
     data: Path | None = None
@@ -32,6 +32,7 @@ class Questions:
     split: str | None = None
     seed: int | None = None
     limit: int | None = None
+    tasks: str | None = None
 
     def task(self, answered: bool = True) -> Task:
         """The task; `answered` says whether every question needs a right answer.
@@ -39,21 +40,27 @@ class Questions:
         Raises:
             InputError: for options that do not belong together, and for what cannot be read.
         """
-        foreign = ("images", "metric") if self.data is None else ("split", "seed")
+        foreign = ("images", "metric") if self.data is None else ("tasks", "split", "seed")
         for name in foreign:
             if getattr(self, name) is not None:
                 raise InputError(f"--{name} {'belongs to' if self.data is None else 'means nothing with'} --data")
         if self.data is None:
-            return digits_task(self.split or "test", self.seed or 0, self.limit)
+            if (name := self.tasks or DIGITS) not in BUNDLED_TASKS:
+                raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
+            return BUNDLED_TASKS[name](self.split or "test", self.seed or 0, self.limit)
         return file_task(self.data, self.images, self.metric or "exact", self.limit, answered)
 
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A model that is studied: a folder or a name on the hub, or `bundled`; and its name in the study."""
+    """A model that is studied: a folder or a name on the hub, or `bundled`; and its name in the study.
+
+    `bundled` is the folder of the bundled model.
+    """
 
     name: str
     source: str
+    bundled: Path
 
     def check(self) -> None:
         """Raise InputError where there is no supported checkpoint, before any weights are read."""
@@ -72,10 +79,10 @@ class StudyModel:
 
     @property
     def _place(self) -> str | Path:
-        return digits_checkpoint() if self.source == BUNDLED else self.source
+        return self.bundled if self.source == BUNDLED else self.source
 
 
-def study_models(sources: Sequence[str], names: Sequence[str]) -> list[StudyModel]:
+def study_models(sources: Sequence[str], names: Sequence[str], bundled: Path) -> list[StudyModel]:
     """The models of a study; without a name a model is called by the last part of its source.
 
     Raises:
@@ -87,4 +94,4 @@ def study_models(sources: Sequence[str], names: Sequence[str]) -> list[StudyMode
     found = [name.strip() for name in names] or [Path(source).name or source for source in sources]
     if len(set(found)) < len(found) or not all(found):
         raise InputError(f"models need different names (--name); got {', '.join(map(repr, found))}")
-    return [StudyModel(name, source) for name, source in zip(found, sources, strict=True)]
+    return [StudyModel(name, source, bundled) for name, source in zip(found, sources, strict=True)]

@@ -60,7 +60,7 @@ def summary(demo: Demo) -> list[str]:
     alone, together = units.share(demo.prefill_cpu_ratio), units.share(demo.batch.cpu_ratio)
     return [
         f"Right answers: vanilla {plain} of {total}, PyramidDrop {pruned} of {total}. So few are no benchmark; "
-        "`pyramiddrop eval --task reader` is one.",
+        "`pyramiddrop eval --tasks reader` is one.",
         f"On one CPU thread the prefill of one prompt, vision tower included, takes {alone} of vanilla's CPU time, and "
         f"that of {demo.batch.size} prompts at once {together}. The decoder's FLOPs fall to {units.share(flops)}; the "
         "vision tower, about a quarter of vanilla's time here, is not made cheaper.",
