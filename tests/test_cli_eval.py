@@ -17,6 +17,7 @@ from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.samples import read_samples
 from pyramiddrop.evaluation.scores import difference, score
+from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from test_cli_generate import assert_one_line
 
