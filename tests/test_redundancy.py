@@ -143,7 +143,7 @@ def test_a_grid_that_does_not_fit_is_refused(layers: Any, keep: Any, message: st
 def test_glances_are_of_other_pictures_and_kinds() -> None:
     picked = pick_samples(samples(), 3)
     assert len({one.kind for one in picked}) == 3
-    assert {one.cluster for one in picked} == {"0", "1"}
+    assert len({one.cluster for one in picked}) == 3
     assert len(pick_samples(samples(), 1000)) == 32
     assert spread_layers([1, 2, 3, 4, 5, 6, 7]) == [1, 3, 5, 7]
     assert spread_layers([2, 8]) == [2, 8]

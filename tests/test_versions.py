@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pyramiddrop import PyramidDrop, UniformDrop, VisionDrop, apply, remove
+from pyramiddrop import PyramidDrop, UniformDrop, apply, remove
 from pyramiddrop.hf import versions
 from pyramiddrop.hf.versions import CACHE_NAME, CACHE_NAMES, cache_argument, cache_names, output_cache
 from tiny import make_batch, tiny_model
@@ -131,21 +131,6 @@ def test_cached_answers_are_uncached_answers(method: Any) -> None:
 
 
 # --- A cache cropped to a length, before Transformers 5.18 -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", [HALVES, UniformDrop(positions="compact"), VisionDrop()])
-@torch.no_grad()
-def test_a_cache_cropped_to_a_length_loses_as_many_columns_in_each_layer(method: Any) -> None:
-    model = tiny_model()
-    with method(model):
-        _, cache = prefilled(model)
-        held = [layer.keys.shape[-2] for layer in cache.layers]
-        copied = copy.deepcopy(cache)
-        versions._crop(copied, 28 - held[0], 25)
-        assert [layer.keys.shape[-2] for layer in copied.layers] == [length - 3 for length in held]
-        if versions._INSTALLED < (5, 18):
-            cache.crop(25)
-            assert [layer.keys.shape[-2] for layer in cache.layers] == [length - 3 for length in held]
 
 
 # --- Newer than what was tested -------------------------------------------------------------------------------------

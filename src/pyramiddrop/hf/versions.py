@@ -1,8 +1,7 @@
 """Differences between the supported versions of Transformers.
 
 5.24 renames the KV cache: the argument `past_key_values` of models and layers, and the output of that name, become
-`cache`. Until 5.40 models take the old name too. Before 5.18 a cache can be cropped to a length, and before 5.15
-`generate` does so; later ones say how many columns to take away.
+`cache`. Until 5.40 models take the old name too.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import transformers
@@ -19,8 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 #: The newest minor version that the tests run on.
 NEWEST_TESTED = (5, 24)
-
-_INSTALLED = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 #: What Transformers calls, or has called, the KV cache.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -57,24 +54,6 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def output_cache(output: Any) -> Any:
     """The KV cache in a model's output."""
     return getattr(output, CACHE_NAME)
-
-
-def let_crop_follow(cache: Any, dropped: int = 0) -> None:
-    """Let `crop(length)` of a pruned cache, where there is such a thing, take as many columns from each of its layers.
-
-    Transformers itself cuts each layer to `length`, which is more than a layer holds whose tokens were dropped.
-
-    Args:
-        dropped: columns that the cache itself does not count, for no layer holds them.
-    """
-    if _INSTALLED < (5, 18):
-        cache.crop = partial(_crop, cache, dropped)
-
-
-def _crop(cache: Any, dropped: int, length: int) -> None:
-    count = -length if length < 0 else max(0, cache.get_seq_length() + dropped - length)
-    for layer in cache.layers if count else ():
-        layer.crop(-count)
 
 
 def cache_names(forward: Callable[..., Any]) -> tuple[str, ...]:
