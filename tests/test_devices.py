@@ -216,7 +216,8 @@ def test_on_a_gpu_and_the_cpu(name: str) -> None:
     text = {f"model.language_model.{part}": "cuda" for part in ("embed_tokens", "norm", "rotary_emb")}
     others = dict.fromkeys(["", "model.vision_tower", "model.multi_modal_projector", "lm_head"], "cuda")
     places = {block: torch.device(place) for block, place in (layers | text | others).items()}
-    attach_align_device_hook_on_blocks(model, places, False, skip_keys=model._skip_keys_device_placement)
+    offload = dict.fromkeys(filter(None, places), False)
+    attach_align_device_hook_on_blocks(model, places, offload, skip_keys=model._skip_keys_device_placement)
     for block, place in places.items():
         if block:
             model.get_submodule(block).to(place)
