@@ -72,3 +72,14 @@ def new_tokens(output: Any, inputs: dict[str, Any]) -> list[list[int]]:
 def stacked(steps: Any) -> list[list[int]]:
     """The reference's tokens, row by row."""
     return torch.stack(list(steps), dim=1).tolist()
+
+
+def same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Within rounding of each parameter's largest; a parameter that nobody used may have zeros or nothing."""
+    noise = 1e-5 * max(float(gradient.abs().max()) for gradient in expected.values())
+    moved = {name for name, gradient in expected.items() if gradient.any()}
+    assert moved <= ours.keys()
+    for name, gradient in ours.items():
+        wanted = expected.get(name, torch.zeros_like(gradient))
+        tolerance = 1e-3 * float(wanted.abs().max()) + noise
+        torch.testing.assert_close(gradient, wanted, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

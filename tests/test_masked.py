@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import reference
-from checks import CLOSE, generated, stacked
-from conformance.against import same_gradients
+from checks import CLOSE, generated, same_gradients, stacked
 from conformance.expected import learn, oracle_forward
 from conformance.setups import FAST, setup_of
 from conformance.subject import Batch, Subject, subject_of

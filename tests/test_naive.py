@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
-from checks import CLOSE, COMPACT, HALVES, LAST, UNEVEN, generated, method_of, new_tokens
-from conformance.against import same_gradients
+from checks import CLOSE, COMPACT, HALVES, LAST, UNEVEN, generated, method_of, new_tokens, same_gradients
 from official import official_model, recorded
 from pyramiddrop import naive
 from reference import Rule

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import reference
 import remedies
-from checks import CLOSE, check_logits, check_trace, generated, method_of, new_tokens, stacked
-from conformance.against import same_gradients
+from checks import CLOSE, check_logits, check_trace, generated, method_of, new_tokens, same_gradients, stacked
 from pyramiddrop import naive
 from reference import Result, Rule
 from tiny import FAMILIES, IMAGE_TOKEN, IMPLEMENTATIONS, Answer, collate, make_rows, text_model, tiny_model

@@ -133,17 +133,19 @@ def test_the_digits_are_those_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize(("arguments", "words"), [(("dev", 1), "split='dev'"), (("val", 0), "at least 1; got 0")])
 def test_digits_that_there_are_not(arguments: tuple[str, int], words: str) -> None:
-    pytest.importorskip("sklearn")
     with pytest.raises(InputError, match=words):
         digits_samples(*arguments)
 
 
-def test_the_digits_need_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_need_no_scikit_learn_and_training_ones_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyramiddrop.evaluation.digits import digit_bank
 
     digit_bank.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    for module in ("sklearn", "sklearn.datasets", "scipy"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
     assert len(digits_samples("val", 1)) == 16
+    with pytest.raises(InputError, match=r"the train split of digits needs SciPy: pip install 'pyramiddrop\[eval\]'"):
+        digits_samples("train", 1)
 
 
 def test_a_limit_spreads_over_pictures() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks import CLOSE, generated, method_of
+from checks import CLOSE, generated, method_of, same_gradients
 from conformance.expected import Spoken, learn, oracle_forward, oracle_generation, oracle_training
 from conformance.subject import Batch, Subject
 from pyramiddrop.methods import Method
@@ -63,14 +63,3 @@ def same_training(subject: Subject, rule: Rule, batch: Batch, checkpointing: Any
     same_kept(trace, kept)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     same_gradients(gradients, expected_gradients)
-
-
-def same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within rounding of each parameter's largest; a parameter that nobody used may have zeros or nothing."""
-    noise = 1e-5 * max(float(gradient.abs().max()) for gradient in expected.values())
-    moved = {name for name, gradient in expected.items() if gradient.any()}
-    assert moved <= ours.keys()
-    for name, gradient in ours.items():
-        wanted = expected.get(name, torch.zeros_like(gradient))
-        tolerance = 1e-3 * float(wanted.abs().max()) + noise
-        torch.testing.assert_close(gradient, wanted, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

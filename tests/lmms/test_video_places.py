@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
-from pyramiddrop.inference.animation import default_metadata
+from pyramiddrop.inference.video import default_metadata
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.cohere_compass.processing_cohere_compass import CohereCompassProcessor
 from transformers.models.cohere_compass.video_processing_cohere_compass import CohereCompassVideoProcessor
