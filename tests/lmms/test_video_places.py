@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
-from pyramiddrop.inference.video import default_metadata
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.cohere_compass.processing_cohere_compass import CohereCompassProcessor
 from transformers.models.cohere_compass.video_processing_cohere_compass import CohereCompassVideoProcessor
@@ -50,6 +49,7 @@ from transformers.models.video_llava.video_processing_video_llava import VideoLl
 
 from lit import SIZES, SPOTS, lit, token_light, wide_gemma4, word_tokenizer
 from lit_families import SLACK, gemma_tokenizer
+from pyramiddrop.inference.video import default_metadata
 from pyramiddrop.report.token_layout.views import PlacedView, place_pictures
 from zoo import MEMBERS, vision, weights
 from zoo.tiled import GLOBAL
