@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -202,12 +203,9 @@ class Method:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign] # or `dataclass` writes one that shows all arguments
 
     def __repr__(self) -> str:
-        shown = [entry.name for entry in fields(self) if entry.name not in self._overruled()]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
-
-    def _overruled(self) -> set[str]:
-        """Arguments that others make meaningless."""
-        return set()
+        """The Python expression that makes the method: arguments that are as by default are left out."""
+        changed = [entry.name for entry in fields(self) if entry.init and getattr(self, entry.name) != entry.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in changed)})"
 
     @classmethod
     def _fixed(cls) -> list[str]:
@@ -283,11 +281,6 @@ class StagedMethod(Method):
         schedule = Schedule.of(layers, keep)
         schedule.check_depth(num_layers)
         return schedule
-
-    def _overruled(self) -> set[str]:
-        if self.keep is not None:
-            return {"lam", "stages"}
-        return set() if self.layers is None else {"stages"}
 
     def _keep_ratios(self) -> Sequence[float]:
         if self.keep is not None:
@@ -527,7 +520,10 @@ def _method_of(method: Any) -> Method:
     if isinstance(method, str):
         from pyramiddrop.method_spec import parse_method_spec
 
-        return parse_method_spec(method)
+        parsed = parse_method_spec(method)
+        if parsed is None:
+            raise ValueError(f"method {method!r} drops nothing: leave the model as it is")
+        return parsed
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be a method, not its class: write {method.__name__}() with its arguments")
     raise TypeError(f"method must be a method such as PyramidDrop(); got {type(method).__name__}")
@@ -582,6 +578,13 @@ def _in_words(value: Any) -> Any:
         raise ValueError(f"{type(value).__name__} is not in SCORERS: JSON cannot hold it by name")
     settings = {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init}  # type: ignore[arg-type]
     return names[0] if value == SCORERS[names[0]]() else {"name": names[0], **settings}
+
+
+def _shown(value: Any) -> str:
+    """A setting as Python code: a registered scorer by its name."""
+    with suppress(ValueError):
+        return repr(_in_words(value))
+    return repr(value)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

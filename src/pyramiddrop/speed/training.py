@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyramiddrop import Method
-from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import peak_memory
 from pyramiddrop.speed.predicted import predict_step
@@ -28,7 +28,7 @@ class TrainingWay:
         checkpointing: whether layers are computed again in the backward pass, to save memory.
     """
 
-    way: Column
+    way: MethodCost
     logits: str
     checkpointing: bool
 
@@ -73,7 +73,7 @@ class TrainingStep:
     predicted_flops: int
 
 
-def training_ways(ways: Sequence[Column]) -> list[TrainingWay]:
+def training_ways(ways: Sequence[MethodCost]) -> list[TrainingWay]:
     """Each way with full and (of a method) kept logits, without and with gradient checkpointing."""
     return [
         TrainingWay(way, logits, checkpointing)
