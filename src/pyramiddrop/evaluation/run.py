@@ -67,6 +67,7 @@ class Outcome:
 
     @property
     def label(self) -> str:
+        """What a table calls it."""
         return VANILLA if self.method is None else method_label(self.method)
 
 

@@ -55,6 +55,7 @@ class Subject:
 
     @property
     def parts(self) -> ModelInfo:
+        """What is known of the model."""
         return anatomy(self.model)
 
     @property

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from pyramiddrop import Method
 from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
+from pyramiddrop.methods import Logits, Method
 from pyramiddrop.speed.memory import peak_memory
 from pyramiddrop.speed.predicted import predict_step
 from pyramiddrop.speed.subject import Subject
+
+LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class TrainingWay:
     """
 
     way: MethodCost
-    logits: str
+    logits: Logits
     checkpointing: bool
 
     @property
@@ -79,7 +81,7 @@ def training_ways(ways: Sequence[MethodCost]) -> list[TrainingWay]:
         TrainingWay(way, logits, checkpointing)
         for checkpointing in (False, True)
         for way in ways
-        for logits in (("full", "kept") if way.method else ("full",))
+        for logits in (LOGITS if way.method else LOGITS[:1])
     ]
 
 

@@ -20,7 +20,7 @@ from pyramiddrop.hf import UnsupportedModelError, attachment_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
-from pyramiddrop.methods import Method, apply
+from pyramiddrop.methods import Logits, Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
@@ -69,7 +69,7 @@ class TrainOptions:
     device_batch: int = 1
     learning_rate: float | None = None
     max_length: int | None = None
-    logits: str = "kept"
+    logits: Logits = "kept"
     checkpointing: bool = True
     skip_broken: bool = False
     resume: bool = False
