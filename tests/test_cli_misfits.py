@@ -63,12 +63,14 @@ def error_of(folder: Path, verb: str, model: str, method: str = "pyramiddrop") -
     return line
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "redundancy"])  # it takes the layers that there are
 def test_too_few_layers_to_drop_before(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "two-full")
     assert "4 stages need 3 layers to drop before; this model allows [6, 7]: give at most 3 stages" in line
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_window_that_does_not_reach_the_picture(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "no-full")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pyramiddrop
@@ -80,3 +81,13 @@ def test_the_vllm_plugin_and_the_transformers_adapter_do_not_meet() -> None:
 def test_every_module_says_what_it_owns() -> None:
     silent = [path for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []
+
+
+def test_no_merge_was_left_undone() -> None:
+    root = Path(__file__).parents[1]
+    pages = [
+        *root.glob("*.md"),
+        *(path for part in ("docs", "examples", "tests") for path in root.glob(f"{part}/**/*.md")),
+    ]
+    assert pages
+    assert [str(path) for path in pages if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.MULTILINE)] == []
