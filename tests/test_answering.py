@@ -59,6 +59,7 @@ def tiles(next_folder: Path) -> Checkpoint:
     return load_checkpoint(next_folder, "cpu")
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["tiny", "plain", "tiles"])
 def test_a_batch_replies_as_single_samples_do(name: str, method: Method | None, request: pytest.FixtureRequest) -> None:

@@ -85,6 +85,7 @@ def test_below_ten_pictures_no_interval_is_drawn() -> None:
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
 
 
+@pytest.mark.slow
 def test_the_reader_answers_its_own_benchmark() -> None:
     record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--method", "pyramiddrop")
     assert (record["task"]["name"], record["kinds"]) == ("reader", ["scenes", "documents", "charts"])
@@ -141,6 +142,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "methods": ways}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("lost", [0, 1, 400])
 def test_a_run_that_was_stopped_goes_on(
     tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +176,7 @@ def test_a_run_that_was_stopped_goes_on(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == resumed
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

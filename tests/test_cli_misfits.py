@@ -62,6 +62,7 @@ def error_of(folder: Path, verb: str, model: str, method: str = "pyramiddrop") -
     return line
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "redundancy"])  # it takes the layers that there are
 def test_too_few_layers_to_drop_before(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "two-full")
@@ -74,6 +75,7 @@ def test_fewer_layers_than_stages(folder: Path, verb: str) -> None:
     assert line == "error: 4 stages need a model of 4 layers, and this one has 3: give at most 3 stages"
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_window_that_does_not_reach_the_picture(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "no-full")

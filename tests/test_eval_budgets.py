@@ -43,6 +43,7 @@ def test_each_prompt_counts_as_often_as_it_comes(method: Method | None) -> None:
     assert spent(method) == sum(one.decoder + one.ranking for one in parts)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("percent", [40.0, 52.0, 66.5])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_budget_is_used_up_and_kept(method: Method, percent: float) -> None:
