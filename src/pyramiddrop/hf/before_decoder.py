@@ -29,6 +29,7 @@ from pyramiddrop.hf.query_key import QueryKeyExtractor
 from pyramiddrop.hf.ranking import choose, present
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.run import Rules
+from pyramiddrop.hf.versions import let_crop_follow
 from pyramiddrop.schedule import PreLLMSchedule
 from pyramiddrop.scoring import ScorerInputs
 from pyramiddrop.scoring.attention import attention_by_head
@@ -252,8 +253,10 @@ class _Prompt:
         kept, labels, length = self._kept, self._labels, self.plan.length
         cache = self.cache or cache_made(output)
         if kept is not None and cache is not None:
-            check_lengths(cache, kept.rows.shape[1], dict.fromkeys(self.attachment.anatomy.caching, 1), None)
+            layers = self.attachment.anatomy.caching
+            check_lengths(cache, kept.rows.shape[1], dict.fromkeys(layers, 1), None)
             remember(cache, _Memory(length, kept, self.attachment.rules.positions))
+            let_crop_follow(cache, dict.fromkeys(layers, length - kept.rows.shape[1]))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
 

@@ -18,7 +18,7 @@ from pyramiddrop.hf.plan import Plan
 from pyramiddrop.hf.query_key import QueryKeyExtractor
 from pyramiddrop.hf.ranking import Ranking, choose, present
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels, take_rows
-from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer
@@ -284,6 +284,7 @@ class Run:
         stages = {index: self.rules.schedule.stage_of(index) for index in self.anatomy.caching}
         check_lengths(cache, self.past + self.length, stages, self.memory)
         remember(cache, self.memory)
+        let_crop_follow(cache, {index: self.memory.missing(stage) for index, stage in stages.items()})
 
     def _given_back(self, hidden: Tensor, kept: Selection) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""
