@@ -24,7 +24,7 @@ BUNDLED, PAPER = ("digits", "reader"), "paper"
 OFFLINE = "--tasks digits or reader"
 #: The options of each way to use the verb, beside --output and --json.
 RUN = {"--limit", "--model", "--methods", "--batch", "--device"}
-OWN = RUN | {"--percent", "--max-new-tokens", "--dtype"}
+OWN = RUN | {"--percent", "--average-tokens", "--rounds", "--max-new-tokens", "--dtype"}
 MODES = {
     "--suite": {"--suite", "--results"},
     "--data": OWN | {"--data", "--images", "--metric"},
@@ -34,9 +34,9 @@ MODES = {
 
 
 class SeveralMethods(SeveralImages):
-    """Lets `--methods a b` mean `--methods a --methods b`, and the same of `--percent` and `--results`."""
+    """Lets `--methods a b` mean `--methods a --methods b`, and the same of the budgets and `--results`."""
 
-    SPREAD = ("--methods", "--percent", "--results")
+    SPREAD = ("--methods", "--percent", "--average-tokens", "--results")
 
 
 def evaluate(
@@ -99,12 +99,26 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = None,
+    average_tokens: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Solve them for so many visual tokens of a layer, on average over the layers; one or more.",
+            metavar="TOKENS...",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Questions of one forward. (default: 16; 1 for lmms-eval)", rich_help_panel=HOW),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer. (default: 32)", rich_help_panel=HOW)
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="How often a prefill is timed under each method; 0: never. (default: 5)", rich_help_panel=HOW
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=HOW)
@@ -123,7 +137,8 @@ def evaluate(
 ) -> None:
     """Ask vanilla and methods the same questions: scores by kind, paired differences, FLOPs, KV cache, time.
 
-    Every score has its standard error, every difference its 95 % interval. With --percent all methods cost the same.
+    Every score has its standard error, every difference its 95 % interval. With --percent or --average-tokens all
+    methods cost the same.
     """
     given = {
         "--suite": suite,
@@ -138,6 +153,8 @@ def evaluate(
         "--model": model,
         "--methods": methods,
         "--percent": percent,
+        "--average-tokens": average_tokens,
+        "--rounds": rounds,
         "--batch": batch,
         "--max-new-tokens": max_new_tokens,
         "--device": device,
@@ -149,7 +166,7 @@ def evaluate(
     elif mode == "tasks of lmms-eval":
         _run_benchmarks(str(tasks), methods or [], model, limit, batch or 1, device, output, as_json)
     else:
-        from pyramiddrop.evaluation.run import EvalOptions
+        from pyramiddrop.evaluation.run import ROUNDS, EvalOptions
         from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, file_task
 
         with waiting("reading the questions"):
@@ -161,6 +178,8 @@ def evaluate(
         options = EvalOptions(
             methods=tuple(methods or ()),
             percents=tuple(percent or ()),
+            average_tokens=tuple(average_tokens or ()),
+            rounds=ROUNDS if rounds is None else rounds,
             model=model,
             batch=batch or 16,
             max_new_tokens=max_new_tokens or 32,
