@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pyramiddrop.trace import Trace
 
 #: What a page and an animation have for a suffix; every other one is matplotlib's.
 PAGE, ANIMATION = ".html", ".gif"
+#: A notebook's cell is as wide as it likes.
+FRAME = "width: 100%; height: 760px; border: 0"
 #: Tokens without a known place, and the empty cells behind the last of them.
 UNPLACED, EMPTY = (108, 142, 191), (255, 255, 255)
 
@@ -89,6 +92,10 @@ class Visual:
     def html(self) -> str:
         """One page without a network: stages to step through and to play, scores under the pointer."""
         return page.render(self)
+
+    def _repr_html_(self) -> str:
+        """The page in a notebook: in a frame of its own, for it brings a document with styles and scripts."""
+        return f'<iframe srcdoc="{escape(self.html())}" style="{FRAME}"></iframe>'
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers: for each span of layers the visual tokens alive, and how many of them in each view."""
