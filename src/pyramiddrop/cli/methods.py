@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import stdout
 
 
 def methods(as_json: AsJson = False) -> None:
@@ -20,4 +20,4 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"methods": [entry.as_dict() for entry in entries]}, indent=2))
     else:
-        results().print(methods_table(entries))
+        stdout().print(methods_table(entries))

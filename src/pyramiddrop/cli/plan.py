@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyramiddrop.cli.options import AsJson, SizeOptions, with_groups
-from pyramiddrop.cli.terminal import results, waiting
+from pyramiddrop.cli.terminal import spinner, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.sizes import Sizes
@@ -63,7 +63,7 @@ def plan(
     if measure is None:
         found = make_plan(options, sizes)
     else:
-        with waiting("measuring layers"):
+        with spinner("measuring layers"):
             found = make_plan(options, sizes)
     if as_json:
         print(json.dumps({"name": sizes.name, **found.as_dict()}, indent=2))
@@ -75,7 +75,7 @@ def _show(sizes: Sizes, found: Plan) -> None:
     from pyramiddrop.method_spec import VANILLA
     from pyramiddrop.report.tables.cost import account_table, stages_table
 
-    console = results()
+    console = stdout()
     console.print("from pyramiddrop import PyramidDrop\n")
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
