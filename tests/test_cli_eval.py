@@ -61,7 +61,7 @@ def tiny(data: Path, llava_folder: Path) -> list[str | Path]:
 
 
 def test_digits_are_scored_as_by_hand() -> None:
-    record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--methods", "fastv:layer=1,keep=0.2")
+    record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--method", "fastv:layer=1,keep=0.2")
     samples = digits_task("val", 3, limit=20).samples
     answerer = Answerer(load_checkpoint(digits_checkpoint(), "cpu"))
     right = [
@@ -81,12 +81,12 @@ def test_digits_are_scored_as_by_hand() -> None:
 
 def test_below_ten_pictures_no_interval_is_drawn() -> None:
     for limit, drawn in ((9, False), (10, True)):
-        (_, fastv) = run_json("--limit", str(limit), "--methods", "fastv:layer=1,keep=0.2")["methods"]
+        (_, fastv) = run_json("--limit", str(limit), "--method", "fastv:layer=1,keep=0.2")["methods"]
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
 
 
 def test_the_reader_answers_its_own_benchmark() -> None:
-    record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--methods", "pyramiddrop")
+    record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--method", "pyramiddrop")
     assert (record["task"]["name"], record["kinds"]) == ("reader", ["scenes", "documents", "charts"])
     vanilla, pyramid = record["methods"]
     assert vanilla["scores"]["all"]["mean"] == 1
@@ -94,7 +94,7 @@ def test_the_reader_answers_its_own_benchmark() -> None:
 
 
 def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
-    record = run_json(*tiny, "--methods", "pyramiddrop:layers=3,keep=0.5", "fastv")
+    record = run_json(*tiny, "--method", "pyramiddrop:layers=3,keep=0.5", "fastv")
     vanilla, pyramid, fastv = record["methods"]
     assert record["kinds"] == ["a", "b"]
     assert [vanilla["scores"][kind]["mean"] for kind in ("a", "b", "all")] == [1, 0, 0.5]
@@ -108,7 +108,7 @@ def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
 
 
 def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
-    record = run_json(*tiny, "--limit", "3", "--methods", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
+    record = run_json(*tiny, "--limit", "3", "--method", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
     ways = record["methods"]
     assert [way["percent"] for way in ways] == [None, 60, 60, 80, 80]
     for way in ways[1:]:
@@ -122,14 +122,14 @@ def test_a_budget_out_of_reach_is_found_before_anything_is_answered(
 ) -> None:
     answered: list[Any] = []
     monkeypatch.setattr(Answerer, "_answer", lambda self, inputs, *others: answered.append(inputs))
-    result = run(*tiny, "--methods", "pyramiddrop", *words)
+    result = run(*tiny, "--method", "pyramiddrop", *words)
     assert result.exit_code == 2
     assert "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop" in result.stderr
     assert not answered
 
 
 def test_the_table_tells_the_same(tiny: list[str | Path]) -> None:
-    result = run(*tiny, "--methods", "pyramiddrop:lam=0.4")
+    result = run(*tiny, "--method", "pyramiddrop:lam=0.4")
     assert result.exit_code == 0
     for words in ("vanilla", "lam=0.4", "decoder FLOPs", "all (6)", "a (3)", "100.0 ± 0.0", "minus vanilla"):
         assert words in result.stdout
@@ -145,7 +145,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_that_was_stopped_goes_on(
     tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*tiny, "--methods", "pyramiddrop", "--percent", "70"]
+    words = [*tiny, "--method", "pyramiddrop", "--percent", "70"]
     unbroken = run_json(*words)
     answered: list[int] = []
     answer, stop_at = Answerer._answer, 4
@@ -181,11 +181,11 @@ def test_a_run_that_was_stopped_goes_on(
         ("--limit 0", "--limit must be at least 1; got 0"),
         ("--percent 0", "--percent must be above 0 and at most 100; got 0"),
         ("--percent 5 --limit 1", "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop"),
-        ("--methods fastv fastv:layer=2", "FastV is named twice"),
-        ("--methods fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),
-        ("--methods vanilla vanilla", "vanilla is named twice"),
-        ("--methods fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
-        ("--methods pyramid", "method 'pyramid' is not one of"),
+        ("--method fastv fastv:layer=2", "FastV is named twice"),
+        ("--method fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),
+        ("--method vanilla vanilla", "vanilla is named twice"),
+        ("--method fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
+        ("--method pyramid", "method 'pyramid' is not one of"),
         ("--images pictures", "--images means nothing with --tasks digits"),
         ("--metric exact", "--metric means nothing with --tasks digits"),
         ("--data none.json", "no such file: none.json"),
@@ -204,4 +204,4 @@ def test_questions_without_an_answer_and_unknown_metrics(data: Path, llava_folde
     del records[3]["answers"]
     data.write_text(json.dumps(records))
     assert_one_line(run("--data", data), 'data.json[3]: no "answer" to compare with')
-    assert run("--model", llava_folder, "--data", data, "--limit", "2", "--methods", "vanilla").exit_code == 0
+    assert run("--model", llava_folder, "--data", data, "--limit", "2", "--method", "vanilla").exit_code == 0

@@ -26,8 +26,6 @@ VERBS = {
     "redundancy": "study redundancy --data {data} --limit 1 --keep 0.5 --device cpu --output {folder}/study",
     "ablation": "study ablation --data {data} --limit 1 --device cpu --output {folder}/study",
 }
-#: The option that names the method, where it is not --method.
-OPTION = {"eval": "--methods", "tradeoff": "--methods"}
 #: The verbs that choose the methods themselves.
 OWN_METHODS = ("redundancy", "ablation")
 
@@ -56,7 +54,7 @@ def error_of(folder: Path, verb: str, model: str, method: str = "pyramiddrop") -
     paths = {"picture": folder / "picture.png", "data": folder / "data.json", "folder": folder}
     words = [*VERBS[verb].format(**paths).split(), "--model", str(folder / model)]
     if verb not in OWN_METHODS:
-        words += [OPTION.get(verb, "--method"), method]
+        words += ["--method", method]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, (result.output, result.exception)
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -269,7 +269,7 @@ def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_a
     ("arguments", "message"),
     [
         ({"name": "llava"}, "shape 'llava' is not one of tiny, small, mid, llava-1.5-7b"),
-        ({"name": "tiny", "depth": 9}, "--layers must be in 1..8"),
+        ({"name": "tiny", "depth": 9}, "--num-layers must be in 1..8"),
         ({"name": "tiny", "dtype": "auto"}, "a checkpoint's own"),
         ({"name": "tiny", "dtype": "int8"}, "dtype 'int8' is not one of"),
     ],

@@ -56,10 +56,12 @@ class Schedule:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layer of each drop, shallow to deep."""
         return tuple(stage.layer for stage in self.stages)
 
     @property
     def keep(self) -> tuple[float, ...]:
+        """The keep ratio of each drop."""
         return tuple(stage.keep for stage in self.stages)
 
     def check_depth(self, num_layers: int) -> None:
@@ -84,6 +86,7 @@ class PreLLMSchedule(Schedule):
 
     @classmethod
     def keeping(cls, keep: float) -> PreLLMSchedule:
+        """The schedule that keeps the share `keep`."""
         return cls((Stage(0, keep),))
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
 from pyramiddrop.hf import attachment_of
-from pyramiddrop.inference.choice import VANILLA, method_label, parse_method, saved_method
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.resolve import parse_method, saved_method
+from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import Method
 from pyramiddrop.planning.solve import largest, shortest
 from pyramiddrop.speed.predicted import PUBLISHED

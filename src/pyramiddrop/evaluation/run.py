@@ -17,9 +17,9 @@ from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.choice import VANILLA, method_label
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.timing import time_prefills
+from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import Method
 
 ROUNDS = 5
@@ -67,6 +67,7 @@ class Outcome:
 
     @property
     def label(self) -> str:
+        """What a table calls it."""
         return VANILLA if self.method is None else method_label(self.method)
 
 

@@ -89,6 +89,45 @@ def file_task(
     return Task(file.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
 
 
+def choose_task(
+    *,
+    tasks: str | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    metric: str | None = None,
+    split: str | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+    answered: bool = True,
+) -> Task:
+    """The task that options name; None where nothing was said.
+
+    Args:
+        tasks: the name of a bundled benchmark; digits if nothing was said.
+        data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
+            file a bundled benchmark is asked.
+        split, seed: of the bundled benchmark.
+        limit: only so many of the questions.
+        answered: whether every question needs a right answer.
+
+    Raises:
+        InputError: for options that do not belong together, and for what cannot be read.
+    """
+    if data is not None:
+        _refuse("means nothing with", tasks=tasks, split=split, seed=seed)
+        return file_task(data, images, metric or "exact", limit, answered)
+    _refuse("belongs to", images=images, metric=metric)
+    if (name := tasks or DIGITS) not in BUNDLED_TASKS:
+        raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
+    return BUNDLED_TASKS[name](split or "test", seed or 0, limit)
+
+
+def _refuse(why: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} {why} --data")
+
+
 def spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     """At most `limit` of the samples, in their order: the first question about every picture, then the second, ..."""
     asked: Counter[str] = Counter()

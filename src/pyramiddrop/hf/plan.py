@@ -112,6 +112,7 @@ class Plan:
 
     @property
     def length(self) -> int:
+        """Columns of the batch."""
         return self.visual.shape[1]
 
     @property
@@ -132,6 +133,7 @@ class Plan:
 
     @property
     def drops(self) -> bool:
+        """Whether any stage drops a token."""
         return any(stage.drops for stage in self.stages)
 
     def to(self, device: torch.device) -> Plan:
