@@ -7,11 +7,13 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import typer
 from PIL import Image
 
 from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint, reader_checkpoint
+from pyramiddrop.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +84,15 @@ def _joined(lines: list[str]) -> list[str]:
         else:
             joined.append(line)
     return joined
+
+
+def parse(words: list[str]) -> None:
+    """Raise for a verb or an option that is not there, and for a missing one."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("pyramiddrop", words)
+    while hasattr(command, "commands"):
+        name, command, words = command.resolve_command(context, words)
+        context = command.make_context(name, list(words), parent=context)
 
 
 def reason_not_to_run(text: str, table: dict[str, str] = NOT_RUN) -> str | None:
