@@ -93,6 +93,7 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,6 +15,7 @@ from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.reader import KINDS
 from pyramiddrop.evaluation.samples import read_samples
 from pyramiddrop.evaluation.scores import difference, score
 from pyramiddrop.evaluation.tasks import digits_task
@@ -81,16 +82,21 @@ def test_digits_are_scored_as_by_hand() -> None:
 
 def test_below_ten_pictures_no_interval_is_drawn() -> None:
     for limit, drawn in ((9, False), (10, True)):
-        (_, fastv) = run_json("--limit", str(limit), "--method", "fastv:layer=1,keep=0.2")["methods"]
+        words = ["--limit", str(limit), "--rounds", "0", "--method", "fastv:layer=1,keep=0.2"]
+        (_, fastv) = run_json(*words)["methods"]
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
 
 
+@pytest.mark.slow
 def test_the_reader_answers_its_own_benchmark() -> None:
-    record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--method", "pyramiddrop")
+    words = ["--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--rounds", "0"]
+    record = run_json(*words, "--method", "pyramiddrop")
     assert (record["task"]["name"], record["kinds"]) == ("reader", ["scenes", "documents", "charts"])
     vanilla, pyramid = record["methods"]
     assert vanilla["scores"]["all"]["mean"] == 1
     assert pyramid["visual_tokens"]["by_stage"] == [576, 288, 144, 72]
+    assert {kind for kinds in KINDS.values() for kind in kinds} >= set(record["subkinds"]) == set(pyramid["subscores"])
+    assert sum(score["count"] for score in pyramid["subscores"].values()) == 3
 
 
 def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
@@ -101,7 +107,7 @@ def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
     assert (vanilla["flops_ratio"], vanilla["kv_ratio"], vanilla["method"]) == (1, 1, None)
     assert (pyramid["name"], fastv["name"]) == ("PyramidDrop(layers=(3,), keep=(0.5,))", "FastV")
     assert pyramid["method"] == {**PyramidDrop().settings(), "layers": [3], "keep": [0.5]}
-    assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
+    assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "drop_layers": [3], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
     assert list(pyramid["differences"]) == ["to_vanilla"]
     assert list(fastv["differences"]) == ["to_vanilla", "to_first"]
     assert all(way["prefill"]["cpu"] > 0 for way in record["methods"])
@@ -114,6 +120,22 @@ def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
     for way in ways[1:]:
         assert way["percent"] - 6 < 100 * way["flops_ratio"] <= way["percent"]
     assert [list(way["differences"]) for way in ways[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
+
+
+def test_methods_at_equal_tokens(tiny: list[str | Path]) -> None:
+    words = ["--method", "pyramiddrop", "fastv:layer=2", "--percent", "80", "--average-tokens", "10", "12"]
+    record = run_json(*tiny, *words, "--rounds", "0")
+    ways = record["methods"]
+    budgets = [(way["percent"], way["average_tokens"]) for way in ways]
+    assert budgets == [(None, None), *[(80, None)] * 2, *[(None, 10)] * 2, *[(None, 12)] * 2]
+    for way in ways[3:]:
+        assert way["average_tokens"] - 1 < way["visual_tokens"]["per_layer"] <= way["average_tokens"]
+    assert [way["visual_tokens"]["drop_layers"] for way in ways[:3]] == [[], [2, 4, 6], [2]]
+    assert all(way["prefill"] is None for way in ways)
+    shown = run(*tiny, *words, "--rounds", "0").stdout
+    for words_shown in ("10 tokens", "80 %", "(2) → "):
+        assert words_shown in shown
+    assert "prefill" not in shown.lower()
 
 
 @pytest.mark.parametrize("words", [["--percent", "5"], ["--percent", "60", "5"]])
@@ -141,6 +163,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "methods": ways}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("lost", [0, 1, 400])
 def test_a_run_that_was_stopped_goes_on(
     tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
@@ -158,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on(
 
     monkeypatch.setattr(Answerer, "_answer", counted)
     assert run(*words, "--output", tmp_path / "run").exit_code != 0
-    assert answered == [2, 2, 2, 2]  # vanilla's three batches, and one of the method's
+    assert answered == [2, 2, 2, 2]  # two batches under each of the two methods
     (journal,) = (tmp_path / "run" / "replies").glob("PyramidDrop-*.jsonl")
     journal.write_bytes(journal.read_bytes()[: -lost or None])
 
@@ -174,12 +197,15 @@ def test_a_run_that_was_stopped_goes_on(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == resumed
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--split dev", "split='dev' is not one of train, val, test"),
         ("--limit 0", "--limit must be at least 1; got 0"),
         ("--percent 0", "--percent must be above 0 and at most 100; got 0"),
+        ("--average-tokens 0", "--average-tokens must be above 0; got 0"),
+        ("--average-tokens 9 --limit 1", "an average of 9 visual tokens a layer is out of reach of PyramidDrop"),
         ("--percent 5 --limit 1", "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop"),
         ("--method fastv fastv:layer=2", "FastV is named twice"),
         ("--method fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),

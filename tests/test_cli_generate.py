@@ -75,6 +75,7 @@ def test_vanilla_is_the_model_as_it_is(llava_folder: Path, picture: Path) -> Non
     assert found["kv_bytes"] == found["vanilla_kv_bytes"] == kept["kv_bytes"]
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("options", "tokens"),
     [
@@ -179,6 +180,7 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
     assert half["kv_bytes"] == plain["kv_bytes"] / 2
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

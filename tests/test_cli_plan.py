@@ -121,6 +121,7 @@ def test_a_checkpoint_needs_no_weights(llava_folder: Path, tmp_path: Path) -> No
     assert answer["spent"] == 7.5
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

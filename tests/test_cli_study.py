@@ -89,6 +89,7 @@ def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: 
     assert not (tmp_path / "out" / "redundancy-accuracy.png").exists()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,6 +114,7 @@ def test_redundancy_refuses_in_one_line(options: list[str], message: str, tmp_pa
 # ---- methods -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tradeoff_of_the_bundled_model(tmp_path: Path) -> None:
     words = ["tradeoff", "--limit", "8", "--method", "pyramiddrop", "fastv:layer=3", "--percent", "60", "80"]
     result = run(*words, "--output", str(tmp_path))
@@ -133,6 +135,7 @@ def test_ablation_of_the_bundled_model(tmp_path: Path) -> None:
         assert (tmp_path / name).is_file()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -176,6 +176,7 @@ class Logits(nn.Module):
         return logits
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", [PyramidDrop(), VisionDrop()], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("exporter", ["export", "strict export", "trace", "onnx"])
 def test_exporters_are_refused_in_one_line(exporter: str, method: Any) -> None:

@@ -108,3 +108,13 @@ def test_help_explains_each_argument_and_each_name_of_a_method(name: str) -> Non
             assert re.search(rf"^ +{entry.name}: .", str(kind.__doc__), re.M), entry.name
     public = [one for one in dir(kind) if not one.startswith("_") and callable(getattr(kind, one))]
     assert [one for one in public if not inspect.getdoc(getattr(kind, one))] == []
+
+
+def test_no_merge_was_left_undone() -> None:
+    root = Path(__file__).parents[1]
+    pages = [
+        *root.glob("*.md"),
+        *(path for part in ("docs", "examples", "tests") for path in root.glob(f"{part}/**/*.md")),
+    ]
+    assert pages
+    assert [str(path) for path in pages if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.MULTILINE)] == []

@@ -253,6 +253,7 @@ def curve(job: Any) -> list[tuple[float, ...]]:
     return [(entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"]) for entry in log]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("recipe", ["all", "lora"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe: str, options: TrainOptions, tmp_path: Path) -> None:
     """Stopped in the second epoch; the last checkpoint was torn. LoRA's dropout draws on as well."""

@@ -14,6 +14,8 @@ import typer
 
 from pyramiddrop.cli import terminal
 from pyramiddrop.cli.options import (
+    HOW,
+    METHOD,
     OUTPUT,
     WHAT,
     AnswerOptions,
@@ -34,7 +36,7 @@ BUNDLED, PAPER = ("digits", "reader"), "paper"
 OFFLINE, LMMS = "--tasks digits or reader", "tasks of lmms-eval"
 #: The options of each way to use the verb, beside --output and --json.
 RUN = {"--limit", "--model", "--method", "--batch", "--device"}
-OWN = RUN | {"--percent", "--max-new-tokens", "--dtype"}
+OWN = RUN | {"--percent", "--average-tokens", "--rounds", "--max-new-tokens", "--dtype"}
 MODES = {
     "--suite": {"--suite", "--results"},
     "--data": OWN | {"--data", "--images", "--metric"},
@@ -64,7 +66,21 @@ def evaluate(
     model: Model = None,
     method: Methods = None,
     percent: Percents = None,
+    average_tokens: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Solve them for so many visual tokens of a layer, on average over the layers; one or more.",
+            metavar="TOKENS...",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     answering: AnswerOptions,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="How often a prefill is timed under each method; 0: never. (default: 5)", rich_help_panel=HOW
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Keep replies and results in this folder; run again, it goes on.", rich_help_panel=OUTPUT),
@@ -73,7 +89,8 @@ def evaluate(
 ) -> None:
     """Ask vanilla and methods the same questions: scores by kind, paired differences, FLOPs, KV cache, time.
 
-    Every score has its standard error, every difference its 95 % interval. With --percent all methods cost the same.
+    Every score has its standard error, every difference its 95 % interval. With --percent or --average-tokens all
+    methods cost the same.
     """
     given = {
         "suite": suite,
@@ -81,6 +98,8 @@ def evaluate(
         "model": model,
         "method": method,
         "percent": percent,
+        "average_tokens": average_tokens,
+        "rounds": rounds,
         **asdict(questions),
         **asdict(answering),
     }
@@ -90,11 +109,19 @@ def evaluate(
     elif mode == LMMS:
         _run_benchmarks(questions, answering, method or [], model, output, as_json)
     else:
-        from pyramiddrop.evaluation.run import EvalOptions
+        from pyramiddrop.evaluation.run import ROUNDS, EvalOptions
 
         with waiting("reading the questions"):
             task = questions.task()
-        options = EvalOptions(tuple(method or ()), tuple(percent or ()), model, **answering.given, output=output)
+        options = EvalOptions(
+            methods=tuple(method or ()),
+            percents=tuple(percent or ()),
+            average_tokens=tuple(average_tokens or ()),
+            rounds=ROUNDS if rounds is None else rounds,
+            model=model,
+            output=output,
+            **answering.given,
+        )
         _run(task, options, as_json)
 
 

@@ -27,6 +27,7 @@ class Task:
         about: where they come from, as plain values.
         match: when an answer is right; a name in `pyramiddrop.evaluation.matching.MATCHES`.
         kinds: of the samples, in the order of a table.
+        subkinds: finer kinds, in the order of a table; none where no question has one.
         bundled: the folder of the bundled model, which answers where no model is named.
     """
 
@@ -36,6 +37,7 @@ class Task:
     match: str
     kinds: tuple[str, ...]
     bundled: Path = field(default_factory=digits_checkpoint)
+    subkinds: tuple[str, ...] = ()
 
 
 def digits_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
@@ -60,8 +62,10 @@ def reader_task(split: str = "test", seed: int = 0, limit: int | None = None) ->
     _check_limit(limit)
     samples = spread(reader_samples(split, min(READER_PICTURES, limit or READER_PICTURES), seed), limit)
     asked = {sample.kind for sample in samples}
-    about = {"split": split, "seed": seed}
-    return Task(READER, about, samples, "same", tuple(kind for kind in KINDS if kind in asked), reader_checkpoint())
+    kinds = tuple(kind for kind in KINDS if kind in asked)
+    finer = {sample.subkind for sample in samples}
+    subkinds = tuple(one for kind in kinds for one in KINDS[kind] if one in finer)
+    return Task(READER, {"split": split, "seed": seed}, samples, "same", kinds, reader_checkpoint(), subkinds)
 
 
 #: The benchmarks that need no download, by name.
