@@ -41,6 +41,7 @@ NOT_RUN = {
     r"bench --shape (llava|mid|small|qwen)": "takes minutes to hours and up to 30 GB of memory",
     r"benchmarks/gpu\.py": "needs a GPU",
     r"examples/(digits|reader)/": "trains or evaluates for minutes to hours; each script has a fast test of its own",
+    r"-m conformance": "runs for minutes; tests/test_conformance.py runs the same checks",
     r"python benchmarks/": "makes the pages from results that are committed, or measures for minutes to hours",
     r"runs/models/with|--results runs/mme": "reads what a command before it, which does not run here, has written",
 }
@@ -48,6 +49,7 @@ NOT_RUN = {
 PYTHON_NOT_RUN = {
     r"vllm import": "needs vLLM, which has an environment of its own (.ci/vllm)",
     r"evaluation\.lmms": "needs lmms-eval, which has an environment of its own (.ci/lmms)",
+    r"Member\(\"|^\"apertus1p5\"": "a piece of a file that it stands in",
     r"\(model, \.\.\.\)": "stands for the reader's own trainer",
 }
 

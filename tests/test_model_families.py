@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError, apply
+from pyramiddrop import families as told
 from pyramiddrop.cli.main import app
-from pyramiddrop.hf import families as told
-from pyramiddrop.hf.families import FAMILIES, Limit
+from pyramiddrop.families import FAMILIES, Limit
 from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_compact_positions, check_grouping
 from pyramiddrop.hf.versions import NEWEST_TESTED
 from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, all_families
@@ -185,7 +185,7 @@ def test_one_family_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(limit.says in run("gemma3") for limit in FAMILIES["gemma3"].limits)
     assert FAMILIES["mllama"].refused in run("mllama")
     assert json.loads(run("mllama", "--json"))["status"] == REFUSED
-    assert "nothing is proven" in run("shieldgemma2")
+    assert "nothing is proven" in run("pp_chart2table")
 
 
 @pytest.mark.parametrize(("words", "message"), [("lava", "did you mean llava"), ("xyz", "lists them")])

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import saved_method
 from pyramiddrop.methods import Method, apply
