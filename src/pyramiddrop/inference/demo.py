@@ -19,8 +19,8 @@ from pyramiddrop.inference.prompt import build_batch, build_inputs, open_picture
 from pyramiddrop.inference.timing import PrefillTime, cpu_threads, time_prefills
 
 MAX_NEW_TOKENS = 8
-RUNS = 3
-BATCH, BATCH_RUNS = 8, 1
+RUNS = 5
+BATCH, BATCH_RUNS = 8, 3
 
 
 @dataclass(frozen=True)
