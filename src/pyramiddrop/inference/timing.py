@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ Way = TypeVar("Way")
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """Medians of one prefill in seconds: by the clock on the wall, and of this process's CPU time over all threads."""
+    """Seconds of one prefill: by the clock on the wall, and of this process's CPU time over all threads."""
 
     wall: float
     cpu: float
@@ -31,6 +31,7 @@ def time_prefills(
     inputs: Mapping[str, Any],
     methods: Mapping[str, Method | None],
     runs: int = 5,
+    over: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[str, PrefillTime]:
     """Time the prefill of `inputs` under each of `methods` (None: the model as it is), after one warm-up each.
 
@@ -40,6 +41,7 @@ def time_prefills(
 
     Args:
         runs: how often each is measured; the ways take turns.
+        over: what is taken of the runs: the median, or `min` where other programs disturb them, which only add to it.
     """
     ready = on_model(model, inputs)
     models = {name: method.view(model) if method else model for name, method in methods.items()}
@@ -49,10 +51,7 @@ def time_prefills(
         if turn:
             seen[name].append(measured)
     return {
-        name: PrefillTime(
-            statistics.median(one.wall for one in times),
-            statistics.median(one.cpu for one in times),
-        )
+        name: PrefillTime(over(one.wall for one in times), over(one.cpu for one in times))
         for name, times in seen.items()
     }
 
