@@ -114,8 +114,8 @@ def _show_published(options: BudgetOptions, sizes: Sizes, as_json: bool) -> None
         ]
         print(json.dumps({"name": sizes.name, "plans": rows}, indent=2))
         return
-    results().print(published_table(found))
-    results().print(f"\n{sizes.about}", soft_wrap=True)
+    stdout().print(published_table(found))
+    stdout().print(f"\n{sizes.about}", soft_wrap=True)
 
 
 def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
