@@ -15,7 +15,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-oldest test-newest test-lowest conformance docs lint format clean
+.PHONY: demo test test-all test-oldest test-newest test-lowest conformance docs release-check lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramiddrop demo
@@ -50,9 +50,16 @@ test-lowest: $(LOWEST)/.tested
 conformance: $(VENV)/.tested
 	PYTHONPATH=tests $(BIN)/python -m conformance
 
-# The page that is generated from what the library knows of model families.
-docs: $(VENV)/.tested
+# The page that is generated from what the library knows of model families, then the whole site, into site/.
+docs: $(VENV)/.documented
 	$(BIN)/pyramiddrop families --markdown > docs/families.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: site/index.html; mkdocs serve shows it while you write"
+
+# Builds sdist and wheel, and tries both in clean environments.
+release-check: $(VENV)/.tested
+	$(BIN)/python $(INSTALL) build twine
+	.ci/release-check $(abspath $(BIN)/python)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -73,6 +80,10 @@ $(VENV)/.tested: $(MADE_OF)
 	$(BIN)/python $(INSTALL) -e '.[test]' transformers==$(TRANSFORMERS)
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.documented: $(VENV)/.tested
+	$(BIN)/python $(INSTALL) -e '.[docs]' transformers==$(TRANSFORMERS)
+	touch $@
+
 $(OLDEST)/.tested: $(MADE_OF)
 	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(INSTALL) -e '.[test]' transformers==$(OLDEST_TRANSFORMERS)
@@ -85,4 +96,4 @@ $(LOWEST)/.tested: $(MADE_OF) .ci/lower-bounds
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LOWEST) demo build dist
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LOWEST) demo build dist site

@@ -11,6 +11,22 @@ import pytest
 from checkpoints import save_checkpoint, save_picture
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `fast_cases(count)` leaves out as slow. One case is taken of each of `count` equal parts of a test's
+    cases, and each time from another place in the part, so that no value of a parameter is passed over by a rhythm."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("fast_cases") and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        count = min(cases[0].get_closest_marker("fast_cases").args[0], len(cases))
+        fast = {int((part + part * 0.618 % 1) * len(cases) / count) for part in range(count)}
+        for number, case in enumerate(cases):
+            if number not in fast:
+                case.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What `datasets` keeps goes with the session; commands that tests start inherit it."""

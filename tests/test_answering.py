@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from checkpoints import save_checkpoint
-from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, VisionDrop
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.budgets import decoder_flops
+from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.inference.answer import ask
@@ -59,6 +61,7 @@ def tiles(next_folder: Path) -> Checkpoint:
     return load_checkpoint(next_folder, "cpu")
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["tiny", "plain", "tiles"])
 def test_a_batch_replies_as_single_samples_do(name: str, method: Method | None, request: pytest.FixtureRequest) -> None:
@@ -67,6 +70,66 @@ def test_a_batch_replies_as_single_samples_do(name: str, method: Method | None, 
     alone = Answerer(checkpoint, batch=1, max_new_tokens=3).answers(SAMPLES, method)
     assert together == alone
     assert len({reply.usage.visual_tokens for reply in together}) > 1
+
+
+#: Methods that go on with the untouched model's first layers, and such that cannot.
+SHARING = [*METHODS[1:], PyramidDrop(layers=[1, 5], keep=[0.5, 0.1]), FastV(layer=1), PyramidDrop(rank_layer="last")]
+ALONE = [PyramidDrop(score="variation"), VisionDrop(), Downsample(keep=0.3)]
+
+
+@pytest.mark.parametrize("vanilla", [True, False])
+@pytest.mark.parametrize("name", ["tiny", "tiles"])
+def test_methods_that_share_a_prefill_reply_as_they_do_alone(
+    name: str, vanilla: bool, request: pytest.FixtureRequest
+) -> None:
+    answerer = Answerer(request.getfixturevalue(name), batch=3, max_new_tokens=3)
+    methods = [*([None] if vanilla else []), *SHARING, *(ALONE if name == "tiny" else [])]
+    together = list(answerer.answers_by_method(SAMPLES, methods))
+    assert together == [answerer.answers(SAMPLES, method) for method in methods]
+
+
+@pytest.mark.parametrize(
+    ("methods", "layers"),
+    [
+        ([None], [8]),
+        ([PyramidDrop()], [8]),
+        ([None, PyramidDrop()], [8, 6]),  # the drop is before layer 2
+        ([None, PyramidDrop(), FastV(layer=3)], [8, 6, 6]),  # layer 2 ranks
+        ([FastV(layer=1), PyramidDrop(layers=[6], keep=[0.5])], [8 + 8, 2]),  # and one prefill for both
+        ([None, PyramidDrop(score="variation")], [8, 8]),
+    ],
+)
+def test_layers_that_methods_share_run_once(
+    tiny: Checkpoint, methods: list[Method | None], layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = Answerer(tiny, batch=1, max_new_tokens=1)
+    list(answerer.answers_by_method(SAMPLES[:1], [None, FastV()]))  # tries once whether the model can
+    ran: list[int] = []
+    handles = [
+        layer.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, layer in enumerate(anatomy(tiny.model).layers)
+    ]
+    try:
+        counts = []
+        for _ in answerer.answers_by_method(SAMPLES[:1], methods):
+            counts.append(len(ran))
+            ran.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert counts == layers
+
+
+def test_a_model_that_cannot_share_answers_each_method_alone(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaying = Prefix._replaying
+
+    def wrongly(self: Prefix, index: int, last: int, forward: Any) -> Any:
+        replay = replaying(self, index, last, forward)
+        return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
+
+    monkeypatch.setattr(Prefix, "_replaying", wrongly)
+    answerer = Answerer(tiny, batch=3, max_new_tokens=3)
+    assert list(answerer.answers_by_method(SAMPLES, METHODS)) == [answerer.answers(SAMPLES, one) for one in METHODS]
 
 
 @pytest.mark.parametrize("method", METHODS)

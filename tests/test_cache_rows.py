@@ -88,6 +88,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Any], None], Any, list[int]]] = {
 }
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("name", list(METHODS))
 def test_what_is_remembered_follows_the_rows(model: PreTrainedModel, name: str, change: str) -> None:

@@ -20,7 +20,7 @@ from pyramiddrop.report.tables.cost import paper_markdown, shapes_markdown
 from pyramiddrop.schedule import Schedule, powers
 
 DOCS = Path(__file__).parents[1] / "docs" / "cost.md"
-NUMBERS = ["--layers", "32", "--hidden", "4096", "--intermediate", "11008", "--visual-tokens", "2880"]
+NUMBERS = ["--num-layers", "32", "--hidden", "4096", "--intermediate", "11008", "--visual-tokens", "2880"]
 
 
 def run(*words: str) -> Result:
@@ -71,7 +71,7 @@ def test_plain_numbers_are_the_papers_next_model() -> None:
 
 def test_options_belong_to_pyramiddrop() -> None:
     assert flops(found(*NUMBERS, "--lam", "0.6")) == {"vanilla": "20.8", "PyramidDrop(lam=0.6)": "11"}
-    (_, custom) = found(*NUMBERS, "--layers-at", "4,8", "--keep", "0.5,0.25")["methods"]
+    (_, custom) = found(*NUMBERS, "--layers", "4,8", "--keep", "0.5,0.25")["methods"]
     assert custom["visual_tokens_by_layer"] == [2880] * 4 + [1440] * 4 + [720] * 24
     (_, staged) = found(*NUMBERS, "--stages", "2")["methods"]
     assert staged["visual_tokens_by_layer"] == [2880] * 16 + [1440] * 16
@@ -211,21 +211,21 @@ def test_a_configuration_of_a_text_model(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--shape", "llava"], "shape 'llava' is not one of llava-1.5-7b"),
-        (["--shape", "llava-1.5-7b", "--layers", "3"], "got --shape and --layers"),
+        (["--shape", "llava-1.5-7b", "--num-layers", "3"], "got --shape and --num-layers"),
         (["--shape", "llava-1.5-7b", "--model", "x"], "got --shape and --model"),
-        (["--layers", "32"], "--hidden is missing"),
+        (["--num-layers", "32"], "--hidden is missing"),
         ([*NUMBERS[:6]], "say --visual-tokens"),
         ([*NUMBERS, "--heads", "3"], "--heads must divide --hidden"),
-        (["--layers", "0", *NUMBERS[2:]], "--layers must be at least 1"),
+        (["--num-layers", "0", *NUMBERS[2:]], "--num-layers must be at least 1"),
         (["--visual-tokens", "0"], "visual_tokens must be at least 1"),
         (["--dtype", "int3"], "dtype 'int3'"),
         (["--model", "/no/such/folder"], "no such folder"),
         (["--method", "best"], "method 'best' is not one of"),
         (["--method", "fastv", "--lam", "0.5"], "--lam belongs to none of the methods fastv"),
-        (["--method", "fastv:lam=0.5"], "--lam does not belong to the method 'fastv'"),
-        (["--method", "fastv:layer=two"], "layer in 'fastv:layer=two' must be a number"),
+        (["--method", "fastv:lam=0.5"], "lam does not belong to the method 'fastv'"),
+        (["--method", "fastv:layer=two"], "layer in 'fastv:layer=two' must be a whole number; got 'two'"),
         (["--method", "fastv:2"], "'2' in 'fastv:2' is no option of a method"),
-        (["--layers-at", "8,40", "--keep", "0.5,0.2"], "layers must be in 1..31"),
+        (["--layers", "8,40", "--keep", "0.5,0.2"], "layers must be in 1..31"),
         (["--lam", "2"], "lam must be a number in (0, 1]"),
     ],
 )

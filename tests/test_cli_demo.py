@@ -46,7 +46,7 @@ def _a_shorter_demo() -> Iterator[None]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The demo's folder, and what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    result = CliRunner().invoke(app, ["demo", "--out", str(folder)])
+    result = CliRunner().invoke(app, ["demo", "--output", str(folder)])
     assert result.exit_code == 0, result.stderr
     return folder, result.stdout
 
@@ -100,7 +100,7 @@ def test_the_page_in_a_browser(demo: tuple[Path, str], tmp_path: Path) -> None:
 
 
 def test_json(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--questions", "1", "--json"])
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--questions", "1", "--json"])
     found = json.loads(result.stdout)
     assert Path(found["page"]).is_file()
     assert [Path(path).is_file() for path in found["overlays"]] == [True]
@@ -120,7 +120,7 @@ def test_json(tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for arguments in (["--questions", "0"], ["--out", str(tmp_path / "file")]):
+    for arguments in (["--questions", "0"], ["--output", str(tmp_path / "file")]):
         result = CliRunner().invoke(app, ["demo", *arguments])
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 

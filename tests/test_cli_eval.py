@@ -15,6 +15,7 @@ from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation.answering import Answerer
+from pyramiddrop.evaluation.reader import KINDS
 from pyramiddrop.evaluation.samples import read_samples
 from pyramiddrop.evaluation.scores import difference, score
 from pyramiddrop.evaluation.tasks import digits_task
@@ -61,7 +62,7 @@ def tiny(data: Path, llava_folder: Path) -> list[str | Path]:
 
 
 def test_digits_are_scored_as_by_hand() -> None:
-    record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--methods", "fastv:layer=1,keep=0.2")
+    record = run_json("--limit", "20", "--seed", "3", "--split", "val", "--method", "fastv:layer=1,keep=0.2")
     samples = digits_task("val", 3, limit=20).samples
     answerer = Answerer(load_checkpoint(digits_checkpoint(), "cpu"))
     right = [
@@ -81,39 +82,60 @@ def test_digits_are_scored_as_by_hand() -> None:
 
 def test_below_ten_pictures_no_interval_is_drawn() -> None:
     for limit, drawn in ((9, False), (10, True)):
-        (_, fastv) = run_json("--limit", str(limit), "--methods", "fastv:layer=1,keep=0.2")["methods"]
+        words = ["--limit", str(limit), "--rounds", "0", "--method", "fastv:layer=1,keep=0.2"]
+        (_, fastv) = run_json(*words)["methods"]
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
 
 
+@pytest.mark.slow
 def test_the_reader_answers_its_own_benchmark() -> None:
-    record = run_json("--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--methods", "pyramiddrop")
+    words = ["--tasks", "reader", "--limit", "3", "--max-new-tokens", "6", "--rounds", "0"]
+    record = run_json(*words, "--method", "pyramiddrop")
     assert (record["task"]["name"], record["kinds"]) == ("reader", ["scenes", "documents", "charts"])
     vanilla, pyramid = record["methods"]
     assert vanilla["scores"]["all"]["mean"] == 1
     assert pyramid["visual_tokens"]["by_stage"] == [576, 288, 144, 72]
+    assert {kind for kinds in KINDS.values() for kind in kinds} >= set(record["subkinds"]) == set(pyramid["subscores"])
+    assert sum(score["count"] for score in pyramid["subscores"].values()) == 3
 
 
 def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
-    record = run_json(*tiny, "--methods", "pyramiddrop:layers=3,keep=0.5", "fastv")
+    record = run_json(*tiny, "--method", "pyramiddrop:layers=3,keep=0.5", "fastv")
     vanilla, pyramid, fastv = record["methods"]
     assert record["kinds"] == ["a", "b"]
     assert [vanilla["scores"][kind]["mean"] for kind in ("a", "b", "all")] == [1, 0, 0.5]
     assert (vanilla["flops_ratio"], vanilla["kv_ratio"], vanilla["method"]) == (1, 1, None)
     assert (pyramid["name"], fastv["name"]) == ("PyramidDrop(layers=(3,), keep=(0.5,))", "FastV")
     assert pyramid["method"] == {**PyramidDrop().settings(), "layers": [3], "keep": [0.5]}
-    assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
+    assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "drop_layers": [3], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
     assert list(pyramid["differences"]) == ["to_vanilla"]
     assert list(fastv["differences"]) == ["to_vanilla", "to_first"]
     assert all(way["prefill"]["cpu"] > 0 for way in record["methods"])
 
 
 def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
-    record = run_json(*tiny, "--limit", "3", "--methods", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
+    record = run_json(*tiny, "--limit", "3", "--method", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
     ways = record["methods"]
     assert [way["percent"] for way in ways] == [None, 60, 60, 80, 80]
     for way in ways[1:]:
         assert way["percent"] - 6 < 100 * way["flops_ratio"] <= way["percent"]
     assert [list(way["differences"]) for way in ways[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
+
+
+def test_methods_at_equal_tokens(tiny: list[str | Path]) -> None:
+    words = ["--method", "pyramiddrop", "fastv:layer=2", "--percent", "80", "--average-tokens", "10", "12"]
+    record = run_json(*tiny, *words, "--rounds", "0")
+    ways = record["methods"]
+    budgets = [(way["percent"], way["average_tokens"]) for way in ways]
+    assert budgets == [(None, None), *[(80, None)] * 2, *[(None, 10)] * 2, *[(None, 12)] * 2]
+    for way in ways[3:]:
+        assert way["average_tokens"] - 1 < way["visual_tokens"]["per_layer"] <= way["average_tokens"]
+    assert [way["visual_tokens"]["drop_layers"] for way in ways[:3]] == [[], [2, 4, 6], [2]]
+    assert all(way["prefill"] is None for way in ways)
+    shown = run(*tiny, *words, "--rounds", "0").stdout
+    for words_shown in ("10 tokens", "80 %", "(2) → "):
+        assert words_shown in shown
+    assert "prefill" not in shown.lower()
 
 
 @pytest.mark.parametrize("words", [["--percent", "5"], ["--percent", "60", "5"]])
@@ -122,14 +144,14 @@ def test_a_budget_out_of_reach_is_found_before_anything_is_answered(
 ) -> None:
     answered: list[Any] = []
     monkeypatch.setattr(Answerer, "_answer", lambda self, inputs, *others: answered.append(inputs))
-    result = run(*tiny, "--methods", "pyramiddrop", *words)
+    result = run(*tiny, "--method", "pyramiddrop", *words)
     assert result.exit_code == 2
     assert "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop" in result.stderr
     assert not answered
 
 
 def test_the_table_tells_the_same(tiny: list[str | Path]) -> None:
-    result = run(*tiny, "--methods", "pyramiddrop:lam=0.4")
+    result = run(*tiny, "--method", "pyramiddrop:lam=0.4")
     assert result.exit_code == 0
     for words in ("vanilla", "lam=0.4", "decoder FLOPs", "all (6)", "a (3)", "100.0 ± 0.0", "minus vanilla"):
         assert words in result.stdout
@@ -141,11 +163,12 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "methods": ways}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("lost", [0, 1, 400])
 def test_a_run_that_was_stopped_goes_on(
     tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*tiny, "--methods", "pyramiddrop", "--percent", "70"]
+    words = [*tiny, "--method", "pyramiddrop", "--percent", "70"]
     unbroken = run_json(*words)
     answered: list[int] = []
     answer, stop_at = Answerer._answer, 4
@@ -158,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on(
 
     monkeypatch.setattr(Answerer, "_answer", counted)
     assert run(*words, "--output", tmp_path / "run").exit_code != 0
-    assert answered == [2, 2, 2, 2]  # vanilla's three batches, and one of the method's
+    assert answered == [2, 2, 2, 2]  # two batches under each of the two methods
     (journal,) = (tmp_path / "run" / "replies").glob("PyramidDrop-*.jsonl")
     journal.write_bytes(journal.read_bytes()[: -lost or None])
 
@@ -174,18 +197,21 @@ def test_a_run_that_was_stopped_goes_on(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == resumed
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--split dev", "split='dev' is not one of train, val, test"),
         ("--limit 0", "--limit must be at least 1; got 0"),
         ("--percent 0", "--percent must be above 0 and at most 100; got 0"),
+        ("--average-tokens 0", "--average-tokens must be above 0; got 0"),
+        ("--average-tokens 9 --limit 1", "an average of 9 visual tokens a layer is out of reach of PyramidDrop"),
         ("--percent 5 --limit 1", "5 % of vanilla's decoder FLOPs is out of reach of PyramidDrop"),
-        ("--methods fastv fastv:layer=2", "FastV is named twice"),
-        ("--methods fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),
-        ("--methods vanilla vanilla", "vanilla is named twice"),
-        ("--methods fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
-        ("--methods pyramid", "method 'pyramid' is not one of"),
+        ("--method fastv fastv:layer=2", "FastV is named twice"),
+        ("--method fastv fastv:keep=0.3 --percent 52 --limit 1", "two of the methods are FastV(keep="),
+        ("--method vanilla vanilla", "vanilla is named twice"),
+        ("--method fastv:layer=9", "layers must be in 1..7 for a model of 8 layers"),
+        ("--method pyramid", "method 'pyramid' is not one of"),
         ("--images pictures", "--images means nothing with --tasks digits"),
         ("--metric exact", "--metric means nothing with --tasks digits"),
         ("--data none.json", "no such file: none.json"),
@@ -204,4 +230,4 @@ def test_questions_without_an_answer_and_unknown_metrics(data: Path, llava_folde
     del records[3]["answers"]
     data.write_text(json.dumps(records))
     assert_one_line(run("--data", data), 'data.json[3]: no "answer" to compare with')
-    assert run("--model", llava_folder, "--data", data, "--limit", "2", "--methods", "vanilla").exit_code == 0
+    assert run("--model", llava_folder, "--data", data, "--limit", "2", "--method", "vanilla").exit_code == 0

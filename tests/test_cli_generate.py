@@ -75,6 +75,7 @@ def test_vanilla_is_the_model_as_it_is(llava_folder: Path, picture: Path) -> Non
     assert found["kv_bytes"] == found["vanilla_kv_bytes"] == kept["kv_bytes"]
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("options", "tokens"),
     [
@@ -179,6 +180,7 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
     assert half["kv_bytes"] == plain["kv_bytes"] / 2
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -186,30 +188,30 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
         ("--layers 4,2", "layers must"),
         ("--layers 2,2", "layers must"),
         ("--layers 0,2", "layers must be"),
-        ("--layers two", "--layers must be whole numbers"),
+        ("--layers two", "layers in 'pyramiddrop:layers=two' must be a whole number"),
         ("--keep 0.2,0.5", "keep"),
         ("--keep 0", "keep"),
         ("--keep 1.5", "keep"),
         ("--keep nan", "keep"),
-        ("--keep half", "--keep must be numbers"),
+        ("--keep half", "keep in 'pyramiddrop:keep=half' must be a number"),
         ("--layers 2,4 --keep 0.5", "layers and keep"),
         ("--lam 0", "lam must be"),
         ("--lam 2", "lam must be"),
-        ("--lam half", "--lam"),
+        ("--lam half", "lam in 'pyramiddrop:lam=half' must be a number"),
         ("--stages 1", "stages"),
         ("--stages 9", "stages"),
         ("--positions odd", "positions"),
         ("--method odd", "method 'odd' is not one of pyramiddrop, fastv, random, uniform, vision, downsample, vanilla"),
-        ("--method fastv --lam 0.5", "--lam does not belong to the method 'fastv'"),
-        ("--method fastv --keep 0.5,0.2", "--keep is one number"),
+        ("--method fastv --lam 0.5", "lam does not belong to the method 'fastv'"),
+        ("--method fastv --keep 0.5,0.2", "keep in 'fastv:keep=0.5,0.2' must be a number; got '0.5/0.2'"),
         ("--method fastv --layer 8", "1..7"),
         ("--method fastv --layer 0", "layers must be"),
-        ("--method vanilla --keep 0.5", "--keep means nothing"),
+        ("--method vanilla --keep 0.5", "vanilla drops no tokens and has no options; got 'vanilla:keep=0.5'"),
         ("--method vanilla --compare", "nothing to compare"),
         ("--method vanilla --overlay x.png", "--overlay"),
-        ("--layer 2", "--layer does not belong"),
-        ("--lam 0.5 --keep 0.5", "give --lam or --keep, not both"),
-        ("--stages 3 --layers 2", "give --stages or --layers, not both"),
+        ("--layer 2", "layer does not belong to the method 'pyramiddrop', which takes keep, lam, layers"),
+        ("--lam 0.5 --keep 0.5", "give lam or keep, not both"),
+        ("--stages 3 --layers 2", "give stages or layers, not both"),
         ("--max-new-tokens 0", "--max-new-tokens"),
         ("--device toaster", "device 'toaster'"),
         ("--device cpu:x", "device 'cpu:x'"),

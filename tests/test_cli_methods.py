@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,15 @@ def test_the_example_of_a_new_scorer_runs() -> None:
     finally:
         SCORERS.pop("bright", None)
     assert len([line for line in code[0].splitlines() if line.strip()]) <= 15
+
+
+@pytest.mark.slow
+def test_the_example_of_a_new_scorer_is_typed(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "new-method.md").read_text(), re.S)[0]
+    (tmp_path / "bright.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(DOCS.parent / "pyproject.toml")]
+    checked = subprocess.run([*command, str(tmp_path / "bright.py")], capture_output=True, text=True, cwd=DOCS.parent)
+    assert checked.returncode == 0, checked.stdout
 
 
 @torch.no_grad()

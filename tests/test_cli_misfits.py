@@ -26,8 +26,6 @@ VERBS = {
     "redundancy": "study redundancy --data {data} --limit 1 --keep 0.5 --device cpu --output {folder}/study",
     "ablation": "study ablation --data {data} --limit 1 --device cpu --output {folder}/study",
 }
-#: The option that names the method, where it is not --method.
-OPTION = {"eval": "--methods", "tradeoff": "--methods"}
 #: The verbs that choose the methods themselves.
 OWN_METHODS = ("redundancy", "ablation")
 
@@ -37,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models with windows, a picture, and a question about it."""
     folder = tmp_path_factory.mktemp("misfits")
     _save(folder / "two-full", sliding_window=64, layer_types=[SLIDING] * 6 + [FULL] * 2)
+    _save(folder / "shallow", num_hidden_layers=3, layer_types=[FULL] * 3)
     _save(folder / "no-full", sliding_window=8, layer_types=[SLIDING] * 8)
     save_picture(folder / "picture.png")
     conversation = [{"from": "human", "value": "<image>\nw7"}, {"from": "gpt", "value": "w8"}]
@@ -56,19 +55,27 @@ def error_of(folder: Path, verb: str, model: str, method: str = "pyramiddrop") -
     paths = {"picture": folder / "picture.png", "data": folder / "data.json", "folder": folder}
     words = [*VERBS[verb].format(**paths).split(), "--model", str(folder / model)]
     if verb not in OWN_METHODS:
-        words += [OPTION.get(verb, "--method"), method]
+        words += ["--method", method]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, (result.output, result.exception)
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     return line
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "redundancy"])  # it takes the layers that there are
 def test_too_few_layers_to_drop_before(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "two-full")
     assert "4 stages need 3 layers to drop before; this model allows [6, 7]: give at most 3 stages" in line
 
 
+@pytest.mark.parametrize("verb", ["generate", "visualize"])
+def test_fewer_layers_than_stages(folder: Path, verb: str) -> None:
+    line = error_of(folder, verb, "shallow")
+    assert line == "error: 4 stages need a model of 4 layers, and this one has 3: give at most 3 stages"
+
+
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_window_that_does_not_reach_the_picture(folder: Path, verb: str) -> None:
     line = error_of(folder, verb, "no-full")

@@ -103,7 +103,7 @@ def test_a_profile_chooses_layers(tmp_path: Path) -> None:
 
 
 def test_milliseconds_are_measured_here() -> None:
-    shape = ["--layers", "4", "--hidden", "128", "--intermediate", "352", "--visual-tokens", "200", "--stages", "2"]
+    shape = ["--num-layers", "4", "--hidden", "128", "--intermediate", "352", "--visual-tokens", "200", "--stages", "2"]
     answer = found("--measure", "10000", *shape)
     assert answer["arguments"] == {"lam": 1.0, "stages": 2}  # all the time in the world
     assert 0 < answer["spent"] == answer["vanilla_spent"] < 10000
@@ -121,6 +121,7 @@ def test_a_checkpoint_needs_no_weights(llava_folder: Path, tmp_path: Path) -> No
     assert answer["spent"] == 7.5
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

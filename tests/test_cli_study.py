@@ -72,7 +72,7 @@ def test_redundancy_of_the_bundled_model(tmp_path: Path) -> None:
     assert {stage["keep"] for stage in stages} == {0.25}
 
 
-DIGITS = ["--layers", "8", "--hidden", "128", "--intermediate", "352", "--heads", "4", "--percent", "80"]
+DIGITS = ["--num-layers", "8", "--hidden", "128", "--intermediate", "352", "--heads", "4", "--percent", "80"]
 
 
 def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: Path, tmp_path: Path) -> None:
@@ -89,6 +89,7 @@ def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: 
     assert not (tmp_path / "out" / "redundancy-accuracy.png").exists()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,8 +114,9 @@ def test_redundancy_refuses_in_one_line(options: list[str], message: str, tmp_pa
 # ---- methods -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tradeoff_of_the_bundled_model(tmp_path: Path) -> None:
-    words = ["tradeoff", "--limit", "8", "--methods", "pyramiddrop", "fastv:layer=3", "--percent", "60", "80"]
+    words = ["tradeoff", "--limit", "8", "--method", "pyramiddrop", "fastv:layer=3", "--percent", "60", "80"]
     result = run(*words, "--output", str(tmp_path))
     assert result.exit_code == 0, result.stderr
     for word in ("PyramidDrop(lam=", "FastV(layer=3, keep=", "minus vanilla", "read_row", "8 questions", "index.html"):
@@ -133,10 +135,11 @@ def test_ablation_of_the_bundled_model(tmp_path: Path) -> None:
         assert (tmp_path / name).is_file()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tradeoff", "--methods", "bogus"], "method 'bogus' is not one of"),
+        (["tradeoff", "--method", "bogus"], "method 'bogus' is not one of"),
         (["tradeoff", "--percent", "0"], "--percent must be above 0"),
         (["tradeoff", "--limit", "4", "--percent", "5"], "is out of reach of PyramidDrop"),
         (["ablation", "--lam", "half"], "--lam must be numbers with commas between them; got 'half'"),

@@ -88,6 +88,7 @@ class OtherLabels(LlavaForConditionalGeneration):
     ) -> Any: ...
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", [*METHODS, VisionDrop()])
 @pytest.mark.parametrize(
     ("kind", "message"),
@@ -178,6 +179,7 @@ def test_a_text_model_that_does_not_pass_keywords_on(method: Any) -> None:
         prefill(with_text(Keeps), method)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("past", [range(8), range(2, 8), range(2, 3)])
 def test_layers_that_are_called_past_their_hooks(past: range, method: Any) -> None:

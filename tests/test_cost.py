@@ -95,6 +95,7 @@ def predicted(model: PreTrainedModel, prompt: Prompt, method: Method | None = No
     return account(shape, prompt, schedule, method.choosing_flops if method else by_attention)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", [None, PyramidDrop(lam=0.6), FastV(layer=2, keep=0.5), RandomDrop()])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llava", "llava-gqa"])
@@ -249,6 +250,7 @@ def test_the_account_is_what_the_trace_says(method: Method) -> None:
     assert cost.average_tokens == sum(trace.lengths) / 8 - 16
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("score", [name for name in SCORERS if name != "vision"])
 def test_what_choosing_costs_is_what_the_counter_says(score: str, merge: bool) -> None:

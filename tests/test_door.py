@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, VisionDrop, apply, current_method, remove, trace_of
 from pyramiddrop.assets import digits_checkpoint, digits_images
 from pyramiddrop.hf import query_key
+from pyramiddrop.scoring import RandomScorer, TopHeadsScorer
 from tiny import make_batch, tiny_model
 
 MIXED: list[list[Any]] = [[5, "image", 7], [3, "image", 2, "image", 1], [9]]
@@ -42,6 +43,7 @@ def test_a_method_in_words() -> None:
         ("pyramid", "method 'pyramid' is not one of pyramiddrop, fastv, random"),
         ("fastv:lam=0.5", "lam does not belong to the method 'fastv'"),
         ("pyramiddrop:lam=2", "method 'pyramiddrop:lam=2': lam must be"),
+        ("vanilla", "method 'vanilla' drops nothing: leave the model as it is"),
     ):
         with pytest.raises(ValueError, match=message):
             apply(model, words)
@@ -93,21 +95,27 @@ def test_a_pipeline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "shown", "hidden"),
+    ("method", "shown"),
     [
-        (PyramidDrop(), ["lam=0.5", "stages=4"], []),
-        (PyramidDrop(keep=[0.5]), ["keep=(0.5,)"], ["lam", "stages"]),
-        (RandomDrop(layers=[2, 4]), ["lam=0.5", "layers=(2, 4)"], ["stages"]),
-        (UniformDrop(layers=[2], keep=[0.5]), ["layers=(2,)", "keep=(0.5,)"], ["lam", "stages"]),
-        (FastV(keep=0.3), ["layer=2", "keep=0.3", "rank_layer='last'"], []),
-        (VisionDrop(), ["keep=0.5"], []),
+        (PyramidDrop(), "PyramidDrop()"),
+        (PyramidDrop(keep=[0.5]), "PyramidDrop(keep=(0.5,))"),
+        (PyramidDrop(lam=0.6, positions="compact"), "PyramidDrop(positions='compact', lam=0.6)"),
+        (RandomDrop(layers=[2, 4], seed=None), "RandomDrop(layers=(2, 4), seed=None)"),
+        (FastV(keep=0.3, score="key_norm"), "FastV(score='key_norm', keep=0.3)"),
+        (FastV(score=TopHeadsScorer(share=0.5)), "FastV(score={'name': 'top_heads', 'share': 0.5})"),
+        (VisionDrop(per_image=True), "VisionDrop(per_image=True)"),
     ],
 )
-def test_a_method_shows_what_runs(method: Any, shown: list[str], hidden: list[str]) -> None:
-    text = repr(method)
-    assert text.startswith(f"{type(method).__name__}(")
-    assert all(part in text for part in shown)
-    assert not any(f"{name}=" in text for name in hidden)
+def test_a_method_shows_what_differs_from_the_default(method: Any, shown: str) -> None:
+    assert repr(method) == shown
+    assert eval(shown) == method
+
+
+def test_a_method_with_an_unregistered_scorer_shows_it() -> None:
+    class OwnScorer(RandomScorer):
+        pass
+
+    assert repr(PyramidDrop(score=OwnScorer())) == f"PyramidDrop(score={OwnScorer()!r})"
 
 
 # --- Other libraries and exporters ----------------------------------------------------------------------------------
@@ -168,6 +176,7 @@ class Logits(nn.Module):
         return logits
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("method", [PyramidDrop(), VisionDrop()], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("exporter", ["export", "strict export", "trace", "onnx"])
 def test_exporters_are_refused_in_one_line(exporter: str, method: Any) -> None:

@@ -1,4 +1,4 @@
-"""Equal cost: methods solved for a part of vanilla's decoder FLOPs spend as much as they can of it, and never more."""
+"""Equal cost: methods solved for FLOPs or for average tokens spend as much as they can of them, and never more."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
-from pyramiddrop.evaluation.budgets import at_budget, decoder_flops
+from pyramiddrop.evaluation.budgets import at_average_tokens, at_budget, decoder_flops
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.schedule import Schedule
 
@@ -43,6 +43,7 @@ def test_each_prompt_counts_as_often_as_it_comes(method: Method | None) -> None:
     assert spent(method) == sum(one.decoder + one.ranking for one in parts)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("percent", [40.0, 52.0, 66.5])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_budget_is_used_up_and_kept(method: Method, percent: float) -> None:
@@ -116,3 +117,46 @@ def test_a_method_without_a_share_cannot_be_solved() -> None:
 
     with pytest.raises(InputError, match="Fixed has no share to solve for --percent"):
         at_budget(Fixed(), 50, SHAPE, PROMPTS)
+
+
+# ---- average tokens ------------------------------------------------------------------------------------------------
+
+
+def average_tokens(method: Method, prompts: list[Prompt] = PROMPTS) -> float:
+    """Visual tokens of a layer, counted layer by layer and prompt by prompt."""
+    total = 0
+    for prompt in prompts:
+        schedule = method.schedule(SHAPE.layers)
+        kept = [prompt.visual_tokens, *schedule.counts(prompt.visual_tokens)]
+        total += sum(kept[schedule.stage_of(layer)] for layer in range(SHAPE.layers))
+    return total / SHAPE.layers / len(prompts)
+
+
+@pytest.mark.parametrize("tokens", [27.0, 36.5])
+@pytest.mark.parametrize("method", [*METHODS, VisionDrop(), Downsample()])
+def test_average_tokens_are_used_up_and_kept(method: Method, tokens: float) -> None:
+    solved = at_average_tokens(method, tokens, SHAPE, PROMPTS)
+    assert 0.93 * tokens < average_tokens(solved) <= tokens
+    if isinstance(solved, FastV):
+        assert average_tokens(replace(solved, keep=solved.keep + 1 / 64)) > tokens
+
+
+def test_the_papers_layers_reach_a_quarter_of_the_tokens_at_the_least() -> None:
+    """Before layers 8, 16 and 24 of 32 an average below 8/32 of 576 tokens cannot be had; one token stays of each."""
+    shape, prompts = replace(SHAPE, layers=32), [Prompt(576, 30)]
+    assert at_average_tokens(PyramidDrop(), 192, shape, prompts).schedule(32).layers == (8, 16, 24)
+    with pytest.raises(
+        InputError, match=r"of 128 visual tokens a layer is out of reach of PyramidDrop: .* 144\.8 tokens"
+    ):
+        at_average_tokens(PyramidDrop(), 128, shape, prompts)
+    assert at_average_tokens(PyramidDrop(stages=8), 128, shape, prompts).schedule(32).layers[0] == 4
+
+
+def test_enough_tokens_keep_everything() -> None:
+    assert at_average_tokens(PyramidDrop(), 1000, SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, float("nan"), float("inf")])
+def test_what_is_no_number_of_tokens(tokens: float) -> None:
+    with pytest.raises(InputError, match="--average-tokens must be above 0; got"):
+        at_average_tokens(PyramidDrop(), tokens, SHAPE, PROMPTS)

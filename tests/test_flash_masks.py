@@ -66,6 +66,7 @@ SPECS = {
 }
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_flash_masks_say_the_same_as_sdpa(specs: list[list[Any]], positions: str) -> None:

@@ -56,6 +56,7 @@ def embeddings(model: Any, method: Any, row: dict[str, Tensor]) -> Tensor:
     return full[0]
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", CONTROLS, ids=lambda method: f"{type(method).__name__}-{method.keep}")
@@ -82,6 +83,7 @@ def _with(method: Any, positions: str) -> dict[str, Any]:
     return {**settings, "positions": positions}
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("method", CONTROLS, ids=lambda method: f"{type(method).__name__}-{method.keep}")
 def test_generation_goes_on_from_what_stays(method: Any, positions: str) -> None:

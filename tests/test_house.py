@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import pyramiddrop
+from pyramiddrop import METHODS
 
 PACKAGE = Path(pyramiddrop.__file__).parent
 # From the bottom up; a module may import from its own floor and from those below.
@@ -77,6 +84,37 @@ def test_the_vllm_plugin_and_the_transformers_adapter_do_not_meet() -> None:
     assert not any("vllm" in parts_used(path) for path in modules() if home(path) == "hf")
 
 
-def test_every_module_says_what_it_owns() -> None:
-    silent = [path for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
-    assert silent == []
+def test_every_module_and_public_name_has_a_docstring() -> None:
+    """What overrides a method of a base class may leave its docstring to the base."""
+    silent = [path.name for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent + [name for path in modules() for name in undocumented(ast.parse(path.read_text()))] == []
+
+
+def undocumented(node: ast.Module | ast.ClassDef, inherits: bool = False) -> Iterator[str]:
+    """Public classes, functions and methods in `node` that have no docstring."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+            if not ast.get_docstring(child) and (isinstance(child, ast.ClassDef) or not inherits):
+                yield child.name
+            if isinstance(child, ast.ClassDef):
+                yield from (f"{child.name}.{name}" for name in undocumented(child, bool(child.bases)))
+
+
+@pytest.mark.parametrize("name", ["Method", *METHODS])
+def test_help_explains_each_argument_and_each_name_of_a_method(name: str) -> None:
+    kind = getattr(pyramiddrop, name)
+    for entry in fields(kind):
+        if entry.init:
+            assert re.search(rf"^ +{entry.name}: .", str(kind.__doc__), re.M), entry.name
+    public = [one for one in dir(kind) if not one.startswith("_") and callable(getattr(kind, one))]
+    assert [one for one in public if not inspect.getdoc(getattr(kind, one))] == []
+
+
+def test_no_merge_was_left_undone() -> None:
+    root = Path(__file__).parents[1]
+    pages = [
+        *root.glob("*.md"),
+        *(path for part in ("docs", "examples", "tests") for path in root.glob(f"{part}/**/*.md")),
+    ]
+    assert pages
+    assert [str(path) for path in pages if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.MULTILINE)] == []

@@ -64,6 +64,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 # --- keep = 1 is the untouched model, bit for bit -------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,6 +168,7 @@ class broken_layer:
         self.handle.remove()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     "visit",
     [leave_block, apply_and_remove, raise_in_block, raise_in_forward, raise_in_ranking, never_run, bad_arguments],

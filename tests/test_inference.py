@@ -52,6 +52,7 @@ def check_prefill(model: PreTrainedModel, rule: Rule, inputs: dict[str, Tensor],
 # --- One forward pass -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,6 +62,7 @@ def test_prefill(family: str, attention: str, rule: str) -> None:
     check_prefill(model, RULES[rule], make_batch(model, MIXED, "left"))
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     "specs", [MIXED, LONG_TEXT, [[2, "image"], ["image", 1], ["image"]], [[4, "image", "image", 3]]]
 )
@@ -83,6 +85,7 @@ def test_prefill_without_a_cache_or_a_mask(attention: str) -> None:
     check_prefill(model, COMPACT, inputs, position_ids=positions)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("specs", [MIXED, LONG_TEXT])
 @pytest.mark.parametrize("family", ["llava", "next"])
@@ -260,6 +263,7 @@ def test_half_precision(attention: str, dtype: torch.dtype) -> None:
 # --- Generation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("rule", ["original", "compact", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["llava-gqa", "next"])
@@ -287,6 +291,7 @@ def test_greedy_on_other_text_models(family: str) -> None:
     check_greedy(model, HALVES, make_batch(model, MIXED), steps=4)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("rule", ["original", "compact", "uneven", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_greedy_without_a_cache(attention: str, rule: str) -> None:
@@ -294,6 +299,7 @@ def test_greedy_without_a_cache(attention: str, rule: str) -> None:
     check_greedy(model, RULES[rule], make_batch(model, MIXED), steps=4, use_cache=False)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("rule", ["original", "compact", "uneven"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_greedy_on_a_static_cache(attention: str, rule: str) -> None:
@@ -524,6 +530,7 @@ def further_inputs(model: PreTrainedModel, before: Any, mask: Tensor, rows: list
     return {"input_ids": ids, "attention_mask": mask} | cache_argument(output_cache(before)) | images
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("new", [[[4], [4]], [[2, "image", 3], [4, "image", 1]], [[2, "image", 3], [21]]])
 @pytest.mark.parametrize("rule", ["original", "compact", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
@@ -649,6 +656,7 @@ def test_one_prompt_many_questions(rule: str) -> None:
             torch.testing.assert_close(output.logits[-1], wanted.logits[-1], **CLOSE)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     "specs", [[[5, "image", 7]], [[5, "image", 7], [9]], [[5, "image", 7], [3, "image", 2, "image", 5]]]
 )

@@ -5,36 +5,47 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
+from pyramiddrop.cli.options import MethodOptions
 from pyramiddrop.inference.answer import ask, compare
 from pyramiddrop.inference.checkpoint import load_checkpoint, pick_device, pick_dtype
-from pyramiddrop.inference.choice import MethodOptions, choose_method, parse_method
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, open_picture
+from pyramiddrop.inference.resolve import parse_method, resolve_method
 from pyramiddrop.inference.timing import time_prefills
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.runs import usage_line
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("method", "options", "spec", "expected"),
     [
-        (MethodOptions(), PyramidDrop()),
-        (MethodOptions("vanilla"), None),
-        (MethodOptions("fastv", layer=3, keep="0.25"), FastV(layer=3, keep=0.25)),
-        (MethodOptions("random", lam=0.6), RandomDrop(lam=0.6)),
-        (MethodOptions(layers="2,4", keep="0.5,0.25"), PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])),
-        (MethodOptions(positions="compact"), PyramidDrop(positions="compact")),
+        (None, {}, None, PyramidDrop()),
+        ("vanilla", {}, "vanilla", None),
+        ("fastv", {"layer": "3", "keep": "0.25"}, "fastv:keep=0.25,layer=3", FastV(layer=3, keep=0.25)),
+        ("random", {"lam": "0.6"}, "random:lam=0.6", RandomDrop(lam=0.6)),
+        ("fastv:layer=3", {"merge": True}, "fastv:layer=3:merge=true", FastV(layer=3, merge=True)),
+        (
+            None,
+            {"layers": "2,4", "keep": "0.5,0.25"},
+            "pyramiddrop:layers=2,4,keep=0.5,0.25",
+            PyramidDrop(layers=[2, 4], keep=[0.5, 0.25]),
+        ),
+        (None, {"positions": "compact"}, "pyramiddrop:positions=compact", PyramidDrop(positions="compact")),
     ],
 )
-def test_a_method_by_its_words(tmp_path: Path, options: MethodOptions, expected: Method | None) -> None:
-    assert choose_method(options, tmp_path, num_layers=8) == expected
+def test_options_beside_a_method_are_words_of_it(
+    tmp_path: Path, method: str | None, options: dict[str, Any], spec: str | None, expected: Method | None
+) -> None:
+    assert MethodOptions(**options).spec(method) == spec
+    assert resolve_method(spec, tmp_path, num_layers=8) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,11 @@ def test_a_method_by_its_words(tmp_path: Path, options: MethodOptions, expected:
     [
         ("vanilla", None),
         ("pyramiddrop", PyramidDrop()),
+        ("PyramidDrop:lam=0.6", PyramidDrop(lam=0.6)),
+        ("FastV:layer=3", FastV(layer=3)),
+        ("RandomDrop", RandomDrop()),
+        ("pyramiddrop:merge=true,score=diversity", PyramidDrop(merge=True, score="diversity")),
+        ("pyramiddrop:reserve=0.25,random_from=5", PyramidDrop(reserve=0.25, random_from=5)),
         ("pyramiddrop:lam=0.6,stages=3", PyramidDrop(lam=0.6, stages=3)),
         ("pyramiddrop:layers=2/4,keep=0.5/0.25", PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])),
         ("pyramiddrop:layers=3,keep=1", PyramidDrop(layers=[3], keep=[1.0])),
@@ -60,9 +76,9 @@ def test_a_method_in_one_word(text: str, expected: Method | None) -> None:
     [
         ("pyramid", "method 'pyramid' is not one of pyramiddrop, fastv, random, uniform"),
         ("vanilla:lam=0.5", "vanilla drops no tokens and has no options; got 'vanilla:lam=0.5'"),
-        ("fastv:lam=0.5", "--lam does not belong to the method 'fastv'"),
-        ("fastv:rank_layer=next", "--rank-layer does not belong to the method 'fastv'"),
-        ("pyramiddrop:lam=0.5,keep=0.5", "give --lam or --keep, not both"),
+        ("fastv:lam=0.5", "lam does not belong to the method 'fastv'"),
+        ("fastv:rank_layer=next", "rank_layer does not belong to the method 'fastv'"),
+        ("pyramiddrop:lam=0.5,keep=0.5", "give lam or keep, not both"),
         ("pyramiddrop:lam=0.5,lam=0.6", "'pyramiddrop:lam=0.5,lam=0.6' gives lam twice"),
         ("pyramiddrop:0.5", "'0.5' in 'pyramiddrop:0.5' is no option of a method"),
         ("pyramiddrop:lam=half", "lam in 'pyramiddrop:lam=half' must be a number; got 'half'"),
@@ -81,7 +97,7 @@ def test_a_method_in_a_wrong_word(text: str, words: str) -> None:
 
 def test_a_method_must_fit_the_depth(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layers must be in 1\.\.3"):
-        choose_method(MethodOptions(layers="4"), tmp_path, num_layers=4)
+        resolve_method("pyramiddrop:layers=4", tmp_path, num_layers=4)
 
 
 def test_an_answer_is_that_of_generate(llava_folder: Path, picture: Path) -> None:

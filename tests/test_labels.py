@@ -97,6 +97,7 @@ def test_a_method_that_keeps_all_leaves_labels_and_users_alone() -> None:
 # --- Labels at padding ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("logits", ["full", "kept"])
 @pytest.mark.parametrize("method", ["staged", "front"])
@@ -218,6 +219,7 @@ def named() -> PreTrainedModel:
     return own.eval()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("positional", [False, True])
 @pytest.mark.parametrize("reentrant", [None, False, True])

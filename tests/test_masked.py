@@ -65,6 +65,7 @@ def test_training_is_the_reference(rule: str) -> None:
     same_gradients(gradients, {n: p.grad for n, p in subject.model.named_parameters() if p.grad is not None})
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("rule", RULES)
 def test_generation_is_the_reference(rule: str, use_cache: bool) -> None:
@@ -90,6 +91,7 @@ def logits_of(subject: Subject, rule: Rule, batch: Batch) -> torch.Tensor:
     return oracle_forward(subject, rule, batch).logits
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_keeping_all_is_the_untouched_model(name: str) -> None:
@@ -103,6 +105,7 @@ def test_keeping_all_is_the_untouched_model(name: str) -> None:
             assert torch.equal(subject.model(**batch.inputs).logits, vanilla)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("name", EVERY)
 def test_dropping_matters(name: str) -> None:
     """Each stage changes what comes out: otherwise no comparison with the oracle would say anything."""
@@ -114,6 +117,7 @@ def test_dropping_matters(name: str) -> None:
         assert (fewer[0, -1] - more[0, -1]).abs().max() > 1e-4
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_batch_is_its_rows(name: str) -> None:
     subject, rule = subject_of(MEMBERS[name]), subject_of(MEMBERS[name]).setup.rule()

@@ -45,6 +45,7 @@ def lines_of(figure: Figure, panel: int = 0) -> dict[str, list[list[float]]]:
 # ---- the trade-off -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_is_tried_at_every_budget() -> None:
     vanilla, *ways = tradeoff()["methods"]
     assert vanilla["name"] == "vanilla"
@@ -120,6 +121,7 @@ def test_what_cannot_be_tried_is_refused(methods: tuple[str, ...], percents: tup
 # ---- the ablation --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_costs_of_a_lambda_are_those_of_its_schedule() -> None:
     vanilla, half, more = ablation()["methods"]
     assert (half["lam"], more["lam"]) == (0.5, 0.7)

@@ -87,6 +87,7 @@ def test_schedules(method: Any, stages: list[tuple[int, float]]) -> None:
     assert list(schedule.keep) == pytest.approx([keep for _, keep in stages])
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("rank_layer", ["next", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["llava-gqa", "next"])
@@ -136,6 +137,7 @@ def test_per_image_of_images_that_touch(family: str) -> None:
 # --- FastV ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("layer", [1, 2, 5])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["llava-gqa", "next"])
@@ -348,6 +350,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(("kind", "arguments", "name"), BAD, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_bad_arguments_are_named(kind: type, arguments: dict[str, Any], name: str) -> None:
     """At the latest when the method meets the model; never in the middle of a forward pass."""

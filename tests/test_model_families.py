@@ -73,6 +73,7 @@ def test_every_family_of_transformers_is_listed() -> None:
     assert {entry.model_type for entry in entries if entry.status == PROVEN} == set(PROVEN_FAMILIES)
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("family", PROVEN_FAMILIES)
 def test_an_entry_says_what_the_engine_does(family: str) -> None:
     entry, members = FAMILIES[family], [parts_of(name) for name in members_of(family)]

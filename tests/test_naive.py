@@ -91,6 +91,7 @@ def test_official_training() -> None:
 # --- The reference, which reads its scores off the attention module, and the fast path --------------------------------
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -119,6 +120,7 @@ def test_an_answer(rule: str) -> None:
         assert new_tokens(generated(model, inputs, 6), inputs) == tokens.tolist()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_lesson(rule: str, side: str) -> None:

@@ -113,6 +113,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(("name", "other", "how"), sorted(set(ASKED)))
 def test_a_prompt_inside_generate_is_its_own(
     model: PreTrainedModel, prompt: dict[str, Tensor], name: str, other: str, how: str
@@ -131,6 +132,7 @@ def test_a_prompt_inside_generate_is_its_own(
     assert all(torch.allclose(answer, wanted, atol=1e-5) for answer in ask.answers)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("length", [9, 28, 60])
 @pytest.mark.parametrize("beams", [1, 2])
@@ -155,6 +157,7 @@ def test_guidance_asks_its_negative_prompt_alone(
     assert torch.equal(output.sequences, wanted.sequences)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
 @pytest.mark.parametrize("name", ["pyramiddrop", "vision"])

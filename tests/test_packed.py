@@ -115,6 +115,7 @@ def one_by_one(method: Method, labels: bool) -> tuple[list[list[int]], Tensor]:
     return kept[: len(trace.stages)], torch.cat(logits, 1)
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "prompts"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["pyramid", "per image", "compact", "merge"])
@@ -122,6 +123,7 @@ def test_each_document_is_as_alone_however_the_row_is_packed(name: str, way: str
     check(METHODS[name], way, labels)
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize("way", ["sdpa", "flash by positions"])
 @pytest.mark.parametrize("name", METHODS)
 def test_each_document_is_as_alone_under_any_method(name: str, way: str) -> None:
@@ -153,6 +155,7 @@ def test_what_each_document_keeps_is_what_the_slow_reference_keeps() -> None:
     assert [stage.kept[0].tolist() for stage in trace.stages] == expected
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("logits", ["full", "kept"])
 @pytest.mark.parametrize("way", ["sdpa", "flash by positions"])

@@ -48,6 +48,7 @@ def joined(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([one[name] for one in each if name in one], along.get(name, 0)) for name in names}
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "prompts"])
 @pytest.mark.parametrize("way", ["sdpa", "positions", "bounds", "bounds alone"])
 @pytest.mark.parametrize("name", FAMILIES)

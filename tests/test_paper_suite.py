@@ -152,7 +152,7 @@ def test_tasks_run_under_vanilla_and_each_method(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "run_tasks", fake)
-    words = ["--tasks", "mme,docvqa_val", "--model", "some/model", "--limit", "3", "--methods", "pyramiddrop:lam=0.4"]
+    words = ["--tasks", "mme,docvqa_val", "--model", "some/model", "--limit", "3", "--method", "pyramiddrop:lam=0.4"]
     record = run_json(*words, "--output", tmp_path)
     assert told == [("some/model", method, ["mme", "docvqa_val"], 3, 1) for method in (None, PyramidDrop(lam=0.4))]
     assert [way["name"] for way in record["methods"]] == ["vanilla", "PyramidDrop(lam=0.4)"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from checks import generated
 from pyramiddrop import PyramidDrop
-from pyramiddrop.evaluation.studies.prefill_replay import Prefix
+from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.hf import anatomy, drop_layers
 from pyramiddrop.scoring import AttentionScorer
 from tiny import make_batch, tiny_model

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from pyramiddrop.assets import digits_checkpoint
+from pyramiddrop.evaluation.agreement import kl_divergence_to, top1_match
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.journal import Journal
+from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.agreement import kl_divergence_to, top1_match
 from pyramiddrop.evaluation.studies.attention import (
     attention_by_layer,
     attention_concentration,
@@ -25,7 +26,6 @@ from pyramiddrop.evaluation.studies.attention import (
     spread_layers,
 )
 from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, usual_layers
-from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task

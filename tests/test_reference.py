@@ -14,6 +14,7 @@ KEEP_ALL = Rule([2, 4, 6], [1.0, 1.0, 1.0])
 HALVES = Rule([2, 4, 6], [0.5, 0.25, 0.125])
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

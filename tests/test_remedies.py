@@ -26,6 +26,7 @@ def staged(**settings: Any) -> PyramidDrop:
     return PyramidDrop(layers=LAYERS, keep=KEEP, **settings)
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("family", ["llava", "llava-qwen3"])
 @pytest.mark.parametrize("score", remedies.SCORES)
@@ -70,6 +71,7 @@ def test_the_layer_before_ranks_for_rank_layer_last() -> None:
         torch.testing.assert_close(scores[~scores.isnan()], torch.tensor(expected), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("score", SCORES)
 def test_a_sample_does_not_depend_on_its_batch_or_its_padding(score: str) -> None:
     model = tiny_model("llava-gqa")
@@ -87,6 +89,7 @@ def test_a_sample_does_not_depend_on_its_batch_or_its_padding(score: str) -> Non
                 assert kept.tolist() == expected.tolist()
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("score", SCORES)
 def test_keep_one_changes_no_bit(score: str) -> None:
     model = tiny_model()
@@ -98,6 +101,7 @@ def test_keep_one_changes_no_bit(score: str) -> None:
             assert torch.equal(model(**inputs).logits, vanilla)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("score", SCORES)
 def test_training_ranks_by_every_score_and_gradients_flow(score: str) -> None:
     model = tiny_model().train()

@@ -66,6 +66,16 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(visual: Visual) -> 
 
 
 @needs_browser
+def test_a_notebook_shows_the_page_in_a_frame_that_works(visual: Visual, tmp_path: Path) -> None:
+    script = """
+    const page = document.querySelector("iframe").contentDocument;
+    page.querySelector("input[name=stage][value='2']").click();
+    return [page.querySelectorAll("canvas").length, page.body.textContent.includes("What is <b>red</b>?")];
+    """
+    assert act(f"<body>{visual._repr_html_()}</body>", script, tmp_path) == [len(VIEWS), True]
+
+
+@needs_browser
 def test_each_stage_veils_what_was_dropped_before_it(visual: Visual, tmp_path: Path) -> None:
     script = (
         READ

@@ -23,6 +23,7 @@ DARK = (-9, -9)
 SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
 
 
+@pytest.mark.fast_cases(12)
 @SHAPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crops(family: str, size: tuple[int, int]) -> None:
@@ -36,6 +37,7 @@ def test_crops(family: str, size: tuple[int, int]) -> None:
     assert shown >= (1 if family in CENTRED else len(SPOTS))
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("family", ["internvl", "idefics3", "gemma3", "llava_next", "llava_onevision", "ovis2"])
 def test_the_second_of_two_pictures(family: str) -> None:
     model, processor = FAMILIES[family]()
@@ -51,6 +53,7 @@ def test_the_second_of_two_pictures(family: str) -> None:
         assert assert_lit(own, light[before:], place)
 
 
+@pytest.mark.fast_cases(12)
 @SHAPES
 @pytest.mark.parametrize("family", GRIDS)
 def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:
@@ -62,6 +65,7 @@ def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:
         assert assert_lit(seen, token_light(model, inputs, dark), place) == 1
 
 
+@pytest.mark.fast_cases(4)
 @SHAPES
 @pytest.mark.parametrize("family", ["mistral3", "lighton_ocr"])
 def test_grids_of_pixels(family: str, size: tuple[int, int]) -> None:

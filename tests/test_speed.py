@@ -83,6 +83,7 @@ def test_peak_memory_is_the_most_at_one_moment() -> None:
     assert peak.bytes == pytest.approx(1200 * 8, abs=256)  # the allocator rounds up to 64 bytes a tensor
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl-7b", "internvl3-8b"])
 def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:
@@ -269,7 +270,7 @@ def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_a
     ("arguments", "message"),
     [
         ({"name": "llava"}, "shape 'llava' is not one of tiny, small, mid, llava-1.5-7b"),
-        ({"name": "tiny", "depth": 9}, "--layers must be in 1..8"),
+        ({"name": "tiny", "depth": 9}, "--num-layers must be in 1..8"),
         ({"name": "tiny", "dtype": "auto"}, "a checkpoint's own"),
         ({"name": "tiny", "dtype": "int8"}, "dtype 'int8' is not one of"),
     ],

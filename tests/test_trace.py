@@ -1,4 +1,4 @@
-"""The trace tells the scores by which a stage chose."""
+"""The trace tells the scores by which a stage chose, and shows itself in one line and as a table."""
 
 from __future__ import annotations
 
@@ -46,3 +46,21 @@ def test_a_stage_that_drops_nothing_has_no_scores() -> None:
         model(**make_batch(model, MIXED))
     assert trace.stages[0].scores is not None
     assert trace.stages[1].scores is None
+
+
+def test_a_trace_shows_itself_in_one_line_and_as_a_table() -> None:
+    model = tiny_model()
+    method = PyramidDrop(layers=[2, 4], keep=[0.5, 0.25])
+    with torch.no_grad(), method(model) as trace:
+        assert repr(trace) == "Trace(no prefill yet)"
+        assert "<tr>" not in trace._repr_html_()
+        model(**make_batch(model, [[5, "image", 7]]))
+    share = f"{100 * trace.cost().flops_ratio:.0f} % of FLOPs"
+    assert repr(trace) == f"Trace(16 -> 8 -> 4 visual tokens, {share})"
+    table = trace._repr_html_()
+    assert "<tr><td>2</td><td>0.5</td><td>8</td></tr><tr><td>4</td><td>0.25</td><td>4</td></tr>" in table
+    assert "Trace(16 -&gt; 8 -&gt; 4 visual tokens, " in table
+    with torch.no_grad(), method(model) as trace:
+        model(**make_batch(model, MIXED))
+    assert repr(trace).startswith("Trace(3 samples, 48 -> 24 -> 12 visual tokens, ")
+    assert "<td>16</td><td>32</td><td>0</td>" in trace._repr_html_()

@@ -76,6 +76,7 @@ def check_training(model: PreTrainedModel, rule: Rule, inputs: dict[str, Tensor]
     return output
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("specs", SAMPLES)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_loss_and_every_gradient(attention: str, specs: str) -> None:
@@ -83,6 +84,7 @@ def test_loss_and_every_gradient(attention: str, specs: str) -> None:
     check_training(model, HALVES, training_batch(model, SAMPLES[specs]))
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("rule", ["compact", "uneven", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_other_rules(attention: str, rule: str) -> None:
@@ -261,6 +263,7 @@ def test_gradient_checkpointing_replays_a_random_decision(reentrant: bool) -> No
     assert_same_gradients(ours, gradients(model, reference.train(model, HALVES, inputs, forced=kept).loss))
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("specs", ["several turns", "mixed", "long text", "answer after the image"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_kept_logits(attention: str, specs: str) -> None:

@@ -43,6 +43,7 @@ def on_two_ranks(folder: Path, way: str, logits: str) -> dict[str, dict[str, Any
     return {case: torch.load(folder / f"{case}.pt") for case in CASES}
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("way", "logits"),
     [

@@ -86,6 +86,7 @@ def train(trainer: Any) -> tuple[float, list[str]]:
     return trainer.state.log_history[0]["loss"], said
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_reference_model_without_the_method_is_named(name: str, tmp_path: Path) -> None:
     model = new_model()
@@ -96,6 +97,7 @@ def test_a_reference_model_without_the_method_is_named(name: str, tmp_path: Path
     assert "pyramiddrop.apply(trainer.ref_model, method)" in said[0]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_way_out(name: str, tmp_path: Path) -> None:
     model = new_model()
@@ -131,6 +133,7 @@ def test_a_reference_that_was_given(tmp_path: Path) -> None:
         assert len(said) == (method != PyramidDrop())
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("method", [PyramidDrop(logits="kept"), VisionDrop(logits="kept")])
 def test_kept_logits_are_refused(method: Any, name: str, tmp_path: Path) -> None:

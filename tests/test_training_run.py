@@ -30,7 +30,6 @@ import pyramiddrop
 from pyramiddrop import Method, PyramidDrop, VisionDrop
 from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.checkpoint import load_processor
-from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.schedule import Stage
 from pyramiddrop.training.collate import AnswerCollator
@@ -78,7 +77,7 @@ def options(start: Path, data: Path, tmp_path: Path) -> TrainOptions:
         model=str(start),
         data=str(data),
         output=tmp_path / "out",
-        method=MethodOptions(layers="2,4,6", keep="0.5,0.25,0.125"),
+        method="pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125",
         epochs=2,
         batch=4,
         device_batch=2,
@@ -134,15 +133,15 @@ def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions
     ("method", "said", "unsaid"),
     [
         (
-            MethodOptions(lam=0.6),
+            "pyramiddrop:lam=0.6",
             ["PyramidDrop (arXiv 2410.17247)", "0.6 of them from layer 2 on", "PyramidDrop(logits='kept', lam=0.6)"],
             ["None"],
         ),
-        (MethodOptions("vanilla"), ["trained with all of them", "Transformers alone loads it"], ["PyramidDrop("]),
+        ("vanilla", ["trained with all of them", "Transformers alone loads it"], ["PyramidDrop("]),
     ],
 )
 def test_the_model_card(
-    method: MethodOptions, said: list[str], unsaid: list[str], options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+    method: str, said: list[str], unsaid: list[str], options: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is true of checkpoints, too; its code runs."""
     prepare_training(replace(options, method=method, steps=3, save_every=2)).run()
@@ -162,7 +161,7 @@ def test_the_model_card(
     first, *further = re.findall("```python\n(.*?)```", card.text, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)
-    assert (attachment_of(names["model"]) is None) == (method.method == "vanilla")
+    assert (attachment_of(names["model"]) is None) == (method == "vanilla")
     for code in further:
         pyramiddrop.remove(names["model"])
         exec(code, names)
@@ -179,7 +178,7 @@ def test_the_card_of_a_model_on_the_hub() -> None:
 
 
 def test_vanilla(options: TrainOptions) -> None:
-    job = prepare_training(replace(options, method=MethodOptions("vanilla"), steps=1))
+    job = prepare_training(replace(options, method="vanilla", steps=1))
     assert attachment_of(job.trainer.model) is None
     job.run()
     assert not list(options.output.rglob("pyramiddrop.json"))
@@ -187,7 +186,7 @@ def test_vanilla(options: TrainOptions) -> None:
 
 def test_a_trained_model_is_trained_on_with_its_method(options: TrainOptions, tmp_path: Path) -> None:
     prepare_training(replace(options, steps=1)).run()
-    again = replace(options, model=str(options.output), output=tmp_path / "again", method=MethodOptions(), steps=1)
+    again = replace(options, model=str(options.output), output=tmp_path / "again", method=None, steps=1)
     assert prepare_training(again).method == Method.from_pretrained(options.output)
 
 
@@ -254,6 +253,7 @@ def curve(job: Any) -> list[tuple[float, ...]]:
     return [(entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"]) for entry in log]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("recipe", ["all", "lora"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe: str, options: TrainOptions, tmp_path: Path) -> None:
     """Stopped in the second epoch; the last checkpoint was torn. LoRA's dropout draws on as well."""
@@ -310,8 +310,8 @@ def test_the_command_survives_a_kill(options: TrainOptions, tmp_path: Path) -> N
     [
         ({"recipe": "some"}, "recipe 'some' is not one of projector, all, lora"),
         ({"batch": 3}, "--batch 3 is no multiple of 2 samples on each of 1 devices"),
-        ({"method": MethodOptions(layers="9", keep="0.5")}, "layers must be in 1..7"),
-        ({"method": MethodOptions("some")}, "method 'some' is not one of"),
+        ({"method": "pyramiddrop:layers=9,keep=0.5"}, "layers must be in 1..7"),
+        ({"method": "some"}, "method 'some' is not one of"),
         ({"data": "missing.json"}, "no such file: missing.json"),
         ({"model": "./nowhere"}, "no such folder"),
         ({"resume": True}, "nothing to resume"),

@@ -142,6 +142,7 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(parameter, wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("logits", ["full", "kept"])
 @pytest.mark.parametrize("run", [by_loop, by_trainer])

@@ -176,6 +176,7 @@ FORWARDS = (
 )
 
 
+@pytest.mark.fast_cases(9)
 @pytest.mark.parametrize("call", FORWARDS, ids=lambda call: call.__name__)
 def test_forward(family: str, call: Callable[[PreTrainedModel, Inputs], Any]) -> None:
     if (family, call) == ("qwen2_5_vl", whole_mask):
@@ -338,6 +339,7 @@ TRAININGS: dict[str, Callable[[PreTrainedModel, Inputs], Any]] = {
 }
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("way", TRAININGS)
 def test_training(family: str, way: str) -> None:
     same(family, TRAININGS[way], labels=True)
@@ -363,6 +365,7 @@ def generated(model: PreTrainedModel, inputs: Inputs, **options: Any) -> list[An
     return [output.sequences, *output.logits]
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize("way", GENERATIONS)
 def test_generation(family: str, way: str) -> None:
     same(family, lambda model, inputs: generated(model, inputs, **GENERATIONS[way]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -12,13 +13,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pyramiddrop import PyramidDrop, UniformDrop, apply, remove
+from pyramiddrop import PyramidDrop, UniformDrop, VisionDrop, apply, remove
 from pyramiddrop.hf import versions
 from pyramiddrop.hf.versions import CACHE_NAME, CACHE_NAMES, cache_argument, cache_names, output_cache
 from tiny import make_batch, tiny_model
 
 HALVES = PyramidDrop(layers=[2, 5], keep=[0.5, 0.25])
-EVERYTHING = PyramidDrop(layers=[2, 5], keep=[1.0, 1.0])
 
 
 def renamed(name: str) -> bool:
@@ -63,18 +63,19 @@ def test_a_forward_that_takes_one_name_alone() -> None:
 def test_either_name_is_read_as_the_model_reads_it(given: tuple[str, ...], empty: bool) -> None:
     """Also where the name that counts holds nothing, and where the model does not know a name."""
     model = tiny_model()
-    second, cache = prefilled(model)
-    second["attention_mask"] = second["attention_mask"] if renamed(given[0]) and not empty else torch.ones(1, 2)
-
-    def logits() -> Tensor:
-        caches = {name: copy.deepcopy(cache) for name in given}
-        if empty:
-            caches[given[0]] = None
-        return model(**second, **caches).logits
-
-    expected = logits()
-    with EVERYTHING(model):
-        assert torch.equal(logits(), expected)
+    with HALVES(model):
+        second, cache = prefilled(model)
+    caches = {name: copy.deepcopy(cache) for name in given}
+    if empty:
+        caches[given[0]] = None
+    read = next((caches[name] for name in cache_names(model.forward) if name in caches), None)
+    if read is None:
+        second["attention_mask"] = torch.ones_like(second["input_ids"])
+        expected = model(**second).logits
+    with HALVES(model):
+        if read is not None:
+            expected = model(**second, **cache_argument(copy.deepcopy(read))).logits
+        assert torch.equal(model(**second, **caches).logits, expected)
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
@@ -154,3 +155,28 @@ def test_a_newer_transformers_is_named_once(monkeypatch: pytest.MonkeyPatch, ins
     assert len(told) == said
     assert all(f"{installed} is installed" in str(warning.message) for warning in told)
     assert all(warning.filename == __file__ for warning in told)
+
+
+# --- A cache is cropped to a length, where it can be ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(versions._installed() >= (5, 18), reason="caches are cropped by a count alone")
+@pytest.mark.parametrize(
+    "copied", [lambda cache: cache, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
+)
+@pytest.mark.parametrize("method", [HALVES, VisionDrop(keep=0.5)], ids=["inside", "before"])
+@torch.no_grad()
+def test_a_length_is_of_the_full_sequence(method: Any, copied: Any) -> None:
+    """Every layer forgets the same tokens, though those behind a drop hold fewer."""
+    model = tiny_model()
+
+    def third_turn(crop: int) -> Tensor:
+        second, cache = prefilled(model)
+        cache = copied(output_cache(model(**second, **cache_argument(cache))))
+        cache.crop(crop)
+        mask = second["attention_mask"]
+        return model(input_ids=torch.tensor([[55]]), attention_mask=mask, **cache_argument(cache)).logits
+
+    with method(model):
+        columns = prefilled(model)[0]["attention_mask"].shape[1]
+        assert torch.equal(third_turn(columns - 1), third_turn(-1))

@@ -82,6 +82,7 @@ def test_visual_tokens_are_typed_and_filled(member: Member, model: PreTrainedMod
         assert max(row.types) == (2 if spec[-2] == "video" else 1)
 
 
+@pytest.mark.fast_cases(4)
 def test_attention_implementations_agree(member: Member, model: PreTrainedModel) -> None:
     needs(member, "sdpa")
     before = model.config._attn_implementation
@@ -102,6 +103,7 @@ def test_image_matters(member: Member, model: PreTrainedModel) -> None:
     assert (last_logits(model, one) - last_logits(model, other)).abs().max() > 1e-3
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_equals_singles(member: Member, model: PreTrainedModel, side: str) -> None:
     needs(member, "batch", f"{side}_padding")
@@ -112,6 +114,7 @@ def test_batch_equals_singles(member: Member, model: PreTrainedModel, side: str)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.fast_cases(4)
 def test_cached_equals_uncached(member: Member, model: PreTrainedModel) -> None:
     needs(member, "generate", "use_cache")
     for spec in content(member):
@@ -119,6 +122,7 @@ def test_cached_equals_uncached(member: Member, model: PreTrainedModel) -> None:
         assert torch.equal(generated(model, inputs), generated(model, inputs, use_cache=False))
 
 
+@pytest.mark.fast_cases(4)
 def test_batch_generates_what_singles_do(member: Member, model: PreTrainedModel) -> None:
     needs(member, "generate", "batch", "left_padding")
     rows = make_rows(member, model, SPECS[:2])
@@ -127,6 +131,7 @@ def test_batch_generates_what_singles_do(member: Member, model: PreTrainedModel)
     assert torch.equal(together, alone)
 
 
+@pytest.mark.fast_cases(4)
 def test_no_special_id_is_generated(member: Member, model: PreTrainedModel) -> None:
     needs(member, "generate")
     tokens = model.generate(**make_batch(member, model, [[5, "image", 7]]), max_new_tokens=12, do_sample=False)
@@ -146,6 +151,7 @@ def test_beams_run(member: Member, model: PreTrainedModel) -> None:
     assert generated(model, inputs, num_beams=2).shape == (1, NEW_TOKENS)
 
 
+@pytest.mark.fast_cases(4)
 def test_second_turn_equals_the_long_prompt(member: Member, model: PreTrainedModel) -> None:
     needs(member, "generate", "second_turn")
     row = make_rows(member, model, [[5, "image", 7]])[0]
@@ -180,6 +186,7 @@ def test_loss_is_finite(member: Member, model: PreTrainedModel) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.fast_cases(4)
 def test_checkpointing_changes_nothing(member: Member, model: PreTrainedModel) -> None:
     needs(member, "training", "checkpointing")
     inputs = make_batch(member, model, [[5, "image", 7, Answer(6)]], labels=True)

@@ -30,7 +30,6 @@ from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.training.run import TrainOptions, prepare_training
 
 ROOT = Path(__file__).parents[2]
@@ -122,13 +121,13 @@ def one_run(
 def train(way: str, seed: int, data: Path, steps: int, learning_rate: float, folder: Path) -> dict[str, Any]:
     """Train in one way, and leave the model in `folder`."""
     lam = None if way == VANILLA else float(way.split()[-1])
-    options = MethodOptions(VANILLA) if lam is None else MethodOptions("pyramiddrop", lam=lam)
+    method = VANILLA if lam is None else f"pyramiddrop:lam={lam}"
     job = prepare_training(
         TrainOptions(
             model=str(digits_checkpoint()),
             data=str(data),
             output=folder,
-            method=options,
+            method=method,
             steps=steps,
             batch=BATCH,
             device_batch=BATCH,

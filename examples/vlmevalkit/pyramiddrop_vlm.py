@@ -16,9 +16,9 @@ from vlmeval.vlm.base import BaseModel
 
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.inference.choice import parse_method
 from pyramiddrop.inference.prefill_stats import batch_usage, usage
 from pyramiddrop.inference.prompt import build_inputs, open_picture
+from pyramiddrop.inference.resolve import parse_method
 
 
 def register(name: str, checkpoint: str, method: str = "pyramiddrop", **options: Any) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pyramiddrop.methods import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
+from pyramiddrop.methods import (
+    METHODS,
+    Downsample,
+    FastV,
+    Method,
+    PyramidDrop,
+    RandomDrop,
+    UniformDrop,
+    VisionDrop,
+)
 
+#: The model as it is.
+VANILLA = "vanilla"
+#: Short names; the names of METHODS, which `pyramiddrop.json` has, are known, too.
 NAMES: dict[str, type[Method]] = {
     "pyramiddrop": PyramidDrop,
     "fastv": FastV,
@@ -24,23 +36,26 @@ NAMES: dict[str, type[Method]] = {
 OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
 
 
-def parse_method_spec(text: str) -> Method:
-    """The method that one word names with its options.
+def parse_method_spec(text: str) -> Method | None:
+    """The method that a name and its options make; None for `vanilla`, the model as it is.
 
     >>> parse_method_spec("pyramiddrop:lam=0.6,stages=4")
-    >>> parse_method_spec("fastv:layer=2,keep=0.4")
+    >>> parse_method_spec("FastV:layer=2,keep=0.4")
     >>> parse_method_spec("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
 
-    Every field of the method's class is an option; `read_words` says how they are written.
+    Every argument of the method's class is an option. Between options stand commas or colons, in lists slashes or
+    commas.
 
     Raises:
         ValueError: for an unknown method, an option that the method does not have, or a bad value.
     """
-    name, given = read_words(text)
-    if name not in NAMES:
-        raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
-    kind = NAMES[name]
-    check_options(name, option_names(kind), given)
+    name, given = _split(text)
+    if name == VANILLA:
+        if given:
+            raise ValueError(f"{VANILLA} drops no tokens and has no options; got {text!r}")
+        return None
+    kind = _kind(name)
+    _check_options(name, given)
     hints = get_type_hints(kind)
     values = {option: _typed(text, option, words, hints[option]) for option, words in given.items()}
     try:
@@ -49,14 +64,34 @@ def parse_method_spec(text: str) -> Method:
         raise ValueError(f"method {text!r}: {error}") from error
 
 
-def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of a method and its options, each with its values: `pyramiddrop:layers=8/16,keep=0.5/0.25`.
-
-    Between options stand commas or colons, in lists slashes or commas: what has no `=` goes on with the list before.
+def with_defaults(text: str, options: Mapping[str, str]) -> tuple[str, set[str]]:
+    """`text` with those of `options` that it does not give itself and that its method has; and the names of the latter.
 
     Raises:
-        ValueError: for an option without a value, or one that is given twice.
+        ValueError: for an unknown method.
     """
+    name, given = _split(text)
+    known = set() if name == VANILLA else option_names(_kind(name)) & options.keys()
+    return with_options(text, {name: options[name] for name in options if name in known - given.keys()}), known
+
+
+def with_options(text: str, options: Mapping[str, str]) -> str:
+    """`text` with `options` behind it."""
+    return f"{text}:{','.join(f'{name}={value}' for name, value in options.items())}" if options else text
+
+
+def method_label(method: Method) -> str:
+    """What a table calls the method: its `repr`, without brackets that hold nothing."""
+    return repr(method).removesuffix("()")
+
+
+def option_names(kind: type[Method]) -> set[str]:
+    """The options of a method: the arguments of its class."""
+    return {entry.name for entry in fields(kind) if entry.init}
+
+
+def _split(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of a method and its options, each with its values; what has no `=` goes on with the list before."""
     name, *pieces = re.split("[:,]", text)
     given: dict[str, list[str]] = {}
     for piece in pieces:
@@ -72,42 +107,42 @@ def read_words(text: str) -> tuple[str, dict[str, list[str]]]:
     return name, given
 
 
-def option_names(kind: type[Method]) -> set[str]:
-    """The options of a method: the arguments of its class."""
-    return {entry.name for entry in fields(kind) if entry.init}
+def _kind(name: str) -> type[Method]:
+    found = NAMES.get(name) or METHODS.get(name)
+    if found is None:
+        raise ValueError(f"method {name!r} is not one of {', '.join([*NAMES, VANILLA])}")
+    return found
 
 
-def check_options(name: str, known: set[str], given: Collection[str]) -> None:
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    known = option_names(_kind(name))
     for option in given:
         if option not in known:
-            raise ValueError(f"--{dashed(option)} does not belong to the method {name!r}")
+            raise ValueError(f"{option} does not belong to the method {name!r}, which takes {', '.join(sorted(known))}")
     for option, stronger in OVERRULED:
         if option in given and stronger in given:
-            raise ValueError(f"give --{option} or --{stronger}, not both")
-
-
-def dashed(option: str) -> str:
-    """An option as a command line has it."""
-    return option.replace("_", "-")
+            raise ValueError(f"give {option} or {stronger}, not both")
 
 
 def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
-    """`values` as a field of this type holds them: as the first of the types that can be made of them."""
+    """`values` as an argument of this type: as the first of the types that can be made of them."""
     value = "/".join(values)
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    readers = [_reader(kind) for kind in kinds if kind in READERS or get_origin(kind) is Sequence]
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    readers = [reader for kind in kinds if (reader := _reader(kind))]
     for _, made in readers:
         with suppress(ValueError):
             return made(value)
     raise ValueError(f"{option} in {text!r} must be {', or '.join(what for what, _ in readers)}; got {value!r}")
 
 
-def _reader(kind: Any) -> Reader:
-    """What a value of this type is, for people, and how it is made of text."""
-    if get_origin(kind) is not Sequence:
-        return READERS[kind]
-    what, made = READERS[get_args(kind)[0]]
-    return f"{what}, or several with slashes between them", lambda text: [made(part) for part in text.split("/")]
+def _reader(kind: Any) -> Reader | None:
+    """What a value of this type is, for people, and how it is made of text; None for a type that words cannot give."""
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind)), partial(_one_of, {word: word for word in get_args(kind)})
+    if get_origin(kind) is Sequence:
+        what, made = READERS[get_args(kind)[0]]
+        return f"{what}, or several with slashes between them", lambda text: [made(part) for part in text.split("/")]
+    return READERS.get(kind)
 
 
 def _one_of(words: dict[str, Any], text: str) -> Any:

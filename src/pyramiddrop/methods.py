@@ -6,11 +6,14 @@ The adapter is imported where a model is at hand: whoever only asks what a metho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from inspect import cleandoc
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 FILE_NAME = "pyramiddrop.json"
+Positions = Literal["original", "compact"]
+RankLayer = Literal["next", "last"]
+Logits = Literal["full", "kept"]
 BY_ATTENTION, BY_VISION = AttentionScorer(), VisionScorer()
 
 
@@ -44,33 +50,33 @@ class Method:
     """What all methods share. A new method is a subclass that gives a `schedule` and a `scorer`, and a line in METHODS.
 
     Attributes:
-        positions: "original": tokens that stay keep their position ids; "compact": they are renumbered 0..n-1 after
-            each drop, as the official code does.
+        positions: "original": kept tokens keep their position ids; "compact": they are renumbered 0..n-1 after each
+            drop, as the official code does.
         rank_layer: "next": the layer before which tokens are dropped ranks them, by its own queries and keys of the
             undropped rows; "last": the layer before it does.
-        per_image: whether each image and each video of a sample has its own quota, or all of them share one.
-        per_frame: whether each image and each frame of a video has its own quota.
-        merge: whether a visual token that goes is averaged into the kept one of its group that is most like it.
-        source: where the method was published.
+        per_image: each image and each video of a sample has its own quota; False: all of them share one.
+        per_frame: each image and each frame of a video has its own quota.
+        merge: merge each dropped token into the most similar kept token of its group.
         logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
             logits and the loss for the rows that are left alone, which needs less memory.
+        source: where the method was published.
 
     Raises:
         ValueError: at construction, for a value that is not allowed; the message names the argument.
     """
 
     source: ClassVar[str] = ""
-    positions: str = "original"
-    rank_layer: str = "next"
+    positions: Positions = "original"
+    rank_layer: RankLayer = "next"
     per_image: bool = False
     per_frame: bool = False
     merge: bool = False
-    logits: str = "full"
+    logits: Logits = "full"
 
     def __post_init__(self) -> None:
-        _check_choice("positions", self.positions, ("original", "compact"))
-        _check_choice("rank_layer", self.rank_layer, ("next", "last"))
-        _check_choice("logits", self.logits, ("full", "kept"))
+        _check_choice("positions", self.positions, get_args(Positions))
+        _check_choice("rank_layer", self.rank_layer, get_args(RankLayer))
+        _check_choice("logits", self.logits, get_args(Logits))
         _check_choice("per_image", self.per_image, (False, True))
         _check_choice("per_frame", self.per_frame, (False, True))
         _check_choice("merge", self.merge, (False, True))
@@ -202,12 +208,9 @@ class Method:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign] # or `dataclass` writes one that shows all arguments
 
     def __repr__(self) -> str:
-        shown = [entry.name for entry in fields(self) if entry.name not in self._overruled()]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
-
-    def _overruled(self) -> set[str]:
-        """Arguments that others make meaningless."""
-        return set()
+        """The Python expression that makes the method: arguments that are as by default are left out."""
+        changed = [entry.name for entry in fields(self) if entry.init and getattr(self, entry.name) != entry.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in changed)})"
 
     @classmethod
     def _fixed(cls) -> list[str]:
@@ -222,8 +225,8 @@ class ScoredMethod(Method):
     Attributes:
         score: what ranks: a name in `pyramiddrop.scoring.SCORERS`, or a scorer with settings of its own, which JSON
             holds as {"name": ..., **settings}. The name of a scorer becomes the scorer.
-        reserve: this share of the tokens that stay is evenly spaced over the picture, whatever their score.
-        random_from: at drops before this 0-based layer and later ones, chance chooses.
+        reserve: this share of the kept tokens, in [0, 1], is evenly spaced over the picture, whatever their score.
+        random_from: select tokens at random for drops before this 0-based layer and deeper ones; None: never.
     """
 
     score: Scorer | str | Mapping[str, Any] = BY_ATTENTION
@@ -252,11 +255,11 @@ class StagedMethod(Method):
     """A method with several stages.
 
     Attributes:
-        lam: λ; after drop k the share λ^k of the original visual tokens stays. Not used where `keep` is given.
-        stages: number of equal stages of the model's layers; where a model cannot drop before every layer, the stages
-            end at the nearest at which it can. Not used where `layers` or `keep` is given.
-        layers: 0-based layers before which tokens are dropped.
-        keep: the share of the ORIGINAL visual tokens that stays after each drop.
+        lam: λ in (0, 1]; the k-th drop keeps the share λ^k of the original visual tokens. Not used if `keep` is given.
+        stages: number of equal stages of the model's layers, at least 2; if the model cannot drop before every layer,
+            the nearest layers before which it can. Not used if `layers` or `keep` is given.
+        layers: 0-based layers before which tokens are dropped, ascending; None: those of equal stages.
+        keep: the share of the ORIGINAL visual tokens that each drop keeps, not ascending; None: λ, λ², λ³, ...
     """
 
     lam: float = 0.5
@@ -284,11 +287,6 @@ class StagedMethod(Method):
         schedule.check_depth(num_layers)
         return schedule
 
-    def _overruled(self) -> set[str]:
-        if self.keep is not None:
-            return {"lam", "stages"}
-        return set() if self.layers is None else {"stages"}
-
     def _keep_ratios(self) -> Sequence[float]:
         if self.keep is not None:
             return self.keep
@@ -310,14 +308,16 @@ class PyramidDrop(StagedMethod, ScoredMethod):
 class FastV(ScoredMethod):
     """One drop before layer `layer`, ranked by the attention of the layer before it.
 
-    The paper's K is `layer`; its R is what is removed: `keep = 1 - R`.
+    Attributes:
+        layer: 0-based, the paper's K.
+        keep: the share of the visual tokens that is kept: 1 - R of the paper.
     """
 
     source: ClassVar[str] = "arXiv 2403.06764"
 
     layer: int = 2
     keep: float = 0.5
-    rank_layer: str = field(default="last", init=False)
+    rank_layer: RankLayer = field(default="last", init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -334,14 +334,14 @@ class FastV(ScoredMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomDrop(StagedMethod):
-    """A control: the schedule of PyramidDrop, with the tokens that stay drawn at random.
+    """A control: the schedule of PyramidDrop, with the kept tokens drawn at random.
 
     Attributes:
         seed: of the draw, which is the same for every call and sample; None draws anew at each call.
     """
 
     seed: int | None = 0
-    rank_layer: str = field(default="next", init=False)
+    rank_layer: RankLayer = field(default="next", init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -354,9 +354,9 @@ class RandomDrop(StagedMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformDrop(StagedMethod):
-    """A control: the schedule of PyramidDrop, with the tokens that stay evenly spaced."""
+    """A control: the schedule of PyramidDrop, with the kept tokens evenly spaced."""
 
-    rank_layer: str = field(default="next", init=False)
+    rank_layer: RankLayer = field(default="next", init=False)
 
     def scorer(self) -> Scorer:
         return UniformScorer()
@@ -367,10 +367,13 @@ class PreLLMMethod(Method):
     """A control that drops before the decoder, so that its first layer sees the share `keep` already.
 
     For LLaVA-like models, whose visual tokens are the patches of the vision tower, one for one.
+
+    Attributes:
+        keep: the share of the visual tokens that is kept.
     """
 
     keep: float = 0.5
-    rank_layer: str = field(default="next", init=False)
+    rank_layer: RankLayer = field(default="next", init=False)
     merge: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -430,6 +433,20 @@ METHODS: dict[str, type[Method]] = {
     "VisionDrop": VisionDrop,
     "Downsample": Downsample,
 }
+
+
+def _with_arguments(kind: type[Method]) -> str:
+    """The docstring of a method's class with an entry for each of its arguments, which its bases explain."""
+    docs = [cleandoc(base.__dict__.get("__doc__") or "") for base in kind.__mro__ if issubclass(base, Method)]
+    entries = dict(entry for doc in reversed(docs) for entry in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", doc, re.M))
+    taken = [entry.name for entry in fields(kind) if entry.init]
+    own = list(dict.fromkeys(name for doc in docs for name in re.findall(r"^    (\w+): ", doc, re.M) if name in taken))
+    summary = docs[0].partition("\n\nAttributes:")[0]
+    return "\n".join([f"{summary}\n\nArgs:", *(f"    {name}: {entries[name]}" for name in own)])
+
+
+for _kind in METHODS.values():  # `help` shows a class without its bases' docstrings
+    _kind.__doc__ = _with_arguments(_kind)
 
 
 class Applied:
@@ -527,7 +544,10 @@ def _method_of(method: Any) -> Method:
     if isinstance(method, str):
         from pyramiddrop.method_spec import parse_method_spec
 
-        return parse_method_spec(method)
+        parsed = parse_method_spec(method)
+        if parsed is None:
+            raise ValueError(f"method {method!r} drops nothing: leave the model as it is")
+        return parsed
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be a method, not its class: write {method.__name__}() with its arguments")
     raise TypeError(f"method must be a method such as PyramidDrop(); got {type(method).__name__}")
@@ -582,6 +602,13 @@ def _in_words(value: Any) -> Any:
         raise ValueError(f"{type(value).__name__} is not in SCORERS: JSON cannot hold it by name")
     settings = {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init}  # type: ignore[arg-type]
     return names[0] if value == SCORERS[names[0]]() else {"name": names[0], **settings}
+
+
+def _shown(value: Any) -> str:
+    """A setting as Python code: a registered scorer by its name."""
+    with suppress(ValueError):
+        return repr(_in_words(value))
+    return repr(value)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -56,10 +56,12 @@ class Schedule:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layer of each drop, shallow to deep."""
         return tuple(stage.layer for stage in self.stages)
 
     @property
     def keep(self) -> tuple[float, ...]:
+        """The keep ratio of each drop."""
         return tuple(stage.keep for stage in self.stages)
 
     def check_depth(self, num_layers: int) -> None:
@@ -84,6 +86,7 @@ class PreLLMSchedule(Schedule):
 
     @classmethod
     def keeping(cls, keep: float) -> PreLLMSchedule:
+        """The schedule that keeps the share `keep`."""
         return cls((Stage(0, keep),))
 
     def __post_init__(self) -> None:
@@ -100,8 +103,11 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
     Raises:
         ValueError: where there are fewer layers than stages.
     """
-    if not 2 <= stages <= num_layers:
+    if stages < 2:
         raise ValueError(f"stages must be between 2 and the model's {num_layers} layers; got {stages}")
+    if stages > num_layers:
+        way_out = f"give at most {num_layers} stages" if num_layers > 1 else "nothing can be dropped inside it"
+        raise ValueError(f"{stages} stages need a model of {stages} layers, and this one has {num_layers}: {way_out}")
     equal = [num_layers * stage // stages for stage in range(1, stages)]
     if allowed is None:
         return equal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def _marked(rows: Tensor, visual: Tensor | None) -> Tensor:
     return torch.ones(rows.shape, dtype=torch.bool) if visual is None else visual.cpu()
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The last prefill of a patched model; empty before the first. A `generate` call has one prefill.
 
@@ -120,6 +121,30 @@ class Trace:
         """
         return copy.copy(self)._cost()  # of one prefill, even if another one is shown meanwhile
 
+    def __repr__(self) -> str:
+        """One line: the visual tokens after each drop, over all samples, and the share of vanilla's FLOPs."""
+        return copy.copy(self)._line()
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: one row a drop."""
+        trace = copy.copy(self)
+        rows = [("", 1.0, *trace.visual_tokens)]
+        rows += [(stage.layer, stage.keep, *map(len, stage.kept)) for stage in trace.stages]
+        heads = ("before layer", "keep", *(f"sample {sample}" for sample in range(len(trace.visual_columns))))
+        body = [_html_row("th", heads), *(_html_row("td", row) for row in rows)] if trace.lengths else []
+        return f"<table><caption>{escape(trace._line())}</caption>{''.join(body)}</table>"
+
+    def _line(self) -> str:
+        if not self.lengths:
+            return "Trace(no prefill yet)"
+        counts = [sum(self.visual_tokens), *(sum(map(len, stage.kept)) for stage in self.stages)]
+        batch = len(self.visual_columns)
+        parts = [f"{batch} samples"] if batch > 1 else []
+        parts.append(" -> ".join(map(str, counts)) + " visual tokens")
+        if self.has_sizes:
+            parts.append(f"{100 * self._cost().flops_ratio:.0f} % of FLOPs")
+        return f"Trace({', '.join(parts)})"
+
     def _cost(self) -> Cost:
         if not self.lengths:
             raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
@@ -140,3 +165,7 @@ class Trace:
         counts = [self.visual_tokens, *([len(kept) for kept in stage.kept] for stage in self.stages)]
         stages = [sum(stage.layer <= layer for stage in self.stages) for layer in range(len(self.lengths))]
         return [[counts[stage][sample] for stage in stages] for sample in range(len(self.visual_columns))]
+
+
+def _html_row(tag: str, cells: Sequence[object]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"

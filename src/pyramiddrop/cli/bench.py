@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramiddrop.cli.options import HOW, OUTPUT, WHAT, AsJson, Device, Dtype, Images, Methods
 from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.speed.bench import Bench
 
-SUBJECT, HOW, OUTPUT = "What is measured", "How", "Output"
+SUBJECT = "What is measured"
 NEW_TOKENS = 32
 
 
@@ -27,34 +28,21 @@ def bench(
             rich_help_panel=SUBJECT,
         ),
     ] = None,
-    layers: Annotated[
+    num_layers: Annotated[
         int | None, typer.Option(help="Of a shape: run so many of its layers.", rich_help_panel=SUBJECT)
     ] = None,
     visual_tokens: Annotated[
-        int | None,
-        typer.Option("--visual-tokens", "--visual", min=1, help="Of a shape's prompt.", rich_help_panel=SUBJECT),
+        int | None, typer.Option(min=1, help="Of a shape's prompt.", rich_help_panel=SUBJECT)
     ] = None,
     text_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--text-tokens", "--text", min=4, help="Of a shape's prompt. (default: 64)", rich_help_panel=SUBJECT
-        ),
+        int | None, typer.Option(min=4, help="Of a shape's prompt. (default: 64)", rich_help_panel=SUBJECT)
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub name of a checkpoint.", rich_help_panel=SUBJECT)
     ] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...", rich_help_panel=SUBJECT)
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question.", rich_help_panel=SUBJECT)] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="pyramiddrop, fastv, random or uniform; several beside vanilla, each with options of its own: "
-            "fastv:layer=3,keep=0.25. (default: pyramiddrop and fastv)",
-            rich_help_panel=SUBJECT,
-        ),
-    ] = None,
+    image: Images = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", rich_help_panel=WHAT)] = None,
+    method: Methods = None,
     train: Annotated[
         bool,
         typer.Option("--train", help="Training steps, with and without checkpointing.", rich_help_panel=HOW),
@@ -68,16 +56,9 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.", rich_help_panel=HOW)] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.", rich_help_panel=HOW)] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cuda or cpu. (default: the best there is)", rich_help_panel=HOW)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16, bfloat16, auto. (default: fits the device)", rich_help_panel=HOW),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the result into this file.", rich_help_panel=OUTPUT)] = None,
 ) -> None:
     """Measure what dropping saves on this machine: time to the first token, decoding, memory, KV cache; or training.
@@ -97,7 +78,7 @@ def bench(
             check_plot_path(plot)
     options = BenchOptions(
         shape=shape,
-        layers=layers,
+        num_layers=num_layers,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         model=model,

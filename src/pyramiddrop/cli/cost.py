@@ -8,48 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli import sizes as words
+from pyramiddrop.cli.options import OUTPUT, AsJson, MethodOptions, Methods, SizeOptions, with_groups
 from pyramiddrop.cli.terminal import remarks, results
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.side_by_side import Column
+    from pyramiddrop.inference.method_costs import MethodCost
     from pyramiddrop.inference.sizes import Sizes
 
-METHODS = "Methods"
 
-
+@with_groups
 def cost(
-    shape: words.Shape = None,
-    model: words.Model = None,
-    layers: words.Layers = None,
-    hidden: words.Hidden = None,
-    intermediate: words.Intermediate = None,
-    heads: words.Heads = None,
-    kv_heads: words.KvHeads = None,
-    visual_tokens: words.VisualTokens = None,
-    text_tokens: words.TextTokens = None,
-    crops: words.Crops = None,
-    dtype: words.Dtype = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="pyramiddrop, fastv, random or uniform; several side by side, each with options of its own: "
-            "fastv:layer=3,keep=0.25. (default: pyramiddrop, and fastv as published)",
-            rich_help_panel=METHODS,
-        ),
-    ] = None,
-    lam: Annotated[float | None, typer.Option(help="λ, of all methods that have it.", rich_help_panel=METHODS)] = None,
-    stages: Annotated[int | None, typer.Option(help="Equal stages.", rich_help_panel=METHODS)] = None,
-    layers_at: Annotated[
-        str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.", rich_help_panel=METHODS)
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.", rich_help_panel=METHODS)] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Shares of the original tokens to keep.", rich_help_panel=METHODS)
-    ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Every FLOPs figure of the paper beside ours.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    *,
+    size_options: SizeOptions,
+    method: Methods = None,
+    method_options: MethodOptions,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Every FLOPs figure of the paper beside ours.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count what dropping saves: FLOPs, KV cache and tokens, without a model or a download.
 
@@ -59,33 +35,26 @@ def cost(
     if paper:
         _show_paper(as_json)
         return
-    from pyramiddrop.inference.choice import MethodOptions
-    from pyramiddrop.inference.side_by_side import published, side_by_side
-    from pyramiddrop.inference.sizes import SizeOptions, choose_sizes
+    from pyramiddrop.inference.method_costs import method_costs, published_costs
 
-    sizes = choose_sizes(
-        SizeOptions(
-            shape, model, layers, hidden, intermediate, heads, kv_heads, visual_tokens, text_tokens, crops, dtype
-        )
-    )
-    shared = MethodOptions(lam=lam, stages=stages, layers=layers_at, layer=layer, keep=keep)
+    sizes, shared = size_options.sizes(), method_options.given
     if method:
-        columns, left_out = side_by_side(method, shared, sizes), list[str]()
+        found, left_out = method_costs(method, shared, sizes), list[str]()
     else:
-        columns, left_out = published(_usual(shared), shared, sizes)
+        found, left_out = published_costs(_published(shared), shared, sizes)
     if as_json:
-        print(json.dumps(_as_dict(sizes, columns), indent=2))
+        print(json.dumps(_as_dict(sizes, found), indent=2))
     else:
-        _show(sizes, columns)
+        _show(sizes, found)
     for reason in left_out:
         remarks().print(reason, soft_wrap=True)
 
 
-def _usual(shared: MethodOptions) -> list[str]:
-    """The methods to show where none is named: those that the options are about."""
-    if shared.layer is not None:
+def _published(shared: dict[str, str]) -> list[str]:
+    """The methods to show if none is named: those that the options are about."""
+    if "layer" in shared:
         return ["fastv"]
-    return ["pyramiddrop"] if shared.given else ["pyramiddrop", "fastv"]
+    return ["pyramiddrop"] if shared else ["pyramiddrop", "fastv"]
 
 
 def _show_paper(as_json: bool) -> None:
@@ -100,20 +69,20 @@ def _show_paper(as_json: bool) -> None:
     results().print(f"\n{paper_summary(figures)}", soft_wrap=True)
 
 
-def _show(sizes: Sizes, columns: list[Column]) -> None:
+def _show(sizes: Sizes, found: list[MethodCost]) -> None:
     from pyramiddrop.report.tables.cost import account_table
 
     console = results()
     console.print(f"{sizes.about}\n", soft_wrap=True)
-    console.print(account_table([(column.label, column.cost) for column in columns]))
+    console.print(account_table([(one.label, one.cost) for one in found]))
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
 
 
-def _as_dict(sizes: Sizes, columns: list[Column]) -> dict[str, Any]:
+def _as_dict(sizes: Sizes, found: list[MethodCost]) -> dict[str, Any]:
     return {
         "name": sizes.name,
         "shape": asdict(sizes.shape),
         "prompt": asdict(sizes.prompt),
-        "methods": [{"method": column.label, **column.cost.as_dict()} for column in columns],
+        "methods": [{"method": one.label, **one.cost.as_dict()} for one in found],
     }

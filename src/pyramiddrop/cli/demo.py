@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from pyramiddrop.cli.options import AsJson
 from pyramiddrop.cli.terminal import results, waiting
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page and the overlays.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the page and the overlays.")] = Path("demo"),
     questions: Annotated[int, typer.Option(min=1, help="How many of the bundled questions to ask.")] = 6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """See PyramidDrop answer questions about pictures: offline, in about a minute, nothing to download.
 
@@ -26,13 +27,13 @@ def demo(
     from pyramiddrop.report.demo import write_demo
     from pyramiddrop.report.tables.runs import OWN_MODEL, costs_table, failures, questions_table, summary
 
-    with user_input(f"cannot write into {out}", (OSError,)):
-        out.mkdir(parents=True, exist_ok=True)
+    with user_input(f"cannot write into {output}", (OSError,)):
+        output.mkdir(parents=True, exist_ok=True)
     with waiting("starting") as progress:
         done = run_demo(questions, progress)
         progress("drawing")
-        with user_input(f"cannot write into {out}", (OSError,)):
-            written = write_demo(done, out)
+        with user_input(f"cannot write into {output}", (OSError,)):
+            written = write_demo(done, output)
     if as_json:
         print(
             json.dumps(
@@ -45,4 +46,4 @@ def demo(
     for part in (questions_table(done), costs_table(done), *summary(done), *failures(done)):
         console.print(part)
         console.print()
-    console.print(f"page:     {written.page}\noverlays: {out}/*.png\nyour own: {OWN_MODEL}", soft_wrap=True)
+    console.print(f"page:     {written.page}\noverlays: {output}/*.png\nyour own: {OWN_MODEL}", soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pyramiddrop.cli.options import AsJson
 from pyramiddrop.cli.terminal import results
 
 
@@ -14,7 +15,7 @@ def families(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A model type, or the folder of a checkpoint: all about it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
 ) -> None:
     """List the model families: text model, modalities, status, limits, and how each was tested."""

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
-from pyramiddrop.cli.dropping import (
-    Keep,
-    Lam,
-    Layer,
-    Layers,
-    Merge,
-    Positions,
-    RandomFrom,
-    Reserve,
-    Score,
-    Stages,
+from pyramiddrop.cli.options import (
+    OUTPUT,
+    WHAT,
+    AsJson,
+    Device,
+    Dtype,
+    Frames,
+    Images,
+    MaxNewTokens,
+    MethodOptions,
+    Model,
+    OneMethod,
+    Video,
+    with_groups,
 )
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
@@ -29,55 +30,38 @@ if TYPE_CHECKING:
     from pyramiddrop.inference.request import PreparedRequest, Run
 
 
-class SeveralImages(TyperCommand):
-    """Lets `--image a.png b.png` mean `--image a.png --image b.png`, as a shell's `--image *.png` writes it."""
-
-    SPREAD: tuple[str, ...] = ("--image",)
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        spread: list[str] = []
-        for word in args:
-            option = spread[-2] if len(spread) >= 2 and spread[-2] in self.SPREAD else None
-            spread += [option, word] if option and not word.startswith("-") else [word]
-        return super().parse_args(ctx, spread)
-
-
+@with_groups
 def generate(
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="One or more pictures.", metavar="FILE...")] = None,
+    *,
+    prompt: Annotated[str, typer.Option(help="The question.", rich_help_panel=WHAT)],
+    image: Images = None,
     video: Video = None,
     frames: Frames = 8,
     model: Model = None,
-    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.")] = None,
-    lam: Lam = None,
-    stages: Stages = None,
-    layers: Layers = None,
-    layer: Layer = None,
-    keep: Keep = None,
-    positions: Positions = None,
-    score: Score = None,
-    reserve: Reserve = None,
-    random_from: RandomFrom = None,
-    merge: Merge = None,
+    method: OneMethod = None,
+    options: MethodOptions,
     max_new_tokens: MaxNewTokens = 128,
     device: Device = None,
     dtype: Dtype = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer without dropping too, and time both.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer without dropping too, and time both.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: AsJson = False,
-    overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens over the picture into this file.")] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Draw the kept tokens over the picture into this file.", rich_help_panel=OUTPUT)
+    ] = None,
 ) -> None:
     """Answer a question about pictures, and say what it cost.
 
     Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
-    from pyramiddrop.inference.choice import MethodOptions
     from pyramiddrop.inference.request import Request, prepare
 
+    spec = options.spec(method)
     if overlay:
-        _check_overlay(overlay, method)
-    options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
+        _check_overlay(overlay, spec)
     with waiting(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image or ()), model, options, device, dtype, video, frames))
+        ready = prepare(Request(prompt, tuple(image or ()), model, spec, device, dtype, video, frames))
     for remark in ready.remarks:
         remarks().print(f"warning: {remark}", soft_wrap=True)
     stream = sys.stdout.isatty() and not compare and not as_json
@@ -90,12 +74,13 @@ def generate(
         _show(done, streamed=stream)
 
 
-def _check_overlay(path: Path, method: str | None) -> None:
+def _check_overlay(path: Path, spec: str | None) -> None:
     from pyramiddrop.inference.errors import user_input
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
     with user_input("--overlay"):
-        check_drawn_method(method)
+        if spec is not None:
+            check_drawn_method(spec)
         check_picture_path(path)
 
 

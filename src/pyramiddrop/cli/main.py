@@ -10,16 +10,17 @@ import typer
 from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
-from pyramiddrop.cli.eval import SeveralMethods, evaluate
+from pyramiddrop.cli.eval import evaluate
 from pyramiddrop.cli.families import families
-from pyramiddrop.cli.generate import SeveralImages, generate
+from pyramiddrop.cli.generate import generate
 from pyramiddrop.cli.methods import methods
+from pyramiddrop.cli.options import SpreadOptions
 from pyramiddrop.cli.plan import plan
 from pyramiddrop.cli.serve import PASSED_ON, serve
 from pyramiddrop.cli.study import study
 from pyramiddrop.cli.terminal import OneLineErrors
 from pyramiddrop.cli.train import train
-from pyramiddrop.cli.visualize import SeveralFiles, visualize
+from pyramiddrop.cli.visualize import visualize
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -28,12 +29,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
-app.command(cls=SeveralFiles)(visualize)
-app.command(cls=SeveralImages)(generate)
-app.command()(cost)
+app.command(cls=SpreadOptions)(visualize)
+app.command(cls=SpreadOptions)(generate)
+app.command(cls=SpreadOptions)(cost)
 app.command()(plan)
-app.command(cls=SeveralImages)(bench)
-app.command("eval", cls=SeveralMethods)(evaluate)
+app.command(cls=SpreadOptions)(bench)
+app.command("eval", cls=SpreadOptions)(evaluate)
 app.command(context_settings=PASSED_ON)(serve)
 app.command()(train)
 app.command()(families)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-import typer
-
+from pyramiddrop.cli.options import AsJson
 from pyramiddrop.cli.terminal import results
 
 
-def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-) -> None:
+def methods(as_json: AsJson = False) -> None:
     """List the methods, the scorers that they can rank by (score=NAME), and the options that go with any scorer.
 
-    Every argument is also an option in words, as bench, cost, eval and study read them: pyramiddrop:score=diversity.
+    Every argument is also an option in words, as --method reads them: pyramiddrop:score=diversity.
     """
     from pyramiddrop.inference.catalog import all_entries
     from pyramiddrop.report.tables.catalog import methods_table

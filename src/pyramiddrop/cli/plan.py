@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli import sizes as words
+from pyramiddrop.cli.options import AsJson, SizeOptions, with_groups
 from pyramiddrop.cli.terminal import results, waiting
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 BUDGET, SOLVE = "The budget (exactly one)", "What is solved"
 
 
+@with_groups
 def plan(
+    *,
     average_tokens: Annotated[
         float | None, typer.Option(help="Visual tokens of a layer, on average.", rich_help_panel=BUDGET)
     ] = None,
@@ -46,18 +48,8 @@ def plan(
         Path | None,
         typer.Option(help="A redundancy profile (JSON): choose layers and shares.", rich_help_panel=SOLVE),
     ] = None,
-    shape: words.Shape = None,
-    model: words.Model = None,
-    layers: words.Layers = None,
-    hidden: words.Hidden = None,
-    intermediate: words.Intermediate = None,
-    heads: words.Heads = None,
-    kv_heads: words.KvHeads = None,
-    visual_tokens: words.VisualTokens = None,
-    text_tokens: words.TextTokens = None,
-    crops: words.Crops = None,
-    dtype: words.Dtype = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    size_options: SizeOptions,
+    as_json: AsJson = False,
 ) -> None:
     """Find the schedule for a budget: stages, layers, shares, what it costs, and the Python line to use it.
 
@@ -65,13 +57,8 @@ def plan(
     from the paper's 4 on, that leave λ at 0.4 or above.
     """
     from pyramiddrop.inference.budgets import BudgetOptions, make_plan
-    from pyramiddrop.inference.sizes import SizeOptions, choose_sizes
 
-    sizes = choose_sizes(
-        SizeOptions(
-            shape, model, layers, hidden, intermediate, heads, kv_heads, visual_tokens, text_tokens, crops, dtype
-        )
-    )
+    sizes = size_options.sizes()
     options = BudgetOptions(average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, profile)
     if measure is None:
         found = make_plan(options, sizes)
@@ -85,7 +72,7 @@ def plan(
 
 
 def _show(sizes: Sizes, found: Plan) -> None:
-    from pyramiddrop.inference.choice import VANILLA
+    from pyramiddrop.method_spec import VANILLA
     from pyramiddrop.report.tables.cost import account_table, stages_table
 
     console = results()

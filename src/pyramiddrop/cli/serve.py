@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.dropping import Keep, Lam, Layer, Layers, Stages
+from pyramiddrop.cli.options import MethodOptions, OneMethod, with_groups
 from pyramiddrop.cli.terminal import remarks
 
 if TYPE_CHECKING:
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@with_groups
 def serve(
+    *,
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of a checkpoint.")],
-    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
-    lam: Lam = None,
-    stages: Stages = None,
-    layers: Layers = None,
-    layer: Layer = None,
-    keep: Keep = None,
+    method: OneMethod = None,
+    options: MethodOptions,
     only_show: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command, and start nothing.")] = False,
 ) -> None:
     """Serve a checkpoint with vLLM's OpenAI server, dropping visual tokens inside the language model.
@@ -35,10 +33,9 @@ def serve(
     Every other option is vLLM's own, e.g. --port 8000 --tensor-parallel-size 2. Without any option of a method: the one
     saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
-    from pyramiddrop.inference.choice import MethodOptions
     from pyramiddrop.inference.serving import check_vllm, prepare_launch
 
-    launch = prepare_launch(model, MethodOptions(method, lam, stages, layers, layer, keep), context.args)
+    launch = prepare_launch(model, options.spec(method), context.args)
     _say(launch)
     if only_show:
         print(shlex.join(launch.command))
@@ -49,7 +46,7 @@ def serve(
 
 
 def _say(launch: Launch) -> None:
-    from pyramiddrop.inference.choice import method_label
+    from pyramiddrop.method_spec import method_label
     from pyramiddrop.report.units import arrow, share, size
 
     saving, method = launch.saving, method_label(launch.method)

@@ -11,13 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli import study_words as words
-from pyramiddrop.cli.eval import SeveralMethods
+from pyramiddrop.cli.options import (
+    HOW,
+    OUTPUT,
+    WHAT,
+    AnswerOptions,
+    AsJson,
+    Methods,
+    Model,
+    Percents,
+    QuestionOptions,
+    SpreadOptions,
+    numbers,
+    with_groups,
+)
 from pyramiddrop.cli.terminal import progress, remarks, results, waiting
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.studies.method_studies import MethodStudy
     from pyramiddrop.report.studies.study import Shown
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the page, the figures and the numbers. A study that was stopped goes on there.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 study = typer.Typer()
 
@@ -29,62 +49,47 @@ def studies(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@study.command()
+@study.command(cls=SpreadOptions)
+@with_groups
 def redundancy(
+    *,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Folder or hub name; several in one plot. (default: the bundled one)", rich_help_panel=words.WHAT
-        ),
+        typer.Option(help="Folder or hub name; several in one plot. (default: the bundled one)", rich_help_panel=WHAT),
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="What a model is called, one for each.", rich_help_panel=words.WHAT)
+        list[str] | None, typer.Option(help="What a model is called, one for each.", rich_help_panel=WHAT)
     ] = None,
-    tasks: words.Tasks = None,
-    data: words.Data = None,
-    images: words.Images = None,
-    metric: words.Metric = None,
-    split: words.Split = None,
-    seed: words.Seed = None,
-    limit: words.Limit = None,
+    questions: QuestionOptions,
     layers: Annotated[
         str | None,
-        typer.Option(help="Drop before these, e.g. 2,8,16,24. (default: each eighth)", rich_help_panel=words.HOW),
+        typer.Option(help="Drop before these, e.g. 2,8,16,24. (default: each eighth)", rich_help_panel=HOW),
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Shares to keep. (default: 0.5,0.25,0.125,0.015625)", rich_help_panel=words.HOW),
+        typer.Option(help="Shares to keep. (default: 0.5,0.25,0.125,0.015625)", rich_help_panel=HOW),
     ] = None,
-    batch: words.Batch = 16,
-    max_new_tokens: words.MaxNewTokens = 32,
-    device: words.Device = None,
-    dtype: words.Dtype = None,
-    maps: Annotated[
-        int, typer.Option(min=0, help="Prompts whose attention is drawn.", rich_help_panel=words.OUTPUT)
-    ] = 2,
-    output: words.Output = Path("study-redundancy"),
-    as_json: words.AsJson = False,
+    answering: AnswerOptions,
+    maps: Annotated[int, typer.Option(min=0, help="Prompts whose attention is drawn.", rich_help_panel=OUTPUT)] = 2,
+    output: Output = Path("study-redundancy"),
+    as_json: AsJson = False,
 ) -> None:
     """Where are visual tokens redundant? One drop at every layer and share (the paper's Figures 1 and 3).
 
     Accuracy where answers are known; and always how many answers and next tokens stay the full model's.
     Writes a profile, too, from which `pyramiddrop plan --profile` makes a schedule.
     """
-    from pyramiddrop.evaluation.studies.inputs import Questions, study_models
+    from pyramiddrop.evaluation.studies.inputs import study_models
     from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy
-    from pyramiddrop.inference.choice import numbers
     from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 
-    task = Questions(data, images, metric, split, seed, limit, tasks).task(answered=False)
+    task = questions.task(answered=False)
     options = RedundancyOptions(
         models=study_models(model or (), name or (), task.bundled),
         layers=None if layers is None else numbers("layers", layers, int),
         keep=None if keep is None else numbers("keep", keep, float),
-        batch=batch,
-        max_new_tokens=max_new_tokens,
         examples=maps,
-        device=device,
-        dtype=dtype,
+        **answering.given,
     )
     _make_folder(output)
     with progress() as begin:
@@ -98,83 +103,47 @@ def redundancy(
         remarks().print(f"no attention maps: {why_not}", soft_wrap=True)
 
 
-@study.command(cls=SeveralMethods)
+@study.command(cls=SpreadOptions)
+@with_groups
 def tradeoff(
-    tasks: words.Tasks = None,
-    data: words.Data = None,
-    images: words.Images = None,
-    metric: words.Metric = None,
-    split: words.Split = None,
-    seed: words.Seed = None,
-    limit: words.Limit = None,
-    model: words.Model = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="One or more beside vanilla: pyramiddrop:stages=2 fastv:layer=3 ... (default: pyramiddrop, fastv, "
-            "uniform and random)",
-            metavar="METHOD...",
-            rich_help_panel=words.HOW,
-        ),
-    ] = None,
-    percent: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Of vanilla's decoder FLOPs: every method's shares are solved for each. (default: 40 50 60 70 80)",
-            metavar="PERCENT...",
-            rich_help_panel=words.HOW,
-        ),
-    ] = None,
-    batch: words.Batch = 16,
-    max_new_tokens: words.MaxNewTokens = 32,
-    device: words.Device = None,
-    dtype: words.Dtype = None,
-    output: words.Output = Path("study-tradeoff"),
-    as_json: words.AsJson = False,
+    *,
+    questions: QuestionOptions,
+    model: Model = None,
+    method: Methods = None,
+    percent: Percents = None,
+    answering: AnswerOptions,
+    output: Output = Path("study-tradeoff"),
+    as_json: AsJson = False,
 ) -> None:
     """What do methods keep of the answers at equal cost? Scores over decoder FLOPs (the paper's Figure 4)."""
     from pyramiddrop.evaluation.run import EvalOptions
-    from pyramiddrop.evaluation.studies.inputs import Questions
     from pyramiddrop.evaluation.studies.method_studies import prepare_tradeoff
     from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
-    task = Questions(data, images, metric, split, seed, limit, tasks).task()
-    options = EvalOptions(
-        tuple(methods or ()), tuple(percent or ()), model, batch, max_new_tokens, device, dtype, output
-    )
+    task = questions.task()
+    options = EvalOptions(tuple(method or ()), tuple(percent or ()), model, **answering.given, output=output)
     record = _run(lambda: prepare_tradeoff(task, options))
     _finish(record, show_tradeoff(record), output, as_json)
 
 
 @study.command()
+@with_groups
 def ablation(
-    tasks: words.Tasks = None,
-    data: words.Data = None,
-    images: words.Images = None,
-    metric: words.Metric = None,
-    split: words.Split = None,
-    seed: words.Seed = None,
-    limit: words.Limit = None,
-    model: words.Model = None,
-    lam: Annotated[
-        str | None, typer.Option(help="The λ to try. (default: 0.4,0.5,0.6)", rich_help_panel=words.HOW)
-    ] = None,
-    batch: words.Batch = 16,
-    max_new_tokens: words.MaxNewTokens = 32,
-    device: words.Device = None,
-    dtype: words.Dtype = None,
-    output: words.Output = Path("study-ablation"),
-    as_json: words.AsJson = False,
+    *,
+    questions: QuestionOptions,
+    model: Model = None,
+    lam: Annotated[str | None, typer.Option(help="The λ to try. (default: 0.4,0.5,0.6)", rich_help_panel=HOW)] = None,
+    answering: AnswerOptions,
+    output: Output = Path("study-ablation"),
+    as_json: AsJson = False,
 ) -> None:
     """What does λ cost, and what does it save? PyramidDrop with several λ (the paper's Table 4)."""
     from pyramiddrop.evaluation.run import EvalOptions
-    from pyramiddrop.evaluation.studies.inputs import Questions
     from pyramiddrop.evaluation.studies.method_studies import LAMBDAS, prepare_ablation
-    from pyramiddrop.inference.choice import numbers
     from pyramiddrop.report.studies.ablation import show_ablation
 
-    task = Questions(data, images, metric, split, seed, limit, tasks).task()
-    options = EvalOptions((), (), model, batch, max_new_tokens, device, dtype, output)
+    task = questions.task()
+    options = EvalOptions(model=model, **answering.given, output=output)
     lambdas = LAMBDAS if lam is None else numbers("lam", lam, float)
     record = _run(lambda: prepare_ablation(task, lambdas, options))
     _finish(record, show_ablation(record), output, as_json)

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramiddrop.cli.options import HOW, OUTPUT, AsJson, MethodOptions, OneMethod, with_groups
 from pyramiddrop.cli.terminal import remarks, results
 
 if TYPE_CHECKING:
     from pyramiddrop.training.run import TrainingJob, TrainOptions
 
-DATA, METHOD, HOW, OUTPUT = "Data", "Method", "How", "Output"
+DATA = "Data"
 SHOWN = 5
 
 
+@with_groups
 def train(
+    *,
     model: Annotated[str, typer.Option(help="Folder or hub name of a checkpoint.")],
     data: Annotated[
         str,
@@ -44,21 +47,8 @@ def train(
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file instead of the checkpoint's.", rich_help_panel=DATA)
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="pyramiddrop, fastv, random, uniform or vanilla.", rich_help_panel=METHOD)
-    ] = None,
-    lam: Annotated[
-        float | None, typer.Option(help="λ: the share that each drop leaves.", rich_help_panel=METHOD)
-    ] = None,
-    stages: Annotated[int | None, typer.Option(help="Number of equal stages.", rich_help_panel=METHOD)] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Drop before these layers, e.g. 8,16,24.", rich_help_panel=METHOD)
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="fastv: drop before this layer.", rich_help_panel=METHOD)] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Shares of the original tokens, e.g. 0.5,0.25.", rich_help_panel=METHOD)
-    ] = None,
-    positions: Annotated[str | None, typer.Option(help="original or compact.", rich_help_panel=METHOD)] = None,
+    method: OneMethod = None,
+    dropping: MethodOptions,
     recipe: Annotated[
         str,
         typer.Option(
@@ -92,13 +82,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint.", rich_help_panel=OUTPUT)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train on conversations about pictures, answers alone supervised, with tokens dropped as in inference.
 
     One process: `pyramiddrop train ...`; many: `accelerate launch --config_file FILE -m pyramiddrop train ...`.
     """
-    from pyramiddrop.inference.choice import MethodOptions
     from pyramiddrop.inference.errors import user_input
 
     with user_input("training needs more packages, pip install 'pyramiddrop[train]'", (ImportError,)):
@@ -110,7 +99,7 @@ def train(
         output=output,
         images=images,
         recipe=recipe,
-        method=MethodOptions(method, lam, stages, layers, layer, keep, positions),
+        method=dropping.spec(method),
         epochs=epochs,
         steps=steps,
         batch=batch,

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.asking import AsJson, Device, Dtype, Frames, MaxNewTokens, Model, Video
-from pyramiddrop.cli.dropping import (
-    Keep,
-    Lam,
-    Layer,
-    Layers,
-    Merge,
-    Positions,
-    RandomFrom,
-    Reserve,
-    Score,
-    Stages,
+from pyramiddrop.cli.options import (
+    OUTPUT,
+    WHAT,
+    AsJson,
+    Device,
+    Dtype,
+    Frames,
+    Images,
+    MaxNewTokens,
+    MethodOptions,
+    Model,
+    OneMethod,
+    Video,
+    with_groups,
 )
-from pyramiddrop.cli.generate import SeveralImages
 from pyramiddrop.cli.terminal import remarks, results, waiting
 
 if TYPE_CHECKING:
@@ -29,40 +30,34 @@ if TYPE_CHECKING:
     from pyramiddrop.report import Visual
 
 
-class SeveralFiles(SeveralImages):
-    """Takes several files after `--image` and after `--output`."""
-
-    SPREAD = ("--image", "--output")
-
-
+@with_groups
 def visualize(
-    prompt: Annotated[str | None, typer.Option(help="The question. (default: one of the bundled picture's)")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="One or more pictures. (default: a bundled one)", metavar="FILE...")
+    *,
+    prompt: Annotated[
+        str | None, typer.Option(help="The question. (default: one of the bundled picture's)", rich_help_panel=WHAT)
     ] = None,
+    image: Images = None,
     video: Video = None,
     frames: Frames = 8,
     model: Model = None,
-    method: Annotated[str | None, typer.Option(help="pyramiddrop, fastv, random or uniform.")] = None,
-    lam: Lam = None,
-    stages: Stages = None,
-    layers: Layers = None,
-    layer: Layer = None,
-    keep: Keep = None,
-    positions: Positions = None,
-    score: Score = None,
-    reserve: Reserve = None,
-    random_from: RandomFrom = None,
-    merge: Merge = None,
+    method: OneMethod = None,
+    options: MethodOptions,
     max_new_tokens: MaxNewTokens = 128,
     device: Device = None,
     dtype: Dtype = None,
     output: Annotated[
         list[Path] | None,
-        typer.Option(help="html, png, svg, pdf or gif by suffix. (default: kept.html kept.png)", metavar="FILE..."),
+        typer.Option(
+            help="html, png, svg, pdf or gif by suffix. (default: kept.html kept.png)",
+            metavar="FILE...",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="Draw a heat map of each stage's scores into this file.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Draw a heat map of each stage's scores into this file.", metavar="FILE", rich_help_panel=OUTPUT
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,15 +65,13 @@ def visualize(
 
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
-    from pyramiddrop.inference.choice import MethodOptions
     from pyramiddrop.inference.request import Request, prepare, run
 
-    outputs = output or [Path("kept.html"), Path("kept.png")]
-    _check(outputs, scores, prompt, bool(image or video), method)
+    outputs, spec = output or [Path("kept.html"), Path("kept.png")], options.spec(method)
+    _check(outputs, scores, prompt, bool(image or video), spec)
     prompt, image = _asked(prompt, image, video)
-    options = MethodOptions(method, lam, stages, layers, layer, keep, positions, score, reserve, random_from, merge)
     with waiting(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image), model, options, device, dtype, video, frames))
+        ready = prepare(Request(prompt, tuple(image), model, spec, device, dtype, video, frames))
     for remark in ready.remarks:
         remarks().print(f"warning: {remark}", soft_wrap=True)
     with waiting("answering"):
@@ -91,14 +84,15 @@ def visualize(
         _show(visual, done, written)
 
 
-def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: bool, method: str | None) -> None:
+def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: bool, spec: str | None) -> None:
     from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
     if shown and prompt is None:
         raise InputError("--image and --video need a question about it (--prompt)")
     with user_input():
-        check_drawn_method(method)
+        if spec is not None:
+            check_drawn_method(spec)
         for path in outputs:
             check_picture_path(path)
         if scores:

@@ -37,10 +37,12 @@ class Cost:
 
     @property
     def flops_ratio(self) -> float:
+        """FLOPs of the prefill, as a share of vanilla."""
         return self.flops / self.vanilla_flops if self.vanilla_flops else 1.0
 
     @property
     def kv_ratio(self) -> float:
+        """Bytes of KV cache, as a share of vanilla."""
         return self.kv_bytes / self.vanilla_kv_bytes if self.vanilla_kv_bytes else 1.0
 
 
@@ -64,6 +66,7 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """All parts together."""
         return self.decoder + self.ranking + self.head + self.vision + self.projector
 
 
@@ -95,6 +98,7 @@ class Account:
 
     @property
     def kv_bytes(self) -> int:
+        """Bytes of KV cache over all layers."""
         return sum(self.kv_by_layer)
 
     def flops(self, convention: str) -> int:

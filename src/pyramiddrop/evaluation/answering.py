@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from pyramiddrop.cost import Prompt
+from pyramiddrop.evaluation.budgets import drop_layers
+from pyramiddrop.evaluation.prefill_replay import Prefix, first_layer_seen, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.hf.model_info import anatomy
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
-from pyramiddrop.inference.prompt import build_batch
+from pyramiddrop.inference.prompt import build_batch, on_model
 from pyramiddrop.methods import Method
 from pyramiddrop.trace import Trace
 
@@ -36,6 +39,7 @@ class Answerer:
 
     def __init__(self, checkpoint: Checkpoint, batch: int = 16, max_new_tokens: int = 32) -> None:
         self.checkpoint, self.batch, self.max_new_tokens = checkpoint, batch, max_new_tokens
+        self._exact: bool | None = None
 
     def answers(
         self,
@@ -50,19 +54,32 @@ class Answerer:
             UnsupportedModelError, ValueError: for a model or a method that cannot work.
         """
         replies: list[Reply] = []
-        for batch in self.batches(samples, method):
-            replies += batch
-            advance(len(batch))
+        with self._applied(method) as trace:
+            for start in range(0, len(samples), self.batch):
+                batch = samples[start : start + self.batch]
+                replies += self._answer(self.inputs(batch), method, trace)
+                advance(len(batch))
         return replies
 
-    def batches(self, samples: Sequence[Sample], method: Method | None = None) -> Generator[list[Reply]]:
-        """The same batch by batch; the method is on the model from the first batch to the last."""
-        with self.opened(method) as trace:
-            for start in range(0, len(samples), self.batch):
-                yield self._answer(self.inputs(samples[start : start + self.batch]), method, trace)
+    def answers_by_method(self, samples: Sequence[Sample], methods: Sequence[Method | None]) -> Iterator[list[Reply]]:
+        """The replies to one batch under each of `methods` in turn: those of `answers`, to the bit, for less work.
 
-    def opened(self, method: Method | None) -> AbstractContextManager[Trace | None]:
-        """The method on the model, for the time of a `with` block."""
+        The vision tower and the layers before a method's first drop run once for all methods, where they can.
+        """
+        model = self.checkpoint.model
+        inputs = on_model(model, self.inputs(samples))
+        starts = [None if one is None else first_layer_seen(one, drop_layers(model, one)) for one in methods]
+        prefix = self._shared_prefill(samples[0], inputs, methods, starts)
+        for method, start in zip(methods, starts, strict=True):
+            if prefix is None or (method is not None and start is None):
+                shared: AbstractContextManager[None] = nullcontext()
+            else:
+                shared = prefix.recorded() if start is None else prefix.replayed(start)
+            with self._applied(method) as trace, shared:
+                replies = self._answer(inputs, method, trace)
+            yield replies
+
+    def _applied(self, method: Method | None) -> AbstractContextManager[Trace | None]:
         return method(self.checkpoint.model) if method else nullcontext()
 
     def inputs(self, samples: Sequence[Sample]) -> Any:
@@ -80,3 +97,28 @@ class Answerer:
         plain = batch_usage(self.checkpoint.model, inputs)
         used = batch_usage(self.checkpoint.model, inputs, method, trace) if trace else plain
         return [Reply(*one) for one in zip(texts, used, plain, strict=True)]
+
+    def _shared_prefill(
+        self, sample: Sample, inputs: Any, methods: Sequence[Method | None], starts: Sequence[int | None]
+    ) -> Prefix | None:
+        """What the untouched prefill of `inputs` leaves; None if nothing is saved by it, or the numbers would differ.
+
+        It is still empty if the first of `methods` is the model as it is: its prefill is the one to record.
+        """
+        model, vanilla = self.checkpoint.model, methods[0] is None
+        shared = {start: method for method, start in zip(methods, starts, strict=True) if start is not None and method}
+        if sum(start is not None for start in starts) + vanilla < 2 or not self._replays(sample, shared):
+            return None
+        prefix = Prefix(anatomy(model), shared)
+        if not vanilla:
+            with prefix.recorded():
+                answer_greedily(self.checkpoint, inputs, max_new_tokens=1)
+        return prefix
+
+    def _replays(self, sample: Sample, methods: Mapping[int, Method]) -> bool:
+        """Whether replayed prefills are exact in this model: tried once, on one sample with one of `methods`."""
+        if self._exact is None:
+            layer = max(methods)
+            inputs = on_model(self.checkpoint.model, self.inputs([sample]))
+            self._exact = replays_exactly(self.checkpoint, inputs, methods[layer], layer, self.max_new_tokens)
+        return self._exact

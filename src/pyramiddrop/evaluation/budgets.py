@@ -1,16 +1,19 @@
-"""Choose the methods of an evaluation, and solve their keep ratios for a percentage of vanilla's FLOPs."""
+"""Choose the methods of an evaluation, and solve their keep ratios for equal cost: FLOPs, or visual tokens a layer."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
+from pyramiddrop.cost.account import visual_by_layer
 from pyramiddrop.hf import attachment_of
-from pyramiddrop.inference.choice import VANILLA, method_label, parse_method, saved_method
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.resolve import parse_method, saved_method
+from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import Method
 from pyramiddrop.planning.solve import largest, shortest
 from pyramiddrop.speed.predicted import PUBLISHED
@@ -38,29 +41,78 @@ def at_budget(
     """
     check_percent(percent)
     counted = Counter(prompts)
-    limit = percent / 100 * decoder_flops(None, shape, counted)
-    scaled = _scaled(method)
+    vanilla = decoder_flops(None, shape, counted)
 
-    def spent(share: float) -> int:
-        return decoder_flops(scaled(share), shape, counted, layers)
+    def spent(method: Method) -> float:
+        return 100 * decoder_flops(method, shape, counted, layers) / vanilla
 
-    if spent(1.0) <= limit:
+    words = (f"{percent:g} % of vanilla's decoder FLOPs", "%")
+    return _solve(_scaled(method, "--percent"), spent, percent, words, prompts)
+
+
+def at_average_tokens(
+    method: Method,
+    tokens: float,
+    shape: DecoderShape,
+    prompts: Sequence[Prompt],
+    layers: Sequence[int] | None = None,
+) -> Method:
+    """`method` with its shares solved so that a layer has `tokens` visual tokens, or just fewer: a mean over layers and
+    `prompts`, which published tables call "average tokens".
+
+    The arguments are those of `at_budget`.
+
+    Raises:
+        InputError: for no positive number, a method that has no share to solve, or a budget out of its reach.
+    """
+    check_average_tokens(tokens)
+    counted = Counter(prompts)
+
+    def spent(method: Method) -> float:
+        schedule = method.schedule(shape.layers, layers)
+        visual = {prompt: visual_by_layer(schedule, prompt.visual_tokens, shape.layers) for prompt in counted}
+        return sum(count * sum(visual[prompt]) for prompt, count in counted.items()) / shape.layers / len(prompts)
+
+    words = (f"an average of {tokens:g} visual tokens a layer", "tokens")
+    return _solve(_scaled(method, "--average-tokens"), spent, tokens, words, prompts)
+
+
+def _solve(
+    scaled: Callable[[float], Method],
+    spent: Callable[[Method], float],
+    limit: float,
+    words: tuple[str, str],
+    prompts: Sequence[Prompt],
+) -> Method:
+    """The method at the largest share that spends no more than `limit`.
+
+    Args:
+        scaled: the method at a share in (0, 1].
+        words: the budget, and its unit, for an error.
+    """
+    if spent(scaled(1.0)) <= limit:
         return scaled(1.0)
-    least = 1 / (2 * max(prompt.visual_tokens for prompt in counted))  # leaves one token everywhere
-    if spent(least) > limit:
-        reached = 100 * spent(least) / decoder_flops(None, shape, counted)
+    least = 1 / (2 * max(prompt.visual_tokens for prompt in prompts))  # leaves one token everywhere
+    if spent(scaled(least)) > limit:
+        budget, unit = words
         raise InputError(
-            f"{percent:g} % of vanilla's decoder FLOPs is out of reach of {type(method).__name__}: "
-            f"the least that it can spend here is {reached:.1f} %"
+            f"{budget} is out of reach of {type(scaled(least)).__name__}: "
+            f"the least that it can spend here is {spent(scaled(least)):.1f} {unit}"
         )
-    share = largest(lambda share: spent(share) <= limit, least, 1.0)
-    return scaled(shortest(share, lambda short: spent(short) == spent(share)))
+    share = largest(lambda share: spent(scaled(share)) <= limit, least, 1.0)
+    return scaled(shortest(share, lambda short: spent(scaled(short)) == spent(scaled(share))))
 
 
 def check_percent(percent: float) -> None:
     """Raise InputError for what is no percentage of a cost."""
     if not 0 < percent <= 100:
         raise InputError(f"--percent must be above 0 and at most 100; got {percent:g}")
+
+
+def check_average_tokens(tokens: float) -> None:
+    """Raise InputError for what is no number of tokens."""
+    if not 0 < tokens < math.inf:
+        raise InputError(f"--average-tokens must be above 0; got {tokens:g}")
 
 
 def decoder_flops(
@@ -76,7 +128,7 @@ def decoder_flops(
     return sum(count * (costs[prompt].decoder + costs[prompt].ranking) for prompt, count in prompts.items())
 
 
-def _scaled(method: Method) -> Callable[[float], Method]:
+def _scaled(method: Method, option: str) -> Callable[[float], Method]:
     """The method at a share in (0, 1]: 1 keeps all that it can keep."""
     settings: Any = method
     keep = getattr(method, "keep", None)
@@ -85,7 +137,7 @@ def _scaled(method: Method) -> Callable[[float], Method]:
         return lambda share: replace(settings, keep=[ratio / most * share for ratio in keep])
     name = "lam" if keep is None else "keep"
     if not hasattr(method, name):
-        raise InputError(f"{type(method).__name__} has no share to solve for --percent")
+        raise InputError(f"{type(method).__name__} has no share to solve for {option}")
     return lambda share: replace(settings, **{name: share})
 
 

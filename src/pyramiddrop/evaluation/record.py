@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyramiddrop.evaluation.answering import Reply
-from pyramiddrop.evaluation.run import Evaluation, Outcome
+from pyramiddrop.evaluation.run import SOLVERS, Evaluation, Outcome
 from pyramiddrop.evaluation.scores import Difference, Score, difference, score_by_kind
 from pyramiddrop.inference.prefill_stats import known
 from pyramiddrop.inference.timing import PrefillTime
@@ -25,7 +25,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
     So do the ends of intervals below ten pictures.
 
-    Each way has its differences "to_vanilla" and, but for the first method itself, "to_first" of the same budget.
+    Each way has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
+    method itself, "to_first" of the same budget.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
     clusters = [sample.cluster for sample in task.samples]
@@ -33,32 +34,42 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "task": {"name": task.name, **task.about, "match": task.match, "questions": len(task.samples)},
         "pictures": len(set(clusters)),
         "kinds": list(task.kinds),
+        "subkinds": list(task.subkinds),
         "model": options.model or "bundled",
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": options.batch,
         "machine": machine(model.device, torch.get_num_threads()),
-        "methods": [
-            _way(evaluation, outcome, time) for outcome, time in zip(evaluation.outcomes, evaluation.times, strict=True)
-        ],
+        "methods": [_way(evaluation, number) for number in range(len(evaluation.outcomes))],
     }
 
 
-def _way(evaluation: Evaluation, outcome: Outcome, time: PrefillTime) -> dict[str, Any]:
-    samples, vanilla = evaluation.task.samples, evaluation.outcomes[0]
-    kinds, clusters = [sample.kind for sample in samples], [sample.cluster for sample in samples]
-    scores = score_by_kind(outcome.points, clusters, kinds)
+def _way(evaluation: Evaluation, number: int) -> dict[str, Any]:
+    samples, vanilla, outcome = evaluation.task.samples, evaluation.outcomes[0], evaluation.outcomes[number]
+    clusters = [sample.cluster for sample in samples]
+    scores = score_by_kind(outcome.points, clusters, [sample.kind for sample in samples])
+    finer = score_by_kind(outcome.points, clusters, [sample.subkind for sample in samples])
+    budget = outcome.budget
     return {
         "name": outcome.label,
         "method": outcome.method.settings() if outcome.method else None,
-        "percent": outcome.percent,
+        **{kind: budget.limit if budget and budget.kind == kind else None for kind in SOLVERS},
         "scores": {kind: _plain(scores[kind]) for kind in ("all", *evaluation.task.kinds)},
+        "subscores": {kind: _plain(finer[kind]) for kind in evaluation.task.subkinds},
         "differences": {
             name: _difference(difference(outcome.points, base.points, clusters), len(set(clusters)))
             for name, base in _bases(evaluation, outcome).items()
         },
         **_cost(outcome.replies, vanilla.replies, evaluation.checkpoint.num_layers),
-        "prefill": {**asdict(time), "ratio": _clock(evaluation, time) / _clock(evaluation, evaluation.times[0])},
+        "prefill": _prefill(evaluation, number),
     }
+
+
+def _prefill(evaluation: Evaluation, number: int) -> dict[str, float] | None:
+    """Seconds of a prefill of the first batch, and their ratio to vanilla's; None if none was timed."""
+    if evaluation.times is None:
+        return None
+    time, vanilla = evaluation.times[number], evaluation.times[0]
+    return {**asdict(time), "ratio": _clock(evaluation, time) / _clock(evaluation, vanilla)}
 
 
 def _bases(evaluation: Evaluation, outcome: Outcome) -> dict[str, Outcome]:
@@ -66,7 +77,7 @@ def _bases(evaluation: Evaluation, outcome: Outcome) -> dict[str, Outcome]:
     vanilla, *methods = evaluation.outcomes
     if outcome is vanilla:
         return {}
-    first = next(one for one in methods if one.percent == outcome.percent)
+    first = next(one for one in methods if one.budget == outcome.budget)
     return {"to_vanilla": vanilla} if outcome is first else {"to_vanilla": vanilla, "to_first": first}
 
 
@@ -75,6 +86,7 @@ def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> di
     used, plain = [reply.usage for reply in replies], [reply.usage for reply in vanilla]
     flops, kv_bytes = (np.mean([getattr(one, name) for one in used]) for name in ("flops", "kv_bytes"))
     stages = np.array([one.tokens_by_stage for one in used]).mean(0)
+    drops = [stage.layer for stage in used[0].stages]
     return {
         "flops": known(float(flops)),
         "flops_ratio": known(float(flops / np.mean([one.flops for one in plain]))),
@@ -82,6 +94,7 @@ def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> di
         "kv_ratio": known(float(kv_bytes / np.mean([one.kv_bytes for one in plain]))),
         "visual_tokens": {
             "by_stage": [float(count) for count in stages],
+            "drop_layers": drops,
             "per_layer": float(np.mean([one.by_layer(layers) for one in used])),
         },
     }

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pyramiddrop.evaluation.answering import Answerer, Reply
-from pyramiddrop.evaluation.budgets import at_budget, check_percent, choose_methods, drop_layers
+from pyramiddrop.evaluation.budgets import (
+    at_average_tokens,
+    at_budget,
+    check_average_tokens,
+    check_percent,
+    choose_methods,
+    drop_layers,
+)
 from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.choice import VANILLA, method_label
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.timing import time_prefills
+from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import Method
 
 ROUNDS = 5
@@ -28,14 +34,27 @@ ROUNDS = 5
 Progress = Callable[[str, int], None]
 
 
+PERCENT, TOKENS = "percent", "average_tokens"
+SOLVERS = {PERCENT: at_budget, TOKENS: at_average_tokens}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may cost at most: `limit` percent of vanilla's decoder FLOPs, or average visual tokens."""
+
+    kind: str
+    limit: float
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """What was asked for; `model` None is the bundled one.
 
     Attributes:
         methods: in words; for none, the one saved beside the checkpoint, or else those published.
-        percents: budgets in percent of vanilla's decoder FLOPs, at each of which every method is solved; for none,
-            the methods stay as they are.
+        percents, average_tokens: budgets in percent of vanilla's decoder FLOPs, and in visual tokens of a layer on
+            average. Every method is solved for each of them; for none, the methods stay as they are.
+        rounds: how often a prefill is timed under each method; 0 for never.
         output: where replies and times are kept, and looked for.
     """
 
@@ -47,6 +66,13 @@ class EvalOptions:
     device: str | None = None
     dtype: str | None = None
     output: Path | None = None
+    average_tokens: tuple[float, ...] = ()
+    rounds: int = ROUNDS
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """All of them, the percentages first."""
+        return [*(Budget(PERCENT, one) for one in self.percents), *(Budget(TOKENS, one) for one in self.average_tokens)]
 
 
 @dataclass(frozen=True)
@@ -55,30 +81,31 @@ class Outcome:
 
     Attributes:
         method: None for vanilla.
-        percent: the budget that it was solved for, or None.
+        budget: what it was solved for, or None.
         replies: to each sample.
         points: (N,) what each reply scored, from 0 to 1.
     """
 
     method: Method | None
-    percent: float | None
+    budget: Budget | None
     replies: Sequence[Reply]
     points: Array
 
     @property
     def label(self) -> str:
+        """What a table calls it."""
         return VANILLA if self.method is None else method_label(self.method)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: vanilla first. `times` are of a prefill of the first batch, the ways in turn."""
+    """A finished evaluation: vanilla first. `times` are of a prefill of the first batch, the ways in turn, or none."""
 
     task: Task
     options: EvalOptions
     checkpoint: Checkpoint
     outcomes: Sequence[Outcome]
-    times: Times
+    times: Times | None
 
 
 class Evaluator:
@@ -94,65 +121,82 @@ class Evaluator:
         self.methods = choose_methods(options.methods, source)
         for percent in options.percents:
             check_percent(percent)
+        for tokens in options.average_tokens:
+            check_average_tokens(tokens)
         self.checkpoint = load_checkpoint(source, options.device, options.dtype)
         with user_input(caught=(UnsupportedModelError, ValueError)):
             self._parts = anatomy(self.checkpoint.model)
             self._layers = [drop_layers(self.checkpoint.model, method) for method in self.methods]
-        if options.percents and self._parts.sizes is None:
-            raise InputError("--percent needs a text model that the cost model knows, and it does not know this one")
+        if options.budgets and self._parts.sizes is None:
+            option = "--percent" if options.percents else "--average-tokens"
+            raise InputError(f"{option} needs a text model that the cost model knows, and it does not know this one")
         self.answerer = Answerer(self.checkpoint, options.batch, options.max_new_tokens)
         self._store = Store(options.output, self.answerer, task.samples) if options.output else None
 
     @property
     def total(self) -> int:
         """How many questions are answered, over all ways."""
-        return len(self.task.samples) * (1 + len(self.methods) * max(1, len(self.options.percents)))
+        return len(self.task.samples) * (1 + len(self.methods) * max(1, len(self.options.budgets)))
 
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:
         """Answer, score and time. What the output folder holds of it already is not done again."""
         ways = [(None, None), *self._solved(progress)]  # all are solved before the first is run
-        outcomes = [self._outcome(method, percent, progress) for method, percent in ways]
-        progress("timing prefills", 0)
-        times = self._times([outcome.method for outcome in outcomes])
+        replies = self._replies([method for method, _ in ways], progress)
+        outcomes = [self._outcome(*way, said) for way, said in zip(ways, replies, strict=True)]
+        times = None
+        if self.options.rounds:
+            progress("timing prefills", 0)
+            times = self._times([outcome.method for outcome in outcomes])
         return Evaluation(self.task, self.options, self.checkpoint, outcomes, times)
 
-    def _solved(self, progress: Progress) -> list[tuple[Method, float | None]]:
+    def _solved(self, progress: Progress) -> list[tuple[Method, Budget | None]]:
         """The methods, at each budget for what is asked. A budget out of reach is found here, before any answer."""
-        if not self.options.percents:
+        if not self.options.budgets:
             return [(method, None) for method in self.methods]
         progress("counting tokens", 0)
         prompts = self.answerer.prompts(self.task.samples)
-        found: list[tuple[Method, float | None]] = []
-        for percent in self.options.percents:
+        found: list[tuple[Method, Budget | None]] = []
+        for budget in self.options.budgets:
+            solve = SOLVERS[budget.kind]
             for method, layers in zip(self.methods, self._layers, strict=True):
-                solved = at_budget(method, percent, self._parts.shape, prompts, layers), percent
+                solved = solve(method, budget.limit, self._parts.shape, prompts, layers), budget
                 if solved in found:
-                    raise InputError(f"two of the methods are {method_label(solved[0])} at {percent:g} %")
+                    unit = "%" if budget.kind == PERCENT else "average tokens"
+                    raise InputError(f"two of the methods are {method_label(solved[0])} at {budget.limit:g} {unit}")
                 found.append(solved)
         return found
 
-    def _outcome(self, method: Method | None, percent: float | None, progress: Progress) -> Outcome:
-        replies, match = self._replies(method, progress), MATCHES[self.task.match]
+    def _outcome(self, method: Method | None, budget: Budget | None, replies: Sequence[Reply]) -> Outcome:
+        match = MATCHES[self.task.match]
         points = [match(reply.text, sample.answers) for reply, sample in zip(replies, self.task.samples, strict=True)]
-        return Outcome(method, percent, replies, np.array(points))
+        return Outcome(method, budget, replies, np.array(points))
 
-    def _replies(self, method: Method | None, progress: Progress) -> list[Reply]:
-        name, samples = VANILLA if method is None else type(method).__name__, self.task.samples
-        journal = self._store.journal(method) if self._store else None
-        replies = journal.read(self.options.batch, len(samples)) if journal else []
-        progress(name, len(replies))
-        with closing(self.answerer.batches(samples[len(replies) :], method)) as batches:
-            for batch in batches:
-                if journal:
+    def _replies(self, methods: Sequence[Method | None], progress: Progress) -> list[list[Reply]]:
+        """The replies under each method: a batch is answered under all of them before the next one begins."""
+        samples, size = self.task.samples, self.options.batch
+        journals = [self._store.journal(method) if self._store else None for method in methods]
+        replies = [journal.read(size, len(samples)) if journal else [] for journal in journals]
+        for method, said in zip(methods, replies, strict=True):
+            progress(_name(method), len(said))
+        for start in range(0, len(samples), size):
+            waiting = [number for number, said in enumerate(replies) if len(said) == start]
+            asked = [methods[number] for number in waiting]
+            answered = self.answerer.answers_by_method(samples[start : start + size], asked) if asked else ()
+            for number, batch in zip(waiting, answered, strict=True):
+                if (journal := journals[number]) is not None:
                     journal.append_replies(batch)
-                replies += batch
-                progress(name, len(batch))
+                replies[number] += batch
+                progress(_name(methods[number]), len(batch))
         return replies
 
     def _times(self, methods: Sequence[Method | None]) -> Times:
         def measure() -> Times:
             inputs = self.answerer.inputs(self.task.samples[: self.options.batch])
             ways = {str(number): method for number, method in enumerate(methods)}
-            return list(time_prefills(self.checkpoint.model, inputs, ways, ROUNDS).values())
+            return list(time_prefills(self.checkpoint.model, inputs, ways, self.options.rounds).values())
 
         return self._store.times(methods, measure) if self._store else measure()
+
+
+def _name(method: Method | None) -> str:
+    return VANILLA if method is None else type(method).__name__

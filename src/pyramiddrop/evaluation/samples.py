@@ -24,6 +24,7 @@ class Sample:
         images: in RGB; those of a user's file are opened when they are read.
         answers: any of them is right; empty where no answer is known.
         kind: of the question, for scores by kind.
+        subkind: a finer kind, for scores of their own; empty where there is none.
         cluster: equal for samples that are not independent, such as those of one picture.
     """
 
@@ -32,6 +33,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     kind: str = "all"
     cluster: str = ""
+    subkind: str = ""
 
 
 class PictureFiles(Sequence[Image.Image]):
@@ -72,7 +74,7 @@ def reader_samples(split: str = "test", pictures: int = 120, seed: int = 0, ques
     """
     with user_input(caught=(ValueError,)):
         drawn = list(ReaderBenchmark(split, pictures, questions, seed))
-    return [Sample((one.image,), one.question, (one.answer,), one.group, str(one.picture)) for one in drawn]
+    return [Sample((one.image,), one.question, (one.answer,), one.group, str(one.picture), one.kind) for one in drawn]
 
 
 def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sample]:

@@ -16,9 +16,9 @@ from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.journal import ReplyJournal, digest, key_digest
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.inference.checkpoint import Checkpoint
-from pyramiddrop.inference.choice import VANILLA
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.timing import PrefillTime
+from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.methods import Method
 from pyramiddrop.speed.record import machine
 

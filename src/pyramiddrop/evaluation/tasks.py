@@ -27,6 +27,7 @@ class Task:
         about: where they come from, as plain values.
         match: when an answer is right; a name in `pyramiddrop.evaluation.matching.MATCHES`.
         kinds: of the samples, in the order of a table.
+        subkinds: finer kinds, in the order of a table; none where no question has one.
         bundled: the folder of the bundled model, which answers where no model is named.
     """
 
@@ -36,6 +37,7 @@ class Task:
     match: str
     kinds: tuple[str, ...]
     bundled: Path = field(default_factory=digits_checkpoint)
+    subkinds: tuple[str, ...] = ()
 
 
 def digits_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
@@ -60,8 +62,10 @@ def reader_task(split: str = "test", seed: int = 0, limit: int | None = None) ->
     _check_limit(limit)
     samples = spread(reader_samples(split, min(READER_PICTURES, limit or READER_PICTURES), seed), limit)
     asked = {sample.kind for sample in samples}
-    about = {"split": split, "seed": seed}
-    return Task(READER, about, samples, "same", tuple(kind for kind in KINDS if kind in asked), reader_checkpoint())
+    kinds = tuple(kind for kind in KINDS if kind in asked)
+    finer = {sample.subkind for sample in samples}
+    subkinds = tuple(one for kind in kinds for one in KINDS[kind] if one in finer)
+    return Task(READER, {"split": split, "seed": seed}, samples, "same", kinds, reader_checkpoint(), subkinds)
 
 
 #: The benchmarks that need no download, by name.
@@ -87,6 +91,45 @@ def file_task(
         if answered and not sample.answers:
             raise InputError(f'{file.name}[{index}]: no "answer" to compare with')
     return Task(file.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
+
+
+def choose_task(
+    *,
+    tasks: str | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    metric: str | None = None,
+    split: str | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+    answered: bool = True,
+) -> Task:
+    """The task that options name; None where nothing was said.
+
+    Args:
+        tasks: the name of a bundled benchmark; digits if nothing was said.
+        data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
+            file a bundled benchmark is asked.
+        split, seed: of the bundled benchmark.
+        limit: only so many of the questions.
+        answered: whether every question needs a right answer.
+
+    Raises:
+        InputError: for options that do not belong together, and for what cannot be read.
+    """
+    if data is not None:
+        _refuse("means nothing with", tasks=tasks, split=split, seed=seed)
+        return file_task(data, images, metric or "exact", limit, answered)
+    _refuse("belongs to", images=images, metric=metric)
+    if (name := tasks or DIGITS) not in BUNDLED_TASKS:
+        raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
+    return BUNDLED_TASKS[name](split or "test", seed or 0, limit)
+
+
+def _refuse(why: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} {why} --data")
 
 
 def spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:

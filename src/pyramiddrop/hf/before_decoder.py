@@ -31,7 +31,7 @@ from pyramiddrop.hf.prompt_masks import GivenMasks
 from pyramiddrop.hf.query_key import extract
 from pyramiddrop.hf.ranking import active_rows, select_rows
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_next_labels, take_rows
-from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.schedule import PreLLMSchedule
 from pyramiddrop.scoring import ScorerInputs
 from pyramiddrop.scoring.attention import attention_by_head
@@ -277,8 +277,10 @@ class _Prompt(Forward):
         kept, labels, length = self._kept, self._labels, self.plan.length
         cache = self.cache or cache_made(output)
         if kept is not None and cache is not None:
-            check_lengths(cache, kept.rows.shape[1], dict.fromkeys(self.dispatcher.info.caching, 1), None)
+            layers = self.dispatcher.info.caching
+            check_lengths(cache, kept.rows.shape[1], dict.fromkeys(layers, 1), None)
             remember(cache, _Memory(length, kept, self.dispatcher.rules.positions))
+            let_crop_follow(cache, dict.fromkeys(layers, length - kept.rows.shape[1]))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
 
@@ -388,6 +390,7 @@ class ClsAttentionRecorder:
         return _received.get().get(ref(self))
 
     def attach(self) -> list[RemovableHandle]:
+        """Put the hooks on."""
         layer = self._tower.layers[self._tower.layer]
         return [layer.register_forward_pre_hook(self._look, with_kwargs=True)]
 
@@ -422,6 +425,7 @@ class DownsampledEncoder:
         self._tower, self.side = tower, side
 
     def attach(self) -> list[RemovableHandle]:
+        """Put the hooks on."""
         module = self._tower.module
         return [
             module.register_forward_pre_hook(self._shrink, with_kwargs=True),

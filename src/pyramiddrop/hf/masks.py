@@ -42,10 +42,12 @@ class MaskSpec:
 
     @property
     def total(self) -> int:
+        """Tokens in the cache and in this call."""
         return self.past + self.length
 
     @property
     def flash(self) -> bool:
+        """Whether a flash kernel attends."""
         return self.attention.startswith("flash")
 
     def near(self) -> bool:
@@ -185,6 +187,7 @@ class Span:
 
     @property
     def windowed(self) -> bool:
+        """Whether a layer of this type sees a window or a chunk only."""
         return self.kind in ("sliding", "chunked")
 
     def reaches(self, queries: Tensor, keys: Tensor, start: Tensor) -> Tensor:

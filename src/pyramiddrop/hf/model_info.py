@@ -65,6 +65,7 @@ class ModelInfo:
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
         layers: nn.ModuleList = self.text.layers
         return layers
 

@@ -15,7 +15,7 @@ from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
 from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, active_rows
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
-from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
 from pyramiddrop.trace import Trace
 
@@ -211,6 +211,7 @@ class Prefill(StagedForward):
         stages = {index: self.rules.schedule.stage_of(index) for index in self.info.caching}
         check_lengths(cache, self.past + self.length, stages, self.memory)
         remember(cache, self.memory)
+        let_crop_follow(cache, {index: self.memory.missing(stage) for index, stage in stages.items()})
 
     def _last(self, hidden: Tensor, kept: Selection) -> Tensor:
         """The full length; or the rows that are left, with their labels beside them."""

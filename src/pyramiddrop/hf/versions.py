@@ -1,7 +1,8 @@
 """Differences between the supported versions of Transformers.
 
 5.24 renames the KV cache: the argument `past_key_values` of models and layers, and the output of that name, become
-`cache`. Until 5.40 models take the old name too.
+`cache`. Until 5.40 models take the old name too. Before 5.18 a cache can be cropped to a length, and before 5.15
+`generate` does so; later ones say how many columns to take away.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache as memoized
 from typing import Any
 
 import transformers
@@ -26,11 +27,15 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next((entry.name for entry in fields(BaseModelOutputWithPast) if entry.name in CACHE_NAMES), "cache")
 
 
-@lru_cache(maxsize=1)
+def _installed() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+@memoized
 def warn_if_untested() -> None:
     """Warn once where the installed Transformers is newer than the newest that is tested."""
-    installed = transformers.__version__
-    if tuple(int(part) for part in installed.split(".")[:2]) > NEWEST_TESTED:
+    if _installed() > NEWEST_TESTED:
+        installed = transformers.__version__
         tested = ".".join(map(str, NEWEST_TESTED))
         warnings.warn(
             f"pyramiddrop is tested up to Transformers {tested}; {installed} is installed. It runs, and raises where "
@@ -54,6 +59,46 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def output_cache(output: Any) -> Any:
     """The KV cache in a model's output."""
     return getattr(output, CACHE_NAME)
+
+
+def let_crop_follow(cache: Any, dropped: Mapping[int, int]) -> None:
+    """Let `crop(length)` of a pruned cache, where Transformers has such a thing, cut each layer behind the same token.
+
+    Transformers itself cuts each layer to `length`, which is more than a layer holds whose tokens were dropped.
+
+    Args:
+        dropped: layer -> how many columns it does not hold.
+    """
+    if _installed() >= (5, 18) or cache.is_compileable:
+        return
+    if not hasattr(cache, _DROPPED):
+        base: type = type(cache)
+        cache.__class__ = _cropped_by_columns(base)
+    setattr(cache, _DROPPED, dict(dropped))
+
+
+_DROPPED = "pyramiddrop_dropped"
+
+
+@memoized
+def _cropped_by_columns(base: type) -> Any:
+    """The class of a cache of class `base` whose `crop` takes a length in columns of the full sequence."""
+
+    class PrunedCache(base):  # type: ignore[misc]
+        def crop(self, length: int) -> None:
+            for index, layer in enumerate(self.layers):
+                layer.crop(length - getattr(self, _DROPPED).get(index, 0) if length > 0 else length)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _blank, (base,), self.__dict__
+
+    PrunedCache.__name__ = base.__name__
+    return PrunedCache
+
+
+def _blank(base: type) -> Any:
+    """An empty cache, for copies and pickles to fill."""
+    return object.__new__(_cropped_by_columns(base))
 
 
 def cache_names(forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ class Comparison:
 
     @property
     def kv_ratio(self) -> float:
+        """KV cache of the pruned prefill, as a share of vanilla."""
         return self.pruned.usage.kv_bytes / self.vanilla.usage.kv_bytes
 
     @property

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import is_torchvision_available
 
 from pyramiddrop.hf.families import FAMILIES
-from pyramiddrop.inference.choice import saved_method
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.resolve import saved_method
 from pyramiddrop.methods import Method, apply
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -47,10 +47,12 @@ class Asked:
 
     @property
     def vanilla_right(self) -> bool:
+        """Whether vanilla gave the right answer."""
         return self.comparison.vanilla.answer == self.question.answer
 
     @property
     def pruned_right(self) -> bool:
+        """Whether the method gave the right answer."""
         return self.comparison.pruned.answer == self.question.answer
 
     @property

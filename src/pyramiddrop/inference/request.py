@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.bundled import bundled_remarks
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
-from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
+from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.inference.video import Video, check_video, open_video
 from pyramiddrop.trace import Trace
 
@@ -27,13 +27,14 @@ from pyramiddrop.trace import Trace
 class Request:
     """A question about pictures, then a video, and what shall answer it.
 
-    `model` None is the bundled one; `frames` is how many are taken of the video.
+    `model` None is the bundled one; `method` is in words, None takes the saved one or the paper's; `frames` is how many
+    are taken of the video.
     """
 
     prompt: str
     images: Sequence[Path]
     model: str | None = None
-    options: MethodOptions = field(default_factory=MethodOptions)
+    method: str | None = None
     device: str | None = None
     dtype: str | None = None
     video: Path | None = None
@@ -72,7 +73,7 @@ def prepare(request: Request) -> PreparedRequest:
     if request.video:
         check_video(config.model_type, source)
         video = open_video(request.video, request.frames)
-    method = choose_method(request.options, source, decoder_layers(config))
+    method = resolve_method(request.method, source, decoder_layers(config))
     checkpoint = load_checkpoint(source, request.device, request.dtype)
     inputs = build_inputs(checkpoint.processor, pictures, request.prompt, video)
     with user_input(caught=(UnsupportedModelError,)):

@@ -13,8 +13,8 @@ from pyramiddrop import Method
 from pyramiddrop.cost import Account, Prompt, account
 from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, read_served_config
-from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.vllm import hf_overrides
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -57,19 +57,19 @@ def check_vllm() -> None:
         raise InputError("vLLM is not installed: pip install 'pyramiddrop[vllm]'")
 
 
-def prepare_launch(model: str, options: MethodOptions, arguments: Sequence[str]) -> Launch:
-    """Work out the command that serves `model` under the method that `options` name.
+def prepare_launch(model: str, spec: str | None, arguments: Sequence[str]) -> Launch:
+    """Work out the command that serves `model` under a method.
 
     Args:
         model: folder or hub name of a checkpoint; its configuration alone is read.
-        options: of the method; without any, the one saved beside the checkpoint, or the paper's.
+        spec: the method in words; None takes the one saved beside the checkpoint, or the paper's.
         arguments: for vLLM, as they are.
 
     Raises:
         InputError: for anything that the user gave and that cannot be used.
     """
     config = read_served_config(model)
-    method = choose_method(options, model, decoder_layers(config))
+    method = resolve_method(spec, model, decoder_layers(config))
     if method is None:
         raise InputError("--method vanilla drops nothing: for that, start vLLM itself")
     with user_input(caught=(ValueError, RuntimeError)):

@@ -11,7 +11,7 @@ from pyramiddrop.inference.errors import InputError, user_input
 DEFAULT_SHAPE = "llava-1.5-7b"
 PLAIN = "plain numbers"
 TEXT_TOKENS = 64  # a short question in a chat template
-NUMBERS = ("layers", "hidden", "intermediate", "heads", "kv_heads")
+NUMBERS = ("num_layers", "hidden", "intermediate", "heads", "kv_heads")
 NEEDED = NUMBERS[:3]
 
 
@@ -22,15 +22,15 @@ class SizeOptions:
     Attributes:
         shape: a name in `pyramiddrop.cost.PRESETS`.
         model: a folder or a hub name; its config.json alone is read.
-        layers, hidden, intermediate, heads, kv_heads: plain numbers of a decoder with gated MLPs. Without heads, their
-            width is 128; without kv_heads, there are as many as heads.
+        num_layers, hidden, intermediate, heads, kv_heads: plain numbers of a decoder with gated MLPs. Without heads,
+            their width is 128; without kv_heads, there are as many as heads.
         visual_tokens, text_tokens, crops: of the prompt.
         dtype: of the KV cache.
     """
 
     shape: str | None = None
     model: str | None = None
-    layers: int | None = None
+    num_layers: int | None = None
     hidden: int | None = None
     intermediate: int | None = None
     heads: int | None = None
@@ -106,7 +106,7 @@ def _plain(options: SizeOptions) -> ModelShape:
     numbers: dict[str, Any] = {name: getattr(options, name) for name in NUMBERS}
     missing = [_flag(name) for name in NEEDED if numbers[name] is None]
     if missing:
-        raise InputError(f"plain numbers need --layers, --hidden and --intermediate; --{missing[0]} is missing")
+        raise InputError(f"plain numbers need --num-layers, --hidden and --intermediate; --{missing[0]} is missing")
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise InputError(f"--{_flag(name)} must be at least 1; got {number}")
@@ -116,7 +116,7 @@ def _plain(options: SizeOptions) -> ModelShape:
         raise InputError(f"--heads must divide --hidden; got {heads} and {hidden}")
     return ModelShape(
         DecoderShape(
-            layers=numbers["layers"],
+            layers=numbers["num_layers"],
             hidden=hidden,
             intermediate=numbers["intermediate"],
             heads=heads,

@@ -27,9 +27,13 @@ KINDS = ("tokens", "tflops", "percent", "kv_bytes", "milliseconds")
 class Clock(Protocol):
     """Milliseconds of one decoder layer, and of one ranking, over so many rows on some machine."""
 
-    def layer(self, rows: int) -> float: ...
+    def layer(self, rows: int) -> float:
+        """Milliseconds of one decoder layer."""
+        ...
 
-    def ranking(self, rows: int) -> float: ...
+    def ranking(self, rows: int) -> float:
+        """Milliseconds of one ranking."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,7 @@ class Meter:
 
     @property
     def layers(self) -> int:
+        """How many layers the model has."""
         return len(self.sources)
 
     def spent(self, schedule: Schedule | None) -> float:

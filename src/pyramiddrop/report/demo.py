@@ -76,6 +76,7 @@ class Card:
 
     @property
     def view(self) -> View:
+        """Where the tokens of the first view lie."""
         return self.seen[0].view
 
     @property

@@ -13,11 +13,11 @@ from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.cost import Prompt
 from pyramiddrop.hf.model_sizes import decoder_shape
 from pyramiddrop.inference.checkpoint import pick_device, read_config
-from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.request import Request, prepare
-from pyramiddrop.inference.side_by_side import Column
 from pyramiddrop.inference.timing import clock_for, cpu_threads
+from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs
@@ -42,7 +42,7 @@ class BenchOptions:
 
     Attributes:
         shape: a name in :data:`pyramiddrop.speed.subject.SHAPES`, for random weights.
-        layers, visual_tokens, text_tokens: of a shape: its depth and its prompt.
+        num_layers, visual_tokens, text_tokens: of a shape: its depth and its prompt.
         model, images, prompt: a checkpoint and what it is asked.
         methods: in words, e.g. `fastv:layer=3`.
         batches: sizes, each measured on its own.
@@ -50,7 +50,7 @@ class BenchOptions:
     """
 
     shape: str | None = None
-    layers: int | None = None
+    num_layers: int | None = None
     visual_tokens: int | None = None
     text_tokens: int | None = None
     model: str | None = None
@@ -68,7 +68,7 @@ class Bench:
     """A benchmark that can run: the model in memory, and vanilla and methods side by side."""
 
     subject: Subject
-    ways: Sequence[Column]
+    ways: Sequence[MethodCost]
     batches: Sequence[int]
     threads: int
 
@@ -176,15 +176,15 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
     for name, value in (("model", options.model), ("image", options.images), ("prompt", options.prompt)):
         if value:
             raise InputError(f"--{name} belongs to a checkpoint, and --shape runs random weights; give one of the two")
-    sizes, _ = sizes_of(shape, options.layers)
+    sizes, _ = sizes_of(shape, options.num_layers)
     choose_ways(options.methods, sizes, Prompt(1))  # before the weights are made
     return shape_subject(
-        shape, device, options.dtype, options.layers, options.visual_tokens, options.text_tokens or TEXT_TOKENS
+        shape, device, options.dtype, options.num_layers, options.visual_tokens, options.text_tokens or TEXT_TOKENS
     )
 
 
 def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
-    for name in ("layers", "visual_tokens", "text_tokens"):
+    for name in ("num_layers", "visual_tokens", "text_tokens"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} belongs to random weights; name their --shape")
     source = options.model or str(reader_checkpoint())
@@ -196,6 +196,5 @@ def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
     if options.model is None and not images:
         images = (demo_images()[0],)
         prompt = prompt or demo_questions()[images[0].name][0]["question"]
-    vanilla = MethodOptions("vanilla")
-    request = Request(prompt or "Describe the image.", images, options.model, vanilla, str(device), options.dtype)
+    request = Request(prompt or "Describe the image.", images, options.model, VANILLA, str(device), options.dtype)
     return checkpoint_subject(prepare(request))

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from pyramiddrop.hf.versions import cache_argument
-from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread
 from pyramiddrop.speed.subject import Subject
 
@@ -51,7 +51,7 @@ class Decoding:
 
 def measure_decoding(
     subject: Subject,
-    ways: Sequence[Column],
+    ways: Sequence[MethodCost],
     batch: int,
     steps: int,
     repeats: int,

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.versions import cache_argument
-from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import cache_bytes, peak_memory
 from pyramiddrop.speed.predicted import Predicted, predict
@@ -64,7 +64,7 @@ class Generation:
 
 def measure_generation(
     subject: Subject,
-    ways: Sequence[Column],
+    ways: Sequence[MethodCost],
     batch: int,
     new_tokens: int,
     repeats: int,
@@ -92,7 +92,7 @@ def measure_generation(
 
 
 def _summed(
-    subject: Subject, way: Column, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
+    subject: Subject, way: MethodCost, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
 ) -> Generation:
     steps = [one.step for one in times if one.step is not None]
     return Generation(
@@ -109,7 +109,9 @@ def _summed(
     )
 
 
-def _generate(subject: Subject, way: Column, batch: int, new_tokens: int, clock: Clock) -> tuple[GenerationTimes, int]:
+def _generate(
+    subject: Subject, way: MethodCost, batch: int, new_tokens: int, clock: Clock
+) -> tuple[GenerationTimes, int]:
     """One call of `generate`: its times, and the KV bytes after its prefill."""
     inputs, cache = subject.batch(batch), DynamicCache(config=subject.parts.text.config)
     watch = _PrefillWatch(subject.parts, clock)

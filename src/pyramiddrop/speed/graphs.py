@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._dynamo.utils import counters
 
-from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.speed.subject import Subject, resized
 
 
@@ -29,7 +29,7 @@ class Graphs:
 
 def count_graphs(
     subject: Subject,
-    ways: Sequence[Column],
+    ways: Sequence[MethodCost],
     visual_tokens: Sequence[int],
     backend: str,
     tick: Callable[[], None] = lambda: None,
@@ -49,7 +49,7 @@ def count_graphs(
     return found
 
 
-def _counts(subject: Subject, way: Column, visual_tokens: Sequence[int], backend: str) -> list[int]:
+def _counts(subject: Subject, way: MethodCost, visual_tokens: Sequence[int], backend: str) -> list[int]:
     torch._dynamo.reset()
     counters.clear()
     layers = subject.parts.layers
@@ -62,7 +62,7 @@ def _counts(subject: Subject, way: Column, visual_tokens: Sequence[int], backend
             del layer.forward  # of this layer; its class's stands behind it
 
 
-def _prefilled(subject: Subject, way: Column) -> int:
+def _prefilled(subject: Subject, way: MethodCost) -> int:
     with torch.no_grad(), subject.under(way.method):
         subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
     return int(counters["stats"]["unique_graphs"])
@@ -71,7 +71,7 @@ def _prefilled(subject: Subject, way: Column) -> int:
 _WAITED = "synchronizing CUDA operation"
 
 
-def count_waits(subject: Subject, way: Column) -> int | None:
+def count_waits(subject: Subject, way: MethodCost) -> int | None:
     """Waits in one prefill of one sample, once the method is settled; None where there is no CUDA device.
 
     PyTorch's own watch counts them; it does not know of every way to wait.

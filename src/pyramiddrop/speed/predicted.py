@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
-from pyramiddrop.inference.choice import MethodOptions
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.side_by_side import Column, published, side_by_side
+from pyramiddrop.inference.method_costs import MethodCost, method_costs, published_costs
 from pyramiddrop.inference.sizes import Sizes
 
 PUBLISHED = ("pyramiddrop", "fastv")
@@ -31,7 +30,7 @@ class Predicted:
 
 def choose_ways(
     words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
-) -> list[Column]:
+) -> list[MethodCost]:
     """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, those of the two published
     ones that the model can have.
 
@@ -43,11 +42,11 @@ def choose_ways(
     """
     sizes = Sizes("", ModelShape(shape), prompt)
     if not words:
-        ways, left_out = published(PUBLISHED, MethodOptions(), sizes)
+        ways, left_out = published_costs(PUBLISHED, {}, sizes)
         for reason in left_out:
             tell(reason)
         return ways
-    ways = side_by_side(words, MethodOptions(), sizes)
+    ways = method_costs(words, {}, sizes)
     labels = [way.label for way in ways]
     for label in labels:
         if labels.count(label) > 1:
@@ -57,7 +56,7 @@ def choose_ways(
     return ways
 
 
-def predict(way: Column, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
+def predict(way: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
     """The cost of a prefill of `batch` equal samples."""
     flops = way.cost.full.decoder + way.cost.full.ranking
     above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(way, prompt)))
@@ -70,7 +69,7 @@ def _skipped(mixer: Mixer, rows: int) -> int:
 
 
 def predict_step(
-    way: Column, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
+    way: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
 ) -> int:
     """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
 
@@ -87,6 +86,6 @@ def predict_step(
     return batch * (decoder + way.cost.full.ranking + head)
 
 
-def rows_by_layer(way: Column, prompt: Prompt) -> list[int]:
+def rows_by_layer(way: MethodCost, prompt: Prompt) -> list[int]:
     """The rows of one sample in each layer."""
     return [visual + prompt.text_tokens for visual in way.cost.visual_by_layer]

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import pyramiddrop
-from pyramiddrop.inference.choice import VANILLA
+from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.speed.decoding import Decoding
 from pyramiddrop.speed.generation import Generation
 from pyramiddrop.speed.graphs import Graphs

@@ -55,6 +55,7 @@ class Subject:
 
     @property
     def parts(self) -> ModelInfo:
+        """What is known of the model."""
         return anatomy(self.model)
 
     @property
@@ -130,7 +131,7 @@ def sizes_of(name: str, depth: int | None) -> tuple[DecoderShape, int]:
         raise InputError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
     shape, visual = SHAPES[name]
     if depth is not None and not 1 <= depth <= shape.layers:
-        raise InputError(f"--layers must be in 1..{shape.layers} for the shape {name}; got {depth}")
+        raise InputError(f"--num-layers must be in 1..{shape.layers} for the shape {name}; got {depth}")
     return replace(shape, layers=depth or shape.layers), visual
 
 
@@ -143,7 +144,7 @@ def _check_fits(name: str, shape: DecoderShape, dtype: torch.dtype, device: torc
         kind = next(key for key, value in DTYPES.items() if value is dtype)
         raise InputError(
             f"{shape.layers} layers of {name} take {needed / 2**30:.1f} GiB in {kind}, and the memory has "
-            f"{there / 2**30:.1f}; run fewer layers (--layers N) or a smaller dtype"
+            f"{there / 2**30:.1f}; run fewer layers (--num-layers N) or a smaller dtype"
         )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from pyramiddrop import Method
-from pyramiddrop.inference.side_by_side import Column
+from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
+from pyramiddrop.methods import Logits, Method
 from pyramiddrop.speed.memory import peak_memory
 from pyramiddrop.speed.predicted import predict_step
 from pyramiddrop.speed.subject import Subject
+
+LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class TrainingWay:
         checkpointing: whether layers are computed again in the backward pass, to save memory.
     """
 
-    way: Column
-    logits: str
+    way: MethodCost
+    logits: Logits
     checkpointing: bool
 
     @property
@@ -73,13 +75,13 @@ class TrainingStep:
     predicted_flops: int
 
 
-def training_ways(ways: Sequence[Column]) -> list[TrainingWay]:
+def training_ways(ways: Sequence[MethodCost]) -> list[TrainingWay]:
     """Each way with full and (of a method) kept logits, without and with gradient checkpointing."""
     return [
         TrainingWay(way, logits, checkpointing)
         for checkpointing in (False, True)
         for way in ways
-        for logits in (("full", "kept") if way.method else ("full",))
+        for logits in (LOGITS if way.method else LOGITS[:1])
     ]
 
 

@@ -119,12 +119,5 @@ class TrainingFacts:
         return (
             f'`pyramiddrop.load` applies the method of `pyramiddrop.json`; `pyramiddrop.load("{name}", None)` and '
             "Transformers alone load the model without dropping. On a model that is loaded already:\n\n"
-            f"```python\npyramiddrop.apply(model, pyramiddrop.{_code(self.method)})\n```"
+            f"```python\npyramiddrop.apply(model, pyramiddrop.{self.method!r})\n```"
         )
-
-
-def _code(method: Method) -> str:
-    """The call that makes `method`, with the arguments that are not the defaults."""
-    defaults = type(method)().settings()
-    changed = {name: value for name, value in method.settings().items() if value != defaults[name]}
-    return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pyramiddrop.hf import UnsupportedModelError, attachment_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
-from pyramiddrop.inference.choice import MethodOptions, choose_method
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.methods import Method, apply
+from pyramiddrop.inference.resolve import resolve_method
+from pyramiddrop.methods import Logits, Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
@@ -62,14 +62,14 @@ class TrainOptions:
     output: Path
     images: Path | None = None
     recipe: str = "all"
-    method: MethodOptions = field(default_factory=MethodOptions)
+    method: str | None = None
     epochs: float = 1.0
     steps: int | None = None
     batch: int | None = None
     device_batch: int = 1
     learning_rate: float | None = None
     max_length: int | None = None
-    logits: str = "kept"
+    logits: Logits = "kept"
     checkpointing: bool = True
     skip_broken: bool = False
     resume: bool = False
@@ -138,7 +138,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     """
     recipe = find_recipe(options.recipe)
     _check_output(options)
-    method = choose_method(options.method, options.model, decoder_layers(read_config(options.model)))
+    method = resolve_method(options.method, options.model, decoder_layers(read_config(options.model)))
     arguments = training_arguments(options, recipe)
     processor = _processor(options)
     collator = AnswerCollator(processor)

@@ -33,6 +33,7 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
         self.method = method
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the method beside the checkpoint that was just saved."""
         if state.is_world_process_zero:
             self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 

@@ -66,6 +66,7 @@ class Step:
 
     @property
     def visits(self) -> bool:
+        """Whether any request computes a part of a visual prompt."""
         return any(entry.visits for entry in self.entries)
 
     @property

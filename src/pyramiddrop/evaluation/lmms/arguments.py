@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pyramiddrop import Method, PyramidDrop
-from pyramiddrop.inference.choice import VANILLA, parse_method, saved_method
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.method_spec import NAMES, option_names
+from pyramiddrop.inference.resolve import parse_method, saved_method
+from pyramiddrop.method_spec import NAMES, VANILLA, option_names
 
 
 @dataclass(frozen=True)

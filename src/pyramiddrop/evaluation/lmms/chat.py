@@ -62,14 +62,17 @@ class Chat(lmms):
 
     @property
     def model(self) -> Any:
+        """The Transformers model."""
         return self.checkpoint.model
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         place: torch.device = self.model.device
         return place
 
     def clean(self) -> None:
+        """Free the checkpoint."""
         del self.checkpoint
         super().clean()
 

@@ -63,6 +63,7 @@ class DroppingChat(lmms):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         place: torch.device = self.inner.device
         return place
 

@@ -41,6 +41,7 @@ class Figure:
 
     @property
     def agrees(self) -> bool:
+        """Whether ours is the printed figure, digit by digit."""
         return self.ours == self.printed
 
     def as_dict(self) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class PaperTable:
 
     @property
     def title(self) -> str:
+        """Its number and what it is about."""
         return f"Table {self.number}: {TITLES[self.number]}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -63,10 +63,12 @@ class Box:
 
     @property
     def right(self) -> int:
+        """The column behind the last one."""
         return self.left + self.width
 
     @property
     def bottom(self) -> int:
+        """The row below the last one."""
         return self.top + self.height
 
     def meets(self, other: Box, gap: int = 0) -> bool:

@@ -30,15 +30,18 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """Its centre in pixels, (x, y)."""
         return self.box.left + self.box.width / 2, self.box.top + self.box.height / 2
 
     @property
     def nearest_area(self) -> tuple[str, str]:
+        """The ninth of the picture that holds its centre, as (height, side)."""
         x, y = self.centre
         return HEIGHTS[int(3 * y / IMAGE)], SIDES[int(3 * x / IMAGE)]
 
     @property
     def area(self) -> str | None:
+        """That ninth in words; None where the centre is too near to a border."""
         borders = (IMAGE / 3, 2 * IMAGE / 3)
         near = any(abs(value - border) < MARGIN for value in self.centre for border in borders)
         return None if near else " ".join(self.nearest_area)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
-from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.hf import anatomy
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint

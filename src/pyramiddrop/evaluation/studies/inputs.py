@@ -1,4 +1,4 @@
-"""The questions and models of a study, as the command line gives them."""
+"""The models of a study, as the command line gives them."""
 
 from __future__ import annotations
 
@@ -6,49 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, DIGITS, Task, file_task
 from pyramiddrop.hf import UnsupportedModelError, anatomy
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 
 BUNDLED = "bundled"
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Which questions; None where nothing was said.
-
-    Attributes:
-        data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
-            file a bundled benchmark is asked.
-        split, seed: of the bundled benchmark.
-        limit: only so many of them.
-        tasks: the name of the bundled benchmark; digits if nothing was said.
-    """
-
-    data: Path | None = None
-    images: Path | None = None
-    metric: str | None = None
-    split: str | None = None
-    seed: int | None = None
-    limit: int | None = None
-    tasks: str | None = None
-
-    def task(self, answered: bool = True) -> Task:
-        """The task; `answered` says whether every question needs a right answer.
-
-        Raises:
-            InputError: for options that do not belong together, and for what cannot be read.
-        """
-        foreign = ("images", "metric") if self.data is None else ("tasks", "split", "seed")
-        for name in foreign:
-            if getattr(self, name) is not None:
-                raise InputError(f"--{name} {'belongs to' if self.data is None else 'means nothing with'} --data")
-        if self.data is None:
-            if (name := self.tasks or DIGITS) not in BUNDLED_TASKS:
-                raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
-            return BUNDLED_TASKS[name](self.split or "test", self.seed or 0, self.limit)
-        return file_task(self.data, self.images, self.metric or "exact", self.limit, answered)
 
 
 @dataclass(frozen=True)

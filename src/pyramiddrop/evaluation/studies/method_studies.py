@@ -9,8 +9,8 @@ from typing import Any
 from pyramiddrop.evaluation.record import evaluation_record
 from pyramiddrop.evaluation.run import EvalOptions, Evaluator, Progress
 from pyramiddrop.evaluation.tasks import Task
-from pyramiddrop.inference.choice import parse_method
 from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference.resolve import parse_method
 
 METHODS = ("pyramiddrop", "fastv", "uniform", "random")
 PERCENTS = (40.0, 50.0, 60.0, 70.0, 80.0)
@@ -27,7 +27,7 @@ def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
     """
     words = tuple(word for word in options.methods or METHODS if parse_method(word) is not None)
     if not words:
-        raise InputError("--methods names vanilla alone, which always runs; name a method that drops tokens")
+        raise InputError("--method names vanilla alone, which always runs; name a method that drops tokens")
     percents = options.percents or PERCENTS
     evaluator = Evaluator(task, replace(options, methods=words, percents=percents))
     return MethodStudy("tradeoff", evaluator, [{"line": word} for _ in percents for word in words])

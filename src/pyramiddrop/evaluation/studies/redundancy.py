@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyramiddrop.evaluation.agreement import Generation, generate_with_logits
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.journal import Journal
+from pyramiddrop.evaluation.prefill_replay import Prefix, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.store import Store
-from pyramiddrop.evaluation.studies.agreement import Generation, generate_with_logits
 from pyramiddrop.evaluation.studies.attention import (
     AttentionExample,
     attention_concentration,
@@ -26,7 +27,6 @@ from pyramiddrop.evaluation.studies.attention import (
 )
 from pyramiddrop.evaluation.studies.grid import DEFAULT_KEEP, Grid, make_grid, single_drop
 from pyramiddrop.evaluation.studies.inputs import StudyModel
-from pyramiddrop.evaluation.studies.prefill_replay import Prefix
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import anatomy
@@ -85,15 +85,10 @@ class Redundancy:
     @cached_property
     def shared(self) -> bool:
         """Whether prefills start from a recorded one: tried on the first sample, it must give the same to the bit."""
-        parts, layer, keep = anatomy(self._model), self.grid.layers[-1], self.grid.keep[-1]
-        if not self.share or not Prefix.can_share(parts):
-            return False
-        inputs, prefix = self._inputs(self.task.samples[:1]), Prefix(parts, [layer])
-        with prefix.recorded():
-            self._generate(inputs)
-        whole, _ = self._generate_cell(inputs, layer, keep, None)
-        short, _ = self._generate_cell(inputs, layer, keep, prefix)
-        return torch.equal(whole.logits, short.logits) and whole.texts == short.texts
+        layer, keep = self.grid.layers[-1], self.grid.keep[-1]
+        inputs, tokens = self._inputs(self.task.samples[:1]), self.answerer.max_new_tokens
+        method = single_drop(layer, keep)
+        return self.share and replays_exactly(self.answerer.checkpoint, inputs, method, layer, tokens)
 
     def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Piece:
         """What a batch says without a drop and in every cell, and what it looks at: a value a sample."""

@@ -28,6 +28,7 @@ class Span:
 
     @property
     def layers(self) -> str:
+        """The layers in words."""
         if self.last < self.first:
             return "before the decoder"
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"

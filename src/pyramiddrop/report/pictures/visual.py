@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyramiddrop.cost import Cost
-from pyramiddrop.inference.choice import method_label
 from pyramiddrop.inference.request import Run
+from pyramiddrop.method_spec import method_label, parse_method_spec
+from pyramiddrop.methods import Downsample, Method
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures import page
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
@@ -27,6 +29,8 @@ from pyramiddrop.trace import Trace
 
 #: What a page and an animation have for a suffix; every other one is matplotlib's.
 PAGE, ANIMATION = ".html", ".gif"
+#: A notebook's cell is as wide as it likes.
+FRAME = "width: 100%; height: 760px; border: 0"
 #: Tokens without a known place, and the empty cells behind the last of them.
 UNPLACED, EMPTY = (108, 142, 191), (255, 255, 255)
 
@@ -88,6 +92,10 @@ class Visual:
     def html(self) -> str:
         """One page without a network: stages to step through and to play, scores under the pointer."""
         return page.render(self)
+
+    def _repr_html_(self) -> str:
+        """The page in a notebook: in a frame of its own, for it brings a document with styles and scripts."""
+        return f'<iframe srcdoc="{escape(self.html())}" style="{FRAME}"></iframe>'
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers: for each span of layers the visual tokens alive, and how many of them in each view."""
@@ -204,11 +212,13 @@ def check_picture_path(path: Path, scores: bool = False) -> None:
         raise ValueError(f"no folder {path.parent} to write the picture into")
 
 
-def check_drawn_method(name: str | None) -> None:
-    """Raise ValueError where there is nothing to draw of what the named method does."""
-    if name == "vanilla":
+def check_drawn_method(method: Method | str | None) -> None:
+    """Raise ValueError if there is nothing to draw of a method, which may be given in words; None is vanilla."""
+    if isinstance(method, str):
+        method = parse_method_spec(method)
+    if method is None:
         raise ValueError("vanilla keeps every token: there is nothing to draw")
-    if name == "downsample":
+    if isinstance(method, Downsample):
         raise ValueError("downsample shows the model a smaller picture: its tokens are no patches of this one")
 
 
@@ -230,7 +240,7 @@ def run_visual(done: Run) -> Visual:
     Raises:
         ValueError: where its method is none of which anything could be drawn, vanilla for one.
     """
-    check_drawn_method(done.method.lower())
+    check_drawn_method(done.ready.method)
     ready, method, trace = done.ready, done.ready.method, done.trace
     assert method is not None, "vanilla has been refused"
     assert trace is not None, "every method leaves a trace"

@@ -38,7 +38,8 @@ def eval_notes(record: Record) -> list[str]:
         "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
         "the 95 % interval of a bootstrap over pictures; the first method is that of the same budget. FLOPs: decoder "
         "layers and ranking, predicted, of vanilla's. "
-        f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, ways in turn."
+        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, ways in turn."
+        * _timed(record)
     ]
 
 
@@ -57,16 +58,32 @@ def eval_tables(record: Record) -> list[Table]:
 
 
 def eval_markdown(record: Record) -> str:
-    """The heading, the answers and what they cost, in Markdown: a way a row."""
+    """The heading, the answers, those of finer kinds, and what they cost, in Markdown: a way a row."""
     ways = record["methods"]
     columns = [_column(record, way) for way in ways]
-    costs = _costs(record, ways[0])
+    costs = list(_costs(record, ways[0]))
     scores = [head for head in columns[0] if head not in costs]
-    tables = [[_line(["method", *heads]), _line(["---"] * (1 + len(heads)))] for heads in (scores, costs)]
-    for way, column in zip(ways, columns, strict=True):
-        for table, heads in zip(tables, (scores, costs), strict=True):
-            table.append(_line([way["name"], *(column[head] for head in heads)]))
-    return "\n\n".join(["  \n".join(eval_heading(record)), *("\n".join(table) for table in tables)])
+    finer = [_finer(record, way) for way in ways]
+    tables = [(scores, columns), (list(finer[0]), finer), (costs, columns)]
+    return "\n\n".join(["  \n".join(eval_heading(record)), *(_table(ways, *table) for table in tables if table[0])])
+
+
+def _table(ways: Sequence[Record], heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
+    rows = [[way["name"], *(column[head] for head in heads)] for way, column in zip(ways, columns, strict=True)]
+    return "\n".join(map(_line, [["method", *heads], ["---"] * (1 + len(heads)), *rows]))
+
+
+def _budget(way: Record) -> str:
+    """`60 %` or `192 tokens`: what the method was solved for; empty for vanilla."""
+    if way.get("average_tokens") is not None:
+        return f"{way['average_tokens']:g} tokens"
+    return "" if way["percent"] is None else f"{way['percent']:g} %"
+
+
+def _finer(record: Record, way: Record) -> dict[str, str]:
+    """Mean scores in percent of the finer kinds of question, by the heads of their columns."""
+    scores = {kind: way["subscores"][kind] for kind in record.get("subkinds", ())}
+    return {f"{kind} ({one['count']})": f"{100 * one['mean']:.0f}" for kind, one in scores.items()}
 
 
 def _column(record: Record, way: Record) -> dict[str, str]:
@@ -74,6 +91,7 @@ def _column(record: Record, way: Record) -> dict[str, str]:
     scores = way["scores"]
     return {
         **_costs(record, way),
+        **({"budget": _budget(way)} if len({_budget(one) for one in record["methods"]}) > 2 else {}),
         f"all ({scores['all']['count']})": score_cell(scores["all"]),
         **{head: difference_cell(way["differences"].get(name)) for name, head in _bases(record).items()},
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
@@ -82,13 +100,26 @@ def _column(record: Record, way: Record) -> dict[str, str]:
 
 def _costs(record: Record, way: Record) -> dict[str, str]:
     tokens, prefill, clock = way["visual_tokens"], way["prefill"], _clock(record)
+    timed = f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})" if prefill else ""
     return {
         "decoder FLOPs": share_cell(way["flops_ratio"]),
         "KV cache": share_cell(way["kv_ratio"]),
-        "visual tokens": " → ".join(f"{count:.0f}" for count in tokens["by_stage"]),
+        "visual tokens": _schedule(tokens),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
-        f"prefill, {CLOCKS[clock]}": f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})",
+        **({f"prefill, {CLOCKS[clock]}": timed} if _timed(record) else {}),
     }
+
+
+def _schedule(tokens: Record) -> str:
+    """`576 → 288 (3) → 144 (6)`: how many visual tokens there are from which layer on."""
+    first, *others = (f"{count:.0f}" for count in tokens["by_stage"])
+    layers = tokens.get("drop_layers") or [None] * len(others)  # records of earlier versions do not tell them
+    dropped = [count if layer is None else f"{count} ({layer})" for count, layer in zip(others, layers, strict=True)]
+    return " → ".join([first, *dropped])
+
+
+def _timed(record: Record) -> bool:
+    return record["methods"][0]["prefill"] is not None
 
 
 def folded(label: str) -> str:

@@ -22,10 +22,12 @@ class Box:
 
     @property
     def width(self) -> float:
+        """In pixels of the picture."""
         return self.right - self.left
 
     @property
     def height(self) -> float:
+        """In pixels of the picture."""
         return self.bottom - self.top
 
 

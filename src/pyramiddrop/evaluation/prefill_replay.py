@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 
-from pyramiddrop.hf.model_info import ModelInfo
+from pyramiddrop.evaluation.agreement import generate_with_logits
+from pyramiddrop.hf.model_info import ModelInfo, anatomy
 from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.methods import Method
 
 _FEATURES = "get_image_features"
 
@@ -108,6 +112,37 @@ class Prefix:
 
     def _seen(self, forward: Forward) -> Forward:
         return _once(forward)(lambda *args, **kwargs: deepcopy(self._features[0])) if self._features else forward
+
+
+def first_layer_seen(method: Method, layers: Sequence[int]) -> int | None:
+    """The first layer whose input `method` ranks or changes: the layers before it run as in the untouched model.
+
+    Args:
+        layers: before which the method drops.
+
+    Returns:
+        a 0-based layer; None if the method drops before the decoder, or its scorer looks back at an earlier layer.
+    """
+    if layers[0] == 0 or method.scorer().needs_previous_hidden:
+        return None
+    return layers[0] - (method.rank_layer == "last")
+
+
+def replays_exactly(
+    checkpoint: Checkpoint, inputs: Mapping[str, Any], method: Method, layer: int, max_new_tokens: int
+) -> bool:
+    """Whether `method` answers `inputs` alike, to the bit, when its prefill starts from a recorded one at `layer`."""
+    model = checkpoint.model
+    if not Prefix.can_share(anatomy(model)):
+        return False
+    prefix = Prefix(anatomy(model), [layer])
+    with prefix.recorded():
+        generate_with_logits(checkpoint, inputs, max_new_tokens)
+    with method(model):
+        whole = generate_with_logits(checkpoint, inputs, max_new_tokens)
+    with method(model), prefix.replayed(layer):
+        short = generate_with_logits(checkpoint, inputs, max_new_tokens)
+    return torch.equal(whole.logits, short.logits) and whole.texts == short.texts
 
 
 def _once(forward: Forward) -> Callable[[Forward], Forward]:

@@ -1,0 +1,67 @@
+"""Vanilla and methods in words, each with what it costs in a model of given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pyramiddrop import Method
+from pyramiddrop.cost import Account, account
+from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.resolve import resolve_method
+from pyramiddrop.inference.sizes import Sizes
+from pyramiddrop.method_spec import NAMES, VANILLA, method_label, with_defaults
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """One method (None is vanilla), what to call it, and what it costs."""
+
+    label: str
+    method: Method | None
+    cost: Account
+
+
+def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) -> list[MethodCost]:
+    """Vanilla, and the methods that `specs` name, each with its own options and the `shared` ones that it knows.
+
+    Raises:
+        InputError: for an unknown method or option, a bad value, or a shared option that none of the methods knows.
+    """
+    with user_input():
+        full = [with_defaults(spec, shared) for spec in specs]
+    for option in shared:
+        if not any(option in known for _, known in full):
+            raise InputError(f"--{option} belongs to none of the methods {', '.join(specs)}")
+    methods = [resolve_method(spec, sizes.name, sizes.shape.decoder.layers) for spec, _ in full]
+    vanilla = MethodCost(VANILLA, None, account(sizes.shape, sizes.prompt))
+    return [vanilla, *(_method_cost(method, sizes) for method in methods if method is not None)]
+
+
+def published_costs(
+    specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes
+) -> tuple[list[MethodCost], list[str]]:
+    """The same for methods that nobody named: those that this model cannot have are left out. And why they are.
+
+    Raises:
+        InputError: where it can have none of them.
+    """
+    found, errors = method_costs([], {}, sizes), dict[str, InputError]()
+    for spec in specs:
+        try:
+            found += method_costs([spec], shared, sizes)[1:]
+        except InputError as error:
+            errors[spec] = error
+    if len(found) == 1:
+        raise next(iter(errors.values()))
+    return found, [f"{NAMES[spec].__name__} is left out: {error}" for spec, error in errors.items()]
+
+
+def _method_cost(method: Method, sizes: Sizes) -> MethodCost:
+    shape = sizes.shape.decoder
+    with user_input():
+        attends = method.scorer().needs_attention
+        schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
+        shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt)
+    cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)
+    return MethodCost(method_label(method), method, cost)

@@ -1,0 +1,48 @@
+"""Find the method to run: the one in words, the one saved beside a checkpoint, or the paper's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from pyramiddrop.inference.errors import user_input
+from pyramiddrop.method_spec import parse_method_spec
+from pyramiddrop.methods import FILE_NAME, Method, PyramidDrop
+
+
+def resolve_method(spec: str | None, source: str | Path, num_layers: int) -> Method | None:
+    """The method that `spec` names, fit for a model of `num_layers` layers; None for vanilla.
+
+    Args:
+        spec: as `parse_method_spec` takes it; None takes the method saved beside the checkpoint `source`, or else
+            PyramidDrop as the paper has it.
+
+    Raises:
+        InputError: for an unknown method, an option that the method does not have, or a bad value.
+    """
+    method = (saved_method(source) or PyramidDrop()) if spec is None else parse_method(spec)
+    if method is not None:
+        with user_input():
+            method.schedule(num_layers)
+    return method
+
+
+def parse_method(spec: str) -> Method | None:
+    """`parse_method_spec` of what a user gave: its errors are InputErrors."""
+    with user_input():
+        return parse_method_spec(spec)
+
+
+def saved_method(source: str | Path) -> Method | None:
+    """The method saved beside the checkpoint `source` (a folder or a name on the hub), or None.
+
+    Raises:
+        InputError: for a file that cannot be read as a method.
+    """
+    try:
+        found = cached_file(source, FILE_NAME)
+    except OSError:  # there is none, or the hub cannot be reached and it was never fetched
+        return None
+    with user_input(f"cannot use the {FILE_NAME} of {source}"):
+        return Method.from_pretrained(Path(str(found)).parent)
