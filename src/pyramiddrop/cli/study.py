@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramiddrop.cli.examples import examples
 from pyramiddrop.cli.options import (
     HOW,
     OUTPUT,
@@ -49,7 +50,7 @@ def studies(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@study.command(cls=SpreadOptions)
+@study.command(cls=SpreadOptions, epilog=examples("redundancy"))
 @with_groups
 def redundancy(
     *,
@@ -103,7 +104,7 @@ def redundancy(
         stderr().print(f"no attention maps: {why_not}", soft_wrap=True)
 
 
-@study.command(cls=SpreadOptions)
+@study.command(cls=SpreadOptions, epilog=examples("tradeoff"))
 @with_groups
 def tradeoff(
     *,
@@ -129,7 +130,7 @@ def tradeoff(
     _finish(record, show_tradeoff(record), output, as_json)
 
 
-@study.command()
+@study.command(epilog=examples("ablation"))
 @with_groups
 def ablation(
     *,

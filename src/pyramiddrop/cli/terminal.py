@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 
 #: Exit code for what the user gave and that cannot be used.
 BAD_INPUT = 2
+#: Exit code after Ctrl-C, as shells have it.
+STOPPED = 130
 
 
 def stdout() -> Console:
@@ -78,7 +80,25 @@ class OneLineErrors(TyperGroup):
             if message is None:
                 raise
             _fail(message)
+        if code == STOPPED:
+            given = args[0] if args else settings.get("args")
+            print(f"stopped{_how_to_go_on(sys.argv[1:] if given is None else list(given))}", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    """What a stopped command's verb does when the same command is run again."""
+    verb = next(iter(words), "")
+    given = {word.partition("=")[0] for word in words}
+    if verb == "eval" and "--tasks" in given and not {"digits", "reader"} & set(words):
+        return ""  # lmms-eval asks anew
+    if verb == "study" or (verb == "eval" and "--output" in given):
+        return "; the same command goes on where it stopped"
+    if verb == "eval":
+        return "; with --output FOLDER the same command goes on where it stopped"
+    if verb == "train":
+        return "; the same command with --resume goes on from the last checkpoint (--save-every writes them more often)"
+    return ""
 
 
 def _about_input(error: Exception) -> str | None:
