@@ -609,9 +609,9 @@ def test_a_further_turn_without_a_mask() -> None:
 def test_guessed_columns_are_counted_without_a_mask(guessed: int) -> None:
     """20 columns in the cache, 10 new ones; `generate` was given all of them, or the new ones alone."""
     for given in (30, 10):
-        assert Generation(torch.zeros(1, given), None, None, False).guesses(20, 10 + guessed) == guessed
-    assert Generation(torch.zeros(1, 30), None, None, False).guesses(0, 30 + guessed) == guessed
-    assert Generation(None, None, None, False).guesses(0, 30) == 0
+        assert Generation(torch.zeros(1, given), None, None, False).candidates(20, 10 + guessed) == guessed
+    assert Generation(torch.zeros(1, 30), None, None, False).candidates(0, 30 + guessed) == guessed
+    assert Generation(None, None, None, False).candidates(0, 30) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

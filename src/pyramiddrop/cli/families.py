@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import stdout
 
 
 def families(
@@ -29,7 +29,7 @@ def families(
     elif markdown:
         print(families_page(entries), end="")
     elif model is not None:
-        results().print(family_in_full(entries[0]))
+        stdout().print(family_in_full(entries[0]))
     else:
         for part in families_list(entries):
-            results().print(part)
+            stdout().print(part)

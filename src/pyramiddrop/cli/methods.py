@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import stdout
 
 
 def methods(as_json: AsJson = False) -> None:
@@ -21,4 +21,4 @@ def methods(as_json: AsJson = False) -> None:
         print(json.dumps({"methods": [entry.as_dict() for entry in entries]}, indent=2))
     else:
         for part in methods_list(entries):
-            results().print(part)
+            stdout().print(part)

@@ -18,18 +18,18 @@ BAD_INPUT = 2
 STOPPED = 130
 
 
-def results() -> Console:
+def stdout() -> Console:
     """Standard output: what was asked for, and nothing else."""
     return Console(highlight=False, markup=False)
 
 
-def remarks() -> Console:
+def stderr() -> Console:
     """Standard error: progress, and what is worth knowing beside the result."""
     return Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
-def waiting(message: str) -> Iterator[Callable[[str], None]]:
+def spinner(message: str) -> Iterator[Callable[[str], None]]:
     """Show on a terminal that work goes on; yields what changes the message.
 
     Transformers' own bars are silenced, for they would tear the line.
@@ -37,7 +37,7 @@ def waiting(message: str) -> Iterator[Callable[[str], None]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with remarks().status(Text(message)) as status:
+    with stderr().status(Text(message)) as status:
         yield lambda step: status.update(Text(step))
 
 
@@ -52,7 +52,7 @@ def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    console = remarks()
+    console = stderr()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
