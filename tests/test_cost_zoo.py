@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops, step_flops
-from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.hf.model_info import ModelInfo, anatomy, drop_layers
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.scoring import AttentionScorer, UniformScorer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyramiddrop.cli.options import MethodOptions, OneMethod, with_groups
-from pyramiddrop.cli.terminal import remarks
+from pyramiddrop.cli.terminal import stderr
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.serving import Launch
@@ -51,10 +51,10 @@ def _say(launch: Launch) -> None:
 
     saving, method = launch.saving, method_label(launch.method)
     if saving is None:
-        remarks().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
+        stderr().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
         return
     kept = arrow(list(dict.fromkeys(saving.pruned.visual_by_layer)))
-    remarks().print(
+    stderr().print(
         f"{method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
         f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
         f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of {size(saving.vanilla.kv_bytes)})",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.hooks import RemovableHandle
 
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.hf.attachment import Attachment
 from pyramiddrop.hf.cache_state import RowMemory, cache_made, check_lengths, forget, memory_of, past_length, remember
 from pyramiddrop.hf.compatibility import check_signatures, number_run
@@ -338,10 +339,6 @@ def _nobody_asks(**options: bool) -> Tensor:
     )
 
 
-#: Families whose visual tokens are the patches of a tower of one fixed size, one for one.
-FAMILIES = ("llava", "vipllava")
-
-
 class Tower:
     """The tower of one model.
 
@@ -358,10 +355,11 @@ class Tower:
         config = parts.config
         named = parts.wrappers[0].named_modules()
         module = next((part for name, part in named if name.endswith("vision_tower")), None)
-        if config.model_type not in FAMILIES or module is None or config.vision_feature_select_strategy != "default":
+        if not parts.family.fixed_patches or module is None or config.vision_feature_select_strategy != "default":
+            fixed = [name for name, family in FAMILIES.items() if family.fixed_patches]
             raise UnsupportedModelError(
                 f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "
-                f"{', '.join(FAMILIES)} with vision_feature_select_strategy='default' alone"
+                f"{', '.join(fixed)} with vision_feature_select_strategy='default' alone"
             )
         self.module: nn.Module = module
         vision = config.vision_config

@@ -82,7 +82,7 @@ class Dispatcher:
         self._check_length(past + shape[1])
         mask = call.get("attention_mask")
         shown = mask is None or (generation is not None and generation.continues(call) and not generation.padded)
-        if shown and DecodeStep.is_plain(self.info, self.rules, shape[1], memory, cache):
+        if shown and DecodeStep.is_plain(self.info, shape[1], memory):
             return None
         return DecodeStep(self.info, self.rules, past, shape[1], memory, _padding(mask, shape, past))
 

@@ -20,7 +20,7 @@ class KeyNormScorer(Scorer):
     source: ClassVar[str] = "arXiv 2406.11430"
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return -evidence.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-untyped-call, no-any-return]
+        return -evidence.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-any-return]
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
         return projecting_flops(shape, choice.rows, choice.queries)
@@ -35,7 +35,7 @@ class VariationScorer(Scorer):
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         assert evidence.previous is not None, "the scorer needs the previous hidden states"
-        changed: Tensor = (evidence.hidden.float() - evidence.previous.float()).norm(dim=-1)  # type: ignore[no-untyped-call]
+        changed: Tensor = (evidence.hidden.float() - evidence.previous.float()).norm(dim=-1)
         return changed
 
 
@@ -85,7 +85,7 @@ def _group_means(evidence: ScorerInputs, unit: Tensor) -> Tensor:
 
 def _normalized(vectors: Tensor) -> Tensor:
     """(..., D) of length 1."""
-    length: Tensor = vectors.norm(dim=-1, keepdim=True)  # type: ignore[no-untyped-call]
+    length: Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.clamp(min=1e-12)
 
 
