@@ -6,6 +6,8 @@ from __future__ import annotations
 PREFIX = "PyramidDrop"
 #: The key of the settings, in `hf_overrides` and in `additional_config`.
 KEY = "pyramiddrop"
+#: Below vLLM's own logger, whose level, time and handler its messages then have.
+LOGGER = "vllm.pyramiddrop"
 
 #: Architectures that can be served. That of the same name with `PREFIX` stands in `models`.
 ARCHITECTURES = (
@@ -14,6 +16,7 @@ ARCHITECTURES = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "InternVLChatModel",
 )
