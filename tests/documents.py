@@ -49,6 +49,7 @@ NOT_RUN = {
 #: The same for blocks of Python.
 PYTHON_NOT_RUN = {
     r"vllm import": "needs vLLM, which has an environment of its own (.ci/vllm)",
+    r"client\.chat": "asks a server; tests/serving does",
     r"evaluation\.lmms": "needs lmms-eval, which has an environment of its own (.ci/lmms)",
     r"Member\(\"|^\"apertus1p5\"": "a piece of a file that it stands in",
     r"\(model, \.\.\.\)": "stands for the reader's own trainer",
