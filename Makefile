@@ -53,7 +53,7 @@ conformance: $(VENV)/.tested
 # The page that is generated from what the library knows of model families, then the whole site, into site/.
 docs: $(VENV)/.documented
 	$(BIN)/pyramiddrop families --markdown > docs/families.md
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site: site/index.html; mkdocs serve shows it while you write"
 
 # Builds sdist and wheel, and tries both in clean environments.

@@ -7,11 +7,13 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import typer
 from PIL import Image
 
 from pyramiddrop.assets import demo_images, demo_questions, digits_checkpoint, reader_checkpoint
+from pyramiddrop.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +41,7 @@ NOT_RUN = {
     r"bench --shape (llava|mid|small|qwen)": "takes minutes to hours and up to 30 GB of memory",
     r"benchmarks/gpu\.py": "needs a GPU",
     r"examples/(digits|reader)/": "trains or evaluates for minutes to hours; each script has a fast test of its own",
+    r"-m conformance": "runs for minutes; tests/test_conformance.py runs the same checks",
     r"python benchmarks/": "makes the pages from results that are committed, or measures for minutes to hours",
     r"runs/models/with|--results runs/mme": "reads what a command before it, which does not run here, has written",
 }
@@ -47,6 +50,7 @@ PYTHON_NOT_RUN = {
     r"vllm import": "needs vLLM, which has an environment of its own (.ci/vllm)",
     r"client\.chat": "asks a server; tests/serving does",
     r"evaluation\.lmms": "needs lmms-eval, which has an environment of its own (.ci/lmms)",
+    r"Member\(\"|^\"apertus1p5\"": "a piece of a file that it stands in",
     r"\(model, \.\.\.\)": "stands for the reader's own trainer",
 }
 
@@ -83,6 +87,15 @@ def _joined(lines: list[str]) -> list[str]:
         else:
             joined.append(line)
     return joined
+
+
+def parse(words: list[str]) -> None:
+    """Raise for a verb or an option that is not there, and for a missing one."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("pyramiddrop", words)
+    while hasattr(command, "commands"):
+        name, command, words = command.resolve_command(context, words)
+        context = command.make_context(name, list(words), parent=context)
 
 
 def reason_not_to_run(text: str, table: dict[str, str] = NOT_RUN) -> str | None:

@@ -313,7 +313,9 @@ def test_as_a_process_a_name_that_the_hub_does_not_give(picture: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, "--prompt", "w7"], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: cannot read a checkpoint at nobody/nothing: ")
+    assert done.stderr.startswith(
+        "error: no such folder: nobody/nothing, and no checkpoint of that name can be read from"
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -14,10 +14,12 @@ from typer.testing import CliRunner, Result
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cli.main import app
-from pyramiddrop.planning import Profile
+from pyramiddrop.cost import PRESETS, Prompt
+from pyramiddrop.planning import Profile, published_plans
+from pyramiddrop.report.tables.cost import published_markdown
 
 DOCS = (Path(__file__).parents[1] / "docs" / "cost.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^pyramiddrop plan (.*?) +# (.+)$", DOCS, flags=re.MULTILINE)
+EXAMPLES = re.findall(r"^pyramiddrop plan (.*?) +# (PyramidDrop.+)$", DOCS, flags=re.MULTILINE)
 CELLS = [
     {"layer": layer, "keep": keep, "accuracy": 0.8 - (1 - keep) / layer} for layer in (4, 8, 16) for keep in (0.5, 0.1)
 ]
@@ -129,13 +131,16 @@ def test_a_checkpoint_needs_no_weights(llava_folder: Path, tmp_path: Path) -> No
         (["--average-tokens", "64", "--percent", "5"], "give one budget; got --average-tokens, --percent"),
         (["--percent", "0"], "percent must be positive"),
         (["--percent", "5", "--convention", "mac"], "convention must be one of full, paper, fastv"),
-        (["--percent", "50", "--lam", "0.5", "--stages", "4"], "at most one of lam, stages and profile"),
+        (["--percent", "50", "--lam", "0.5", "--stages", "4"], "at most one of lam, stages, pyramid, profile"),
         (["--percent", "50", "--lam", "1.5"], "lam must be a number in (0, 1]"),
         (["--percent", "50", "--stages", "1"], "stages must be between 2 and the model's 32 layers"),
         (["--percent", "50", "--profile", "/no/such/file"], "cannot read /no/such/file"),
         (["--percent", "50", "--shape", "mine"], "shape 'mine' is not one of"),
         (["--average-tokens", "64", "--stages", "4"], "the nearest within reach is an average of 144.75 visual tokens"),
         (["--average-tokens", "10"], "the nearest within reach is an average of 18.9688 visual tokens"),
+        (["--percent", "50", "--pyramid", "flat"], "pyramid='flat' is not one of equal, concave, single"),
+        (["--published", "--percent", "50"], "--published has budgets of its own"),
+        (["--published", "--visual-tokens", "100"], "budgets of 576 and 2880 visual tokens, and this prompt has 100"),
         (["--percent", "4"], "% of vanilla's FLOPs (full), by PyramidDrop(lam="),
         (["--kv-bytes", "1e6", "--lam", "0.5"], "bytes of KV cache is out of reach of equal stages with lam=0.5"),
     ],
@@ -160,8 +165,33 @@ def test_the_examples_of_the_page(words: str, line: str) -> None:
     assert found(*shlex.split(words))["python"] == line
 
 
+@pytest.mark.parametrize("shape", ["llava-1.5-7b", "llava-next-7b"])
+def test_the_budgets_of_papers(shape: str) -> None:
+    plans = found("--published", "--shape", shape)["plans"]
+    for one in plans:
+        assert (one["spent"] <= one["tokens"]) == one["within_reach"]
+        if one["within_reach"]:
+            schedule = eval(one["python"], {"PyramidDrop": PyramidDrop}).schedule(32)
+            counts = [one["visual_tokens"], *schedule.counts(one["visual_tokens"])]
+            average = sum(counts[schedule.stage_of(layer)] for layer in range(32)) / 32
+            assert average == one["spent"] > 0.98 * one["tokens"]
+    table = DOCS.split("<!-- published -->\n")[1].split("<!-- /published -->")[0].splitlines()
+    preset = PRESETS[shape]
+    lines = published_markdown(published_plans(preset.shape, Prompt(preset.visual_tokens, 64)))
+    assert [line for line in lines if line not in table] == []
+    printed = run("--published", "--shape", shape).stdout
+    assert printed.count("out of reach: at least") == sum(not one["within_reach"] for one in plans)
+
+
+def test_drops_that_begin_earlier_than_asked_are_remarked_on() -> None:
+    remark = "So the drops begin earlier"
+    assert remark in run("--average-tokens", "64").stdout
+    for words in (["--average-tokens", "192"], ["--average-tokens", "64", "--pyramid", "concave"]):
+        assert remark not in run(*words).stdout
+
+
 def test_the_page_has_examples_and_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     (profile,) = re.findall(r"```json\n(.*?)```", DOCS, flags=re.DOTALL)
     assert Profile.from_dict(json.loads(profile)).layers == (8, 16)
     (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)

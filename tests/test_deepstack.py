@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyramiddrop.hf.layer_inputs import DeepStack
 from pyramiddrop.hf.rows import Selection
-from pyramiddrop.hf.run import DeepStack
 
 VISUAL = torch.tensor([[False, True, True, True, False], [True, False, True, False, False]])
 

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import documents
-from documents import INSTEAD, NOT_RUN, PAGES, PYTHON_NOT_RUN, ROOT, blocks, commands, reason_not_to_run, runnable
+from documents import (
+    INSTEAD,
+    NOT_RUN,
+    PAGES,
+    PYTHON_NOT_RUN,
+    ROOT,
+    blocks,
+    commands,
+    parse,
+    reason_not_to_run,
+    runnable,
+)
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference.catalog import PROVEN, all_families
 
@@ -34,15 +44,7 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
-def parse(words: list[str]) -> None:
-    """Raise for a verb or an option that is not there, and for a missing one."""
-    command: Any = typer.main.get_command(app)
-    context = command.make_context("pyramiddrop", words)
-    while hasattr(command, "commands"):
-        name, command, words = command.resolve_command(context, words)
-        context = command.make_context(name, list(words), parent=context)
-
-
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize(
     ("page", "command"), [one for one in ALL_COMMANDS if "pyramiddrop " in one[1] and "pip install" not in one[1]]
 )

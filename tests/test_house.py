@@ -1,4 +1,4 @@
-"""The house: imports point one way, and the core knows tensors, not models."""
+"""The house: imports point one way, the core knows tensors and not models, and nothing grows without being seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyramiddrop import METHODS
 PACKAGE = Path(pyramiddrop.__file__).parent
 # From the bottom up; a module may import from its own floor and from those below.
 FLOORS = (
-    ("naive", "schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
+    ("naive", "families", "schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
     ("hf",),
     ("methods", "method_spec", "saving"),
     ("vllm",),
@@ -27,6 +27,14 @@ FLOORS = (
 )
 CORE = FLOORS[0]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+# What there is, and a little room: these may only become less.
+MODULE_LINES, METHODS_LINES = 520, 680
+BODY_LINES = 40  # of a function, without its signature and docstring
+SMALL = 40  # a module of fewer lines that serves one other belongs into it
+# vLLM's parts are imported one by one, where the vLLM that is installed has them.
+APART = {"vllm/architectures.py", "vllm/params.py"}
 
 
 def modules() -> list[Path]:
@@ -82,6 +90,36 @@ def test_the_vllm_plugin_and_the_transformers_adapter_do_not_meet() -> None:
     floor_of_vllm = {*CORE, "methods", "vllm"}
     assert all(parts_used(path) <= floor_of_vllm for path in modules() if home(path) == "vllm")
     assert not any("vllm" in parts_used(path) for path in modules() if home(path) == "hf")
+
+
+def test_modules_and_functions_stay_small() -> None:
+    long = []
+    for path in modules():
+        text = path.read_text()
+        limit = METHODS_LINES if path.name == "methods.py" else MODULE_LINES
+        if len(text.splitlines()) > limit:
+            long.append(str(path.relative_to(PACKAGE)))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body and int(body[-1].end_lineno or 0) - body[0].lineno >= BODY_LINES:
+                    long.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert long == []
+
+
+def test_a_small_module_serves_more_than_one_other() -> None:
+    """A verb of the command line has a file of its own, and what a package shows to its users may be small."""
+    users = {path: imported(path) for path in PACKAGE.rglob("*.py")}
+    lonely = []
+    for path in modules():
+        name = str(path.relative_to(PACKAGE))
+        if path.stem == "__init__" or home(path) == "cli" or name in APART:
+            continue
+        dotted = f"pyramiddrop.{name.removesuffix('.py').replace('/', '.')}"
+        serves = [user for user, names in users.items() if dotted in names and user != path]
+        if len(path.read_text().splitlines()) < SMALL and len(serves) == 1 and serves[0].stem != "__init__":
+            lonely.append(name)
+    assert lonely == []
 
 
 def test_every_module_and_public_name_has_a_docstring() -> None:

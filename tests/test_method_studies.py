@@ -94,6 +94,37 @@ def test_the_curves_go_through_the_points() -> None:
     assert top.get_xlim() == pytest.approx([limit / 100 * ways[0]["flops"] / 1e6 for limit in (low, high)])
 
 
+def test_the_conclusion_names_the_best_at_the_ends() -> None:
+    def way(line: str, budget: float | None, mean: float) -> dict[str, Any]:
+        return {**tradeoff()["methods"][1], "line": line, "percent": budget, "scores": {"all": scored(mean)}}
+
+    def scored(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "error": 0.01, "count": 24}
+
+    scores = {
+        ("a", 40.0): 0.5,
+        ("b", 40.0): 0.6,
+        ("a", 60.0): 0.9,
+        ("b", 60.0): 0.1,
+        ("a", 80.0): 0.97,
+        ("b", 80.0): 0.97,
+    }
+    ways = [way("vanilla", None, 0.96), *(way(*place, mean) for place, mean in scores.items())]
+    assert show_tradeoff({**tradeoff(), "methods": ways, "kinds": ["all"]}).conclusion == (
+        "With 40 % of vanilla's decoder FLOPs b keeps most answers right, 36.0 points below vanilla; "
+        "with 80 % of vanilla's decoder FLOPs a or b keeps most answers right, 1.0 points above vanilla."
+    )
+
+
+def test_the_ablation_concludes_with_its_ends() -> None:
+    vanilla, half, more = ablation()["methods"]
+    means = [way["scores"]["all"]["mean"] for way in (vanilla, half, more)]
+    said = show_ablation(ablation()).conclusion
+    assert said.startswith(f"λ = 0.5 spends {100 * half['flops_ratio']:.1f} % of vanilla's decoder FLOPs and scores ")
+    assert f"scores {100 * abs(means[0] - means[1]):.1f} points" in said
+    assert "; λ = 0.7 spends " in said
+
+
 def test_everything_is_written(tmp_path: Path) -> None:
     record = {**tradeoff(), "command": "pyramiddrop study tradeoff"}
     text = write_study(tmp_path, "tradeoff", record, show_tradeoff(record)).read_text()
@@ -140,6 +171,7 @@ def test_costs_of_a_lambda_are_those_of_its_schedule() -> None:
     assert half["kv_ratio"] < more["kv_ratio"] < 1
 
 
+@pytest.mark.slow
 def test_lambda_of_one_is_vanilla() -> None:
     vanilla, one = prepare_ablation(digits_task(limit=16), (1.0,), EvalOptions()).record()["methods"]
     assert one["scores"] == vanilla["scores"]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import query_key
 from pyramiddrop.hf.layer_inputs import take_tokens
 from pyramiddrop.hf.model_info import anatomy
-from pyramiddrop.hf.query_key import NoAttentionError, QueryKey, QueryKeyExtractor
+from pyramiddrop.hf.query_key import NoAttentionError, QueryKey, extract
 from tiny import Answer, make_batch, tiny_model
 
 Given = dict[int, dict[str, Any]]
@@ -77,16 +78,15 @@ class Case:
         return lambda rows: fixed | (tokens if rows is None else take_tokens(tokens, rows))
 
     @torch.no_grad()
-    def project(self, index: int, asking: Tensor, projector: QueryKeyExtractor | None = None) -> QueryKey:
-        hidden = self.calls[index][0]
-        projector = projector or QueryKeyExtractor()
-        return projector.project(index, self.layers[index], hidden, asking, self.arguments(index))
+    def project(self, index: int, asking: Tensor | None) -> QueryKey:
+        found: QueryKey = extract(self.layers[index], self.calls[index][0], asking, self.arguments(index))
+        return found
 
-    def check(self, index: int, projector: QueryKeyExtractor | None = None) -> None:
+    def check(self, index: int) -> None:
         """The projection of a few rows of each sample is what the kernel was given."""
         given, count = self.given[index], self.calls[index][0].shape[1]
         asking = torch.tensor([[count - 1, 2], [0, count // 2]])[: len(self.calls[index][0])]
-        found = self.project(index, asking, projector)
+        found = self.project(index, asking)
         queries = given["query"].transpose(1, 2)
         expected = torch.stack([row[some] for row, some in zip(queries, asking, strict=True)]).transpose(1, 2)
         torch.testing.assert_close(found.queries, expected, atol=1e-5, rtol=1e-5)
@@ -134,9 +134,8 @@ def test_families(name: str, layers: tuple[int, ...]) -> None:
     specs = [[3, "image", 7]] if "batch" in MEMBERS[name].cannot else [[3, "image", 7], [12]]
     case = Case(model, make_batch(MEMBERS[name], model, specs))
     for index in layers:
-        projector = QueryKeyExtractor()
         for _ in range(2):  # the second time it knows how the layer may be asked
-            case.check(index, projector)
+            case.check(index)
 
 
 def test_scale_softcap_and_sinks_come_from_the_layer() -> None:
@@ -168,7 +167,7 @@ def test_lora() -> None:
 # --- What it costs --------------------------------------------------------------------------------------------------
 
 
-def rows_seen(case: Case, index: int, projector: QueryKeyExtractor) -> dict[str, list[int]]:
+def rows_seen(case: Case, index: int) -> dict[str, list[int]]:
     """How many rows each linear module of the layer computes while two tokens ask."""
     seen: dict[str, list[int]] = {}
     handles = [
@@ -178,7 +177,7 @@ def rows_seen(case: Case, index: int, projector: QueryKeyExtractor) -> dict[str,
         for name, module in case.layers[index].named_modules()
         if isinstance(module, nn.Linear)
     ]
-    case.project(index, torch.tensor([[1, 2]] * 2), projector)
+    case.project(index, torch.tensor([[1, 2]] * 2))
     for handle in handles:
         handle.remove()
     return seen
@@ -187,7 +186,38 @@ def rows_seen(case: Case, index: int, projector: QueryKeyExtractor) -> dict[str,
 def test_only_the_keys_are_computed_for_all_rows() -> None:
     case = llava_case()
     count = case.calls[3][0].shape[1]
-    assert rows_seen(case, 3, QueryKeyExtractor()) == {"q_proj": [2], "k_proj": [2, count], "v_proj": [2]}
+    case.check(3)
+    assert rows_seen(case, 3) == {"q_proj": [2], "k_proj": [count]}
+
+
+def test_a_layer_that_reads_more_than_llamas_is_asked_twice() -> None:
+    """`position_ids`, say, by which some scale their queries in long prompts alone."""
+    case = llava_case(change=scale_by_position)
+    count = case.calls[3][0].shape[1]
+    case.check(3)
+    case.check(3)
+    assert rows_seen(case, 3) == {"q_proj": [2], "k_proj": [2, count], "v_proj": [2]}
+
+
+def scale_by_position(model: PreTrainedModel) -> None:
+    """Queries that depend on their position behind column 8 (Ministral 3, Llama 4)."""
+    attention = model.model.language_model.layers[3].self_attn
+    own = type(attention)
+
+    def forward(self: Any, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        scale = 1 + (position_ids > 8).to(hidden_states.dtype)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries, keys, values = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        output, weights = attend(
+            self, queries * scale[:, None, :, None], keys, values, kwargs["attention_mask"], scaling=self.scaling
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+    attention.__class__ = type("Scaled", (own,), {"forward": forward})
 
 
 def entangle(model: PreTrainedModel) -> None:
@@ -212,19 +242,20 @@ def test_whether_keys_may_be_had_alone_is_asked_once_a_layer(monkeypatch: pytest
     """The answer is a number that the host waits for: on a GPU everything queued has to be done first."""
     asked, agree = [], query_key._agree
     monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
-    case, projector = llava_case(), QueryKeyExtractor()
+    case = llava_case()
     for index in (3, 3, 2, 3):
-        case.project(index, torch.tensor([[1, 2]] * 2), projector)
+        case.project(index, torch.tensor([[1, 2]] * 2))
     assert len(asked) == 2
 
 
 def test_keys_that_need_the_queries_make_it_ask_the_whole_layer() -> None:
-    case, projector = llava_case(change=entangle), QueryKeyExtractor()
+    case = llava_case(change=entangle)
     count = case.calls[3][0].shape[1]
-    case.check(3, projector)
-    case.check(3, projector)
-    assert rows_seen(case, 3, projector) == {"q_proj": [count], "k_proj": [count], "v_proj": [count]}
-    assert rows_seen(case, 2, projector)["q_proj"] == [2], "what is known of one layer says nothing of another"
+    case.check(3)
+    case.check(3)
+    assert rows_seen(case, 3) == {"q_proj": [count], "k_proj": [count], "v_proj": [count]}
+    case.check(2)
+    assert rows_seen(case, 2)["q_proj"] == [2], "what is known of one layer says nothing of another"
 
 
 # --- No trace -------------------------------------------------------------------------------------------------------
@@ -262,9 +293,7 @@ def test_nothing_is_left_behind() -> None:
     with untouched(case.model):
         case.project(3, torch.tensor([[1], [2]]))
     with untouched(case.model), pytest.raises(TypeError):
-        QueryKeyExtractor().project(
-            3, case.layers[3], case.calls[3][0], torch.tensor([[1], [2]]), lambda rows: {"no": 1}
-        )
+        extract(case.layers[3], case.calls[3][0], torch.tensor([[1], [2]]), lambda rows: {"no": 1})
     case.check(3)
 
 
@@ -345,8 +374,8 @@ def test_ranking_in_training_touches_no_live_module(monkeypatch: pytest.MonkeyPa
 
 
 def test_projecting_twice_gives_the_same_bits() -> None:
-    case, projector = llava_case(), QueryKeyExtractor()
-    first, second = (case.project(3, torch.tensor([[5, 1], [2, 2]]), projector) for _ in range(2))
+    case = llava_case()
+    first, second = (case.project(3, torch.tensor([[5, 1], [2, 2]])) for _ in range(2))
     assert torch.equal(first.queries, second.queries)
     assert torch.equal(first.keys, second.keys)
 
@@ -370,4 +399,4 @@ def test_a_layer_that_never_attends_is_named() -> None:
             return hidden_states
 
     with pytest.raises(NoAttentionError, match="Mixing does not reach Transformers' attention interface"):
-        QueryKeyExtractor().project(0, Mixing(), torch.zeros(1, 4, 8), torch.tensor([[3]]), lambda rows: {})
+        extract(Mixing(), torch.zeros(1, 4, 8), torch.tensor([[3]]), lambda rows: {})

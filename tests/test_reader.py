@@ -23,8 +23,8 @@ from pyramiddrop.evaluation.reader import GROUPS, KINDS, Picture, Question, Read
 from pyramiddrop.evaluation.reader.canvas import RGB, UNLABELLED
 from pyramiddrop.evaluation.reader.words import CHANNELS, PLACES, SHAPES
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.inference.bundled import bundled_remarks
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, load_processor
+from pyramiddrop.inference.request import bundled_remarks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -18,7 +18,7 @@ from pyramiddrop.report import Visual
 from pyramiddrop.report.pictures.heatmap import Scored, heat
 from pyramiddrop.report.pictures.lifetimes import spans
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
-from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
+from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, unplaced_by_name
 from pyramiddrop.report.token_layout.views import PlacedView
 
 #: Six tokens of a picture, then a view of two rows with newline tokens.
@@ -89,6 +89,27 @@ def test_each_stage_veils_what_was_dropped_before_it(visual: Visual, tmp_path: P
     pixels = seen_pixels(visual.seen[0].picture, VIEWS[0])
     for span, colours in zip(visual.spans, found, strict=True):
         assert _close(colours, _middles(mask_dropped(pixels, VIEWS[0], span.cells[0]), VIEWS[0]))
+
+
+@needs_browser
+def test_tokens_without_a_place_are_counted_by_name(visual: Visual, tmp_path: Path) -> None:
+    assert [dict(span.unplaced) for span in visual.spans] == [{"row ends": 2}, {}, {}]
+    script = (
+        READ
+        + """
+    const found = [];
+    const counts = document.getElementById("unplaced");
+    for (const stage of [0, 1, 2]) { choose("stage", stage); found.push(counts.textContent); }
+    return found;
+    """
+    )
+    assert act(visual.html(), script, tmp_path) == ["2 of 2 row ends", "0 of 2 row ends", "0 of 2 row ends"]
+
+
+def test_tokens_without_a_place_are_called_by_where_they_stand() -> None:
+    view = View("tiles", 2, 2, Box(0, 0, 9, 9), (None, *reading_order(2, 2, newline=True), (0, 0), None))
+    assert unplaced_by_name([VIEWS[0], view], range(15)) == {"start tokens": 1, "row ends": 2, "others": 1}
+    assert unplaced_by_name([VIEWS[0], view], [0, 7, 9]) == {"row ends": 1}
 
 
 @needs_browser

@@ -23,7 +23,7 @@ DARK = (-9, -9)
 SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
 
 
-@pytest.mark.fast_cases(12)
+@pytest.mark.fast_cases(6)
 @SHAPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crops(family: str, size: tuple[int, int]) -> None:
@@ -53,7 +53,7 @@ def test_the_second_of_two_pictures(family: str) -> None:
         assert assert_lit(own, light[before:], place)
 
 
-@pytest.mark.fast_cases(12)
+@pytest.mark.fast_cases(6)
 @SHAPES
 @pytest.mark.parametrize("family", GRIDS)
 def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:

@@ -219,6 +219,33 @@ def test_the_page_needs_no_network(written: Path) -> None:
         assert word in page.text
 
 
+def test_the_page_begins_with_the_conclusion(written: Path) -> None:
+    text = Addresses((written / "index.html").read_text()).text
+    said = "Of the visual tokens of mine & <yours> 50 % are enough at no layer and 25 % are enough at no layer, if"
+    assert (
+        text.index("Where are visual tokens redundant?") < text.index(said) < text.index("One drop of visual tokens,")
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({2: 0.02, 4: 0.009, 6: 0.0}, "50 % are enough from layer 4 on"),
+        ({2: 0.0, 4: 0.02, 6: 0.0}, "50 % are enough from layer 6 on"),
+        ({2: 0.0, 4: 0.0, 6: 0.02}, "50 % are enough at no layer"),
+    ],
+)
+def test_tokens_are_redundant_where_no_deeper_layer_loses_more(losses: dict[int, float], said: str) -> None:
+    cells = [cell(layer, 0.5, 0.95 - loss) for layer, loss in losses.items()]
+    found = show_redundancy(record({**model("m"), "cells": cells})).conclusion
+    assert found == f"Of the visual tokens of m {said}, if a loss of up to 1 point of accuracy counts as none."
+
+
+def test_without_answers_agreement_concludes() -> None:
+    found = show_redundancy(record(model("m", answers=False))).conclusion
+    assert found.endswith("if a loss of up to 1 point of agreement with the full model counts as none.")
+
+
 def test_without_answers_only_what_needs_none_is_shown() -> None:
     shown = show_redundancy(record(model(answers=False)))
     assert [plot.name for plot in shown.plots] == ["redundancy-agreement", "redundancy-top1", "redundancy-kl"]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyramiddrop import PyramidDrop, apply
-from pyramiddrop.training.trainer import BlankImage
+from pyramiddrop.training.trainer import DummyImage
 from tiny import CROP, Answer, collate, make_batch, make_rows, tiny_model
 
 TURNS = [3, "image", 4, Answer(3), 5, Answer(2)]
@@ -85,7 +85,7 @@ def _step(rank: int, way: str, case: str, logits: str) -> dict[str, Any]:
     model = new_model()
     inputs, count = inputs_of(model, case, rank), supervised(model, case)
     apply(model, PyramidDrop(**METHOD, logits=logits))
-    BlankImage(model, blank_image())
+    DummyImage(model, blank_image())
     wrapped = WRAPPERS[way](model)
     loss = part_of_loss(wrapped, inputs, count)
     (loss * 2).backward()  # ranks average their gradients; the parts of a mean add up

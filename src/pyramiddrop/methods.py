@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_arg
 from torch import Tensor, nn
 
 from pyramiddrop.cost import Choice, DecoderShape, merging_flops
-from pyramiddrop.saving import stay, travel
+from pyramiddrop.saving import install_save_hook, remove_save_hook
 from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import (
     SCORERS,
@@ -486,7 +486,7 @@ def apply(model: nn.Module, method: Method | str) -> Trace:
 
     model, method = _module_of(model), _method_of(method)
     attachment = _attach(model, method, GivenMasks())
-    travel(attachment.anatomy.wrappers, method)
+    install_save_hook(attachment.anatomy.wrappers, method)
     return attachment.trace
 
 
@@ -515,7 +515,7 @@ def remove(model: nn.Module) -> None:
     """
     attachment = _attachment(model)
     attachment.detach()
-    stay(attachment.anatomy.wrappers)
+    remove_save_hook(attachment.anatomy.wrappers)
 
 
 def _attachment(model: nn.Module) -> Attachment:

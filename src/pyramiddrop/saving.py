@@ -34,15 +34,15 @@ class SaveWithMethod:
         return result
 
 
-def travel(modules: Iterable[nn.Module], method: Method) -> None:
+def install_save_hook(modules: Iterable[nn.Module], method: Method) -> None:
     """Let each of `modules` that can save itself write `method` beside its weights."""
     for module in modules:
         if hasattr(type(module), "save_pretrained"):
             module.__dict__["save_pretrained"] = SaveWithMethod(module, method)
 
 
-def stay(modules: Iterable[nn.Module]) -> None:
-    """Undo `travel`."""
+def remove_save_hook(modules: Iterable[nn.Module]) -> None:
+    """Undo `install_save_hook`."""
     for module in modules:
         module.__dict__.pop("save_pretrained", None)
 

@@ -116,10 +116,28 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
         raise ValueError(
             f"{stages} stages need {len(equal)} layers to drop before; this model allows {list(allowed)}: {way_out}"
         )
+    return nearest_layers(equal, allowed)
+
+
+def concave_layers(num_layers: int, allowed: Sequence[int], halvings: int = 4) -> list[int]:
+    """At most four drop layers, each at twice the depth of the one before: 2, 4, 8 and 16 of 32.
+
+    Most of a deep model then sees few tokens, which equal stages cannot do: a first drop before layer 8 of 32 leaves
+    a quarter of the layers with all of them.
+
+    Args:
+        halvings: of the depth, down to the first drop; with 5 the four drops lie before layers 1, 2, 4 and 8 of 32.
+    """
+    halves = sorted({max(1, num_layers // 2**halving) for halving in range(halvings - 3, halvings + 1)})
+    return nearest_layers(halves[-len(allowed) :], allowed)
+
+
+def nearest_layers(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
+    """For each wanted layer the nearest allowed one that the layers behind it leave, of two as near the lower."""
     left, chosen = list(allowed), list[int]()
-    for drop in range(len(equal), 0, -1):
-        candidates = left[drop - 1 :]  # the stages before need a layer each
-        nearest = min(candidates, key=lambda layer: (abs(layer - equal[drop - 1]), layer))
+    for drop in range(len(wanted), 0, -1):
+        candidates = left[drop - 1 :]  # the drops before need a layer each
+        nearest = min(candidates, key=lambda layer: (abs(layer - wanted[drop - 1]), layer))
         chosen.insert(0, nearest)
         left = left[: left.index(nearest)]
     return chosen

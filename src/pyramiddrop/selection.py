@@ -35,6 +35,16 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) ->
     return torch.zeros_like(candidates).scatter(1, order, stays)
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """(B, count) long: the columns of the best `count` scores (B, N) of each row; equal scores go to the lower column.
+
+    It selects as `select` does where all columns compete in one group of each row.
+    """
+    # Not topk, which leaves open which of two equal scores it takes.
+    guarded = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"))
+    return guarded.sort(descending=True, stable=True).indices[:, :count]
+
+
 def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
     """The rows of a rectangle of `length` columns: filler, then every sample's staying rows in their order.
 

@@ -15,21 +15,21 @@ from pyramiddrop.cost import Cost, DecoderShape, kv_bytes, prefill_flops
 
 
 class Ranked(NamedTuple):
-    """What a stage end ranked: (B, N) rows, which of them are visual tokens, and their scores."""
+    """What a drop ranked: (B, N) rows, which of them are visual tokens (None: all), and their scores."""
 
     rows: Tensor
-    visual: Tensor
+    visual: Tensor | None
     scores: Tensor
 
 
 @dataclass
 class StageTrace:
-    """One stage end. What it tells is worked out when it is read, so that recording costs the prefill nothing."""
+    """One drop. What it tells is worked out when it is read, so that recording costs the prefill nothing."""
 
     layer: int
     keep: float
     _rows: Tensor
-    _visual: Tensor
+    _visual: Tensor | None
     _offset: int
     _columns: Sequence[Tensor] = ()
     _ranked: Ranked | None = None
@@ -37,7 +37,7 @@ class StageTrace:
     @property
     def kept(self) -> list[Tensor]:
         """For each sample a LongTensor on the CPU: the sorted original columns of the visual tokens that stayed."""
-        rows, visual = self._rows.cpu(), self._visual.cpu()
+        rows, visual = self._rows.cpu(), _marked(self._rows, self._visual)
         return [(row[mask].sort().values + self._offset) for row, mask in zip(rows, visual, strict=True)]
 
     @property
@@ -49,12 +49,17 @@ class StageTrace:
         """
         if self._ranked is None:
             return None
-        rows, visual, scores = (table.cpu() for table in self._ranked)
-        found = []
+        rows, scores = self._ranked.rows.cpu(), self._ranked.scores.cpu()
+        visual, found = _marked(rows, self._ranked.visual), []
         for row, mask, values, columns in zip(rows, visual, scores.float(), self._columns, strict=True):
             places = torch.searchsorted(columns, row[mask] + self._offset)
             found.append(torch.full((len(columns),), float("nan")).index_put((places,), values[mask]))
         return found
+
+
+def _marked(rows: Tensor, visual: Tensor | None) -> Tensor:
+    """(B, N) bool on the CPU, which `rows` are visual tokens."""
+    return torch.ones(rows.shape, dtype=torch.bool) if visual is None else visual.cpu()
 
 
 @dataclass(repr=False)
@@ -97,13 +102,13 @@ class Trace:
         self.__dict__ = finished.__dict__
 
     def record(
-        self, layer: int, keep: float, rows: Tensor, visual: Tensor, offset: int, ranked: Ranked | None = None
+        self, layer: int, keep: float, rows: Tensor, visual: Tensor | None, offset: int, ranked: Ranked | None = None
     ) -> None:
         """Add a stage; called by the adapter.
 
         Args:
             rows: (B, N) long, those that stay.
-            visual: (B, N) bool, which of them are visual tokens.
+            visual: (B, N) bool, which of them are visual tokens; None: all.
             offset: columns count from here.
         """
         self.stages.append(StageTrace(layer, keep, rows, visual, offset, self.visual_columns, ranked))

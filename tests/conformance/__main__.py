@@ -1,4 +1,4 @@
-"""`make conformance`: run every check on every member and write the page; or only on the members that are named."""
+"""`make conformance`: run every check on every member, or on those that are named, and write their rows of the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from conformance.checks import CHECKS
 from conformance.outcome import FAILED, Outcome, outcome
-from conformance.page import PAGE, render
+from conformance.page import PAGE, read_page, render
 from zoo import MEMBERS
 
 
@@ -39,10 +39,14 @@ def main(names: list[str]) -> int:
     outcomes = prove_all(names or list(MEMBERS), console)
     counts = Counter(found.status for found in outcomes.values())
     console.print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
-    if not names:
-        packages = ("transformers", "torch")
-        PAGE.write_text(render(outcomes, " and ".join(f"{name} {version(name)}" for name in packages)))
-        console.print(f"written: {PAGE.relative_to(PAGE.parents[1])}")
+    versions = " and ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    if names:  # the other rows stay as the page has them
+        others, proven = read_page()
+        outcomes = {**others, **outcomes}
+        own = f"{', '.join(names)} with {versions}"
+        versions = proven if versions == proven or own in proven else f"{proven}; {own}"
+    PAGE.write_text(render(outcomes, versions))
+    console.print(f"written: {PAGE.relative_to(PAGE.parents[1])}")
     return 1 if counts[FAILED] else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +39,21 @@ def render(outcomes: Outcomes, versions: str) -> str:
         "".join(f"{number}. {note}\n" for note, number in notes.items()),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def read_page() -> tuple[dict[tuple[str, str], Outcome], str]:
+    """The outcomes that the page has, and what its rows were proven with."""
+    text = PAGE.read_text()
+    versions = next(line for line in text.splitlines() if line.startswith(VERSIONS))
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    outcomes = {}
+    for member, *cells in re.findall(r"^\| `(.*?)` " + r"\| (.*?) " * len(CHECKS) + r"\|$", text, re.MULTILINE):
+        for check, cell in zip(CHECKS, cells, strict=True):
+            mark, _, number = cell.partition(" ")
+            status = next(status for status, sign in MARKS.items() if sign == mark)
+            why = notes[number].removeprefix(f"{status}: ") if number else ""
+            outcomes[member, check] = Outcome(status, why)
+    return outcomes, versions.removeprefix(VERSIONS).removesuffix(".")
 
 
 def numbered_notes(outcomes: Outcomes) -> dict[str, int]:

@@ -113,6 +113,7 @@ SETUPS: dict[str, Setup] = {
     "qwen3_5_moe": DELTA,
     "qwen3_vl": GRIDS,
     "qwen3_vl_moe": GRIDS,
+    "shieldgemma2": TWO_WAY,
     "smolvlm": FRAMES,
     "step3p7": WINDOWED,
     "unlimited_ocr": Setup(refused=unknown("reference_sliding_attention")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 # Older ones lack families, and can do less with those they have: what imports the zoo is skipped there.
@@ -36,6 +38,10 @@ _FILES = (
     token_image,
     uneven,
 )
+if find_spec("transformers.models.apertus1p5"):
+    from zoo import apertus
+
+    _FILES = (*_FILES, apertus)
 MEMBERS: dict[str, Member] = {member.name: member for file in _FILES for member in file.MEMBERS}
 
 __all__ = ["MEMBERS", "UNSUPPORTED", "Answer", "Member", "make_batch", "make_rows"]

@@ -25,7 +25,9 @@ from transformers import (
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
+    ShieldGemma2Config,
     SiglipVisionConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -147,10 +149,10 @@ def paligemma2(seed: int) -> PreTrainedModel:
     return paligemma(seed, text)
 
 
-def gemma3(seed: int) -> PreTrainedModel:
+def gemma3(seed: int, kind: type[PreTrainedConfig] = Gemma3Config) -> PreTrainedModel:
     """Gemma 3: two kinds of layers with a RoPE each, q and k norms, image tokens pooled 2 x 2."""
     text = Gemma3TextConfig(**TEXT, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, layer_types=LAYERS)
-    config = Gemma3Config(
+    config = kind(
         vision_config=SiglipVisionConfig(**TOWER | {"image_size": 2 * SIDE}, vision_use_head=False),
         text_config=text,
         image_token_index=IMAGE,
@@ -159,6 +161,11 @@ def gemma3(seed: int) -> PreTrainedModel:
         mm_tokens_per_image=16,
     )
     return drawn(lambda: Gemma3ForConditionalGeneration(config), seed)
+
+
+def shieldgemma2(seed: int) -> PreTrainedModel:
+    """ShieldGemma 2: Gemma 3 under a configuration of its own."""
+    return gemma3(seed, ShieldGemma2Config)
 
 
 def gemma3n(seed: int) -> PreTrainedModel:
@@ -293,6 +300,7 @@ MEMBERS = [
     Member("paligemma", paligemma, square(SIDE, 16), finish=prefixed, cannot=BOTH_WAYS),
     Member("paligemma-2", paligemma2, square(SIDE, 16), finish=prefixed, cannot=BOTH_WAYS | CAPPED),
     Member("gemma3", gemma3, square(2 * SIDE, 16, *AROUND), finish=typed),
+    Member("shieldgemma2", shieldgemma2, square(2 * SIDE, 16, *AROUND), finish=typed),
     Member("gemma3n", gemma3n, square(32, 16, *AROUND), finish=typed, cannot=SHARED_KEYS),
     Member("gemma4", gemma4, gemma4_image, gemma4_video),
     Member("gemma4-moe", gemma4_moe, gemma4_image, gemma4_video),

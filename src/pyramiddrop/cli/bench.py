@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramiddrop.cli.options import HOW, OUTPUT, WHAT, AsJson, Device, Dtype, Images, Methods
-from pyramiddrop.cli.terminal import progress, remarks, results, waiting
+from pyramiddrop.cli.terminal import progress, spinner, stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.speed.bench import Bench
@@ -63,7 +63,8 @@ def bench(
 ) -> None:
     """Measure what dropping saves on this machine: time to the first token, decoding, memory, KV cache; or training.
 
-    Vanilla and the methods take turns, and what the cost model predicts stands beside what is measured.
+    Vanilla and the methods take turns, and what the cost model predicts stands beside what is measured. Without
+    --method: pyramiddrop and fastv.
     """
     from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.report.speed_plot import check_plot_path
@@ -90,8 +91,8 @@ def bench(
         device=device,
         dtype=dtype,
     )
-    with waiting(f"preparing {shape or model or 'the bundled model'}"):
-        ready = prepare_bench(options, lambda reason: remarks().print(reason, soft_wrap=True))
+    with spinner(f"preparing {shape or model or 'the bundled model'}"):
+        ready = prepare_bench(options, lambda reason: stderr().print(reason, soft_wrap=True))
     with progress() as begin:
         tick = begin("measuring", ready.runs(repeats, train))
         record = _measure(ready, train, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
@@ -126,13 +127,13 @@ def _draw(record: dict[str, Any], path: Path) -> None:
 
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
         draw_speed(record).savefig(path, facecolor="white")
-    remarks().print(f"plot: {path}", soft_wrap=True)
+    stderr().print(f"plot: {path}", soft_wrap=True)
 
 
 def _show(record: dict[str, Any]) -> None:
     from pyramiddrop.report.tables.speed import speed_heading, speed_notes, speed_tables
 
-    console = results()
+    console = stdout()
     for part in (*speed_heading(record), *speed_tables(record), *speed_notes(record)):
         console.print(part)
         console.print()

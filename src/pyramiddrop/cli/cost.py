@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramiddrop.cli.options import OUTPUT, AsJson, MethodOptions, Methods, SizeOptions, with_groups
-from pyramiddrop.cli.terminal import remarks, results
+from pyramiddrop.cli.terminal import stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.method_costs import MethodCost
@@ -30,7 +30,7 @@ def cost(
     """Count what dropping saves: FLOPs, KV cache and tokens, without a model or a download.
 
     Three ways to count FLOPs: `full` is all that a prefill multiplies and adds, 2 for each; `paper` and `fastv` are
-    what those papers print: visual tokens alone, 1 for each.
+    what those papers print: visual tokens alone, 1 for each. Without --method: pyramiddrop and fastv as published.
     """
     if paper:
         _show_paper(as_json)
@@ -47,7 +47,7 @@ def cost(
     else:
         _show(sizes, found)
     for reason in left_out:
-        remarks().print(reason, soft_wrap=True)
+        stderr().print(reason, soft_wrap=True)
 
 
 def _published(shared: dict[str, str]) -> list[str]:
@@ -65,14 +65,14 @@ def _show_paper(as_json: bool) -> None:
     if as_json:
         print(json.dumps({"figures": [figure.as_dict() for figure in figures]}, indent=2))
         return
-    results().print(paper_table(figures))
-    results().print(f"\n{paper_summary(figures)}", soft_wrap=True)
+    stdout().print(paper_table(figures))
+    stdout().print(f"\n{paper_summary(figures)}", soft_wrap=True)
 
 
 def _show(sizes: Sizes, found: list[MethodCost]) -> None:
     from pyramiddrop.report.tables.cost import account_table
 
-    console = results()
+    console = stdout()
     console.print(f"{sizes.about}\n", soft_wrap=True)
     console.print(account_table([(one.label, one.cost) for one in found]))
     if sizes.remark:

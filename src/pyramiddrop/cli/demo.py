@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results, waiting
+from pyramiddrop.cli.terminal import spinner, stdout
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
 
     with user_input(f"cannot write into {output}", (OSError,)):
         output.mkdir(parents=True, exist_ok=True)
-    with waiting("starting") as progress:
+    with spinner("starting") as progress:
         done = run_demo(questions, progress)
         progress("drawing")
         with user_input(f"cannot write into {output}", (OSError,)):
@@ -42,7 +42,7 @@ def demo(
             )
         )
         return
-    console = results()
+    console = stdout()
     for part in (questions_table(done), costs_table(done), *summary(done), *failures(done)):
         console.print(part)
         console.print()

@@ -26,7 +26,7 @@ from pyramiddrop.cli.options import (
     QuestionOptions,
     with_groups,
 )
-from pyramiddrop.cli.terminal import progress, remarks, waiting
+from pyramiddrop.cli.terminal import progress, spinner, stderr
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.run import EvalOptions
@@ -90,7 +90,7 @@ def evaluate(
     """Ask vanilla and methods the same questions: scores by kind, paired differences, FLOPs, KV cache, time.
 
     Every score has its standard error, every difference its 95 % interval. With --percent or --average-tokens all
-    methods cost the same.
+    methods cost the same. Without --method: the one saved beside the checkpoint, or pyramiddrop and fastv.
     """
     given = {
         "suite": suite,
@@ -111,7 +111,7 @@ def evaluate(
     else:
         from pyramiddrop.evaluation.run import ROUNDS, EvalOptions
 
-        with waiting("reading the questions"):
+        with spinner("reading the questions"):
             task = questions.task()
         options = EvalOptions(
             methods=tuple(method or ()),
@@ -147,7 +147,7 @@ def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
     from pyramiddrop.evaluation.store import write_json
     from pyramiddrop.report.tables.evaluation import eval_heading, eval_notes, eval_tables
 
-    with waiting(f"loading {options.model or 'the bundled model'}"):
+    with spinner(f"loading {options.model or 'the bundled model'}"):
         evaluator = Evaluator(task, options)
     with progress() as begin:
         advance = begin("answering", evaluator.total)
@@ -178,7 +178,7 @@ def _run_benchmarks(
             answering.batch or 1,
             answering.device,
             output,
-            progress=remarks().print,
+            progress=stderr().print,
         )
     if not found:  # one of several processes, and not the first
         return
@@ -204,7 +204,7 @@ def _show(record: dict[str, Any], parts: Iterable[Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(record, indent=2))
         return
-    console = terminal.results()
+    console = terminal.stdout()
     for part in parts:
         console.print(part)
         console.print()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import stdout
 
 
 def families(
@@ -20,7 +20,7 @@ def families(
 ) -> None:
     """List the model families: text model, modalities, status, limits, and how each was tested."""
     from pyramiddrop.inference.catalog import all_families, find_family
-    from pyramiddrop.report.tables.catalog import families_page, families_summary, families_table, family_in_full
+    from pyramiddrop.report.tables.catalog import families_list, families_page, family_in_full
 
     entries = all_families() if model is None else [find_family(model)]
     if as_json:
@@ -29,7 +29,7 @@ def families(
     elif markdown:
         print(families_page(entries), end="")
     elif model is not None:
-        results().print(family_in_full(entries[0]))
+        stdout().print(family_in_full(entries[0]))
     else:
-        results().print(families_table(entries))
-        results().print(f"\n{families_summary(entries)}", soft_wrap=True)
+        for part in families_list(entries):
+            stdout().print(part)

@@ -24,7 +24,7 @@ from pyramiddrop.cli.options import (
     Video,
     with_groups,
 )
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import spinner, stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.request import PreparedRequest, Run
@@ -60,10 +60,10 @@ def generate(
     spec = options.spec(method)
     if overlay:
         _check_overlay(overlay, spec)
-    with waiting(f"loading {model or 'the bundled model'}"):
+    with spinner(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image or ()), model, spec, device, dtype, video, frames))
     for remark in ready.remarks:
-        remarks().print(f"warning: {remark}", soft_wrap=True)
+        stderr().print(f"warning: {remark}", soft_wrap=True)
     stream = sys.stdout.isatty() and not compare and not as_json
     done = _answer(ready, max_new_tokens, compare, stream)
     if overlay:
@@ -90,7 +90,7 @@ def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: 
     from pyramiddrop.inference.request import run, run_compared
 
     if compare:
-        with waiting("answering without and with dropping, and timing both"):
+        with spinner("answering without and with dropping, and timing both"):
             return run_compared(ready, max_new_tokens)
     tokenizer = ready.checkpoint.processor.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
@@ -104,15 +104,15 @@ def _draw(done: Run, path: Path) -> None:
     with user_input(f"cannot draw {path}", (OSError, ValueError)):
         visual = run_visual(done)
         visual.save(path)
-    remarks().print(f"overlay: {path}{f' ({visual.note})' if visual.note else ''}", soft_wrap=True)
+    stderr().print(f"overlay: {path}{f' ({visual.note})' if visual.note else ''}", soft_wrap=True)
 
 
 def _show(done: Run, streamed: bool) -> None:
     from pyramiddrop.report.tables.runs import comparison_table, usage_line
 
     if done.comparison:
-        results().print(comparison_table(done.comparison, done.method))
+        stdout().print(comparison_table(done.comparison, done.method))
         return
     if not streamed:
         print(done.answer)
-    remarks().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)
+    stderr().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)

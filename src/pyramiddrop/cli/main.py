@@ -11,6 +11,7 @@ from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.eval import evaluate
+from pyramiddrop.cli.examples import examples
 from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import generate
 from pyramiddrop.cli.methods import methods
@@ -28,18 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command(cls=SpreadOptions)(visualize)
-app.command(cls=SpreadOptions)(generate)
-app.command(cls=SpreadOptions)(cost)
-app.command()(plan)
-app.command(cls=SpreadOptions)(bench)
-app.command("eval", cls=SpreadOptions)(evaluate)
-app.command(context_settings=PASSED_ON)(serve)
-app.command()(train)
-app.command()(families)
-app.command()(methods)
-app.add_typer(study, name="study")
+app.command(epilog=examples("demo"))(demo)
+app.command(cls=SpreadOptions, epilog=examples("visualize"))(visualize)
+app.command(cls=SpreadOptions, epilog=examples("generate"))(generate)
+app.command(cls=SpreadOptions, epilog=examples("cost"))(cost)
+app.command(epilog=examples("plan"))(plan)
+app.command(cls=SpreadOptions, epilog=examples("bench"))(bench)
+app.command("eval", cls=SpreadOptions, epilog=examples("eval"))(evaluate)
+app.command(context_settings=PASSED_ON, epilog=examples("serve"))(serve)
+app.command(epilog=examples("train"))(train)
+app.command(epilog=examples("families"))(families)
+app.command(epilog=examples("methods"))(methods)
+app.add_typer(study, name="study", epilog=examples("study"))
 
 
 def _show_version(asked: bool) -> None:

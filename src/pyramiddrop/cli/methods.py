@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import results
+from pyramiddrop.cli.terminal import stdout
 
 
 def methods(as_json: AsJson = False) -> None:
@@ -14,10 +14,11 @@ def methods(as_json: AsJson = False) -> None:
     Every argument is also an option in words, as --method reads them: pyramiddrop:score=diversity.
     """
     from pyramiddrop.inference.catalog import all_entries
-    from pyramiddrop.report.tables.catalog import methods_table
+    from pyramiddrop.report.tables.catalog import methods_list
 
     entries = all_entries()
     if as_json:
         print(json.dumps({"methods": [entry.as_dict() for entry in entries]}, indent=2))
     else:
-        results().print(methods_table(entries))
+        for part in methods_list(entries):
+            stdout().print(part)

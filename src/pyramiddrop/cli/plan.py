@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyramiddrop.cli.options import AsJson, SizeOptions, with_groups
-from pyramiddrop.cli.terminal import results, waiting
+from pyramiddrop.cli.terminal import spinner, stdout
 
 if TYPE_CHECKING:
+    from pyramiddrop.inference.budgets import BudgetOptions
     from pyramiddrop.inference.sizes import Sizes
     from pyramiddrop.planning import Plan
 
 BUDGET, SOLVE = "The budget (exactly one)", "What is solved"
+EARLIER = (
+    "Equal stages with four drops at most would leave less than 0.4 of the tokens at each, or cannot spend so little: "
+    "their first layers see every token. So the drops begin earlier, where the ranking has fewer layers to go by; "
+    "try it on your questions (pyramiddrop eval)."
+)
 
 
 @with_groups
@@ -44,38 +50,79 @@ def plan(
     lam: Annotated[
         float | None, typer.Option(help="This λ: solve the number of equal stages.", rich_help_panel=SOLVE)
     ] = None,
+    pyramid: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the drops lie: equal (stages), concave (each at twice the depth of the one before) or single.",
+            rich_help_panel=SOLVE,
+        ),
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(help="A redundancy profile (JSON): choose layers and shares.", rich_help_panel=SOLVE),
     ] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="Instead: every pyramid for the budgets of papers: 192, 128, 64 of 576; 640, 320, 160 of 2880.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = False,
     size_options: SizeOptions,
     as_json: AsJson = False,
 ) -> None:
     """Find the schedule for a budget: stages, layers, shares, what it costs, and the Python line to use it.
 
-    Without --stages, --lam and --profile, λ and the number of equal stages are solved together: the fewest stages,
-    from the paper's 4 on, that leave λ at 0.4 or above.
+    Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with four drops
+    at most, that leave λ at 0.4 or above; where none do, four drops that begin earlier (concave).
     """
     from pyramiddrop.inference.budgets import BudgetOptions, make_plan
 
     sizes = size_options.sizes()
-    options = BudgetOptions(average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, profile)
+    options = BudgetOptions(
+        average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, pyramid, profile
+    )
+    if published:
+        _show_published(options, sizes, as_json)
+        return
     if measure is None:
         found = make_plan(options, sizes)
     else:
-        with waiting("measuring layers"):
+        with spinner("measuring layers"):
             found = make_plan(options, sizes)
     if as_json:
         print(json.dumps({"name": sizes.name, **found.as_dict()}, indent=2))
     else:
-        _show(sizes, found)
+        _show(sizes, found, asked=pyramid is not None)
 
 
-def _show(sizes: Sizes, found: Plan) -> None:
+def _show_published(options: BudgetOptions, sizes: Sizes, as_json: bool) -> None:
+    from pyramiddrop.inference.budgets import BudgetOptions
+    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.planning import published_plans
+    from pyramiddrop.report.tables.cost import published_table
+
+    if options != BudgetOptions():
+        raise InputError("--published has budgets of its own, and every pyramid for each: leave the other options out")
+    with user_input():
+        found = published_plans(sizes.shape, sizes.prompt)
+    if as_json:
+        rows = [
+            {"tokens": one.tokens, "pyramid": one.pyramid, "within_reach": one.within_reach, **one.plan.as_dict()}
+            for one in found
+        ]
+        print(json.dumps({"name": sizes.name, "plans": rows}, indent=2))
+        return
+    stdout().print(published_table(found))
+    stdout().print(f"\n{sizes.about}", soft_wrap=True)
+
+
+def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
     from pyramiddrop.method_spec import VANILLA
     from pyramiddrop.report.tables.cost import account_table, stages_table
 
-    console = results()
+    console = stdout()
     console.print("from pyramiddrop import PyramidDrop\n")
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
@@ -83,6 +130,8 @@ def _show(sizes: Sizes, found: Plan) -> None:
     console.print(account_table([(VANILLA, found.vanilla), ("PyramidDrop", found.cost)]))
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
+    if found.pyramid == "concave" and not asked:
+        console.print(f"\n{EARLIER}", soft_wrap=True)
     limit, spent, vanilla = map(found.budget.describe, (found.budget.limit, found.spent, found.vanilla_spent))
     console.print(f"\nThe budget is {limit}. This spends {spent}; vanilla, {vanilla}.", soft_wrap=True)
     if found.loss is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyramiddrop.cli.options import MethodOptions, OneMethod, with_groups
-from pyramiddrop.cli.terminal import remarks
+from pyramiddrop.cli.terminal import stderr
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.serving import Launch
@@ -51,13 +51,13 @@ def _say(launch: Launch) -> None:
     from pyramiddrop.report.units import arrow, share, size
 
     for note in launch.notes:
-        remarks().print(note, soft_wrap=True)
+        stderr().print(note, soft_wrap=True)
     saving, method = launch.saving, method_label(launch.method)
     if saving is None:
-        remarks().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
+        stderr().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
         return
     kept = arrow(list(dict.fromkeys(saving.pruned.visual_by_layer)))
-    remarks().print(
+    stderr().print(
         f"{method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
         f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
         f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of {size(saving.vanilla.kv_bytes)})",

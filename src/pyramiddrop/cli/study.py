@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyramiddrop.cli.examples import examples
 from pyramiddrop.cli.options import (
     HOW,
     OUTPUT,
@@ -25,7 +26,7 @@ from pyramiddrop.cli.options import (
     numbers,
     with_groups,
 )
-from pyramiddrop.cli.terminal import progress, remarks, results, waiting
+from pyramiddrop.cli.terminal import progress, spinner, stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.studies.method_studies import MethodStudy
@@ -49,7 +50,7 @@ def studies(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@study.command(cls=SpreadOptions)
+@study.command(cls=SpreadOptions, epilog=examples("redundancy"))
 @with_groups
 def redundancy(
     *,
@@ -98,12 +99,12 @@ def redundancy(
     profiles = write_profiles(record, output)
     _finish(record, show_redundancy(record, looks), output, as_json)
     for path in profiles:
-        remarks().print(f"profile for `pyramiddrop plan --profile`: {path}", soft_wrap=True)
+        stderr().print(f"profile for `pyramiddrop plan --profile`: {path}", soft_wrap=True)
     if why_not:
-        remarks().print(f"no attention maps: {why_not}", soft_wrap=True)
+        stderr().print(f"no attention maps: {why_not}", soft_wrap=True)
 
 
-@study.command(cls=SpreadOptions)
+@study.command(cls=SpreadOptions, epilog=examples("tradeoff"))
 @with_groups
 def tradeoff(
     *,
@@ -115,7 +116,10 @@ def tradeoff(
     output: Output = Path("study-tradeoff"),
     as_json: AsJson = False,
 ) -> None:
-    """What do methods keep of the answers at equal cost? Scores over decoder FLOPs (the paper's Figure 4)."""
+    """What do methods keep of the answers at equal cost? Scores over decoder FLOPs (the paper's Figure 4).
+
+    Without --method: pyramiddrop, fastv, uniform and random; without --percent: 40 50 60 70 80.
+    """
     from pyramiddrop.evaluation.run import EvalOptions
     from pyramiddrop.evaluation.studies.method_studies import prepare_tradeoff
     from pyramiddrop.report.studies.tradeoff import show_tradeoff
@@ -126,7 +130,7 @@ def tradeoff(
     _finish(record, show_tradeoff(record), output, as_json)
 
 
-@study.command()
+@study.command(epilog=examples("ablation"))
 @with_groups
 def ablation(
     *,
@@ -157,7 +161,7 @@ def _make_folder(output: Path) -> None:
 
 
 def _run(prepare: Callable[[], MethodStudy]) -> dict[str, Any]:
-    with waiting("loading the model"):
+    with spinner("loading the model"):
         prepared = prepare()
     with progress() as begin:
         advance = begin("answering", prepared.evaluator.total)
@@ -175,7 +179,7 @@ def _finish(record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -
     if as_json:
         print(json.dumps({**record, "page": str(page)}, indent=2))
         return
-    console = results()
+    console = stdout()
     for part in (*shown.remarks, *(sheet.table() for sheet in shown.sheets)):
         console.print(part)
         console.print()

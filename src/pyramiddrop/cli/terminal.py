@@ -14,20 +14,22 @@ from typer.core import TyperGroup
 
 #: Exit code for what the user gave and that cannot be used.
 BAD_INPUT = 2
+#: Exit code after Ctrl-C, as shells have it.
+STOPPED = 130
 
 
-def results() -> Console:
+def stdout() -> Console:
     """Standard output: what was asked for, and nothing else."""
     return Console(highlight=False, markup=False)
 
 
-def remarks() -> Console:
+def stderr() -> Console:
     """Standard error: progress, and what is worth knowing beside the result."""
     return Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
-def waiting(message: str) -> Iterator[Callable[[str], None]]:
+def spinner(message: str) -> Iterator[Callable[[str], None]]:
     """Show on a terminal that work goes on; yields what changes the message.
 
     Transformers' own bars are silenced, for they would tear the line.
@@ -35,7 +37,7 @@ def waiting(message: str) -> Iterator[Callable[[str], None]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with remarks().status(Text(message)) as status:
+    with stderr().status(Text(message)) as status:
         yield lambda step: status.update(Text(step))
 
 
@@ -50,7 +52,7 @@ def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    console = remarks()
+    console = stderr()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
@@ -78,7 +80,25 @@ class OneLineErrors(TyperGroup):
             if message is None:
                 raise
             _fail(message)
+        if code == STOPPED:
+            given = args[0] if args else settings.get("args")
+            print(f"stopped{_how_to_go_on(sys.argv[1:] if given is None else list(given))}", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    """What a stopped command's verb does when the same command is run again."""
+    verb = next(iter(words), "")
+    given = {word.partition("=")[0] for word in words}
+    if verb == "eval" and "--tasks" in given and not {"digits", "reader"} & set(words):
+        return ""  # lmms-eval asks anew
+    if verb == "study" or (verb == "eval" and "--output" in given):
+        return "; the same command goes on where it stopped"
+    if verb == "eval":
+        return "; with --output FOLDER the same command goes on where it stopped"
+    if verb == "train":
+        return "; the same command with --resume goes on from the last checkpoint (--save-every writes them more often)"
+    return ""
 
 
 def _about_input(error: Exception) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyramiddrop.cli.options import HOW, OUTPUT, AsJson, MethodOptions, OneMethod, with_groups
-from pyramiddrop.cli.terminal import remarks, results
+from pyramiddrop.cli.terminal import stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.training.run import TrainingJob, TrainOptions
@@ -127,19 +127,19 @@ def _prepare(options: TrainOptions) -> TrainingJob:
 
     from pyramiddrop.training.run import prepare_training
 
-    if not (_speaks() and remarks().is_terminal):
+    if not (_speaks() and stderr().is_terminal):
         disable_progress_bars()
     if not _speaks():
         return prepare_training(options)
-    job = prepare_training(options, lambda step: remarks().print(step, soft_wrap=True))
+    job = prepare_training(options, lambda step: stderr().print(step, soft_wrap=True))
     broken = job.report.broken
     for line in broken[:SHOWN]:
-        remarks().print(f"skipped: {line}", soft_wrap=True)
+        stderr().print(f"skipped: {line}", soft_wrap=True)
     if broken:
         more = f", {len(broken) - SHOWN} more of them in {job.broken_list}" if len(broken) > SHOWN else ""
-        remarks().print(f"{len(broken)} of {len(broken) + job.report.good} samples are broken{more}", soft_wrap=True)
+        stderr().print(f"{len(broken)} of {len(broken) + job.report.good} samples are broken{more}", soft_wrap=True)
     for line in job.remarks:
-        remarks().print(line, soft_wrap=True)
+        stderr().print(line, soft_wrap=True)
     return job
 
 
@@ -147,7 +147,7 @@ def _show(job: TrainingJob, figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"output": str(job.options.output), **figures}, indent=2))
     else:
-        results().print(f"trained model: {job.options.output}", soft_wrap=True)
+        stdout().print(f"trained model: {job.options.output}", soft_wrap=True)
 
 
 def _speaks() -> bool:

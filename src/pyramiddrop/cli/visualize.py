@@ -23,7 +23,7 @@ from pyramiddrop.cli.options import (
     Video,
     with_groups,
 )
-from pyramiddrop.cli.terminal import remarks, results, waiting
+from pyramiddrop.cli.terminal import spinner, stderr, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.request import Run
@@ -70,11 +70,11 @@ def visualize(
     outputs, spec = output or [Path("kept.html"), Path("kept.png")], options.spec(method)
     _check(outputs, scores, prompt, bool(image or video), spec)
     prompt, image = _asked(prompt, image, video)
-    with waiting(f"loading {model or 'the bundled model'}"):
+    with spinner(f"loading {model or 'the bundled model'}"):
         ready = prepare(Request(prompt, tuple(image), model, spec, device, dtype, video, frames))
     for remark in ready.remarks:
-        remarks().print(f"warning: {remark}", soft_wrap=True)
-    with waiting("answering"):
+        stderr().print(f"warning: {remark}", soft_wrap=True)
+    with spinner("answering"):
         done = run(ready, max_new_tokens)
     visual = _draw(done, outputs, scores)
     written = [str(path) for path in [*outputs, *([scores] if scores else [])]]
@@ -126,9 +126,9 @@ def _show(visual: Visual, done: Run, written: list[str]) -> None:
     table = new_table("layers", "visual tokens")
     for span in visual.spans:
         table.add_row(span.layers, str(span.tokens))
-    results().print(table)
+    stdout().print(table)
     print(done.answer)
     if visual.note:
-        remarks().print(visual.note, soft_wrap=True)
+        stderr().print(visual.note, soft_wrap=True)
     for path in written:
         print(path)

@@ -106,7 +106,8 @@ def latent_attention(
     Args:
         query_rank: width that queries are compressed to, or None where they are not.
         latent: width that keys and values are compressed to.
-        rotated, plain: numbers of a head's queries and keys with and without rotation; all heads share rotated keys.
+        rotated: numbers of a head's queries and keys with rotation; all heads share rotated keys.
+        plain: numbers of a head's queries and keys without rotation.
         value: numbers of a head's values.
     """
     queries, values = heads * (rotated + plain), heads * value

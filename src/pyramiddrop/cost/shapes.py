@@ -109,7 +109,7 @@ class DecoderShape:
 
         Args:
             rank_layer: "next" or "last", of the method.
-            needs_attention: whether the method ranks by attention.
+            attends: whether the method ranks by attention.
         """
         possible = self._possible(rank_layer, attends)
         far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]
@@ -119,7 +119,8 @@ class DecoderShape:
         """Raise ValueError where the model itself would refuse to drop before one of `layers`.
 
         Args:
-            rank_layer, attends: of the method.
+            rank_layer: "next" or "last", of the method.
+            attends: whether the method ranks by attention.
             prompt: the layer that ranks must see all visual tokens from its end.
         """
         possible = self._possible(rank_layer, attends)

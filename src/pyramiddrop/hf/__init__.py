@@ -2,10 +2,10 @@
 
 from pyramiddrop.hf.attachment import Attachment, attachment_of
 from pyramiddrop.hf.before_decoder import PreLLMAttachment
+from pyramiddrop.hf.forward import Rules
 from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy, drop_layers
-from pyramiddrop.hf.plan import GivenMasks
+from pyramiddrop.hf.prompt_masks import GivenMasks
 from pyramiddrop.hf.query_key import shared_copy
-from pyramiddrop.hf.run import Rules
 
 __all__ = [
     "Attachment",

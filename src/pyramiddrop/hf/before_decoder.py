@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.hooks import RemovableHandle
 
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.hf.attachment import Attachment
 from pyramiddrop.hf.cache_state import RowMemory, cache_made, check_lengths, forget, memory_of, past_length, remember
 from pyramiddrop.hf.compatibility import check_signatures, number_run
+from pyramiddrop.hf.dispatch import Dispatcher, tokens_of
+from pyramiddrop.hf.forward import Forward, Rules
 from pyramiddrop.hf.generation import Generation
 from pyramiddrop.hf.layer_inputs import Kwargs, per_token
 from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError, check_grouping
-from pyramiddrop.hf.plan import GivenMasks, Plan, call_shape
-from pyramiddrop.hf.query_key import QueryKeyExtractor
-from pyramiddrop.hf.ranking import choose, present
+from pyramiddrop.hf.plan import GeneralPlan
+from pyramiddrop.hf.prompt_masks import GivenMasks
+from pyramiddrop.hf.query_key import extract
+from pyramiddrop.hf.ranking import active_rows, select_rows
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_next_labels, take_rows
-from pyramiddrop.hf.run import Rules
-from pyramiddrop.hf.versions import let_crop_follow
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.schedule import PreLLMSchedule
 from pyramiddrop.scoring import ScorerInputs
 from pyramiddrop.scoring.attention import attention_by_head
@@ -74,7 +77,7 @@ class _Memory(RowMemory):
         """The memory of the rows that `pick` takes of a (B, ...) tensor."""
         kept = self.kept
         valid = None if kept.valid is None else pick(kept.valid)
-        return replace(self, kept=Selection(pick(kept.rows), pick(kept.local), valid))
+        return replace(self, kept=Selection(pick(kept.rows), pick(kept.index), valid))
 
 
 class PreLLMAttachment(Attachment):
@@ -103,78 +106,100 @@ class PreLLMAttachment(Attachment):
             rules = replace(rules, schedule=PreLLMSchedule.keeping(self.shrunk.share))
         super().__init__(parts, rules, given)
 
+    def _make_dispatcher(self) -> PreLLMDispatcher:
+        return PreLLMDispatcher(
+            self.anatomy, self.rules, self.given, self.trace, self._closed < 0, self.watch, self.shrunk
+        )
+
     def _check(self) -> None:
         check_signatures(self.anatomy)
         check_grouping(self.anatomy, self.rules.grouping)
 
-    def _attach(self) -> None:
-        super()._attach()
+    def _attach(self, names: list[tuple[str, ...]]) -> None:
+        super()._attach(names)
         for part in (self.watch, self.shrunk):
             self._handles += part.attach() if part else []
 
-    def _open_eagerly(self, call: Kwargs, cache: Any) -> Any:
+
+class PreLLMDispatcher(Dispatcher):
+    """Opens the forwards of one attachment; arguments as of `Dispatcher`.
+
+    Args:
+        watch: tells what each patch receives in the vision tower, if that ranks.
+        shrunk: the smaller picture, if that is the method.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        rules: Rules,
+        given: GivenMasks,
+        trace: Trace,
+        may_shorten_labels: bool,
+        watch: ClsAttentionRecorder | None,
+        shrunk: DownsampledEncoder | None,
+    ) -> None:
+        super().__init__(info, rules, given, trace, may_shorten_labels)
+        self.watch, self.shrunk = watch, shrunk
+
+    def open(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
+        cache = cache_of(call)
         past = past_length(cache)
         if cache is not None and cache.is_compileable:
             raise UnsupportedModelError(
                 f"a {type(cache).__name__} is not supported where tokens are dropped before the decoder; use a "
                 "DynamicCache"
             )
-        shape = call_shape(call)
-        assert shape is not None
         if not past:
             forget(cache)
         memory = _Memory.of(cache, past, shape[0], self.rules.positions)
         if memory is not None:
             memory.called = True
         generation = self._generation()
-        first = generation is None or generation.is_first
         step = generation is not None and generation.continues(call)
         own = generation if step or (generation is not None and not generation.started) else None
-        plan = self._plan(call, past, generation, step)
-        trace = self._begin_trace(plan) if plan is not None and first else None
-        if plan is not None and past and plan.drops:
+        plan, trace = self._plan(call, shape, past, generation)
+        if isinstance(plan, GeneralPlan) and plan.drops_any:
+            self._check_prompt(plan)
+            self.ignore_labels(call, plan)
+            plan = plan.to(tokens_of(call).device)
+            return _Prompt(self, plan, cache, self.labels_to_shorten(call), trace, own)
+        return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
+
+    def _check_prompt(self, plan: GeneralPlan) -> None:
+        if plan.past:
             raise ValueError(
                 "a further image on top of a cache is not supported where tokens are dropped before the decoder; give "
                 "the whole conversation without a cache"
             )
-        if plan is not None and plan.packing is not None and plan.drops:
+        if plan.packing is not None:
             raise ValueError(
                 "packed rows (several documents in one, whose position_ids start again) are not supported where tokens "
                 "are dropped before the decoder; give each document a row of its own, or use a staged method"
             )
-        if plan is not None and plan.drops:
-            tokens: Tensor = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
-            self._ignore_labels(call, plan)
-            labels = call.get("labels") if self.rules.logits == "kept" else None
-            return _Prompt(self, plan.to(tokens.device), cache, labels, trace, own)
-        return None if memory is None else _Step(memory, past, shape[1], self.rules.positions == "compact")
 
 
-class _Prompt:
-    """A forward that drops; it has the ways of `hf.run.Run`."""
+class _Prompt(Forward):
+    """A forward that drops."""
 
     def __init__(
         self,
-        attachment: PreLLMAttachment,
-        plan: Plan,
+        dispatcher: PreLLMDispatcher,
+        plan: GeneralPlan,
         cache: Any,
         labels: Tensor | None,
         trace: Trace | None,
         generation: Generation | None,
     ) -> None:
         self.generation = generation  # of which this is the prompt or a step, if any
-        self.attachment, self.plan, self.cache, self.trace = attachment, plan, cache, trace
+        self.dispatcher, self.plan, self.cache, self.trace = dispatcher, plan, cache, trace
         self._kept: Selection | None = None
-        self.unreached: int | None = number_run()
+        self.unreached = number_run()
         self._labels = labels
-        self.shift_labels: Tensor | None = None
         if labels is not None:
-            self.shift_labels = labels.new_full((len(labels), plan.stages[-1].length), -100)
+            self.shift_labels = labels.new_full((len(labels), plan.drops[-1].length), -100)
 
-    def enter(self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
-        return hidden, kwargs
-
-    def arrive(self, kwargs: Kwargs) -> Kwargs:
+    def before_text(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` with the rows that stay alone, chosen on the device of its embeddings."""
         self.unreached = None
         hidden = kwargs.get("inputs_embeds")
@@ -182,7 +207,7 @@ class _Prompt:
         flat = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
         if hidden is None or not flat or (ids is not None and ids.dim() != 2):
             raise UnsupportedModelError(
-                f"{type(self.attachment.anatomy.text).__name__} cannot drop before its first layer: it is not called "
+                f"{type(self.dispatcher.info.text).__name__} cannot drop before its first layer: it is not called "
                 "with embeddings, a two-dimensional mask and positions of one axis"
             )
         self.plan = self.plan.to(hidden.device)
@@ -190,7 +215,7 @@ class _Prompt:
         ids = torch.arange(hidden.shape[1], device=hidden.device)[None] if ids is None else ids
         ids = take_rows(ids.expand(len(kept.rows), -1), kept.rows)
         left = _alive(kept)
-        if self.attachment.rules.positions == "compact":
+        if self.dispatcher.rules.positions == "compact":
             ids = (left.long().cumsum(1) - 1).clamp(min=0)
         others = {name: take_rows(kwargs[name], kept.rows) for name in per_token(kwargs, hidden.shape[1])}
         # Never without a mask: Transformers would take gaps between positions for the bounds of packed sequences.
@@ -200,26 +225,26 @@ class _Prompt:
     def _choose(self, hidden: Tensor) -> Selection:
         """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
-        kept = choose(self.plan, 1, None, scores)
+        kept = select_rows(self.plan, 0, None, scores)
         if self.trace is not None:
-            every, _, candidates = present(self.plan, None)
-            rows, _, visual = present(self.plan, kept)
+            every, _, candidates = active_rows(self.plan, None)
+            rows, _, visual = active_rows(self.plan, kept)
             ranked = Ranked(every, candidates, scores)
-            self.trace.record(0, self.plan.stages[0].keep, rows, visual, 0, ranked)
+            self.trace.record(0, self.plan.drops[0].keep, rows, visual, 0, ranked)
         return kept
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """(B, L)."""
-        plan, shrunk, watch = self.plan, self.attachment.shrunk, self.attachment.watch
+        plan, shrunk, watch = self.plan, self.dispatcher.shrunk, self.dispatcher.watch
         if shrunk is not None:
             return self._by_patch(shrunk.firsts().float().to(hidden.device)[None])
-        return self.attachment.rules.scorer(
+        return self.dispatcher.rules.scorer(
             ScorerInputs(
                 layer=0,
                 visual=plan.visual,
                 ordinal=plan.ordinal,
                 groups=plan.groups,
-                quota=plan.stages[0].quota,
+                quota=plan.quotas[0],
                 hidden=hidden,
                 attention=_nobody_asks,
                 keys=_nobody_asks,
@@ -248,14 +273,14 @@ class _Prompt:
         flat = values.expand(total // values.shape[1], -1).flatten().to(visual.device).float()
         return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, flat)
 
-    def leave(self, output: Any) -> Any:
+    def after_text(self, output: Any) -> Any:
         """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
         kept, labels, length = self._kept, self._labels, self.plan.length
         cache = self.cache or cache_made(output)
         if kept is not None and cache is not None:
-            layers = self.attachment.anatomy.caching
+            layers = self.dispatcher.info.caching
             check_lengths(cache, kept.rows.shape[1], dict.fromkeys(layers, 1), None)
-            remember(cache, _Memory(length, kept, self.attachment.rules.positions))
+            remember(cache, _Memory(length, kept, self.dispatcher.rules.positions))
             let_crop_follow(cache, dict.fromkeys(layers, length - kept.rows.shape[1]))
         if kept is None or output[0].shape[1] != kept.rows.shape[1]:
             return output
@@ -278,20 +303,13 @@ class _Prompt:
         return give_back(output, last, hidden, attention)
 
 
-class _Step:
-    """A forward on top of a cache from which tokens were left out; it has the ways of `hf.run.Run`."""
-
-    shift_labels: Tensor | None = None
-    unreached: int | None = None
-    trace: Trace | None = None
+class _Step(Forward):
+    """A forward on top of a cache from which tokens were left out."""
 
     def __init__(self, memory: _Memory, past: int, new: int, renumbered: bool) -> None:
         self.memory, self.past, self.new, self.renumbered = memory, past, new, renumbered
 
-    def enter(self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> tuple[Tensor, Kwargs]:
-        return hidden, kwargs
-
-    def arrive(self, kwargs: Kwargs) -> Kwargs:
+    def before_text(self, kwargs: Kwargs) -> Kwargs:
         """The text model's `kwargs` with a mask of the slots that are there, and positions behind the whole prompt."""
         memory, hidden, mask = self.memory, kwargs["inputs_embeds"], kwargs.get("attention_mask")
         rows, alive = memory.kept.rows, _alive(memory.kept)
@@ -309,9 +327,6 @@ class _Step:
             ids = (kept + later.long().cumsum(1) - 1)[:, -self.new :]
         return {**kwargs, "attention_mask": torch.cat([alive, later], 1).long(), "position_ids": ids}
 
-    def leave(self, output: Any) -> Any:
-        return output
-
 
 def _alive(kept: Selection) -> Tensor:
     """(B, n) False at filler."""
@@ -322,10 +337,6 @@ def _nobody_asks(**options: bool) -> Tensor:
     raise UnsupportedModelError(
         "before the decoder there is no layer that could rank: score must be one that needs no attention of it"
     )
-
-
-#: Families whose visual tokens are the patches of a tower of one fixed size, one for one.
-FAMILIES = ("llava", "vipllava")
 
 
 class Tower:
@@ -344,10 +355,11 @@ class Tower:
         config = parts.config
         named = parts.wrappers[0].named_modules()
         module = next((part for name, part in named if name.endswith("vision_tower")), None)
-        if config.model_type not in FAMILIES or module is None or config.vision_feature_select_strategy != "default":
+        if not parts.family.fixed_patches or module is None or config.vision_feature_select_strategy != "default":
+            fixed = [name for name, family in FAMILIES.items() if family.fixed_patches]
             raise UnsupportedModelError(
                 f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "
-                f"{', '.join(FAMILIES)} with vision_feature_select_strategy='default' alone"
+                f"{', '.join(fixed)} with vision_feature_select_strategy='default' alone"
             )
         self.module: nn.Module = module
         vision = config.vision_config
@@ -368,7 +380,7 @@ class ClsAttentionRecorder:
     """
 
     def __init__(self, tower: Tower) -> None:
-        self._tower, self._projector = tower, QueryKeyExtractor()
+        self._tower = tower
 
     @property
     def received(self) -> Tensor | None:
@@ -387,7 +399,7 @@ class ClsAttentionRecorder:
         first = int(self._tower.class_token)
         count = 1 if first else hidden.shape[1]
         asking = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
-        seen = self._projector.project(0, layer, hidden, asking, lambda rows: {"attention_mask": None})
+        seen = extract(layer, hidden, asking, lambda rows: {"attention_mask": None})
         visible = seen.keys.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
         weights = seen.keys.new_ones(len(hidden), count)
         received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)[:, first:]

@@ -201,6 +201,8 @@ class CacheIndex:
 
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> CacheIndex:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
+        if not past:
+            return CacheIndex(rows, valid, length)
         before, added = self.until(past), CacheIndex(rows + past, valid, past + length)
         filled = before.valid is None and added.valid is None
         both = None if filled else torch.cat([before.alive, added.alive], 1)

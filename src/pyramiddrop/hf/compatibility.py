@@ -24,7 +24,7 @@ from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 
 if TYPE_CHECKING:
-    from pyramiddrop.hf.run import Rules
+    from pyramiddrop.hf.forward import Rules
 
 _POSITIONS = ("position_embeddings", "position_ids")
 _FOLLOWED = ("attention_mask", *_POSITIONS)

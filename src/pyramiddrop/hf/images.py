@@ -212,6 +212,22 @@ def _runs(mask: Tensor) -> list[range]:
     return [range(columns[first], columns[last - 1] + 1) for first, last in pairwise(breaks) if last > first]
 
 
+#: How the tokens of each image of a call are told, by the name that a record in `families.py` has for it.
+IMAGE_LENGTHS: dict[str, ImageLengths] = {
+    "": grid_lengths,
+    "equal": equal_lengths,
+    "anyres": anyres_lengths,
+    "pooled patches": pooled_lengths,
+    "rows of patches": pixtral_lengths,
+    "two grids": molmo_lengths,
+    "local views": step_lengths,
+    "separators": tile_lengths(one_between),
+    "end token": tile_lengths(end_behind),
+    "whole image last": tile_lengths(whole_last),
+    "named tiles": tile_lengths(tile_first),
+}
+
+
 def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
     """Frames of each video of a call, in order (as the language model counts them), or None where it does not tell.
 

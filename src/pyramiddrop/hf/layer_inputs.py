@@ -1,4 +1,4 @@
-"""Inputs of the layers after a drop: masks, positions and per-token arguments follow the rows that are left."""
+"""Inputs of the layers after a drop: masks, positions and per-token arguments of the rows that are left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyramiddrop.hf.cache_state import CacheIndex, static_width
 from pyramiddrop.hf.masks import MaskSpec, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.model_info import ModelInfo
-from pyramiddrop.hf.plan import Plan
+from pyramiddrop.hf.plan import GeneralPlan, Plan
 from pyramiddrop.hf.rows import Selection, take_embeddings, take_positions, take_rows
 from pyramiddrop.hf.versions import cache_of
 
@@ -22,10 +22,10 @@ _POSITIONS = ("position_ids", "position_embeddings")
 
 
 class LayerInputs:
-    """The followers of one forward. Each is worked out once a stage and serves all of its layers.
+    """Builds the arguments of pruned layers in one forward, each once for all layers that share it.
 
     Args:
-        anatomy: of the model.
+        info: of the model.
         positions: "original" or "compact".
         past: columns before this call.
         length: columns of this call.
@@ -37,7 +37,7 @@ class LayerInputs:
 
     def __init__(
         self,
-        anatomy: ModelInfo,
+        info: ModelInfo,
         positions: str,
         past: int,
         length: int,
@@ -46,12 +46,12 @@ class LayerInputs:
         padding: Tensor | None,
         plan: Plan | None = None,
     ) -> None:
-        self.anatomy, self.compact = anatomy, positions == "compact"
+        self.info, self.compact = info, positions == "compact"
         self.past, self.length, self.shift = past, length, shift
         self.first, self.padding, self.plan = first, padding, plan
-        self._followers: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+        self._made: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
 
-    def changes(
+    def build(
         self,
         stage: int,
         index: int,
@@ -61,7 +61,7 @@ class LayerInputs:
         hidden: Tensor,
         kwargs: Kwargs,
     ) -> Kwargs:
-        """What layer `index`, with `stage` drops behind it, is called with otherwise than by the text model.
+        """What layer `index`, in `stage`, is called with otherwise than by the text model.
 
         Args:
             kept: the rows of this call that are left, or None for all.
@@ -74,13 +74,13 @@ class LayerInputs:
         own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
         if kept is not None or self.compact:
             bounds = {} if kept is None else self._bounds(stage, kwargs)
-            return {"attention_mask": own} | self._per_token(stage, kept, hidden, kwargs) | bounds
+            return {"attention_mask": own} | self.tokens(stage, kept, hidden, kwargs) | bounds
         return {} if own is mask else {"attention_mask": own}  # {}: a step to which the missing slots are all one
 
     def _mask(
         self, stage: int, index: int, kept: Selection | None, slots: CacheIndex, added: int, count: int, kwargs: Kwargs
     ) -> Tensor | None:
-        mask, span, source = kwargs.get("attention_mask"), self.anatomy.spans[index], self.anatomy.sources[index]
+        mask, span, source = kwargs.get("attention_mask"), self.info.spans[index], self.info.sources[index]
         if span.kind == "recurrent":
             recurrent: Tensor | None = self._once(
                 ("mask", stage, span), mask, lambda: follow_recurrent_mask(mask, kept)
@@ -92,38 +92,32 @@ class LayerInputs:
             slots = slots.window(cache, source, added)
         key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
         own: Tensor | None = self._once(
-            key, mask, lambda: follow_mask(mask, kept, slots, count, self._sight(index, width))
+            key, mask, lambda: follow_mask(mask, kept, slots, count, self._mask_spec(index, width))
         )
         return own
 
-    def _sight(self, index: int, width: int | None) -> MaskSpec:
-        span, attention = self.anatomy.spans[index], self.anatomy.attention
-        return MaskSpec(span, attention, self.past, self.length, width, self.trusts(index), self.padding)
+    def _mask_spec(self, index: int, width: int | None) -> MaskSpec:
+        span, attention = self.info.spans[index], self.info.attention
+        return MaskSpec(span, attention, self.past, self.length, width, self.counts_columns(index), self.padding)
 
-    def trusts(self, index: int) -> bool:
+    def counts_columns(self, index: int) -> bool:
         """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
-        return not self.past or self.anatomy.first_of_kind[self.anatomy.spans[index]] < self.first
-
-    def _per_token(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """`tokens`, of which layers of the same stage share what they share in `kwargs`."""
-        source = first_table(kwargs.get("position_embeddings"))
-        positions: Kwargs = self._once(
-            ("positions", stage), source, lambda: self._positions(stage, kept, hidden, kwargs)
-        )
-        if kept is None:
-            return dict(positions)
-        return positions | {
-            name: self._once((name, stage), kwargs[name], partial(take_rows, kwargs[name], kept.rows))
-            for name in per_token(kwargs, self.length)
-        }
+        return not self.past or self.info.first_of_kind[self.info.spans[index]] < self.first
 
     def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` where asked for."""
-        rows = {
-            name: kwargs[name] if kept is None else take_rows(kwargs[name], kept.rows)
-            for name in per_token(kwargs, self.length)
+        """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` if asked for."""
+        # The ranking of a drop and the layers before it share rows, and so positions, unless those are renumbered.
+        rows = (stage if self.compact else None, kept)
+        source = first_table(kwargs.get("position_embeddings"))
+        positions: Kwargs = self._once(
+            ("positions", *rows), source, lambda: self._positions(stage, kept, hidden, kwargs)
+        )
+        names = per_token(kwargs, self.length)
+        if kept is None:
+            return positions | {name: kwargs[name] for name in names}
+        return positions | {
+            name: self._once((name, *rows), kwargs[name], partial(take_rows, kwargs[name], kept.rows)) for name in names
         }
-        return self._positions(stage, kept, hidden, kwargs) | rows
 
     def _positions(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """`position_ids` and `position_embeddings`, as far as the layer takes them."""
@@ -131,10 +125,10 @@ class LayerInputs:
         if self.compact and (kept is not None or stage in self.shift):
             assert ids is not None
             renumbered = ids - self.shift[stage].to(ids.device) if kept is None else self.renumbered(stage, kept, ids)
-            return {"position_ids": renumbered, "position_embeddings": self.anatomy.rotary(hidden, renumbered)}
+            return {"position_ids": renumbered, "position_embeddings": self.info.rotary(hidden, renumbered)}
         positions = {name: kwargs[name] for name in _POSITIONS if name in kwargs}
         # Flash attention would take the gaps between the ids for packed sequences; the embeddings hold all it needs.
-        if kept is not None and self.anatomy.attention.startswith("flash"):
+        if kept is not None and self.info.attention.startswith("flash"):
             positions["position_ids"] = None
         return positions if kept is None else take_tokens(positions, kept.rows)
 
@@ -142,9 +136,9 @@ class LayerInputs:
         """Where the documents of packed rows begin among the rows that are left, for kernels that were told so in the
         full length: by `cu_seq_lens_q`, or by position ids, from which flash kernels read it."""
         plan = self.plan
-        bounds = None if plan is None or len(plan.visual) > 1 else plan.bounds_in(stage)
+        bounds = None if plan is None or plan.batch > 1 else plan.document_bounds(stage)
         told = kwargs.get("cu_seq_lens_q") is not None
-        flash = self.anatomy.attention.startswith("flash") and kwargs.get("position_ids") is not None
+        flash = self.info.attention.startswith("flash") and kwargs.get("position_ids") is not None
         if bounds is None or not (told or flash):
             return {}
         return {
@@ -158,7 +152,7 @@ class LayerInputs:
         """(B, N) consecutive positions in each document; a further turn goes on where the one before ended."""
         valid = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
         consecutive = (valid.cumsum(1) - 1).clamp(min=0)
-        packing = self.plan.packing if self.plan is not None else None
+        packing = self.plan.packing if isinstance(self.plan, GeneralPlan) else None
         if packing is not None:
             documents = packing.documents.gather(1, kept.rows)
             starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
@@ -174,13 +168,13 @@ class LayerInputs:
         return take_positions(position_ids, kept.rows[:, -1:]) - self.renumbered(stage, kept, position_ids)[:, -1:]
 
     def _once(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """The follower of `source`, found by identity: compiled graphs would guard on its `id` and recompile."""
-        followers = self._followers.setdefault(key, [])
-        for held, follower in followers:
+        """What was made of `source`, found by identity: compiled graphs would guard on its `id` and recompile."""
+        made = self._made.setdefault(key, [])
+        for held, value in made:
             if held is source:
-                return follower
-        followers.append((source, make()))
-        return followers[-1][1]
+                return value
+        made.append((source, make()))
+        return made[-1][1]
 
 
 def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
@@ -206,3 +200,54 @@ def per_token(kwargs: Kwargs, length: int) -> list[str]:
     own = ("attention_mask", *_POSITIONS)
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in own}
     return [name for name, value in tensors.items() if value.dim() >= 2 and value.shape[1] == length]
+
+
+_BETWEEN = ("deepstack_visual_embeds", "visual_pos_masks")  # a list: entry i is added behind layer i
+_BEFORE = ("deepstack_features", "vision_mask")  # a dict: entry i is added before layer i
+
+
+class DeepStack:
+    """The features that come in after tokens were dropped; the model's own loop adds those before.
+
+    Args:
+        features: layer -> (M, D), what is added to what the layer receives.
+        visual: (B, L) bool, the M rows of the full sequence to which it is added.
+    """
+
+    def __init__(self, features: Mapping[int, Tensor], visual: Tensor) -> None:
+        self.features, self.visual = features, visual
+
+    @classmethod
+    def taken(cls, kwargs: dict[str, Any], first: int) -> tuple[DeepStack | None, dict[str, Any]]:
+        """Take over what the text model would add behind layer `first`, before which tokens are dropped first.
+
+        Returns:
+            it, or None where there is nothing, and the `kwargs` for the model's own loop.
+        """
+        name, mask = next((pair for pair in (_BETWEEN, _BEFORE) if kwargs.get(pair[0]) is not None), _BETWEEN)
+        given = kwargs.get(name)
+        if given is None:
+            return None, kwargs
+        if name == "deepstack_features":
+            own = {layer: features for layer, features in given.items() if layer <= first}
+            taken = {layer: features for layer, features in given.items() if layer > first}
+        else:
+            own = given[:first]
+            taken = {index + 1: features for index, features in enumerate(given) if index >= first}
+        if not taken:
+            return None, kwargs
+        visual = kwargs[mask]
+        return cls(taken, visual.squeeze(-1) if visual.dim() == 3 else visual), {**kwargs, name: own}
+
+    def add(self, index: int, hidden: Tensor, kept: Selection | None) -> Tensor:
+        """`hidden` (B, N, D), the rows in `kept` that layer `index` receives, with what is added there."""
+        features = self.features.get(index)
+        if features is None:
+            return hidden
+        visual = self.visual.to(hidden.device)
+        # Numbered through the batch, so that dropped rows' features are left out without a look at who was dropped.
+        number = (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape)
+        if kept is not None:
+            number, visual = take_rows(number, kept.rows), take_rows(visual, kept.rows)
+        rows = features.to(hidden)[number.flatten()].view(*number.shape, -1)
+        return torch.where(visual[..., None], hidden + rows, hidden)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pyramiddrop.cost import DecoderShape
+from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.hf.cache_state import static_width
-from pyramiddrop.hf.families import FAMILIES, Family
-from pyramiddrop.hf.images import grid_lengths
+from pyramiddrop.hf.images import IMAGE_LENGTHS
 from pyramiddrop.hf.masks import Span, UnknownLayerTypeError, spans_of
 from pyramiddrop.hf.model_sizes import TEXT_MODELS, decoder_shape
 from pyramiddrop.scoring import Scorer
@@ -109,6 +109,16 @@ class ModelInfo:
         )
 
     @cached_property
+    def windowed(self) -> bool:
+        """Whether some layer sees a window or a chunk of the sequence alone."""
+        return any(span.windowed for span in self.spans)
+
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether some layer attends to the keys of an earlier one."""
+        return any(source != index for index, source in enumerate(self.sources))
+
+    @cached_property
     def first_of_kind(self) -> dict[Span, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
         return {span: self.spans.index(span) for span in self.spans}
@@ -122,7 +132,7 @@ class ModelInfo:
         Raises:
             UnsupportedModelError: where an image is no run, and this call does not tell how long its images are.
         """
-        lengths = self.family.image_lengths or grid_lengths
+        lengths = IMAGE_LENGTHS[self.family.image_lengths]
         found, visual_tokens = lengths(self.config, call, image), int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
             raise UnsupportedModelError(
@@ -253,10 +263,6 @@ def _alike(spans: Sequence[Span], sources: Sequence[int]) -> tuple[int, ...]:
     return tuple(kinds.index(kind) for kind in kinds)
 
 
-#: Families whose image tokens see each other from both sides.
-TWO_WAY = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2")
-
-
 def drop_layers(anatomy: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
 
@@ -344,7 +350,7 @@ def check_further_image(anatomy: ModelInfo, first: int) -> None:
     """Raise ValueError where a further image comes on top of a cache by whose pruned layer the model counts the columns
     of the image's two-way mask."""
     late = [index for index in anatomy.first_of_kind.values() if index >= first]
-    if late and anatomy.config.model_type in TWO_WAY:
+    if late and anatomy.family.two_way:
         raise ValueError(
             f"a further image on top of a pruned cache is not supported where tokens are dropped before layer {first}: "
             f"{type(anatomy.text).__name__} makes its masks by layer {late[0]}. Drop first behind that layer, or give "

@@ -16,65 +16,20 @@ from pyramiddrop.cost import (
     latent_attention,
     short_convolution,
 )
-from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.families import FAMILIES, Family
 
-#: Text models whose layers are of kinds that are known (below), with MLPs or mixtures of experts.
-TEXT_MODELS = (
-    "aria_text",
-    "chameleon",
-    "cohere2",
-    "cohere_compass_text",
-    "cosmos3_edge_text",
-    "deepseek_ocr2_text",
-    "deepseek_v3",
-    "emu3_text_model",
-    "ernie4_5_vl_moe_text",
-    "exaone4",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3n_text",
-    "gemma4_text",
-    "gemma4_unified_text",
-    "glm4v_moe_text",
-    "glm4v_text",
-    "glm_ocr_text",
-    "granite4_vision_text",
-    "granite_docling_text",
-    "hunyuan_vl_text",
-    "hyperclovax",
-    "lfm2",
-    "lfm3",
-    "llama",
-    "llama4_text",
-    "mistral",
-    "mistral4",
+#: Text models whose layers are of kinds that are known (below), with MLPs or mixtures of experts: those of the proven
+#: families, and their kin that no family has.
+TEXT_MODELS = {
+    *(text for family in FAMILIES.values() if not family.refused for text in family.text),
     "mixtral",
-    "molmo2_text",
-    "muse_glimmer_text",
-    "paddleocr_vl_text",
-    "persimmon",
-    "phi4_multimodal",
-    "qwen2",
-    "qwen2_5_omni_text",
-    "qwen2_5_vl_text",
     "qwen2_moe",
-    "qwen2_vl_text",
-    "qwen3",
-    "qwen3_5_moe_text",
-    "qwen3_5_text",
     "qwen3_moe",
-    "qwen3_omni_moe_text",
-    "qwen3_vl_moe_text",
-    "qwen3_vl_text",
-    "step3p5",
-)
+}
 #: Those of them whose MLPs have no gate.
-PLAIN_MLPS = ("cosmos3_edge_text", "persimmon")
+PLAIN_MLPS = ("apertus1p5_text", "cosmos3_edge_text", "persimmon")
 LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
-#: Families that bring every picture to one size and name its tokens.
-EQUAL_PICTURES = {"gemma3": "mm_tokens_per_image", "gemma3n": "vision_soft_tokens_per_image"}
 
 
 def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
@@ -90,9 +45,8 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
     Raises:
         ValueError: for a family that is refused, with the reason; for a text model that the cost model does not know.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is not None and family.refused:
-        raise ValueError(f"the family {config.model_type!r} is not supported: {family.refused}")
+    if refused := FAMILIES.get(config.model_type, Family()).refused:
+        raise ValueError(f"the family {config.model_type!r} is not supported: {refused}")
     text = config.get_text_config(decoder=True)
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
@@ -132,8 +86,9 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
 
 def visual_tokens_of(config: Any) -> int | None:
     """The visual tokens of one picture where every picture has the same number, or None."""
-    if config.model_type in EQUAL_PICTURES:
-        return int(getattr(config, EQUAL_PICTURES[config.model_type]))
+    field = FAMILIES.get(config.model_type, Family()).picture_tokens
+    if field:
+        return int(getattr(config, field))
     vision = _vision_shape(config) if config.model_type == "llava" else None
     return vision.crop_tokens if vision else None
 

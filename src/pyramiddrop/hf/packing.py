@@ -59,6 +59,10 @@ class Bounds:
     cumulative: Tensor
     longest: int
 
+    def to(self, device: torch.device) -> Bounds:
+        """The same with its tensor on `device`."""
+        return replace(self, cumulative=self.cumulative.to(device))
+
     @classmethod
     def of(cls, lengths: Tensor) -> Bounds:
         """`lengths`: (S,) long, on the CPU."""

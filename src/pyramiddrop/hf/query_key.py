@@ -1,20 +1,24 @@
-"""Queries and keys of a decoder layer, taken from the layer itself just before its attention kernel.
+"""Queries and keys of a decoder layer, as its attention kernel is given them.
 
-The layer's own forward runs on a shadow copy of it, whose attention implementation stops everything as soon as it is
-called. So the answer is exact whatever the family does before: norms of queries and keys, rotary embeddings of any
-layout or none, latent attention, gates, several branches. Modules are called, never their `.weight`: LoRA, quantised,
+The exact way runs the layer's own forward on a shadow copy of it, whose attention implementation stops everything as
+soon as it is called: right whatever the family does before, norms of queries and keys, rotary embeddings of any layout
+or none, latent attention, gates, several branches. Layers written as Llama's are asked module by module, in half as
+many operations, once that was seen to give the same. Modules are called, never their `.weight`: LoRA, quantised,
 sharded and offloaded weights work.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache as memoized
 from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -79,31 +83,148 @@ AttentionInterface.register(_STOP, _stop)
 PerToken = Callable[[Tensor | None], dict[str, Any]]
 
 
-class QueryKeyExtractor:
-    """Projects for one model; remembers of which layers the keys may be had alone."""
+@dataclass(frozen=True)
+class Asking:
+    """One layer, what it receives, and the rows whose queries are wanted.
 
-    def __init__(self) -> None:
-        self._splits: dict[int, bool] = {}
+    Attributes:
+        layer: the decoder layer.
+        hidden: (B, N, D), what it receives.
+        rows: (B, Q) long, the rows that ask; None for the last row alone.
+        arguments: rows (B, Q) -> what the layer is called with beside these rows of `hidden`; `arguments(None)` is for
+            all of them.
+    """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def project(self, index: int, layer: nn.Module, hidden: Tensor, asking: Tensor, arguments: PerToken) -> QueryKey:
-        """Queries of the rows `asking` (B, Q) and keys of all rows of `hidden` (B, N, D), in layer `index`.
+    layer: nn.Module
+    hidden: Tensor
+    rows: Tensor | None
+    arguments: PerToken
 
-        Args:
-            arguments: rows (B, n) of `hidden`, or None for all -> what the layer is called with beside them.
+    def take(self, hidden: Tensor) -> Tensor:
+        """The asking rows of hidden states (B, N, D), or (streams, B, N, D) of models with several."""
+        return hidden[..., -1:, :] if self.rows is None else take_hidden(hidden, self.rows)
 
-        Raises:
-            NoAttentionError: where the layer does not reach the attention interface.
-        """
-        if self._splits.get(index, True):
-            asked = _run(shadow_copy(layer), take_hidden(hidden, asking), arguments(asking))
-            keyed = _run(shadow_copy(layer, (*_QUERIES, *_VALUES)), hidden, arguments(None))
-            if index not in self._splits:  # once, for the answer makes the host wait for the device
-                self._splits[index] = _agree(keyed.keys, asked.keys, asking)
-            if self._splits[index]:
-                return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
-        whole = _run(shadow_copy(layer), hidden, arguments(None))
-        return QueryKey(_columns(whole.queries, asking), whole.keys, whole.scale, whole.softcap, whole.sinks)
+    def take_heads(self, heads: Tensor) -> Tensor:
+        """The asking rows of queries or keys (B, H, N, d)."""
+        if self.rows is None:
+            return heads[:, :, -1:]
+        return take_rows(heads.transpose(1, 2), self.rows).transpose(1, 2)
+
+    def own_arguments(self) -> dict[str, Any]:
+        """What the layer is called with beside the asking rows."""
+        if self.rows is not None:
+            return self.arguments(self.rows)
+        last = torch.full((1, 1), self.hidden.shape[-2] - 1, device=self.hidden.device)
+        return self.arguments(last.expand(self.hidden.shape[-3], 1))
+
+
+#: How each layer may be asked, once it is known: a method that goes on again need not find out again.
+_ways: WeakKeyDictionary[nn.Module, Callable[[Asking], QueryKey]] = WeakKeyDictionary()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def extract(layer: nn.Module, hidden: Tensor, rows: Tensor | None, arguments: PerToken) -> QueryKey:
+    """Queries of the asking rows and keys of all rows of `hidden`, in `layer`; arguments as of `Asking`.
+
+    Raises:
+        NoAttentionError: if the layer does not reach the attention interface.
+    """
+    asking = Asking(layer, hidden, rows, arguments)
+    way = _ways.get(layer)
+    if way is None:  # once, for the answer makes the host wait for the device
+        way = _ways[layer] = _fastest_way(asking)
+    if way is _by_module and not _is_written_as_llama(asking):
+        way = _keys_alone  # its weights are offloaded meanwhile
+    return way(asking)
+
+
+def _fastest_way(asking: Asking) -> Callable[[Asking], QueryKey]:
+    """The way in which the layer may be asked, of those that give what its kernel is given the fastest."""
+    whole = _whole(asking)
+    if _is_written_as_llama(asking) and _agree(_by_module(asking), whole):
+        return _by_module
+    return _keys_alone if _agree(_keys_alone(asking), whole) else _whole
+
+
+def _agree(found: QueryKey, exact: QueryKey) -> bool:
+    """Whether queries and keys are those that the layer's kernel is given, up to rounding."""
+    if (found.scale, found.softcap) != (exact.scale, exact.softcap) or (found.sinks is None) != (exact.sinks is None):
+        return False
+    pairs = ((found.queries, exact.queries), (found.keys, exact.keys))
+    return all(
+        own.shape == other.shape and torch.allclose(own.float(), other.float(), rtol=1e-2, atol=1e-2)
+        for own, other in pairs
+    )
+
+
+def _whole(asking: Asking) -> QueryKey:
+    """All that the layer computes before its kernel, for all rows."""
+    whole = _run(shadow_copy(asking.layer), asking.hidden, asking.arguments(None))
+    return QueryKey(asking.take_heads(whole.queries), whole.keys, whole.scale, whole.softcap, whole.sinks)
+
+
+def _keys_alone(asking: Asking) -> QueryKey:
+    """The layer runs twice: for the asking rows, and for all rows with zeros for queries and values."""
+    asked = _run(shadow_copy(asking.layer), asking.take(asking.hidden), asking.own_arguments())
+    keyed = _run(shadow_copy(asking.layer, (*_QUERIES, *_VALUES)), asking.hidden, asking.arguments(None))
+    return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
+
+
+# What the attention of a layer written as Llama's reads of itself and its module, norms of queries and keys included.
+_LLAMA = {"q_proj", "k_proj", "apply_rotary_pos_emb", "scaling", "head_dim"}
+_AS_LLAMA = _LLAMA | {
+    *("ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "attention_dropout", "config", "contiguous"),
+    *("eager_attention_forward", "get_interface", "getattr", "k_norm", "layer_idx", "o_proj", "q_norm", "reshape"),
+    *("shape", "sliding_window", "training", "transpose", "update", "v_proj", "view"),
+}
+
+
+def _is_written_as_llama(asking: Asking) -> bool:
+    """Whether a layer may be asked module by module: its attention reads nothing that Llama's does not read, and no
+    weights are to be fetched by accelerate."""
+    attention: Any = getattr(asking.layer, "self_attn", None)
+    if (
+        attention is None
+        or not hasattr(asking.layer, "input_layernorm")
+        or not _reads_as_llama(type(attention).forward)
+    ):
+        return False
+    width: int = attention.head_dim
+    norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    tables = asking.arguments(None).get("position_embeddings")
+    return (
+        asking.hidden.dim() == 3
+        and isinstance(tables, tuple)
+        and all(table.dim() == 3 and table.shape[-1] == width for table in tables)
+        and all(parameter.shape == (width,) for norm in norms for parameter in norm.parameters())
+        and not any(_HOOK in module.__dict__ for module in asking.layer.modules())
+    )
+
+
+@memoized
+def _reads_as_llama(forward: Callable[..., Any]) -> bool:
+    return _LLAMA <= set(inspect.unwrap(forward).__code__.co_names) <= _AS_LLAMA
+
+
+def _by_module(asking: Asking) -> QueryKey:
+    """What Llama's layer does before its kernel: no queries but of the asking rows, keys once, and no values."""
+    training = any(module.training for module in asking.layer.modules())  # then dropout is left out
+    layer: Any = shadow_copy(asking.layer) if training else asking.layer
+    attention, normed = layer.self_attn, layer.input_layernorm(asking.hidden)
+    rotary = asking.arguments(None)["position_embeddings"]
+    own = [table[:, -1:] for table in rotary] if asking.rows is None else asking.own_arguments()["position_embeddings"]
+    queries = _heads(attention, "q", asking.take(normed), *own)
+    return QueryKey(queries, _heads(attention, "k", normed, *rotary), attention.scaling, None, None)
+
+
+def _heads(attention: Any, kind: str, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, n, d) rotated queries or keys of `normed` (B, n, D); `cos` and `sin` are (B or 1, n, d)."""
+    heads = getattr(attention, f"{kind}_proj")(normed).view(*normed.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{kind}_norm", None)
+    heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+    first, second = heads.chunk(2, dim=-1)
+    rotated: Tensor = heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return rotated
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -112,17 +233,6 @@ def cached_keys(layer: nn.Module, cached: Any) -> Tensor:
     latent: Any = next((module for module in shadow_copy(layer).modules() if hasattr(module, "expand_kv")), None)
     keys: Tensor = cached.keys if latent is None else latent.expand_kv(cached.keys, cached.values)[0]
     return keys
-
-
-def _columns(heads: Tensor, rows: Tensor) -> Tensor:
-    """The `rows` (B, n) of queries or keys (B, H, N, d)."""
-    return take_rows(heads.transpose(1, 2), rows).transpose(1, 2)
-
-
-def _agree(keys: Tensor, asked: Tensor, asking: Tensor) -> bool:
-    """Whether the asking rows have the same keys alone as among all rows, with nothing but zeros for queries."""
-    among = _columns(keys, asking)
-    return among.shape == asked.shape and torch.allclose(among.float(), asked.float(), rtol=1e-2, atol=1e-2)
 
 
 def _run(shadow: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _ReachedError:

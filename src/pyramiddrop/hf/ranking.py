@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,43 +15,29 @@ from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs, take_tokens
 from pyramiddrop.hf.masks import Span, causal, hide, take_columns
 from pyramiddrop.hf.model_info import UnsupportedModelError
 from pyramiddrop.hf.packing import Packing, Unpacked
-from pyramiddrop.hf.plan import Plan
-from pyramiddrop.hf.query_key import QueryKey, QueryKeyExtractor, cached_keys
+from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
+from pyramiddrop.hf.query_key import QueryKey, cached_keys, extract
 from pyramiddrop.hf.rows import Selection, take_rows
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer, ScorerInputs
-from pyramiddrop.scoring.attention import attention_by_head
-from pyramiddrop.selection import compact, select
+from pyramiddrop.scoring.attention import attention_by_head, attention_received
+from pyramiddrop.selection import best, compact, select
+from pyramiddrop.trace import Ranked, Trace
 
 
 class Ranking:
-    """Scores for one prefill.
+    """The decisions of one prefill: scores at each drop, the rows that stay, and what the trace is told of them.
 
-    Args:
+    Attributes:
         plan: of the prefill.
-        schedule: of the method.
-        scorer: of the method.
-        following: positions of the rows.
-        earlier: stage -> what earlier calls left in the stage's cache.
-        projector: gives the queries and keys.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        schedule: Schedule,
-        scorer: Scorer,
-        following: LayerInputs,
-        earlier: Mapping[int, CacheIndex],
-        projector: QueryKeyExtractor,
-    ) -> None:
-        self.plan, self.schedule, self.scorer = plan, schedule, scorer
-        self.following, self.earlier, self.projector = following, earlier, projector
+    plan: Plan
 
     def score(
         self,
-        stage: int,
+        drop: int,
         kept: Selection | None,
         index: int,
         layer: nn.Module,
@@ -59,9 +45,10 @@ class Ranking:
         previous: Tensor | None,
         kwargs: Kwargs,
     ) -> Tensor:
-        """(B, N) scores for the end of `stage`, of the rows that `kept` leaves, on the device of the plan.
+        """(B, n) scores for `drop`, on the device of the plan.
 
         Args:
+            kept: the rows that are left before the drop; None for all.
             index: of the ranking layer.
             layer: the ranking layer.
             hidden: (B, N, D), what it receives.
@@ -70,47 +57,175 @@ class Ranking:
         """
         check_cache(layer, kwargs)
         check_per_token(layer, kwargs, self.plan.length)
+        with cache_unwritten(layer, index, kwargs):
+            return self._score(drop, kept, index, layer, hidden, previous, kwargs).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the plan's tensors."""
+        raise NotImplementedError
+
+    def move(self, device: torch.device) -> None:
+        """Decide on another device from now on."""
+        if self.device != device:
+            self.plan = self.plan.to(device)
+
+    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
+        """The rows that `drop` leaves of those `before` it, by what `score` gave."""
+        raise NotImplementedError
+
+    def record(
+        self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
+    ) -> None:
+        """Tell the trace of a drop; `scores` is None if it did not happen."""
+        raise NotImplementedError
+
+    def _score(
+        self,
+        drop: int,
+        kept: Selection | None,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        previous: Tensor | None,
+        kwargs: Kwargs,
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class LastTokenRanking(Ranking):
+    """The usual prefill, scored by attention: the last row asks, and sees every row.
+
+    Args:
+        plan: of the prefill.
+        inputs: positions of the rows.
+    """
+
+    def __init__(self, plan: LastTokenPlan, inputs: LayerInputs) -> None:
+        self.plan: LastTokenPlan = plan
+        self.inputs = inputs
+        self._left: dict[int, Tensor] = {}  # stage -> (B, V) the columns of visual tokens that are left in it
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.columns.device
+
+    def visual(self, stage: int) -> Tensor:
+        """(B, V) ascending, the columns of the visual tokens of `stage`."""
+        return self._left.get(stage, self.plan.visual) if stage else self.plan.visual
+
+    def _score(
+        self,
+        drop: int,
+        kept: Selection | None,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        previous: Tensor | None,
+        kwargs: Kwargs,
+    ) -> Tensor:
+        arguments = kernel_arguments(self.inputs.tokens(drop, kept, hidden, kwargs), kwargs)
+        seen: QueryKey = extract(layer, hidden, None, arguments)
+        scores = attention_received(seen.queries, seen.keys, None, None, seen.scale, seen.softcap, seen.sinks)
+        columns = self.visual(drop)
+        rows = columns if kept is None else torch.searchsorted(kept.rows, columns)
+        return scores.gather(1, rows.to(scores.device))
+
+    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
+        columns = self.visual(drop).gather(1, best(scores, self.plan.drops[drop].kept)).sort().values
+        self._left[drop + 1] = columns
+        rows = torch.cat([self.plan.text, columns], 1).sort().values
+        return Selection(rows, rows if before is None else torch.searchsorted(before.rows, rows), None)
+
+    def record(
+        self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
+    ) -> None:
+        if scores is None:
+            self._left[drop + 1] = self.visual(drop)
+        ranked = None if scores is None else Ranked(self.visual(drop), None, scores)
+        planned = self.plan.drops[drop]
+        trace.record(planned.layer, planned.keep, self.visual(drop + 1), None, 0, ranked)
+
+
+class GeneralRanking(Ranking):
+    """Any prefill, any scorer.
+
+    Args:
+        plan: of the prefill.
+        schedule: of the method.
+        scorer: of the method.
+        inputs: positions of the rows.
+        earlier: stage -> what earlier calls left in the stage's cache.
+    """
+
+    def __init__(
+        self,
+        plan: GeneralPlan,
+        schedule: Schedule,
+        scorer: Scorer,
+        inputs: LayerInputs,
+        earlier: Mapping[int, CacheIndex],
+    ) -> None:
+        self.plan: GeneralPlan = plan
+        self.schedule, self.scorer, self.inputs, self.earlier = schedule, scorer, inputs, earlier
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.visual.device
+
+    def _score(
+        self,
+        drop: int,
+        kept: Selection | None,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        previous: Tensor | None,
+        kwargs: Kwargs,
+    ) -> Tensor:
         plan = self.plan
-        rows, alive, visual = present(plan, kept)
-        documents = self._documents(stage, rows, alive)
-        device = hidden.device
+        rows, alive, visual = active_rows(plan, kept)
+        documents = self._documents(drop, rows, alive)
+        device, stage = hidden.device, self.schedule.stage_of(index)
         asked = RankingLayer(
-            plan,
-            self.following,
-            self.projector,
-            self.schedule.stage_of(index),
-            self.earlier,
-            kept,
-            (rows, alive),
-            index,
-            layer,
-            hidden,
-            kwargs,
-            documents,
+            plan, self.inputs, stage, self.earlier, kept, (rows, alive), index, layer, hidden, kwargs, documents
         )
         evidence = ScorerInputs(
-            layer=plan.stages[stage - 1].layer,
+            layer=plan.drops[drop].layer,
             visual=visual.to(device),
             ordinal=plan.ordinal.gather(1, rows).to(device),
             groups=plan.groups.gather(1, rows).to(device),
-            quota=plan.stages[stage - 1].quota.to(device),
+            quota=plan.quotas[drop].to(device),
             hidden=_first_stream(hidden),
             attention=asked.attention,
             keys=asked.keys,
             previous=None if previous is None else _first_stream(previous).to(device),
         )
-        with cache_unwritten(layer, index, kwargs):
-            if plan.packing is None or documents is None:
-                return self.scorer(evidence).to(rows.device)
-            return documents.put(self.scorer(_by_document(evidence, plan.packing, documents))).to(rows.device)
+        if plan.packing is None or documents is None:
+            return self.scorer(evidence)
+        return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
 
     def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
-        """The documents of packed rows in what is left when `stage` ends, or None where no row is packed."""
-        packing, bounds = self.plan.packing, self.plan.bounds_in(stage - 1)
+        """The documents of packed rows in the rows of `stage`, or None if no row is packed."""
+        packing, bounds = self.plan.packing, self.plan.document_bounds(stage)
         if packing is None or bounds is None:
             return None
         numbers = packing.documents.gather(1, rows).masked_fill(~alive, packing.count)
         return Unpacked(numbers, packing.count, bounds.longest)
+
+    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
+        return select_rows(self.plan, drop, before, scores)
+
+    def record(
+        self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
+    ) -> None:
+        ranked = None
+        if scores is not None:
+            there, _, candidates = active_rows(self.plan, before)
+            ranked = Ranked(there, candidates, scores)
+        rows, _, visual = active_rows(self.plan, kept)
+        planned = self.plan.drops[drop]
+        trace.record(planned.layer, planned.keep, rows, visual, self.plan.past, ranked)
 
 
 def _by_document(evidence: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
@@ -134,8 +249,8 @@ def _first_stream(hidden: Tensor) -> Tensor:
     return hidden if hidden.dim() == 3 else hidden[0]
 
 
-def present(plan: Plan, kept: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N) rows that `kept` leaves (None: all), which of them are no filler, and which are visual tokens."""
+def active_rows(plan: GeneralPlan, kept: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) rows that `kept` leaves (None: all), which of them are no padding, and which are visual tokens."""
     if kept is not None:
         rows, valid = kept.rows, kept.valid
     else:
@@ -144,24 +259,30 @@ def present(plan: Plan, kept: Selection | None) -> tuple[Tensor, Tensor, Tensor]
     return rows, alive, plan.visual.gather(1, rows) & alive
 
 
-def choose(plan: Plan, stage: int, before: Selection | None, scores: Tensor) -> Selection:
-    """The rows that the end of `stage` leaves of those `before` it, by their `scores` (B, N)."""
-    ending = plan.stages[stage - 1]
-    rows, alive, visual = present(plan, before)
+def select_rows(plan: GeneralPlan, drop: int, before: Selection | None, scores: Tensor) -> Selection:
+    """The rows that `drop` leaves of those `before` it, by their `scores` (B, N)."""
+    rows, alive, visual = active_rows(plan, before)
     scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
-    stays = select(scores, visual, plan.groups.gather(1, rows), ending.quota) | (alive & ~visual)
-    local, valid = compact(stays, ending.length, ending.ragged)
-    return Selection(rows.gather(1, local), local, valid)
+    stays = select(scores, visual, plan.groups.gather(1, rows), plan.quotas[drop]) | (alive & ~visual)
+    index, valid = compact(stays, plan.drops[drop].length, plan.ragged[drop])
+    return Selection(rows.gather(1, index), index, valid)
+
+
+def kernel_arguments(tokens: Kwargs, kwargs: Kwargs) -> Callable[[Tensor | None], Kwargs]:
+    """What a ranking layer is called with beside some rows: rows (B, n) of `tokens`, or all of them for None, and what
+    of `kwargs` is not per token; no mask, and no cache to write to."""
+    fixed = {name: value for name, value in kwargs.items() if name not in tokens}
+    fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in kwargs}
+    return lambda some: fixed | (tokens if some is None else take_tokens(tokens, some))
 
 
 class RankingLayer:
-    """One layer at one stage end. Nothing is computed before it is asked for.
+    """One layer at one drop. Nothing is computed before it is asked for.
 
     Args:
         plan: of the prefill.
-        following: positions of the rows.
-        projector: gives the queries and keys.
-        stage: drops that the layer has behind it.
+        inputs: positions of the rows.
+        stage: of the layer.
         earlier: stage -> what earlier calls left in the stage's cache.
         kept: the rows that are left, or None for all.
         present: (B, N) those rows, and which of them are no filler.
@@ -174,9 +295,8 @@ class RankingLayer:
 
     def __init__(
         self,
-        plan: Plan,
-        following: LayerInputs,
-        projector: QueryKeyExtractor,
+        plan: GeneralPlan,
+        inputs: LayerInputs,
         stage: int,
         earlier: Mapping[int, CacheIndex],
         kept: Selection | None,
@@ -187,7 +307,7 @@ class RankingLayer:
         kwargs: Kwargs,
         documents: Unpacked | None = None,
     ) -> None:
-        self.plan, self.following, self.projector = plan, following, projector
+        self.plan, self.inputs = plan, inputs
         self.stage, self.earlier, self.kept, self.present = stage, earlier, kept, present
         self.index, self.layer, self.hidden, self.kwargs = index, layer, hidden, kwargs
         self.documents = documents
@@ -236,17 +356,11 @@ class RankingLayer:
     def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
         """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
         # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
-        tokens = self.following.tokens(self.stage, self.kept, self.hidden, self.kwargs)
+        tokens = self.inputs.tokens(self.stage, self.kept, self.hidden, self.kwargs)
         if not rotated:
             tokens = tokens | unrotated(tokens)
-        fixed = {name: value for name, value in self.kwargs.items() if name not in (*tokens, *_CACHING)}
-        fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in self.kwargs}
-
-        def arguments(some: Tensor | None) -> Kwargs:
-            return fixed | (tokens if some is None else take_tokens(tokens, some))
-
-        asking = self._among_rows(columns)
-        seen: QueryKey = self.projector.project(self.index, self.layer, self.hidden, asking, arguments)
+        arguments = kernel_arguments(tokens, self.kwargs)
+        seen: QueryKey = extract(self.layer, self.hidden, self._among_rows(columns), arguments)
         return seen
 
     def _among_rows(self, columns: Tensor) -> Tensor:
@@ -277,8 +391,8 @@ class RankingLayer:
         """(B, 1 or H, Q, K) which `columns` (B, K) those at `asking` (B, Q) see, by the text model's own full-length
         mask; of packed rows, (S, 1, 1) `batch` tells the row of each document."""
         plan, mask = self.plan, self.kwargs.get("attention_mask")
-        if not self.following.trusts(self.index):
-            mask = self.following.padding
+        if not self.inputs.counts_columns(self.index):
+            mask = self.inputs.padding
         if mask is None or mask.dim() == 2:
             seen = causal(asking + plan.past, columns, alive)
             if mask is None:
@@ -296,7 +410,7 @@ class RankingLayer:
 
     @property
     def _span(self) -> Span:
-        return self.following.anatomy.spans[self.index]
+        return self.inputs.info.spans[self.index]
 
     def _check_reach(self) -> None:
         """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
@@ -304,7 +418,7 @@ class RankingLayer:
         span = self._span
         reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
         if span.windowed and reach > span.size:
-            whole = [number for number, other in enumerate(self.following.anatomy.spans) if other.kind == "full"]
+            whole = [number for number, other in enumerate(self.inputs.info.spans) if other.kind == "full"]
             raise UnsupportedModelError(
                 f"layer {self.index}, which ranks the visual tokens, sees {span.size} tokens, but they begin {reach} "
                 "tokens before the end of the prompt. Let a layer rank that sees everything "

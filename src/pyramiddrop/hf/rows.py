@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """The rows that a stage left. Written once, so that gradient checkpointing replays the same decision.
+    """The rows that a drop left. Written once, so that gradient checkpointing replays the same decision.
 
     Attributes:
         rows: (B, N) long, columns of this call.
-        local: (B, N) long, the same rows counted among those that the stage before had left.
-        valid: (B, N) bool, False at filler, or None where there is none.
+        index: (B, N) long, the same rows counted among those that were left before the drop.
+        valid: (B, N) bool, False at padding; None if there is none.
     """
 
     rows: Tensor
-    local: Tensor
+    index: Tensor
     valid: Tensor | None
 
 

@@ -31,6 +31,7 @@ class BudgetOptions:
     convention: str = "full"
     stages: int | None = None
     lam: float | None = None
+    pyramid: str | None = None
     profile: Path | None = None
 
 
@@ -46,7 +47,15 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
         with user_input(f"cannot read {options.profile}", (OSError,)), user_input():
             profile = Profile.read(options.profile)
     with user_input():
-        return plan(sizes.shape, sizes.prompt, budget, lam=options.lam, stages=options.stages, profile=profile)
+        return plan(
+            sizes.shape,
+            sizes.prompt,
+            budget,
+            lam=options.lam,
+            stages=options.stages,
+            pyramid=options.pyramid,
+            profile=profile,
+        )
 
 
 def _budget(options: BudgetOptions, sizes: Sizes) -> Budget:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pyramiddrop.hf.families import FAMILIES, Family
+from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.method_spec import NAMES
 from pyramiddrop.methods import Method

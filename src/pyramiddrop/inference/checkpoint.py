@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import saved_method
 from pyramiddrop.methods import Method, apply
@@ -58,7 +58,7 @@ def read_any_config(source: str | Path) -> Any:
         InputError: where there is no checkpoint.
     """
     _check_place(source)
-    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
+    with user_input(_unread(source), (OSError, ValueError)):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)  # else Transformers asks, and waits
 
 
@@ -71,7 +71,7 @@ def read_served_config(source: str | Path) -> Any:
         InputError: where there is no checkpoint, or its language model is none that Transformers knows.
     """
     _check_place(source)
-    with user_input(f"cannot read a checkpoint at {source}", (OSError, ValueError)):
+    with user_input(_unread(source), (OSError, ValueError)):
         values, _ = PretrainedConfig.get_config_dict(source)
         if values.get("model_type") in CONFIG_MAPPING or "llm_config" not in values:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -84,8 +84,21 @@ def _check_place(source: str | Path) -> None:
         raise InputError(f"no checkpoint in {folder}: it has no config.json")
     if folder.is_file():
         raise InputError(f"{folder} is a file; a checkpoint is a folder or a name on the hub")
-    if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
+    if not folder.is_dir() and _is_path(str(source)):
         raise InputError(f"no such folder: {source}")
+
+
+def _is_path(source: str) -> bool:
+    """Whether `source` can be no name on the hub, or begins with a folder that is here: then the hub is not asked."""
+    folder = Path(source)
+    here = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+    return here or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+
+
+def _unread(source: str | Path) -> str:
+    if Path(source).is_dir():
+        return f"cannot read a checkpoint at {source}"
+    return f"no such folder: {source}, and no checkpoint of that name can be read from the hub"
 
 
 def decoder_layers(config: Any) -> int:

@@ -19,8 +19,8 @@ from pyramiddrop.inference.prompt import build_batch, build_inputs, open_picture
 from pyramiddrop.inference.timing import PrefillTime, cpu_threads, time_prefills
 
 MAX_NEW_TOKENS = 8
-RUNS = 3
-BATCH, BATCH_RUNS = 8, 1
+RUNS = 5
+BATCH, BATCH_RUNS = 8, 3
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,14 @@ def pick_questions(count: int) -> list[Question]:
 def _time_batch(checkpoint: Checkpoint, method: Method, asked: Sequence[Asked]) -> BatchPrefill:
     prompts = [([one.picture], one.question.question) for one in islice(cycle(asked), BATCH)]
     inputs = build_batch(checkpoint.processor, prompts)
-    times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, BATCH_RUNS)
+    times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, BATCH_RUNS, min)
     return BatchPrefill(BATCH, times["vanilla"], times["pruned"])
 
 
 def _ask(checkpoint: Checkpoint, method: Method, question: Question) -> Asked:
     picture = open_picture(question.image)
     inputs = build_inputs(checkpoint.processor, [picture], question.question)
-    return Asked(question, picture, compare(checkpoint, inputs, method, MAX_NEW_TOKENS, RUNS))
+    return Asked(question, picture, compare(checkpoint, inputs, method, MAX_NEW_TOKENS, RUNS, fastest=True))
 
 
 def _asked_dict(asked: Asked) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from pyramiddrop.cost import DecoderShape
-from pyramiddrop.hf.query_key import QueryKeyExtractor
+from pyramiddrop.hf.query_key import extract
 from pyramiddrop.hf.rows import take_embeddings
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
 from pyramiddrop.inference.errors import InputError
@@ -81,14 +81,12 @@ class LayerProfiler:
         visible = torch.ones(1, 1, 1, rows, dtype=torch.bool, device=self.device)
         weights = torch.ones(1, 1, device=self.device)
 
-        projector = QueryKeyExtractor()
-
         def arguments(some: torch.Tensor | None) -> dict[str, Any]:
             own = positions if some is None else tuple(take_embeddings(table, some) for table in positions)
             return {"position_embeddings": own}
 
         def rank() -> torch.Tensor:
-            seen = projector.project(0, self._layer, hidden, asking, arguments)
+            seen = extract(self._layer, hidden, asking, arguments)
             return attention_received(seen.queries, seen.keys, visible, weights, seen.scale).sort().indices
 
         return rank

@@ -13,7 +13,6 @@ from pyramiddrop import Method
 from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
-from pyramiddrop.inference.bundled import bundled_remarks
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
@@ -21,6 +20,8 @@ from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_pictur
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.inference.video import Video, check_video, open_video
 from pyramiddrop.trace import Trace
+
+KNOWS = "the bundled model knows only its own kind of scenes, documents and charts"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,32 @@ def prepare(request: Request) -> PreparedRequest:
     with user_input(caught=(UnsupportedModelError,)):
         _check_model(checkpoint, method)
     return PreparedRequest(request, checkpoint, method, pictures, inputs, video)
+
+
+def bundled_remarks(processor: Any, prompt: str, pictures: Sequence[Image.Image]) -> list[str]:
+    """Why the bundled model's answer may mean nothing; empty if nothing is seen that is foreign to it.
+
+    A picture is told by its size alone: a photograph of the size that the model was trained on is not noticed.
+    """
+    remarks = []
+    tokens = processor.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    unknown = [
+        prompt[start:end]
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+        if token == processor.tokenizer.unk_token_id
+    ]
+    if unknown:
+        words = ", ".join(map(repr, dict.fromkeys(unknown)))
+        remarks.append(f"not in the bundled model's vocabulary: {words}; its answer may mean nothing")
+    elif not tokens["input_ids"]:
+        remarks.append(f"no word of {prompt!r} means anything to the bundled model; its answer means nothing")
+    size = processor.image_processor.size
+    own = size["width"], size["height"]
+    foreign = [picture.size for picture in pictures if picture.size != own]
+    if foreign:
+        wide, high = foreign[0]
+        remarks.append(f"a picture of {wide} x {high} is resized to {own[0]} x {own[1]}: {KNOWS}")
+    return remarks
 
 
 def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:

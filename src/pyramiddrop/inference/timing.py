@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ Way = TypeVar("Way")
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """Medians of one prefill in seconds: by the clock on the wall, and of this process's CPU time over all threads."""
+    """Seconds of one prefill: by the clock on the wall, and of this process's CPU time over all threads."""
 
     wall: float
     cpu: float
@@ -31,26 +31,27 @@ def time_prefills(
     inputs: Mapping[str, Any],
     methods: Mapping[str, Method | None],
     runs: int = 5,
+    over: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[str, PrefillTime]:
     """Time the prefill of `inputs` under each of `methods` (None: the model as it is), after one warm-up each.
 
-    The whole forward is timed, the vision tower included: that is what a user waits for. Attaching and removing the
-    method is not, for that is done once.
+    The whole forward is timed, the vision tower included: that is what a user waits for. What is done once is not: each
+    method stays on a view of the model, and its first forward, which checks how the layers are best asked, is the
+    warm-up.
 
     Args:
         runs: how often each is measured; the ways take turns.
+        over: what is taken of the runs: the median, or `min` where other programs disturb them, which only add to it.
     """
     ready = on_model(model, inputs)
+    models = {name: method.view(model) if method else model for name, method in methods.items()}
     seen: dict[str, list[PrefillTime]] = {name: [] for name in methods}
     for turn, name in in_turn(list(methods), runs + 1):
-        measured = _one(model, ready, methods[name])
+        measured = _one(models[name], ready)
         if turn:
             seen[name].append(measured)
     return {
-        name: PrefillTime(
-            statistics.median(one.wall for one in times),
-            statistics.median(one.cpu for one in times),
-        )
+        name: PrefillTime(over(one.wall for one in times), over(one.cpu for one in times))
         for name, times in seen.items()
     }
 
@@ -77,13 +78,13 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _one(model: Any, ready: dict[str, Any], method: Method | None) -> PrefillTime:
-    with torch.inference_mode(), method(model) if method else nullcontext():
-        synchronize(model.device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        model(**ready, use_cache=True, logits_to_keep=1)
-        synchronize(model.device)
-        return PrefillTime(time.perf_counter() - wall, time.process_time() - cpu)
+@torch.inference_mode()
+def _one(model: Any, ready: dict[str, Any]) -> PrefillTime:
+    synchronize(model.device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    model(**ready, use_cache=True, logits_to_keep=1)
+    synchronize(model.device)
+    return PrefillTime(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import is_torchvision_available
 
-from pyramiddrop.hf.families import FAMILIES
+from pyramiddrop.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.inference.prompt import open_picture

@@ -2,6 +2,17 @@
 
 from pyramiddrop.planning.budget import Budget, Clock
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.planning.solve import InfeasibleBudgetError, Plan, plan
+from pyramiddrop.planning.published import PublishedPlan, published_plans
+from pyramiddrop.planning.solve import PYRAMIDS, InfeasibleBudgetError, Plan, plan
 
-__all__ = ["Budget", "Clock", "InfeasibleBudgetError", "Plan", "Profile", "plan"]
+__all__ = [
+    "PYRAMIDS",
+    "Budget",
+    "Clock",
+    "InfeasibleBudgetError",
+    "Plan",
+    "Profile",
+    "PublishedPlan",
+    "plan",
+    "published_plans",
+]

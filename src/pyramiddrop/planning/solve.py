@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +13,17 @@ from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.schedule import Schedule, equal_stage_layers, powers
+from pyramiddrop.schedule import Schedule, concave_layers, equal_stage_layers, nearest_layers, powers
 
 PAPER_STAGES = 4
 #: The smallest λ that the paper tried (its Table 4).
 SMALLEST_PAPER_LAM = 0.4
+#: More of them nobody runs: each is a ranking, and moves rows.
+MOST_DROPS = 4
+#: Where the drops lie: between equal stages, each at twice the depth of the one before, or one drop alone.
+PYRAMIDS = ("equal", "concave", "single")
+#: FastV's layer, the earliest at which attention tells much.
+SINGLE_LAYER = 2
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,13 @@ class Plan:
         arguments: of `PyramidDrop`, which make this schedule for this depth.
         spent, vanilla_spent: what it spends, and what vanilla would, in the budget's unit.
         cost, vanilla: every measure, with and without dropping.
+        pyramid: "equal", "concave", "single" or "profile": where its drops lie.
         loss: what a redundancy profile predicts it to lose; None without a profile.
     """
 
     arguments: dict[str, Any]
     schedule: Schedule
+    pyramid: str
     budget: Budget
     spent: float
     vanilla_spent: float
@@ -59,6 +68,7 @@ class Plan:
             "vanilla_spent": self.vanilla_spent,
             "python": self.line,
             "arguments": self.arguments,
+            "pyramid": self.pyramid,
             "stages": stages,
             "visual_tokens": self.prompt.visual_tokens,
             "text_tokens": self.prompt.text_tokens,
@@ -89,29 +99,43 @@ def plan(
     *,
     lam: float | None = None,
     stages: int | None = None,
+    pyramid: str | None = None,
     profile: Profile | None = None,
 ) -> Plan:
     """The schedule that spends most of `budget`, and never more.
 
-    With `stages`, λ is solved for so many equal stages; with `lam`, the number of equal stages. With neither, both:
-    the fewest stages, from the paper's 4 on, that leave λ at 0.4 (the smallest that the paper tried) or above, and
-    where none do, those with the largest λ. With `profile`, layers and shares are chosen from its grid so that the
+    With `stages`, λ is solved for so many equal stages; with `lam`, the number of equal stages. With `pyramid`, λ is
+    solved for that shape: "equal" (the fewest stages, from the paper's 4 on and with four drops at most, that leave λ
+    at 0.4, the smallest that the paper tried, or above; else the largest λ), "concave" (up to four drops, each at twice
+    the depth of the one before) or "single" (one drop before layer 2). With none of them: equal stages where they leave
+    λ at 0.4 or above, else the concave pyramid. With `profile`, layers and shares are chosen from its grid so that the
     predicted loss is least: the sum over the drops of what a single drop at that layer loses by going from the share
     before to the share after.
 
     Raises:
         InfeasibleBudgetError: where no such schedule is within the budget; its `nearest` is the cheapest.
-        ValueError: for more than one of `lam`, `stages` and `profile`, or values that do not fit the model.
+        ValueError: for more than one of `lam`, `stages`, `pyramid` and `profile`, or values that do not fit the model.
     """
-    given = [name for name, value in (("lam", lam), ("stages", stages), ("profile", profile)) if value is not None]
+    asked = {"lam": lam, "stages": stages, "pyramid": pyramid, "profile": profile}
+    given = [name for name, value in asked.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"give at most one of lam, stages and profile, for the rest is solved; got {', '.join(given)}")
+        raise ValueError(f"give at most one of {', '.join(asked)}, for the rest is solved; got {', '.join(given)}")
+    if pyramid is not None and pyramid not in PYRAMIDS:
+        raise ValueError(f"pyramid={pyramid!r} is not one of {', '.join(PYRAMIDS)}")
     solver = _Solver(model, prompt, budget, meter(budget, model, prompt))
     if profile is not None:
         return solver.by_profile(profile)
     if lam is not None:
         return solver.stages_for(lam)
-    return solver.lam_for(stages) if stages is not None else solver.both()
+    if stages is not None:
+        return solver.lam_for(stages)
+    solve: dict[str | None, Callable[[], Plan]] = {
+        "equal": solver.equal,
+        "concave": solver.concave,
+        "single": solver.single,
+        None: solver.best,
+    }
+    return solve[pyramid]()
 
 
 @dataclass(frozen=True)
@@ -135,32 +159,51 @@ class _Solver:
         return len(self.allowed) + 1
 
     def lam_for(self, stages: int) -> Plan:
-        equal_stage_layers(self.depth, stages, self.allowed)  # refuses what the model does not allow
-        lam, feasible = self._largest_lam(stages)
-        return self._judged(self._equal(lam, stages), feasible, f"{stages} equal stages")
+        layers = equal_stage_layers(self.depth, stages, self.allowed)
+        return self._solved(layers, {"stages": stages}, "equal", f"{stages} equal stages")
 
     def stages_for(self, lam: float) -> Plan:
-        schedules = {stages: self._equal_schedule(lam, stages) for stages in range(2, self.most_stages + 1)}
-        spent = {stages: self.meter.spent(schedule) for stages, schedule in schedules.items()}
+        layers = {
+            stages: equal_stage_layers(self.depth, stages, self.allowed) for stages in range(2, self.most_stages + 1)
+        }
+        spent = {stages: self.meter.spent(_falling(layers[stages], lam)) for stages in layers}
         feasible = [stages for stages, value in spent.items() if value <= self.budget.limit]
-        if feasible:
-            return self._equal(lam, max(feasible, key=lambda stages: spent[stages]))
-        nearest = min(spent, key=lambda stages: spent[stages])
-        raise InfeasibleBudgetError(self._equal(lam, nearest), f"equal stages with lam={lam:g}")
+        chosen = max(feasible, key=lambda stages: spent[stages]) if feasible else min(spent, key=lambda one: spent[one])
+        found = self._planned({"lam": lam, "stages": chosen}, _falling(layers[chosen], lam), "equal")
+        return self._judged(found, bool(feasible), f"equal stages with lam={lam:g}")
 
-    def both(self) -> Plan:
-        fewest = min(PAPER_STAGES, self.most_stages)
-        best: tuple[float, int] | None = None
-        for stages in range(fewest, self.most_stages + 1):
-            lam, feasible = self._largest_lam(stages)
-            if feasible and (best is None or lam > best[0]):
-                best = lam, stages
-            if best is not None and best[0] >= SMALLEST_PAPER_LAM:
-                break
-        if best is None:
-            most = self.most_stages
-            return self._judged(self._equal(self._largest_lam(most)[0], most), False, "equal stages")
-        return self._equal(*best)
+    def best(self) -> Plan:
+        """Equal stages with a λ that the paper would have tried, or else drops that begin earlier."""
+        found = []
+        for solve in (self.equal, self.concave):
+            with suppress(InfeasibleBudgetError):
+                found.append(solve())
+                if found[-1].arguments["lam"] >= SMALLEST_PAPER_LAM:
+                    break
+        return found[-1] if found else self.concave()
+
+    def equal(self) -> Plan:
+        found: list[Plan] = []
+        most = min(self.most_stages, MOST_DROPS + 1)
+        for stages in range(min(PAPER_STAGES, most), most + 1):
+            with suppress(InfeasibleBudgetError):
+                found.append(self.lam_for(stages))
+                if found[-1].arguments["lam"] >= SMALLEST_PAPER_LAM:
+                    break
+        return max(found, key=lambda one: one.arguments["lam"]) if found else self.lam_for(most)
+
+    def concave(self) -> Plan:
+        with suppress(InfeasibleBudgetError):
+            return self._concave(halvings=4)
+        return self._concave(halvings=5)
+
+    def _concave(self, halvings: int) -> Plan:
+        layers = concave_layers(self.depth, self.allowed, halvings)
+        return self._solved(layers, {"layers": layers}, "concave", f"drops before layers {layers}")
+
+    def single(self) -> Plan:
+        layers = nearest_layers([SINGLE_LAYER], self.allowed)
+        return self._solved(layers, {"layers": layers}, "single", f"one drop before layer {layers[0]}")
 
     def by_profile(self, profile: Profile) -> Plan:
         if profile.num_layers != self.depth:
@@ -170,7 +213,7 @@ class _Solver:
         chosen = affordable[-1] if affordable else points[0]
         drops = chosen.drops or ((profile.layers[0], 1.0),)
         layers, keep = [layer for layer, _ in drops], [share for _, share in drops]
-        found = self._planned({"layers": layers, "keep": keep}, Schedule.of(layers, keep), chosen.loss)
+        found = self._planned({"layers": layers, "keep": keep}, Schedule.of(layers, keep), "profile", chosen.loss)
         return self._judged(found, bool(affordable), "the profile's layers and shares")
 
     def _judged(self, found: Plan, feasible: bool, kind: str) -> Plan:
@@ -178,38 +221,39 @@ class _Solver:
             raise InfeasibleBudgetError(found, kind)
         return found
 
-    def _largest_lam(self, stages: int) -> tuple[float, bool]:
+    def _solved(self, layers: Sequence[int], given: dict[str, Any], pyramid: str, kind: str) -> Plan:
+        """The plan with the largest λ for drops before `layers`."""
+        lam, feasible = self._largest_lam(layers)
+        return self._judged(self._planned({"lam": lam, **given}, _falling(layers, lam), pyramid), feasible, kind)
+
+    def _largest_lam(self, layers: Sequence[int]) -> tuple[float, bool]:
         """The largest λ within the budget, and True; or the smallest λ of use, and False."""
 
         def fits(lam: float) -> bool:
-            return self.meter.spent(self._equal_schedule(lam, stages)) <= self.budget.limit
+            return self.meter.spent(_falling(layers, lam)) <= self.budget.limit
 
         # Below this λ one token stays after the first drop; its powers must not become 0 in floating point.
-        smallest = max(1 / self.prompt.visual_tokens, 10 ** (-300 / (stages - 1)))
+        smallest = max(1 / self.prompt.visual_tokens, 10 ** (-300 / len(layers)))
         if fits(1.0):
             return 1.0, True
         if not fits(smallest):
-            return self._short(smallest, stages), False
-        return self._short(largest(fits, smallest, 1.0), stages), True
+            return self._short(smallest, layers), False
+        return self._short(largest(fits, smallest, 1.0), layers), True
 
-    def _short(self, lam: float, stages: int) -> float:
+    def _short(self, lam: float, layers: Sequence[int]) -> float:
         """The shortest decimal up to λ that keeps as many tokens."""
-        counts = self._counts(lam, stages)
-        return shortest(lam, lambda short: self._counts(short, stages) == counts)
 
-    def _counts(self, lam: float, stages: int) -> list[int]:
-        return self._equal_schedule(lam, stages).counts(self.prompt.visual_tokens)
+        def counts(lam: float) -> list[int]:
+            return _falling(layers, lam).counts(self.prompt.visual_tokens)
 
-    def _equal_schedule(self, lam: float, stages: int) -> Schedule:
-        return Schedule.of(equal_stage_layers(self.depth, stages, self.allowed), powers(lam, stages - 1))
+        wanted = counts(lam)
+        return shortest(lam, lambda short: counts(short) == wanted)
 
-    def _equal(self, lam: float, stages: int) -> Plan:
-        return self._planned({"lam": lam, "stages": stages}, self._equal_schedule(lam, stages))
-
-    def _planned(self, arguments: dict[str, Any], schedule: Schedule, loss: float | None = None) -> Plan:
+    def _planned(self, arguments: dict[str, Any], schedule: Schedule, pyramid: str, loss: float | None = None) -> Plan:
         return Plan(
             arguments=arguments,
             schedule=schedule,
+            pyramid=pyramid,
             budget=self.budget,
             spent=self.meter.spent(schedule),
             vanilla_spent=self.meter.spent(None),
@@ -218,6 +262,11 @@ class _Solver:
             vanilla=account(self.model, self.prompt),
             loss=loss,
         )
+
+
+def _falling(layers: Sequence[int], lam: float) -> Schedule:
+    """λ, λ², λ³, ... before these layers."""
+    return Schedule.of(layers, powers(lam, len(layers)))
 
 
 def largest(fits: Callable[[float], bool], low: float, high: float) -> float:

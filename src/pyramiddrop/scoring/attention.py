@@ -114,8 +114,8 @@ def _line(evidence: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
 def attention_by_head(
     queries: Tensor,
     keys: Tensor,
-    visible: Tensor,
-    weights: Tensor,
+    visible: Tensor | None,
+    weights: Tensor | None,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -125,11 +125,13 @@ def attention_by_head(
     Args:
         queries: (B, H, Q, d), rotated.
         keys: (B, Hkv, K, d), rotated; H is a multiple of Hkv (grouped-query attention).
-        visible: (B, 1 or H, Q, K), bool (True: may be seen) or additive float, as attention masks are.
-        weights: (B, Q), how much each query token counts; they are normalised to sum to 1 for each sample.
+        visible: (B, 1 or H, Q, K), bool (True: may be seen) or additive float, as attention masks are; None if every
+            query token sees every key.
+        weights: (B, Q), how much each query token counts; they are normalised to sum to 1 for each sample. None if
+            there is one query token a sample, Q = 1.
         scale: of the dot products.
-        softcap: where the model caps its logits: cap * tanh(logits / cap).
-        sinks: (H,), where the model's softmax counts one more logit a head, which belongs to no key.
+        softcap: if the model caps its logits: cap * tanh(logits / cap).
+        sinks: (H,), if the model's softmax counts one more logit a head, which belongs to no key.
 
     Returns:
         (B, H, K) float32. No S x S matrix is built: memory is B * H * Q * K.
@@ -139,12 +141,16 @@ def attention_by_head(
     logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, count, -1) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    hidden = visible.float() if visible.is_floating_point() else torch.where(visible, 0.0, float("-inf"))
-    logits = logits + hidden
+    if visible is not None:
+        hidden = visible.float() if visible.is_floating_point() else torch.where(visible, 0.0, float("-inf"))
+        logits = logits + hidden
     if sinks is not None:
         logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)], -1)
+    received = logits.softmax(-1)[..., : keys.shape[2]]
+    if weights is None:
+        return received[:, :, 0]
     # A padded query may see nothing: its row is NaN, and weighs nothing.
-    received = logits.softmax(-1).nan_to_num()[..., : keys.shape[2]]
+    received = received.nan_to_num()
     weights = weights.float() / weights.float().sum(1, keepdim=True).clamp(min=1)
     return torch.einsum("bhqk,bq->bhk", received, weights)
 
@@ -152,8 +158,8 @@ def attention_by_head(
 def attention_received(
     queries: Tensor,
     keys: Tensor,
-    visible: Tensor,
-    weights: Tensor,
+    visible: Tensor | None,
+    weights: Tensor | None,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,

@@ -26,11 +26,11 @@ from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import (
-    BlankImage,
     ConversationTrainer,
+    DummyImage,
     MethodCallback,
     SFTConfig,
-    blank_pixels,
+    dummy_pixels,
     holds_whole_model,
 )
 
@@ -153,7 +153,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
         with user_input(caught=(UnsupportedModelError,)):
             apply(model, method)
     if arguments.world_size > 1:
-        BlankImage(model, blank_pixels(processor))
+        DummyImage(model, dummy_pixels(processor))
         if not is_deepspeed_zero3_enabled():  # a rank whose batch is all fillers would rank nothing
             table = with_fillers(table, options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(

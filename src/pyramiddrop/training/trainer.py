@@ -109,13 +109,13 @@ class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
 __all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]
 
 
-def blank_pixels(processor: Any) -> dict[str, Tensor]:
+def dummy_pixels(processor: Any) -> dict[str, Tensor]:
     """A model's arguments for one blank image."""
     any_size = (64, 64)  # the processor makes of it what the model takes
     return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
 
 
-class BlankImage:
+class DummyImage:
     """Lets a batch without images run the vision tower on a blank one, whose features are multiplied by zero.
 
     Where weights are sharded over ranks (FSDP, ZeRO-3), a module that one rank calls and another does not waits for
@@ -124,7 +124,7 @@ class BlankImage:
     Args:
         model: a vision-language model of Transformers, or what has wrapped one; to be given before it is sharded. The
             hooks stay on it.
-        pixels: what `blank_pixels` makes.
+        pixels: what `dummy_pixels` makes.
     """
 
     def __init__(self, model: nn.Module, pixels: dict[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyramiddrop.families import FAMILIES
+
 #: Stands before the name of the architecture that is served.
 PREFIX = "PyramidDrop"
 #: The key of the settings, in `hf_overrides` and in `additional_config`.
@@ -10,16 +12,7 @@ KEY = "pyramiddrop"
 LOGGER = "vllm.pyramiddrop"
 
 #: Architectures that can be served. That of the same name with `PREFIX` stands in `models`.
-ARCHITECTURES = (
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-    "InternVLForConditionalGeneration",
-    "InternVLChatModel",
-)
+ARCHITECTURES = tuple(name for family in FAMILIES.values() for name in family.served)
 
 
 def dropping(architecture: str) -> str:

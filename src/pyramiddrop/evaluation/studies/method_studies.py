@@ -29,7 +29,7 @@ def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
     if not words:
         raise InputError("--method names vanilla alone, which always runs; name a method that drops tokens")
     percents = options.percents or PERCENTS
-    evaluator = Evaluator(task, replace(options, methods=words, percents=percents))
+    evaluator = Evaluator(task, replace(options, methods=words, percents=percents, rounds=0))
     return MethodStudy("tradeoff", evaluator, [{"line": word} for _ in percents for word in words])
 
 
@@ -45,12 +45,14 @@ def prepare_ablation(task: Task, lambdas: Sequence[float], options: EvalOptions)
     """
     chosen = sorted(set(lambdas))
     methods = tuple(f"pyramiddrop:lam={lam!r}" for lam in chosen)
-    return MethodStudy("ablation", Evaluator(task, replace(options, methods=methods)), [{"lam": lam} for lam in chosen])
+    return MethodStudy(
+        "ablation", Evaluator(task, replace(options, methods=methods, rounds=0)), [{"lam": lam} for lam in chosen]
+    )
 
 
 @dataclass(frozen=True)
 class MethodStudy:
-    """An evaluation that is ready to run.
+    """An evaluation that is ready to run; it times nothing.
 
     Attributes:
         study: its name.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyramiddrop.report.token_layout.geometry import Cell, View, cells_by_view
+from pyramiddrop.report.token_layout.geometry import Cell, View, cells_by_view, unplaced_by_name
 from pyramiddrop.trace import Trace
 
 
@@ -19,12 +19,14 @@ class Span:
     Attributes:
         tokens: how many visual tokens, those without a place in the picture among them.
         cells: for each view of the picture the places of these tokens.
+        unplaced: how many of them have no place in the picture, by what they are called.
     """
 
     first: int
     last: int
     tokens: int
     cells: list[frozenset[Cell]]
+    unplaced: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> str:
@@ -65,6 +67,6 @@ def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
     ends = [*(start - 1 for start in starts[1:]), len(trace.lengths) - 1]
     indices = [torch.searchsorted(columns, kept).tolist() for kept in alive]
     return [
-        Span(first, last, len(kept), cells_by_view(views, kept))
+        Span(first, last, len(kept), cells_by_view(views, kept), unplaced_by_name(views, kept))
         for first, last, kept in zip(starts, ends, indices, strict=True)
     ]

@@ -35,7 +35,9 @@ def _stage(visual: Visual, number: int) -> dict[str, Any]:
     if ranked is not None:
         low, high = (f"{score:.3g}" for score in ranked.at((0, 1)))
         scores = {"layer": ranked.layer, "tokens": ranked.tokens, "low": low, "high": high}
-    return {"layers": span.layers, "first": span.first, "tokens": span.tokens, "scores": scores}
+    whole = visual.spans[0].unplaced
+    unplaced = ", ".join(f"{span.unplaced.get(name, 0)} of {count} {name}" for name, count in whole.items())
+    return {"layers": span.layers, "first": span.first, "tokens": span.tokens, "unplaced": unplaced, "scores": scores}
 
 
 def _view(visual: Visual, number: int) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class Visual:
         return f'<iframe srcdoc="{escape(self.html())}" style="{FRAME}"></iframe>'
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers: for each span of layers the visual tokens alive, and how many of them in each view."""
+        """Plain numbers: for each span of layers the visual tokens alive, how many of them in each view, and without a
+        place in any of them."""
         names = [one.view.name for one in self.seen]
         return {
             "views": [{"name": one.view.name, "tokens": one.view.tokens} for one in self.seen],
@@ -107,6 +108,7 @@ class Visual:
                     "layers": [span.first, span.last],
                     "tokens": span.tokens,
                     "placed": {name: len(cells) for name, cells in zip(names, span.cells, strict=True)},
+                    "unplaced": dict(span.unplaced),
                 }
                 for span in self.spans
             ],

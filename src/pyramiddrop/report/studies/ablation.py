@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
 from pyramiddrop.report.studies.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds, from_vanilla
 from pyramiddrop.report.studies.tradeoff import kind_sheet, scored_cells, way_numbers
 from pyramiddrop.report.tables.evaluation import share_cell
 
@@ -29,6 +29,7 @@ def show_ablation(record: Record) -> Shown:
     figure = draw_ablation(vanilla, points, record["kinds"])
     return Shown(
         title="What does λ cost, and what does it save?",
+        conclusion=_conclusion(vanilla, points),
         lead=LEAD,
         plots=[Plot("ablation", "Accuracy, and costs of vanilla's, over λ.", figure)],
         sheets=ablation_sheets(record),
@@ -38,6 +39,17 @@ def show_ablation(record: Record) -> Shown:
         ],
         numbers=[row for way in record["methods"] for row in way_numbers(way, {"lam": way.get("lam", "")})],
     )
+
+
+def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
+    """What the smallest and the largest λ spend and lose."""
+    mean = vanilla["scores"]["all"]["mean"]
+    said = [
+        f"λ = {point['lam']:g} spends {share_cell(point['flops_ratio'])} of vanilla's decoder FLOPs and scores "
+        f"{from_vanilla(mean, point['scores']['all']['mean'])}"
+        for point in points
+    ]
+    return "; ".join(dict.fromkeys([said[0], said[-1]])) + "."
 
 
 def ablation_sheets(record: Record) -> list[Sheet]:

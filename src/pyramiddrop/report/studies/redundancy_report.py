@@ -20,11 +20,13 @@ LEAD = (
     "each share kept. The flatter a line, the more of the picture is redundant from that layer on. Bands and ± are one "
     "standard error, clustered by picture."
 )
+#: The loss up to which dropped tokens count as redundant.
+REDUNDANT = 0.01
 CAPTIONS = {
     "accuracy": "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
     "agreement": "Whole greedy answers that stay the same as the full model's. Needs no right answers.",
     "top1": "Prompts whose likeliest next token stays the full model's. Needs no right answers.",
-    "kl": "Kullback-Leibler kl_divergence_to of the next-token distribution from the full model's, which is 0 at "
+    "kl": "Kullback-Leibler divergence of the next-token distribution from the full model's, which is 0 at "
     "100 %. Needs no right answers.",
 }
 TITLES = {
@@ -44,12 +46,35 @@ def show_redundancy(record: Record, looks: Sequence[AttentionMaps] = ()) -> Show
         plots.append(Plot("attention", _attention_caption(models[0]["name"]), draw_attention(looks)))
     return Shown(
         title="Where are visual tokens redundant?",
+        conclusion=_conclusion(models[0]),
         lead=LEAD,
         plots=plots,
         sheets=redundancy_sheets(record),
         remarks=[_vanilla(model) for model in models],
         numbers=[row for model in models for row in _numbers(model, metrics)],
     )
+
+
+def _conclusion(model: Record) -> str:
+    """From which layer on the largest and the smallest share that was tried are enough."""
+    metric, whole = "agreement", 1.0
+    if model["vanilla"]["accuracy"]:
+        metric, whole = "accuracy", model["vanilla"]["accuracy"]["mean"]
+    shares = sorted({cell["keep"] for cell in model["cells"] if cell["keep"] < 1})
+    ends = dict.fromkeys((shares[-1], shares[0])) if shares else {1.0: None}
+    said = " and ".join(f"{100 * share:.3g} % {_enough(model, metric, whole, share)}" for share in ends)
+    points = f"{100 * REDUNDANT:g} point of {'accuracy' if metric == 'accuracy' else 'agreement with the full model'}"
+    return f"Of the visual tokens of {model['name']} {said}, if a loss of up to {points} counts as none."
+
+
+def _enough(model: Record, metric: str, whole: float, share: float) -> str:
+    """`are enough from layer 6 on`: the first layer at which no deeper one that was tried loses more."""
+    first = None
+    for cell in sorted((cell for cell in model["cells"] if cell["keep"] == share), key=lambda cell: -cell["layer"]):
+        if whole - cell[metric]["mean"] > REDUNDANT:
+            break
+        first = cell["layer"]
+    return "are enough at no layer" if first is None else f"are enough from layer {first} on"
 
 
 def redundancy_sheets(record: Record) -> list[Sheet]:

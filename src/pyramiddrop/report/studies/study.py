@@ -52,12 +52,15 @@ class Shown:
     """A study as people see it.
 
     Attributes:
-        title, lead: what was asked, and how to read the answer.
+        title: what was asked.
+        conclusion: the answer, in a sentence made of the numbers.
+        lead: how to read the figures.
         remarks: what is worth knowing beside.
         numbers: rows of the CSV file, all with the same names.
     """
 
     title: str
+    conclusion: str
     lead: str
     plots: Sequence[Plot]
     sheets: Sequence[Sheet]
@@ -76,6 +79,11 @@ def small(score: Record | None) -> str:
         return ""
     error = "" if score["error"] is None else f" ± {score['error']:.2g}"
     return f"{score['mean']:.2g}{error}"
+
+
+def from_vanilla(vanilla: float, mean: float) -> str:
+    """`4.4 points below vanilla`, of two scores that are parts of one."""
+    return f"{100 * abs(vanilla - mean):.1f} points {'above' if mean > vanilla else 'below'} vanilla"
 
 
 def bounds(scores: Sequence[Record], part: bool = True) -> tuple[list[float], list[float], list[float]]:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pyramiddrop.report.studies.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds, from_vanilla
 from pyramiddrop.report.tables.evaluation import difference_cell, score_cell, share_cell
 
 LEAD = (
@@ -31,12 +31,32 @@ def show_tradeoff(record: Record) -> Shown:
         plots.append(Plot("tradeoff-by-kind", "The same for each kind of question.", by_kind))
     return Shown(
         title="What does a method keep of the answers, at equal cost?",
+        conclusion=_conclusion(vanilla, points),
         lead=LEAD,
         plots=plots,
         sheets=tradeoff_sheets(record),
         remarks=[f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures."],
         numbers=[row for way in record["methods"] for row in way_numbers(way, {"line": way.get("line", "vanilla")})],
     )
+
+
+def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
+    """Which method scores best at the smallest and at the largest budget, and how far from vanilla."""
+    budgets = sorted({point["percent"] for point in points})
+    best = [_best([point for point in points if point["percent"] == budget]) for budget in budgets]
+    mean = vanilla["scores"]["all"]["mean"]
+    said = [
+        f"with {budget:g} % of vanilla's decoder FLOPs {names} keeps most answers right, {from_vanilla(mean, most)}"
+        for budget, (names, most) in zip(budgets, best, strict=True)
+    ]
+    text = "; ".join(dict.fromkeys([said[0], said[-1]]))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _best(points: Sequence[Record]) -> tuple[str, float]:
+    """The names of the methods with the highest mean score, and that score."""
+    most = max(point["scores"]["all"]["mean"] for point in points)
+    return " or ".join(point["line"] for point in points if point["scores"]["all"]["mean"] == most), most
 
 
 def way_numbers(way: Record, about: Record) -> Iterator[dict[str, Any]]:

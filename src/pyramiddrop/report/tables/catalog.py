@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, SAYS, TESTED, FamilyEntry, MethodEntry
+from pyramiddrop.inference.catalog import (
+    BY_STRUCTURE,
+    METHOD,
+    OPTION,
+    PROVEN,
+    REFUSED,
+    SAYS,
+    SCORER,
+    TESTED,
+    FamilyEntry,
+    MethodEntry,
+)
 from pyramiddrop.report.tables.style import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
+#: What stands above each kind of entry of `methods_list`, and how wide the names are.
+KINDS = {
+    METHOD: "--method NAME, or NAME:argument=value,...",
+    SCORER: "which tokens are kept; any of them goes with any method that ranks",
+    OPTION: "around any scorer",
+}
+NAME_WIDTH = 17
 COLORS = {PROVEN: "green", REFUSED: "red", BY_STRUCTURE: "yellow"}
 
 INTRODUCTION = """# Model families
@@ -26,15 +45,32 @@ follow the same code.
 """
 
 
-def families_table(entries: Sequence[FamilyEntry]) -> Table:
-    """One row a family. How it was tested goes with its status, and is left out: terminals are narrow."""
-    table = new_table(*HEAD[:-1])
-    for column in (0, 2):
-        table.columns[column].no_wrap = True
-    for entry in entries:
-        family, text, modalities, status, limits, _ = _cells(entry)
-        table.add_row(family, text, modalities, Text(status, style=COLORS[status]), limits)
+def families_list(entries: Sequence[FamilyEntry]) -> list[RenderableType]:
+    """The families of each status; it fits a terminal of 80 columns. `family_in_full` has the rest of each."""
+    of = {status: [entry for entry in entries if entry.status == status] for status in COLORS}
+    proven = _names_first("family", "modalities", "limits")
+    for family, _, modalities, _, limits, _ in map(_cells, of[PROVEN]):
+        proven.add_row(family, modalities, limits)
+    refused = _names_first("family", "why")
+    for entry in of[REFUSED]:
+        refused.add_row(entry.model_type, entry.family.refused)
+    lists: list[RenderableType] = [proven, refused, ", ".join(entry.model_type for entry in of[BY_STRUCTURE])]
+    parts: list[RenderableType] = []
+    for status, listed in zip(COLORS, lists, strict=True):
+        parts += [_heading(f"{status} ({len(of[status])})", SAYS[status], COLORS[status]), listed, ""]
+    return [*parts, "`pyramiddrop families NAME_OR_FOLDER` says all about one."]
+
+
+def _names_first(*columns: str) -> Table:
+    """A table whose last column alone is wrapped."""
+    table = new_table(*columns)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     return table
+
+
+def _heading(title: str, says: str, color: str = "") -> Text:
+    return Text.assemble((title, f"bold {color}"), f": {says}")
 
 
 def family_in_full(entry: FamilyEntry) -> Table:
@@ -48,12 +84,6 @@ def family_in_full(entry: FamilyEntry) -> Table:
         table.add_row("" if number else "why" if entry.family.refused else "limits", limit)
     table.add_row("tested", TESTED[entry.status])
     return table
-
-
-def families_summary(entries: Sequence[FamilyEntry]) -> str:
-    """How many there are of each status."""
-    counts = [(status, sum(entry.status == status for entry in entries)) for status in (PROVEN, REFUSED, BY_STRUCTURE)]
-    return ", ".join(f"{count} {status}" for status, count in counts)
 
 
 def families_page(entries: Sequence[FamilyEntry]) -> str:
@@ -114,13 +144,22 @@ def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def methods_table(entries: Sequence[MethodEntry]) -> Table:
-    """One row an entry, kinds apart."""
-    table = new_table("", "name", "rule", "arguments", "source")
-    for number, entry in enumerate(entries):
-        first = number == 0 or entries[number - 1].kind != entry.kind
-        if first and number:
-            table.add_section()
-        kind = f"{entry.kind}s" if first else ""
-        table.add_row(kind, entry.name, entry.rule, ", ".join(entry.arguments), entry.source)
-    return table
+def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:
+    """Methods, scorers and options, each with its rule, its arguments and its source; it fits 80 columns."""
+    parts: list[RenderableType] = []
+    for kind, says in KINDS.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True, min_width=NAME_WIDTH)
+        table.add_column()
+        for entry in entries:
+            if entry.kind == kind:
+                table.add_row(entry.name, Text.assemble(entry.rule, (_origin(entry), "dim")))
+        parts += [_heading(f"{kind}s", says), table, ""]
+    return parts[:-1]
+
+
+def _origin(entry: MethodEntry) -> str:
+    """Behind the rule: arguments and source, where there are any."""
+    arguments = f"arguments: {', '.join(entry.arguments)}" if entry.arguments else ""
+    told = "; ".join(filter(None, (arguments, entry.source)))
+    return f" ({told})" if told else ""

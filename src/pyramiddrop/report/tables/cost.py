@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pyramiddrop.cost import PRESETS, Account, Preset
 from pyramiddrop.evaluation.paper import Figure
-from pyramiddrop.planning import Plan
+from pyramiddrop.planning import Plan, PublishedPlan
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.style import new_table
 
@@ -25,6 +25,7 @@ SHAPES_HEAD = (
     "visual tokens",
     "vision tower",
 )
+PUBLISHED_HEAD = ("average", "pyramid", "method", "visual tokens by stage", "decoder FLOPs", "KV")
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
 
@@ -55,6 +56,30 @@ def stages_table(plan: Plan) -> Table:
     for stage, count in zip(plan.schedule.stages, counts, strict=True):
         table.add_row(str(stage.layer), f"{stage.keep:.4g}", str(count))
     return table
+
+
+def published_table(plans: Sequence[PublishedPlan]) -> Table:
+    """One row a pyramid, a section a budget: what it is, what it leaves, what it costs."""
+    table = new_table(*PUBLISHED_HEAD)
+    for _, rows in groupby(plans, key=lambda one: one.tokens):
+        for one in rows:
+            table.add_row(*_published_cells(one))
+        table.add_section()
+    return table
+
+
+def published_markdown(plans: Sequence[PublishedPlan]) -> list[str]:
+    """The same as the lines of a Markdown table."""
+    return _markdown(PUBLISHED_HEAD, [_published_cells(one) for one in plans])
+
+
+def _published_cells(one: PublishedPlan) -> list[str]:
+    found = one.plan
+    if not one.within_reach:
+        return [str(one.tokens), one.pyramid, f"out of reach: at least {found.spent:.0f}", "", "", ""]
+    ratios = found.cost.full.decoder / found.vanilla.full.decoder, found.cost.kv_bytes / found.vanilla.kv_bytes
+    steps = units.arrow(_steps(found.cost.visual_by_layer))
+    return [str(one.tokens), one.pyramid, found.line, steps, *(f"{ratio:.0%}" for ratio in ratios)]
 
 
 def paper_table(figures: Sequence[Figure]) -> Table:

@@ -73,7 +73,7 @@ def _table(ways: Sequence[Record], heads: Sequence[str], columns: Sequence[Mappi
     return "\n".join(map(_line, [["method", *heads], ["---"] * (1 + len(heads)), *rows]))
 
 
-def _budget(way: Record) -> str:
+def budget_cell(way: Record) -> str:
     """`60 %` or `192 tokens`: what the method was solved for; empty for vanilla."""
     if way.get("average_tokens") is not None:
         return f"{way['average_tokens']:g} tokens"
@@ -91,7 +91,7 @@ def _column(record: Record, way: Record) -> dict[str, str]:
     scores = way["scores"]
     return {
         **_costs(record, way),
-        **({"budget": _budget(way)} if len({_budget(one) for one in record["methods"]}) > 2 else {}),
+        **({"budget": budget_cell(way)} if len({budget_cell(one) for one in record["methods"]}) > 2 else {}),
         f"all ({scores['all']['count']})": score_cell(scores["all"]),
         **{head: difference_cell(way["differences"].get(name)) for name, head in _bases(record).items()},
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -67,6 +68,13 @@ class View:
         """The cells of the grid that have a token."""
         return frozenset(cell for cell in self.cells if cell is not None)
 
+    def unplaced_name(self, token: int) -> str:
+        """What the view's `token`-th token, which has no place, is called: by where it stands among the others."""
+        before = [cell for cell in self.cells[:token] if cell is not None]
+        if not before:
+            return "start tokens"
+        return "row ends" if before[-1][1] == self.columns - 1 else "others"
+
     def cell(self, token: int) -> Cell | None:
         """The place of the view's `token`-th token; None for one that has none."""
         if not 0 <= token < self.tokens:
@@ -105,6 +113,13 @@ def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozense
         if cell is not None:
             places[index].add(cell)
     return [frozenset(cells) for cells in places]
+
+
+def unplaced_by_name(views: Sequence[View], tokens: Iterable[int]) -> dict[str, int]:
+    """How many of `tokens`, which are numbered through all `views`, have no place in the picture, by their names."""
+    located = [(view, token) for view in views for token in range(view.tokens)]
+    views_and_numbers = (located[token] for token in tokens)
+    return dict(Counter(view.unplaced_name(number) for view, number in views_and_numbers if view.cell(number) is None))
 
 
 def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[list[float]]]:

@@ -1,10 +1,11 @@
-"""The families whose visual tokens have a known place, and the reasons why those of others have none."""
+"""Where the visual tokens of a family lie in its pictures, by the layout that its record names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
 
+from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.report.token_layout.crops import (
     calibrated_moments,
     calibrated_views,
@@ -28,6 +29,9 @@ from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Pro
 #: The views of each picture of a prompt.
 Views = list[list[View]]
 
+#: How the tokens of pictures lie, and those of videos where it is known.
+Layout = tuple[Callable[[Prompt], Views], Callable[[Prompt], list[list[Moment]]] | None]
+
 #: Vision towers that cut a picture of one fixed size into a grid of patches.
 WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
 
@@ -39,22 +43,31 @@ def views(prompt: Prompt) -> Views:
         CannotPlaceError: for a family, or a setting of it, whose visual tokens have no known place.
         ValueError: where the processor's outputs are needed and were not given.
     """
-    family = prompt.config.model_type
-    if family in NO_PLACE:
-        raise CannotPlaceError(f"cannot place the visual tokens of model type {family!r}: {NO_PLACE[family]}")
-    if family not in FAMILIES:
-        reason = "nobody has worked out here how it cuts a picture"
-        raise CannotPlaceError(f"cannot place the visual tokens of model type {family!r}: {reason}")
-    return FAMILIES[family](prompt) if prompt.pictures else []
+    layout, _ = _layout(prompt, "", "a picture")
+    return layout(prompt) if prompt.pictures else []
 
 
 def moments(prompt: Prompt) -> list[list[Moment]]:
     """The views of each video, in the order of the prompt. Raises as :func:`views` does."""
-    family = prompt.config.model_type
-    if prompt.videos and family not in VIDEOS:
-        reason = NO_PLACE.get(family, "nobody has worked out here how it cuts a frame")
-        raise CannotPlaceError(f"cannot place the visual tokens of a video of model type {family!r}: {reason}")
-    return VIDEOS[family](prompt) if prompt.videos else []
+    if not prompt.videos:
+        return []
+    _, layout = _layout(prompt, " of a video", "a frame")
+    if layout is None:
+        raise _nowhere(prompt, " of a video", "a frame")
+    return layout(prompt)
+
+
+def _layout(prompt: Prompt, where: str, what: str) -> Layout:
+    found = LAYOUTS.get(FAMILIES.get(prompt.config.model_type, Family()).layout)
+    if found is None:
+        raise _nowhere(prompt, where, what)
+    return found
+
+
+def _nowhere(prompt: Prompt, where: str, what: str) -> CannotPlaceError:
+    name = prompt.config.model_type
+    reason = FAMILIES.get(name, Family()).no_layout or f"nobody has worked out here how it cuts {what}"
+    return CannotPlaceError(f"cannot place the visual tokens{where} of model type {name!r}: {reason}")
 
 
 def _each(one: Callable[[Prompt, Size], list[View]]) -> Callable[[Prompt], Views]:
@@ -85,85 +98,19 @@ def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[
     return lambda prompt: [calibrated_moments(prompt, frames, leading, trailing) for frames in prompt.videos]
 
 
-#: Families whose processors tell the patches of pictures, and of videos.
-GRIDS_IN_TIME = (
-    "cohere_compass",
-    "cosmos3_edge",
-    "cosmos3_omni",
-    "exaone4_5",
-    "glm46v",
-    "glm4v",
-    "glm4v_moe",
-    "glm_ocr",
-    "glmga",
-    "hyperclovax_vision_v2",
-    "lfm3_vl",
-    "muse_glimmer",
-    "qwen2_5_omni_thinker",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_omni_moe_thinker",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-)
-
-FAMILIES: dict[str, Callable[[Prompt], Views]] = {
-    "llava": _llava,
-    "video_llava": _of_one_crop,
-    **dict.fromkeys(("llava_next", "llava_next_video"), _each(next_views)),
-    "llava_onevision": _each(onevision_views),
-    **dict.fromkeys(
-        (
-            "aya_vision",
-            "chameleon",
-            "cohere2_vision",
-            "deepseek_vl",
-            "fast_vlm",
-            "gemma3",
-            "gemma3n",
-            "got_ocr2",
-            "granite_docling",
-            "idefics3",
-            "internvl",
-            "janus",
-            "kimi_k25",
-            "lfm2_vl",
-            "llama4",
-            "ovis2",
-            "paligemma",
-            "perception_lm",
-            "qianfan_ocr",
-            "smolvlm",
-            "step3p7",
-            "vipllava",
-        ),
-        _each(calibrated_views),
-    ),
-    **dict.fromkeys((*GRIDS_IN_TIME, "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3"), patch_grids),
-    "hunyuan_vl": newline_grids,
-    **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches),
-    **dict.fromkeys(("lighton_ocr", "mistral3"), pixel_sizes),
-    "molmo2": molmo_views,
-    "phi4_multimodal": phi4_views,
-}
-
-#: Of these also videos can be placed.
-VIDEOS: dict[str, Callable[[Prompt], list[list[Moment]]]] = {
-    **dict.fromkeys(GRIDS_IN_TIME, patch_grids_in_time),
-    **dict.fromkeys(("gemma4", "gemma4_unified"), placed_patches_in_time),
-    **dict.fromkeys(("internvl", "llava_next_video", "perception_lm", "smolvlm"), _each_video()),
-    "molmo2": molmo_moments,
-    "llava_onevision": _each_video(trailing=1),  # one newline token
-    "video_llava": _each_video(leading=1),  # each frame keeps its class token
-}
-
-_RESAMPLED = "a resampler makes each of its tokens from the whole picture"
-_QUERIED = "a Q-Former makes each of its tokens from the whole picture"
-
-NO_PLACE: dict[str, str] = {
-    **dict.fromkeys(("aria", "idefics2"), _RESAMPLED),
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIED),
-    "deepseek_ocr2": "its encoder's learned queries make each of its tokens from the whole picture",
+#: By the name that a record in `families.py` has for it.
+LAYOUTS: dict[str, Layout] = {
+    "llava": (_llava, None),
+    "one crop": (_of_one_crop, _each_video(leading=1)),  # each frame keeps its class token
+    "anyres": (_each(next_views), _each_video()),
+    "onevision": (_each(onevision_views), _each_video(trailing=1)),  # one newline token
+    "calibrated": (_each(calibrated_views), None),
+    "calibrated in time": (_each(calibrated_views), _each_video()),
+    "patch grids": (patch_grids, None),
+    "patch grids in time": (patch_grids, patch_grids_in_time),
+    "newline grids": (newline_grids, None),
+    "placed patches": (placed_patches, placed_patches_in_time),
+    "pixel sizes": (pixel_sizes, None),
+    "molmo": (molmo_views, molmo_moments),
+    "phi4": (phi4_views, None),
 }

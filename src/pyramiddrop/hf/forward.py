@@ -1,0 +1,166 @@
+"""One forward of a patched model, and the one that drops nothing: a decode step on a KV cache that was pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyramiddrop.cost import Choosing
+from pyramiddrop.hf.cache_state import CacheIndex, CacheState
+from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs
+from pyramiddrop.hf.model_info import ModelInfo
+from pyramiddrop.schedule import Schedule
+from pyramiddrop.scoring import AttentionScorer, Scorer
+from pyramiddrop.trace import Trace
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of a method, as the adapter needs them; `pyramiddrop.methods` documents them."""
+
+    schedule: Schedule
+    scorer: Scorer
+    positions: str
+    rank_layer: str
+    grouping: str
+    logits: str
+    merge: bool
+    choosing: Choosing
+
+    @property
+    def are_usual(self) -> bool:
+        """Whether a prefill whose last token asks may be planned by `LastTokenPlan`."""
+        return type(self.scorer) is AttentionScorer and self.grouping == "sample" and not self.merge
+
+    @property
+    def ranking_layers(self) -> list[int]:
+        """For each drop the layer that ranks."""
+        return [layer - (self.rank_layer == "last") for layer in self.schedule.layers]
+
+
+class Forward:
+    """State of one forward, carried from layer to layer in the call's kwargs.
+
+    Attributes:
+        trace: to be filled, or None.
+        unreached: the number of a prefill, until the text model is called with it.
+        shift_labels: what the rows that are left are to predict, if the loss is taken on these alone.
+    """
+
+    trace: Trace | None = None
+    unreached: int | None = None
+    shift_labels: Tensor | None = None
+
+    def before_text(self, kwargs: Kwargs) -> Kwargs:
+        """What the text model is called with instead of `kwargs`."""
+        return kwargs
+
+    def before_layer(
+        self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor, Kwargs]:
+        """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
+        return hidden, kwargs
+
+    def after_text(self, output: Any) -> Any:
+        """What the text model returns instead of `output`."""
+        return output
+
+
+class StagedForward(Forward):
+    """A forward whose layers do not all have the same rows or slots of the KV cache.
+
+    Args:
+        info: of the model.
+        rules: of the method.
+        inputs: builds the arguments of pruned layers.
+        memory: of the KV cache; None if nothing was ever dropped from it.
+    """
+
+    def __init__(self, info: ModelInfo, rules: Rules, inputs: LayerInputs, memory: CacheState | None) -> None:
+        self.info, self.rules, self.inputs, self.memory = info, rules, inputs, memory
+        self.past, self.length = inputs.past, inputs.length
+        self._slots: dict[tuple[int, int], CacheIndex | None] = {}
+        self._changes: dict[tuple[int, ...], tuple[Kwargs, Kwargs]] = {}
+
+    def _move(self, device: torch.device) -> None:
+        """Go on where the text model has its masks and positions; the tokens of the call may be on another device."""
+        padding = self.inputs.padding
+        if padding is not None and padding.device != device:
+            self.inputs.padding = padding.to(device)
+
+    def _changed(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """`kwargs` as layer `index` needs them: worked out once for all layers alike, for Python takes its time."""
+        key = stage, self.info.alike[index], hidden.shape[-2]
+        given, changes = self._changes.get(key, ({}, {}))
+        if len(given) != len(kwargs) or any(given.get(name) is not value for name, value in kwargs.items()):
+            changes = self._build(stage, index, hidden, kwargs)
+            self._changes[key] = kwargs, changes
+        return {**kwargs, **changes} if changes else kwargs
+
+    def _build(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """What layer `index` is called with otherwise than by the text model."""
+        raise NotImplementedError
+
+    def _slots_of(self, stage: int, source: int) -> CacheIndex | None:
+        """What stands in the KV cache that a layer of `stage` reads, which is that of layer `source`; None if that is
+        every column, and all of them may be seen."""
+        if (stage, source) in self._slots:
+            return self._slots[stage, source]
+        own, held = self._own_slots(stage), self.rules.schedule.stage_of(source)
+        slots = own
+        if own is not None and held != stage:
+            total = self.past + self.length
+            own, all_columns = own.until(total), torch.arange(total, device=own.columns.device)
+            slots = self._own_slots(held) or CacheIndex(all_columns.expand(len(own.columns), -1), None, total)
+            slots = slots.until(total).among(own.columns, own.valid)
+        self._slots[stage, source] = slots
+        return slots
+
+    def _own_slots(self, stage: int) -> CacheIndex | None:
+        """The slots of a stage's own KV cache, once it has added this call's rows; None if that is every column."""
+        raise NotImplementedError
+
+
+class DecodeStep(StagedForward):
+    """A call that drops nothing, on a KV cache from which tokens were dropped: a decoding step, or a turn of text."""
+
+    memory: CacheState
+
+    def __init__(
+        self, info: ModelInfo, rules: Rules, past: int, length: int, memory: CacheState, padding: Tensor | None = None
+    ) -> None:
+        first = rules.schedule.layers[0]
+        inputs = LayerInputs(info, rules.positions, past, length, memory.shift, first, padding)
+        super().__init__(info, rules, inputs, memory)
+
+    @staticmethod
+    def is_plain(info: ModelInfo, rules: Rules, length: int, memory: CacheState, cache: Any) -> bool:
+        """Whether a step of `length` columns changes no layer's arguments, if nothing that the cache holds is hidden:
+        one row sees every slot of a layer's cache, however many there are, and no mask is made for it."""
+        attention = info.attention
+        return (
+            length == 1
+            and rules.positions == "original"
+            and (attention == "sdpa" or attention.startswith("flash"))
+            and not info.windowed
+            and not info.shares_keys
+            and not cache.is_compileable
+            and all(slots.valid is None for slots in memory.slots.values())
+        )
+
+    def before_layer(
+        self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor, Kwargs]:
+        if index == 0:
+            self._move(hidden.device)
+        return hidden, self._changed(stage, index, hidden, kwargs)
+
+    def _build(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        slots = self._slots_of(stage, self.info.sources[index])
+        return {} if slots is None else self.inputs.build(stage, index, None, slots, self.length, hidden, kwargs)
+
+    def _own_slots(self, stage: int) -> CacheIndex | None:
+        return self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)

@@ -1,0 +1,237 @@
+"""A prefill that drops visual tokens: rank, select and gather rows before layers, then restore the full length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyramiddrop.hf.cache_state import CacheIndex, CacheState, check_lengths, remember, static_width
+from pyramiddrop.hf.compatibility import check_drops, number_run
+from pyramiddrop.hf.forward import Rules, StagedForward
+from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerInputs
+from pyramiddrop.hf.model_info import ModelInfo
+from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
+from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, active_rows
+from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
+from pyramiddrop.hf.versions import cache_of, let_crop_follow
+from pyramiddrop.merging import merge
+from pyramiddrop.trace import Trace
+
+
+class Prefill(StagedForward):
+    """A call that drops tokens: they are ranked and gathered before the layers of the drops, and put back at the end.
+
+    Args:
+        info: of the model.
+        rules: of the method.
+        past: columns that the KV cache held before.
+        plan: what to drop.
+        memory: of the KV cache; None if nothing was ever dropped from it.
+        labels: (B, length), if the caller wants a loss on the rows that are left.
+        trace: to be filled, or None.
+        padding: (B, past + length) the call's own 2-D attention mask, or None.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        rules: Rules,
+        past: int,
+        plan: Plan,
+        memory: CacheState | None = None,
+        labels: Tensor | None = None,
+        trace: Trace | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
+        shift = dict(memory.shift) if memory else {}
+        inputs = LayerInputs(info, rules.positions, past, plan.length, shift, rules.schedule.layers[0], padding, plan)
+        super().__init__(info, rules, inputs, memory)
+        self.trace, self.unreached = trace, number_run()
+        self._cache: Any = None  # if this call leaves something to remember
+        # What the cache held before this call; `memory` grows while the call runs.
+        self._earlier: dict[int, CacheIndex] = dict(memory.slots) if memory else {}
+        self._ranking = self._ranking_by(plan)
+        self._deepstack: DeepStack | None = None
+        self._drop_at = {drop.layer: number for number, drop in enumerate(plan.drops)}
+        ahead = enumerate(rules.ranking_layers)
+        self._ranks_ahead = {layer: drop for drop, layer in ahead if layer < rules.schedule.layers[drop]}
+        self._kept: dict[int, Selection | None] = {0: None}  # by stage
+        self._scores: dict[int, Tensor] = {}  # by drop, if an earlier layer ranks for it
+        self._sizes: dict[int, Tensor] = {}  # by stage, how many tokens each row stands for, if tokens are merged
+        self._previous: Tensor | None = None  # what the layer before received, if the scorer compares
+        self._labels = labels
+        if labels is not None:
+            self.shift_labels = labels.new_full((len(labels), plan.drops[-1].length), -100)
+
+    def _ranking_by(self, plan: Plan) -> Ranking:
+        if isinstance(plan, LastTokenPlan):
+            return LastTokenRanking(plan, self.inputs)
+        assert isinstance(plan, GeneralPlan)
+        return GeneralRanking(plan, self.rules.schedule, self.rules.scorer, self.inputs, self._earlier)
+
+    def before_text(self, kwargs: Kwargs) -> Kwargs:
+        """`kwargs` without the visual features that the text model would add to layers after a drop: those are added
+        here, to the rows that are left."""
+        self.unreached = None
+        self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
+        return kwargs
+
+    # ---- before a decoder layer ------------------------------------------------------------------------------------
+
+    def before_layer(
+        self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor, Kwargs]:
+        if index == 0:
+            self._move(hidden.device)
+        if self._deepstack is not None:
+            hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
+        if index in self._drop_at:
+            hidden = self._drop(self._drop_at[index], index, layer, hidden, kwargs)
+        if index in self._ranks_ahead:
+            self._rank_ahead(self._ranks_ahead[index], index, layer, hidden, kwargs)
+        self._previous = hidden if self.rules.scorer.needs_previous_hidden else None
+        return hidden, self._changed(stage, index, hidden, kwargs) if stage else kwargs
+
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self._ranking.move(device)
+        self.inputs.plan = self._ranking.plan
+
+    def _drop(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """The rows of `hidden` that stay at `drop`, before layer `index`."""
+        if drop + 1 not in self._kept:  # gradient checkpointing comes here twice
+            self._decide(drop, index, layer, hidden, kwargs)
+        kept = self._kept[drop + 1]
+        if kept is None or not self._ranking.plan.drops[drop].happens:
+            return hidden
+        return self._merged(drop, kept, hidden) if self.rules.merge else take_hidden(hidden, kept.index)
+
+    @torch.no_grad()
+    def _decide(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> None:
+        """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
+        check_drops(self.info.text, self._missed(index))
+        before, scores = self._kept[drop], None
+        kept = before
+        if self._ranking.plan.drops[drop].happens:
+            scores = self._scores.pop(drop, None)
+            if scores is None:
+                scores = self._ranking.score(drop, before, index, layer, hidden, self._previous, kwargs)
+            kept = self._ranking.choose(drop, before, scores)
+        self._kept[drop + 1] = kept
+        cache = cache_of(kwargs)
+        if kept is not None and cache is not None:
+            self._remember(drop + 1, index, kept, cache, kwargs.get("position_ids"))
+        if self.trace is not None:
+            self._ranking.record(self.trace, drop, before, kept, scores)
+
+    @torch.no_grad()
+    def _rank_ahead(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> None:
+        """Score for `drop`, before the next layer, by layer `index`."""
+        if drop + 1 in self._kept or not self._ranking.plan.drops[drop].happens:
+            return
+        kept, previous = self._kept[drop], self._previous
+        if previous is not None and kept is not None and previous.shape[-2] != hidden.shape[-2]:
+            previous = take_hidden(previous, kept.index)
+        self._scores[drop] = self._ranking.score(drop, kept, index, layer, hidden, previous, kwargs)
+
+    def _merged(self, drop: int, kept: Selection, hidden: Tensor) -> Tensor:
+        """The rows that stay at `drop`, with those that are dropped averaged into them."""
+        plan = self._ranking.plan
+        assert isinstance(plan, GeneralPlan)
+        rows, _, visual = active_rows(plan, self._kept[drop])
+        earlier = [stage for stage in self._sizes if stage <= drop]  # drops that do not happen leave sizes as they are
+        sizes = self._sizes[max(earlier)] if earlier else torch.ones(rows.shape, device=rows.device)
+        groups = plan.groups.gather(1, rows)
+        # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
+        flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
+        sizes, visual, groups, index = (table.to(flat.device) for table in (sizes, visual, groups, kept.index))
+        valid = None if kept.valid is None else kept.valid.to(flat.device)
+        merged, self._sizes[drop + 1] = merge(flat, sizes, visual, groups, index, valid)
+        if hidden.dim() == 4:
+            merged = merged.view(*merged.shape[:2], len(hidden), -1).movedim(-2, 0)
+        return merged
+
+    def _remember(self, stage: int, index: int, kept: Selection, cache: Any, position_ids: Tensor | None) -> None:
+        if self.memory is None:
+            self.memory = CacheState(self.rules.schedule.layers, self.rules.positions)
+        self._cache = cache
+        earlier = self._earlier.get(stage, CacheIndex(kept.rows[:, :0], None, 0))
+        slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
+        self.memory.hold(stage, slots, static_width(cache, index))
+        if self.rules.positions == "compact":
+            assert position_ids is not None
+            self.memory.shift[stage] = self.inputs.new_shift(stage, kept, position_ids)
+
+    # ---- what a layer is called with -------------------------------------------------------------------------------
+
+    def _build(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        source = self.info.sources[index]
+        kept, slots = self._kept.get(stage), self._slots_of(stage, source)
+        if slots is None:
+            return {}
+        if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
+            kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
+        return self.inputs.build(stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs)
+
+    def _written(self, stage: int, index: int, source: int) -> int:
+        """How many rows of this call layer `source` has written, whose cache layer `index` reads."""
+        kept = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
+        return self.length if kept is None else kept.rows.shape[1]
+
+    def _own_slots(self, stage: int) -> CacheIndex | None:
+        if self.memory is None:
+            kept = self._kept.get(stage)
+            return None if kept is None else CacheIndex(kept.rows, kept.valid, self.length)
+        slots = self.memory.slots.get(stage)
+        return slots and slots.until(self.past + self.length)
+
+    # ---- after the text model --------------------------------------------------------------------------------------
+
+    def after_text(self, output: Any) -> Any:
+        """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
+        # Fewer layers run where a model drafts for itself.
+        check_drops(self.info.text, self._missed(self.info.text.config.num_hidden_layers))
+        if self._cache is not None:
+            self._hand_over(self._cache)
+        kept = self._kept.get(len(self._ranking.plan.drops))
+        if kept is None or output[0].shape[1] != kept.rows.shape[1]:
+            return output
+        return give_back(output, lambda hidden: self._last(hidden, kept), self._full_hidden, self._full_attention)
+
+    def _missed(self, index: int) -> list[int]:
+        """The layers before layer `index` before which tokens should have been dropped and were not."""
+        drops = enumerate(self._ranking.plan.drops)
+        return [drop.layer for number, drop in drops if number + 1 not in self._kept and drop.layer < index]
+
+    def _hand_over(self, cache: Any) -> None:
+        """Put the memory on the cache, once all layers are in it."""
+        assert self.memory is not None
+        stages = {index: self.rules.schedule.stage_of(index) for index in self.info.caching}
+        check_lengths(cache, self.past + self.length, stages, self.memory)
+        remember(cache, self.memory)
+        let_crop_follow(cache, {index: self.memory.missing(stage) for index, stage in stages.items()})
+
+    def _last(self, hidden: Tensor, kept: Selection) -> Tensor:
+        """The full length; or the rows that are left, with their labels beside them."""
+        if self.shift_labels is None or self._labels is None:
+            return scatter_rows(hidden, kept.rows, kept.valid, self.length)
+        self.shift_labels.copy_(take_next_labels(self._labels, kept.rows, kept.valid))
+        return hidden
+
+    def _full_hidden(self, index: int, hidden: Tensor | None) -> Tensor | None:
+        kept = self._kept.get(self.rules.schedule.stage_of(index))
+        if hidden is None or kept is None:
+            return hidden
+        return scatter_rows(hidden, kept.rows, kept.valid, self.length)
+
+    def _full_attention(self, index: int, weights: Tensor | None) -> Tensor | None:
+        """(B, H, N, K) attention weights of layer `index` as (B, H, length, past + length)."""
+        stage = self.rules.schedule.stage_of(index)
+        kept, slots = self._kept.get(stage), self._slots_of(stage, index)
+        if weights is None or kept is None or slots is None:
+            return weights
+        weights = scatter_rows(weights, kept.rows, kept.valid, self.length, dim=2)
+        weights = weights[..., : slots.columns.shape[1]]  # a static cache is wider than what it holds
+        return scatter_rows(weights, slots.columns, slots.valid, self.past + self.length, dim=3)

@@ -1,0 +1,350 @@
+"""Extract the visual, query and protected token masks from the arguments of a forward call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pyramiddrop.hf.images import counted_along, frames_of_beams, group_tokens, video_frames, video_lengths
+from pyramiddrop.hf.model_info import ModelInfo
+from pyramiddrop.hf.packing import find_documents
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """Masks that the user gave: (B, L) bool on the CPU, or None.
+
+    Raises:
+        ValueError: where one is no two-dimensional bool tensor, or their shapes differ.
+    """
+
+    visual: Tensor | None = None
+    query: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, mask in (("visual_mask", self.visual), ("query_mask", self.query)):
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"{name} must be a bool tensor of shape (batch, length); got {got}")
+        if self.visual is not None and self.query is not None and self.visual.shape != self.query.shape:
+            raise ValueError(
+                f"visual_mask and query_mask must have the same shape; got {tuple(self.visual.shape)} and "
+                f"{tuple(self.query.shape)}"
+            )
+
+
+def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(B, L) of the call's tokens, or None if it has none."""
+    for name in ("input_ids", "inputs_embeds"):
+        if call.get(name) is not None:
+            return tuple(call[name].shape[:2])
+    return None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of one prefill, as its call describes them. All tensors are on the CPU.
+
+    Attributes:
+        call: the arguments of the forward.
+        shape: (B, L) of its tokens.
+        past: columns that the KV cache holds already.
+        visual: (B, L) bool, the visual tokens, at padding too.
+        valid: (B, L) bool, False at padding; None if there is none.
+        documents: (B, L) long, the document of each column counted along its row; None if no row is packed.
+        labels: (B, L) bool, the tokens that have a label; None without labels.
+        query: (B, L) bool, the user's query tokens; None if the user gave none.
+        candidates: columns at the end that are no prompt: candidate tokens of assisted decoding.
+    """
+
+    call: Mapping[str, Any]
+    shape: tuple[int, int]
+    past: int
+    visual: Tensor
+    valid: Tensor | None
+    documents: Tensor | None
+    labels: Tensor | None
+    query: Tensor | None
+    candidates: int
+
+    @property
+    def last_token_asks(self) -> bool:
+        """True if every sample is a whole prompt whose last column asks: no padding, labels, documents or cache."""
+        told = (self.valid, self.documents, self.labels, self.query)
+        return not self.past and not self.candidates and all(mask is None for mask in told)
+
+
+@dataclass(frozen=True)
+class PromptMasks:
+    """Which of a prefill's B x L tokens are visual, ask or must stay. All tensors are on the CPU.
+
+    Attributes:
+        visual: (B, L) bool, the visual tokens.
+        queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
+        instruction: (B, L) bool, the text from a sample's last visual token to its last query token.
+        protected: (B, L) bool, tokens that are never dropped, for something is read off their rows.
+        valid: (B, L) bool, False at padding, where the other masks are False too; None if there is none.
+        groups: (B, L) long, the group of each visual token: those that share a quota.
+        past: columns that the KV cache holds already.
+        documents: (B, L) long, the document of each column counted along its row; None if no row is packed.
+        labels: (B, L) bool, the tokens that have a label; None without labels.
+        ignored: (B, L) bool, the tokens whose labels are not scored if tokens are dropped; None if all are.
+    """
+
+    visual: Tensor
+    queries: Tensor
+    instruction: Tensor
+    protected: Tensor
+    valid: Tensor | None
+    groups: Tensor
+    past: int
+    documents: Tensor | None = None
+    labels: Tensor | None = None
+    ignored: Tensor | None = None
+
+
+def read_prompt(
+    call: Mapping[str, Any],
+    shape: tuple[int, int],
+    info: ModelInfo,
+    given: GivenMasks,
+    past: int,
+    candidates: int = 0,
+    may_be_packed: bool = True,
+) -> Prompt:
+    """Read the tokens of a prefill.
+
+    Args:
+        call: arguments of the model's forward.
+        shape: (B, L) of its tokens.
+        info: of the model.
+        given: masks that the user gave.
+        past: columns in the KV cache.
+        candidates: columns at the end that are no prompt.
+        may_be_packed: whether a row may hold several documents; those of `generate` never do.
+
+    Raises:
+        ValueError: for embeddings without a visual mask, for masks that do not fit the call, and for packed rows that
+            cannot be followed.
+    """
+    visual = _fitted(given.visual, "visual_mask", shape, past)
+    if visual is None:
+        visual = _visual_from_ids(call, shape, info)
+    if candidates:
+        visual = visual & _prompt_columns(shape, candidates)
+    valid = _valid(call.get("attention_mask"), shape, past)
+    return Prompt(
+        call=call,
+        shape=shape,
+        past=past,
+        visual=visual,
+        valid=valid,
+        documents=find_documents(call, shape, valid, past) if may_be_packed else None,
+        labels=_supervised(call, shape),
+        query=_fitted(given.query, "query_mask", shape, past),
+        candidates=candidates,
+    )
+
+
+def read_prompt_masks(
+    prompt: Prompt,
+    info: ModelInfo,
+    training: bool,
+    grouping: str,
+    given_frames: Sequence[int] | None = None,
+    beams: int = 1,
+) -> PromptMasks:
+    """Work out the masks of a prefill.
+
+    Args:
+        info: of the model.
+        training: whether this is a training forward: then only labels (or a query mask) say which tokens ask.
+        grouping: "sample", "image" or "frame": which visual tokens share a quota.
+        given_frames: of each video that `generate` was given; its forwards are not told.
+        beams: how often `generate` has repeated each row.
+    """
+    valid, documents, labels = prompt.valid, prompt.documents, prompt.labels
+    there = torch.ones(prompt.shape, dtype=torch.bool) if valid is None else valid
+    visual, text = prompt.visual & there, ~prompt.visual & there
+    query, protected, ignored = prompt.query, torch.zeros_like(visual), None
+    if labels is not None:
+        answer, text = labels & text, text & ~labels
+        protected = pad(answer[:, 1:], (0, 1))
+        ignored = _ignored(labels, visual & ~protected, prompt.visual, valid)
+        if query is None:
+            query = protected & ~answer & ~_ends(documents, prompt.shape)
+    elif query is None and training:
+        query = protected
+    elif query is None:
+        asked = there & _prompt_columns(prompt.shape, prompt.candidates)
+        query = asked & (torch.arange(prompt.shape[1]) == last_column(asked, documents))
+    query = query & there
+    groups = _groups(prompt, info, grouping, visual, given_frames, beams)
+    if documents is not None:
+        groups = counted_along(groups + documents * prompt.shape[1], visual)
+    instruction = _instruction(visual, query, text, documents)
+    return PromptMasks(
+        visual, query, instruction, protected | query, valid, groups, prompt.past, documents, labels, ignored
+    )
+
+
+def extend_prompt_masks(masks: PromptMasks, call: Mapping[str, Any], shape: tuple[int, int]) -> PromptMasks:
+    """The prompt's masks for a later, uncached step of its generation: new tokens are not visual and do not ask."""
+    new = shape[1] - masks.visual.shape[1]
+    names = ("visual", "queries", "instruction", "protected", "groups")
+    extended: dict[str, Any] = {name: pad(getattr(masks, name), (0, new)) for name in names}
+    return replace(masks, **extended, valid=_valid(call.get("attention_mask"), shape, masks.past))
+
+
+def last_column(mask: Tensor, documents: Tensor | None) -> Tensor:
+    """(B, L) for each column the last True of `mask` in its row, or in its document of `documents`; -1 for none."""
+    columns = torch.arange(mask.shape[1]).expand_as(mask).masked_fill(~mask, -1)
+    if documents is None:
+        return columns.max(1, keepdim=True).values.expand_as(columns)
+    last = columns.new_full((len(mask), int(documents.max()) + 1), -1)
+    return last.scatter_reduce(1, documents, columns, "amax").gather(1, documents)
+
+
+def _prompt_columns(shape: tuple[int, int], candidates: int) -> Tensor:
+    """(L,) bool, False at the columns at the end that are no prompt."""
+    return torch.arange(shape[1]) < shape[1] - candidates
+
+
+def _supervised(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """(B, L) bool, the tokens with a label; None without labels, and if they are not those of tokens."""
+    labels = call.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != shape:
+        return None
+    supervised: Tensor = labels.cpu() != IGNORED_LABEL
+    return supervised
+
+
+def _ignored(labels: Tensor, droppable: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor | None:
+    """(B, L) the supervised tokens whose label says nothing of an answer: visual ones, and those that padding or a
+    `droppable` visual token would have to predict. None if there are none."""
+    blind = droppable if valid is None else droppable | ~valid
+    ignored = labels & (visual | pad(blind, (1, 0))[:, :-1])
+    return ignored if bool(ignored.any()) else None
+
+
+def _ends(documents: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """(B, L) True at the last token of each document but a row's last."""
+    if documents is None:
+        return torch.zeros(shape, dtype=torch.bool)
+    return pad(documents[:, 1:] != documents[:, :-1], (0, 1))
+
+
+def _visual_from_ids(call: Mapping[str, Any], shape: tuple[int, int], info: ModelInfo) -> Tensor:
+    ids, types = call.get("input_ids"), call.get("mm_token_type_ids")
+    if ids is not None and info.visual_ids:
+        return _among(ids, info.visual_ids)
+    if types is not None and types.shape == shape:
+        typed: Tensor = types.cpu() > 0
+        return typed
+    raise ValueError(
+        "visual_mask is needed: this call has no ids of visual tokens (inputs_embeds, or a text model). Give a "
+        "(batch, length) bool mask: with method(model, visual_mask=mask)"
+    )
+
+
+def _among(ids: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    return torch.isin(ids.cpu(), torch.tensor(numbers))
+
+
+def _groups(
+    prompt: Prompt, info: ModelInfo, grouping: str, visual: Tensor, given_frames: Sequence[int] | None, beams: int
+) -> Tensor:
+    if grouping == "sample":
+        return torch.zeros_like(visual, dtype=torch.long)
+    # The model numbers its images by all image tokens, those at padding too.
+    marked, ids = prompt.visual, prompt.call.get("input_ids")
+    video = torch.zeros_like(marked) if ids is None else _among(ids, info.video_ids) & marked
+    lengths = info.image_lengths(prompt.call, marked & ~video)
+    frames = video_frames(prompt.call, info.merged_frames)
+    if frames is None and given_frames is not None:
+        frames = frames_of_beams(given_frames, video, beams)
+    return group_tokens(grouping, marked, video, lengths, frames, video_lengths(prompt.call)) * visual
+
+
+def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
+    """The user's mask for this call: of the call's shape, or of all columns so far; repeated for beams."""
+    if mask is None:
+        return None
+    batch, length = shape
+    if mask.shape[1] == past + length:
+        mask = mask[:, past:]
+    if mask.shape[1] != length or batch % len(mask):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, but this call has {batch} x {length} tokens")
+    mask = mask.cpu()
+    return mask if batch == len(mask) else mask.repeat_interleave(batch // len(mask), 0)
+
+
+def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
+    """(B, L) bool, False at padding, from a 2-D mask or from the diagonal of a prepared 4-D one; None: no padding."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        own = mask[..., past : past + shape[1]].diagonal(dim1=-2, dim2=-1)[:, 0]
+        mask = own if own.dtype == torch.bool else own >= 0
+    valid = mask[:, -shape[1] :].bool().cpu().expand(shape)
+    return None if bool(valid.all()) else valid
+
+
+def _instruction(visual: Tensor, query: Tensor, text: Tensor, documents: Tensor | None) -> Tensor:
+    """(B, L) the `text` behind each sample's last visual token, up to its last query token."""
+    columns = torch.arange(visual.shape[1]).expand_as(visual)
+    return text & (columns > last_column(visual, documents)) & (columns <= last_column(query, documents))
+
+
+_ANSWERS = (
+    "Supervise the answers alone (with TRL: prompt and completion, or assistant_only_loss=True), or give query_mask"
+)
+
+
+def remark(masks: PromptMasks, drops: bool, query_given: bool) -> str | None:
+    """What the user of a training or evaluation loop may not have meant, and what to do; None if all is well.
+
+    Args:
+        drops: whether this forward drops anything.
+        query_given: whether a query_mask says who asks, and not the labels.
+    """
+    if not drops:
+        return f"drops nothing in this forward: {_why_nothing(masks, query_given)}"
+    if masks.labels is None or query_given:
+        return None
+    asked, asked_by_text = (
+        last_column(queries, masks.documents) >= 0 for queries in (masks.queries, masks.queries & ~masks.visual)
+    )
+    if bool((masks.visual & asked & ~asked_by_text).any()):
+        return (
+            "ranks by visual tokens in this forward, which have not read the question: the text behind an image is "
+            f"supervised from its first token on, and the token before it asks. {_ANSWERS}. Labels of visual tokens "
+            "are ignored"
+        )
+    if masks.ignored is not None and bool((masks.ignored & masks.visual).any()):
+        return "ignores labels of visual tokens, for it drops such tokens: set them to -100"
+    return None
+
+
+def _why_nothing(masks: PromptMasks, query_given: bool) -> str:
+    if masks.queries.any():
+        return "the samples that ask have so few visual tokens that the schedule keeps them all"
+    if query_given:
+        return "query_mask marks no token"
+    if masks.labels is None:
+        return "it has no labels, so no token asks. Pass labels to the model, or give query_mask, or call model.eval()"
+    if not masks.protected.any():
+        return (
+            "no label of its text is supervised, so no token asks. Give the answers their token ids as labels, and all "
+            "other tokens -100"
+        )
+    return f"its text is supervised from the first token on, so no token stands before an answer and asks. {_ANSWERS}"

@@ -1,0 +1,64 @@
+"""The budgets of papers, and what each pyramid makes of them: no paper prints the schedule that it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from pyramiddrop.cost import ModelShape, Prompt
+from pyramiddrop.planning.budget import Budget
+from pyramiddrop.planning.solve import PAPER_STAGES, InfeasibleBudgetError, Plan, plan
+
+#: Visual tokens of a model -> the average visual tokens of a layer at which papers compare methods on it.
+PUBLISHED = {576: (192, 128, 64), 2880: (640, 320, 160)}
+PAPER_PYRAMID = f"{PAPER_STAGES} equal stages"
+
+
+@dataclass(frozen=True)
+class PublishedPlan:
+    """One pyramid for one of the budgets.
+
+    Attributes:
+        tokens: the budget, visual tokens of a layer on average.
+        pyramid: where the drops lie, for people.
+        plan: the schedule, or the nearest one where the budget is out of reach.
+        within_reach: whether it is within the budget.
+    """
+
+    tokens: int
+    pyramid: str
+    plan: Plan
+    within_reach: bool
+
+
+def published_plans(model: ModelShape, prompt: Prompt) -> list[PublishedPlan]:
+    """Every pyramid for every published budget of so many visual tokens.
+
+    Raises:
+        ValueError: where no budgets are published for so many.
+    """
+    budgets = PUBLISHED.get(prompt.visual_tokens)
+    if budgets is None:
+        raise ValueError(
+            f"papers compare budgets of {' and '.join(map(str, PUBLISHED))} visual tokens, and this prompt has "
+            f"{prompt.visual_tokens}: give a budget of your own"
+        )
+    ways = {
+        PAPER_PYRAMID: partial(plan, stages=PAPER_STAGES),
+        f"{PAPER_STAGES + 1} equal stages": partial(plan, stages=PAPER_STAGES + 1),
+        "concave": partial(plan, pyramid="concave"),
+        "one drop": partial(plan, pyramid="single"),
+    }
+    return [
+        _published(tokens, pyramid, partial(solve, model, prompt, Budget(tokens=tokens)))
+        for tokens in budgets
+        for pyramid, solve in ways.items()
+    ]
+
+
+def _published(tokens: int, pyramid: str, solve: Callable[[], Plan]) -> PublishedPlan:
+    try:
+        return PublishedPlan(tokens, pyramid, solve(), True)
+    except InfeasibleBudgetError as error:
+        return PublishedPlan(tokens, pyramid, error.nearest, False)
