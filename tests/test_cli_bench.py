@@ -36,6 +36,32 @@ def test_the_bundled_model_is_measured_without_any_option() -> None:
         assert row in result.stdout
 
 
+def test_overhead_counts_operations() -> None:
+    record = record_of(*TINY, "--overhead", "--method", "fastv")
+    assert record["kind"] == "overhead"
+    vanilla, fastv = record["results"]
+    assert vanilla["added"] == {"prefill_ops": 0, "step_ops": 0}
+    assert 0 < fastv["added"]["prefill_ops"] == fastv["prefill_ops"] - vanilla["prefill_ops"]
+    assert fastv["ratios"]["step"] == pytest.approx(fastv["step"]["median"] / vanilla["step"]["median"], rel=1e-3)
+    result = run(*TINY, "--overhead")
+    for row in ("operations of a prefill", "added", "a prefill, ratio", "a step, ratio"):
+        assert row in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--overhead", "--train"], "--train and --overhead measure different things"),
+        (["--overhead", "--new-tokens", "3"], "--new-tokens means nothing with --overhead"),
+        (["--overhead", "--plot", "x.png"], "--plot draws seconds and memory"),
+    ],
+)
+def test_what_overhead_does_not_go_with(arguments: list[str], message: str) -> None:
+    result = run(*TINY, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 def test_json_of_random_weights() -> None:
     record = record_of(*TINY, "--batch", "1,3", "--new-tokens", "3", "--method", "fastv:keep=0.25")
     assert record["kind"] == "generation"

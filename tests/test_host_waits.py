@@ -10,8 +10,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
-from pyramiddrop.hf import query_key
+from pyramiddrop.hf import query_key, ranking
 from pyramiddrop.hf.versions import cache_argument
+from pyramiddrop.scoring import TopHeadsScorer
+from pyramiddrop.selection import best
 from pyramiddrop.speed.subject import shape_subject
 
 METHODS = [
@@ -72,11 +74,11 @@ def test_a_prefill_and_a_step_ask_for_no_value(
 
 
 def test_what_asks_for_a_value_would_be_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = PyramidDrop().scorer().__class__.__call__
+    scores = TopHeadsScorer.__call__
     monkeypatch.setattr(
-        PyramidDrop().scorer().__class__,
-        "__call__",
-        lambda self, evidence: scores(self, evidence) * evidence.quota.max().item(),
+        TopHeadsScorer, "__call__", lambda self, evidence: scores(self, evidence) * evidence.quota.max().item()
     )
-    with torch.no_grad(), PyramidDrop()(model, visual_mask=marked((5, 35))), pytest.raises(RuntimeError, match="meta"):
-        model(inputs_embeds=embedded(model, 1, 40))
+    monkeypatch.setattr(ranking, "best", lambda scores, count: best(scores * scores.max().item(), count))
+    for method in (PyramidDrop(score="top_heads"), PyramidDrop()):
+        with torch.no_grad(), method(model, visual_mask=marked((5, 35))), pytest.raises(RuntimeError, match="meta"):
+            model(inputs_embeds=embedded(model, 1, 40))

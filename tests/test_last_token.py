@@ -63,9 +63,9 @@ def test_both_paths_keep_the_same_rows(visual: Tensor, keep: list[float], seed: 
     values = torch.tensor([0.0, 1.0, 2.0, float("inf"), float("-inf"), float("nan")])
     generator = torch.Generator().manual_seed(seed)
     for drop, planned in enumerate(short.drops):
-        rows, _, candidates = active_rows(whole, kept)
+        rows, _, candidates = active = active_rows(whole, kept)
         scores = values[torch.randint(0, len(values), rows.shape, generator=generator)]
-        expected = select_rows(whole, drop, kept, scores)
+        expected = select_rows(whole, drop, active, scores)
         if not planned.happens:
             continue
         found = ranking.choose(drop, kept, scores[candidates].view(len(rows), -1))

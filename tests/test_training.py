@@ -269,12 +269,42 @@ def test_gradient_checkpointing_replays_a_random_decision(reentrant: bool) -> No
 def test_kept_logits(attention: str, specs: str) -> None:
     model = tiny_model("llava", attention)
     inputs = training_batch(model, SAMPLES[specs])
-    full = check_training(model, HALVES, inputs)
+    full = check_training(model, HALVES, inputs, logits="full")
     kept = check_training(model, HALVES, inputs, logits="kept")
     lengths = reference.train(model, HALVES, inputs).lengths
     assert full.logits.shape[1] == inputs["input_ids"].shape[1]
     assert kept.logits.shape[1] == lengths[-1]
     torch.testing.assert_close(kept.loss, full.loss, atol=1e-6, rtol=1e-6)
+
+
+def test_by_default_logits_are_short_only_while_a_model_trains() -> None:
+    model = tiny_model("llava")
+    inputs = training_batch(model, SAMPLES["several turns"])
+    lengths = reference.train(model, HALVES, inputs).lengths
+    with method_of(HALVES)(model.train()):
+        output = model(**inputs)
+        assert output.logits.shape[1] == lengths[-1]
+        with torch.no_grad():
+            full = model(**inputs)
+        assert full.logits.shape[1] == lengths[0]
+        model.eval()
+        assert model(**inputs).logits.shape[1] == lengths[0]
+    torch.testing.assert_close(output.loss, full.loss, atol=1e-6, rtol=1e-6)
+
+
+def test_by_default_a_model_that_takes_its_own_loss_sees_all_logits() -> None:
+    class Own(type(tiny_model("llava"))):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+            logits = super().forward(input_ids, labels=labels, **kwargs).logits
+            return reference.next_token_loss(logits, labels)
+
+    model = tiny_model("llava").train()
+    inputs = training_batch(model, SAMPLES["several turns"])
+    model.__class__ = Own
+    with method_of(HALVES, logits="full")(model):
+        expected = model(**inputs)
+    with method_of(HALVES)(model):
+        torch.testing.assert_close(model(**inputs), expected)
 
 
 def test_rows_that_are_left_predict_what_stood_behind_them_and_filler_nothing() -> None:
@@ -300,7 +330,7 @@ def test_full_logits_stand_where_the_caller_expects_them() -> None:
     """A trainer's own loss on the logits, without the model's, gives the same."""
     model = tiny_model()
     inputs = training_batch(model, SAMPLES["several turns"])
-    with method_of(HALVES)(model):
+    with method_of(HALVES, logits="full")(model):
         output = model(**inputs)
     own = reference.next_token_loss(output.logits, inputs["labels"])
     torch.testing.assert_close(own, output.loss, atol=1e-6, rtol=1e-6)

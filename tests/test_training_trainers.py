@@ -201,15 +201,45 @@ def test_the_accuracy_and_the_entropy_of_trl(logits: str, tmp_path: Path, llava_
 
 
 def test_older_code_that_reads_the_logits(tmp_path: Path) -> None:
-    """TRL before its fused head, and anyone's metrics: full logits stand beside the labels."""
+    """TRL before its fused head, and anyone's own loss: with `logits="full"` they stand beside the labels."""
     model = tiny_model("llava-gqa").train()
     inputs = Rows(model).steps()[0]
     wanted = reference.train(model, HALVES, inputs).logits[:, :-1].argmax(-1)
-    apply(model, method_of(HALVES))
+    apply(model, method_of(HALVES, logits="full"))
     labels = inputs["labels"][:, 1:]
     supervised = labels != -100
     output = model(**inputs, use_cache=False)
     assert torch.equal(output.logits[:, :-1].argmax(-1)[supervised], wanted[supervised])
+
+
+def test_a_trainer_that_evaluates(expected: Any, tmp_path: Path) -> None:
+    """By default training computes the logits of kept rows alone, and evaluation gives metrics all of them."""
+    losses, weights = expected
+    model = tiny_model("llava-gqa").train()
+    rows, shapes, trained = Rows(model), list[tuple[tuple[int, ...], ...]](), list[int]()
+    model.lm_head.register_forward_pre_hook(lambda head, given: trained.append(given[0].shape[1]) or None)
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        shapes.append((prediction.predictions.shape[:2], prediction.label_ids.shape))
+        return {}
+
+    apply(model, method_of(HALVES))
+    trainer = Trainer(
+        model,
+        arguments(TrainingArguments, tmp_path, per_device_eval_batch_size=BATCH),
+        data_collator=rows.collate,
+        train_dataset=rows.table,
+        eval_dataset=rows.table,
+        compute_metrics=metrics,
+    )
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(losses, rel=1e-4)
+    assert_same_weights(model, weights)
+    columns = rows.steps()[0]["labels"].shape[1]
+    assert max(trained) < columns, "training needs no logits of dropped rows"
+    # Transformers 5.24 cannot put such outputs of LLaVA together, whether tokens are dropped or not.
+    trainer.evaluate(ignore_keys=["cache", "past_key_values", "image_outputs", "image_hidden_states"])
+    assert [predictions == labels for predictions, labels in shapes] == [True]
 
 
 # --- Precisions and layers ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The front door: a method is a schedule, a scorer and a few rules; it goes on a model and comes off again.
 
-The adapter is imported where a model is at hand: whoever only asks what a method costs need not wait for Transformers.
+The adapter and PyTorch are imported where a model is at hand: whoever only asks what a method costs need not wait.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from inspect import cleandoc
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
-
-from torch import Tensor, nn
 
 from pyramiddrop.cost import Choice, DecoderShape, merging_flops
 from pyramiddrop.saving import install_save_hook, remove_save_hook
@@ -33,15 +31,17 @@ from pyramiddrop.scoring import (
 from pyramiddrop.trace import Trace
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from pyramiddrop.hf import Attachment, GivenMasks, Rules
     from pyramiddrop.hf.model_info import ModelInfo
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound="nn.Module")
 
 FILE_NAME = "pyramiddrop.json"
 Positions = Literal["original", "compact"]
 RankLayer = Literal["next", "last"]
-Logits = Literal["full", "kept"]
+Logits = Literal["auto", "full", "kept"]
 BY_ATTENTION, BY_VISION = AttentionScorer(), VisionScorer()
 
 
@@ -58,7 +58,8 @@ class Method:
         per_frame: each image and each frame of a video has its own quota.
         merge: merge each dropped token into the most similar kept token of its group.
         logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
-            logits and the loss for the rows that are left alone, which needs less memory.
+            logits and the loss for the kept rows alone, which needs less memory; "auto" is "kept" while a model trains
+            (in training mode, with gradients, if Transformers' own loss is taken), and else "full".
         source: where the method was published.
 
     Raises:
@@ -71,7 +72,7 @@ class Method:
     per_image: bool = False
     per_frame: bool = False
     merge: bool = False
-    logits: Logits = "full"
+    logits: Logits = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("positions", self.positions, get_args(Positions))
@@ -529,6 +530,8 @@ def _attachment(model: nn.Module) -> Attachment:
 
 def _module_of(model: Any) -> Any:
     """The model, or that of a pipeline."""
+    from torch import nn
+
     if isinstance(model, Method):
         raise TypeError(f"the model comes first: apply(model, {type(model).__name__}())")
     module = model if isinstance(model, nn.Module) else getattr(model, "model", None)

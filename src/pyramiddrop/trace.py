@@ -6,12 +6,12 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyramiddrop.cost import Cost, DecoderShape, kv_bytes, prefill_flops
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Ranked(NamedTuple):
@@ -49,17 +49,19 @@ class StageTrace:
         """
         if self._ranked is None:
             return None
+        import torch
+
         rows, scores = self._ranked.rows.cpu(), self._ranked.scores.cpu()
         visual, found = _marked(rows, self._ranked.visual), []
         for row, mask, values, columns in zip(rows, visual, scores.float(), self._columns, strict=True):
             places = torch.searchsorted(columns, row[mask] + self._offset)
-            found.append(torch.full((len(columns),), float("nan")).index_put((places,), values[mask]))
+            found.append(values.new_full((len(columns),), float("nan")).index_put((places,), values[mask]))
         return found
 
 
 def _marked(rows: Tensor, visual: Tensor | None) -> Tensor:
     """(B, N) bool on the CPU, which `rows` are visual tokens."""
-    return torch.ones(rows.shape, dtype=torch.bool) if visual is None else visual.cpu()
+    return rows.cpu() >= 0 if visual is None else visual.cpu()
 
 
 @dataclass(repr=False)

@@ -24,7 +24,7 @@ def bench(
         str | None,
         typer.Option(
             help="Random weights of a shape, the decoder alone: llava-1.5-7b, qwen2.5-vl-7b, internvl3-8b, ..., or "
-            "mid, small, tiny. (default: the bundled model)",
+            "mid, small, tiny, deep. (default: the bundled model)",
             rich_help_panel=SUBJECT,
         ),
     ] = None,
@@ -46,6 +46,15 @@ def bench(
     train: Annotated[
         bool,
         typer.Option("--train", help="Training steps, with and without checkpointing.", rich_help_panel=HOW),
+    ] = False,
+    overhead: Annotated[
+        bool,
+        typer.Option(
+            "--overhead",
+            help="Count the operations that dropping adds to a prefill and to a decoding step, and time both. "
+            "(default shape: deep, 32 layers so narrow that launching is the time)",
+            rich_help_panel=HOW,
+        ),
     ] = False,
     optimizer: Annotated[
         bool, typer.Option("--optimizer/--no-optimizer", help="Of --train: AdamW steps, too.", rich_help_panel=HOW)
@@ -70,15 +79,19 @@ def bench(
     from pyramiddrop.report.speed_plot import check_plot_path
     from pyramiddrop.speed.bench import BenchOptions, prepare_bench
 
-    if train and new_tokens is not None:
-        raise InputError("--new-tokens means nothing with --train, which generates none")
+    if train and overhead:
+        raise InputError("--train and --overhead measure different things; give one of them")
+    if (train or overhead) and new_tokens is not None:
+        raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
+    if plot and overhead:
+        raise InputError("--plot draws seconds and memory, of which --overhead measures none; leave one of them out")
     if not train and not optimizer:
         raise InputError("--no-optimizer belongs to --train")
     if plot:
         with user_input():
             check_plot_path(plot)
     options = BenchOptions(
-        shape=shape,
+        shape="deep" if overhead and not (shape or model) else shape,
         num_layers=num_layers,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
@@ -91,11 +104,11 @@ def bench(
         device=device,
         dtype=dtype,
     )
-    with spinner(f"preparing {shape or model or 'the bundled model'}"):
+    with spinner(f"preparing {options.shape or model or 'the bundled model'}"):
         ready = prepare_bench(options, lambda reason: stderr().print(reason, soft_wrap=True))
     with progress() as begin:
         tick = begin("measuring", ready.runs(repeats, train))
-        record = _measure(ready, train, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
+        record = _measure(ready, train, overhead, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
     if plot:
         _draw(record, plot)
     if as_json:
@@ -114,10 +127,18 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def _measure(
-    ready: Bench, train: bool, optimizer: bool, new_tokens: int, repeats: int, tick: Callable[[], None]
+    ready: Bench,
+    train: bool,
+    overhead: bool,
+    optimizer: bool,
+    new_tokens: int,
+    repeats: int,
+    tick: Callable[[], None],
 ) -> dict[str, Any]:
     if train:
         return ready.training(repeats, optimizer, tick)
+    if overhead:
+        return ready.overhead(repeats, tick)
     return ready.generation(new_tokens, repeats, tick)
 
 

@@ -91,7 +91,14 @@ class Attachment:
         check_grouping(parts, rules.grouping)
 
     def _make_dispatcher(self) -> Dispatcher:
-        return Dispatcher(self.anatomy, self.rules, self.given, self.trace, self._closed < 0)
+        return Dispatcher(self.anatomy, self.rules, self.given, self.trace, self._reads_shift_labels)
+
+    @property
+    def _reads_shift_labels(self) -> bool:
+        """Whether the loss is taken by Transformers' `loss_function`, which is given every further argument."""
+        forward = inspect.unwrap(getattr(self.anatomy.generator, "forward", _parameters))
+        code = getattr(forward, "__code__", None)
+        return self._closed < 0 and code is not None and "loss_function" in code.co_names
 
     def _attach(self, names: list[tuple[str, ...]]) -> None:
         text, generator = self.anatomy.text, self.anatomy.generator

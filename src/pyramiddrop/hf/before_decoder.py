@@ -108,7 +108,7 @@ class PreLLMAttachment(Attachment):
 
     def _make_dispatcher(self) -> PreLLMDispatcher:
         return PreLLMDispatcher(
-            self.anatomy, self.rules, self.given, self.trace, self._closed < 0, self.watch, self.shrunk
+            self.anatomy, self.rules, self.given, self.trace, self._reads_shift_labels, self.watch, self.shrunk
         )
 
     def _check(self) -> None:
@@ -135,11 +135,11 @@ class PreLLMDispatcher(Dispatcher):
         rules: Rules,
         given: GivenMasks,
         trace: Trace,
-        may_shorten_labels: bool,
+        reads_shift_labels: bool,
         watch: ClsAttentionRecorder | None,
         shrunk: DownsampledEncoder | None,
     ) -> None:
-        super().__init__(info, rules, given, trace, may_shorten_labels)
+        super().__init__(info, rules, given, trace, reads_shift_labels)
         self.watch, self.shrunk = watch, shrunk
 
     def open(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
@@ -225,11 +225,11 @@ class _Prompt(Forward):
     def _choose(self, hidden: Tensor) -> Selection:
         """The rows that stay; the trace is told."""
         scores = self._scores(hidden)
-        kept = select_rows(self.plan, 0, None, scores)
+        every = active_rows(self.plan, None)
+        kept = select_rows(self.plan, 0, every, scores)
         if self.trace is not None:
-            every, _, candidates = active_rows(self.plan, None)
             rows, _, visual = active_rows(self.plan, kept)
-            ranked = Ranked(every, candidates, scores)
+            ranked = Ranked(every[0], every[2], scores)
             self.trace.record(0, self.plan.drops[0].keep, rows, visual, 0, ranked)
         return kept
 

@@ -252,6 +252,7 @@ class CacheState(RowMemory):
         slots: stage number -> its slots, for stages at which something was dropped.
         wide: the same for a static cache's whole width, where it is one.
         shift: stage number -> (B, 1) how far positions were renumbered (`positions="compact"` only).
+        plain: whether the last step of decoding has changed no layer's arguments, and had no mask.
     """
 
     layers: tuple[int, ...]
@@ -259,6 +260,7 @@ class CacheState(RowMemory):
     slots: dict[int, CacheIndex] = field(default_factory=dict)
     wide: dict[int, CacheIndex] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
+    plain: bool = False
     _ahead: dict[int, CacheIndex] = field(default_factory=dict)
 
     @staticmethod
@@ -302,7 +304,7 @@ class CacheState(RowMemory):
 
     def hold(self, stage: int, slots: CacheIndex, width: int | None) -> None:
         """Remember what a pruned prefill left in the cache of a stage; `width` is a static cache's."""
-        self.slots[stage] = slots
+        self.slots[stage], self.plain = slots, False
         self._ahead.pop(stage, None)
         if width is not None:
             self.wide[stage] = slots.widened(width)

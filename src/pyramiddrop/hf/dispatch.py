@@ -40,14 +40,15 @@ class Dispatcher:
         rules: of the method.
         given: masks of the user's.
         trace: the attachment's, which shows the last prefill.
-        may_shorten_labels: whether every forward around the text model passes `shift_labels` on to the loss.
+        reads_shift_labels: whether the loss is known to be taken by `shift_labels`, so that `logits="auto"` may shorten
+            logits.
     """
 
     def __init__(
-        self, info: ModelInfo, rules: Rules, given: GivenMasks, trace: Trace, may_shorten_labels: bool
+        self, info: ModelInfo, rules: Rules, given: GivenMasks, trace: Trace, reads_shift_labels: bool
     ) -> None:
         self.info, self.rules, self.given, self.trace = info, rules, given, trace
-        self.may_shorten_labels = may_shorten_labels
+        self.reads_shift_labels = reads_shift_labels
         self._said: set[str] = set()
         # Of each stage the first layer with keys of its own: looked at in each call, whether its cache is as it was.
         first = {rules.schedule.stage_of(index): index for index in reversed(info.caching)}
@@ -81,7 +82,7 @@ class Dispatcher:
         self._check_length(past + shape[1])
         mask = call.get("attention_mask")
         shown = mask is None or (generation is not None and generation.continues(call) and not generation.padded)
-        if shown and DecodeStep.is_plain(self.info, self.rules, shape[1], memory, cache):
+        if shown and DecodeStep.is_plain(self.info, shape[1], memory):
             return None
         return DecodeStep(self.info, self.rules, past, shape[1], memory, _padding(mask, shape, past))
 
@@ -106,13 +107,12 @@ class Dispatcher:
 
     def labels_to_shorten(self, call: Kwargs) -> Tensor | None:
         """The labels, if the loss is taken on the rows that are left alone, and logits are computed for no others."""
+        labels: Tensor | None = call.get("labels")
         if self.rules.logits == "auto":
             # Whoever evaluates reads logits beside the labels; whoever trains reads the loss.
-            kept = self.info.text.training and torch.is_grad_enabled() and self.may_shorten_labels
-        else:
-            kept = self.rules.logits == "kept"
-        labels: Tensor | None = call.get("labels") if kept else None
-        return labels
+            trains = self.info.text.training and torch.is_grad_enabled()
+            return labels if trains and self.reads_shift_labels else None
+        return labels if self.rules.logits == "kept" else None
 
     def _check_length(self, columns: int) -> None:
         longest = self.info.longest
@@ -181,7 +181,7 @@ class Dispatcher:
         candidates, beams = generation.candidates(past, shape[1]), generation.beams(shape[0])
         prompt = read_prompt(call, shape, info, self.given, past, candidates, may_be_packed=False)
         generation.prompt = partial(read_prompt_masks, prompt, info, False, grouping, generation.frames, beams)
-        generation.padded = prompt.valid is not None
+        generation.padded = past > 0 or prompt.valid is not None  # what a cache holds may be padded
         return prompt, generation.prompt
 
     def _given_inside(self, generation: Generation, call: Kwargs, shape: Shape) -> GivenMasks:

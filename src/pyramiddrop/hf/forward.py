@@ -137,19 +137,19 @@ class DecodeStep(StagedForward):
         super().__init__(info, rules, inputs, memory)
 
     @staticmethod
-    def is_plain(info: ModelInfo, rules: Rules, length: int, memory: CacheState, cache: Any) -> bool:
-        """Whether a step of `length` columns changes no layer's arguments, if nothing that the cache holds is hidden:
-        one row sees every slot of a layer's cache, however many there are, and no mask is made for it."""
-        attention = info.attention
-        return (
-            length == 1
-            and rules.positions == "original"
-            and (attention == "sdpa" or attention.startswith("flash"))
-            and not info.windowed
-            and not info.shares_keys
-            and not cache.is_compileable
-            and all(slots.valid is None for slots in memory.slots.values())
-        )
+    def is_plain(info: ModelInfo, length: int, memory: CacheState) -> bool:
+        """Whether a step of `length` columns changes no layer's arguments, if nothing that the cache holds is hidden.
+
+        One row then sees every slot of a layer's cache, however many there are; a step before has shown it.
+        """
+        one_row = length == 1 and not info.windowed
+        return one_row and memory.plain and (info.attention == "sdpa" or info.attention.startswith("flash"))
+
+    def after_text(self, output: Any) -> Any:
+        if self.length == 1 and not torch.compiler.is_compiling():
+            built = self._changes.values()
+            self.memory.plain = all(not own and given.get("attention_mask") is None for given, own in built)
+        return output
 
     def before_layer(
         self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs

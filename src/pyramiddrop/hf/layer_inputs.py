@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyramiddrop.hf.cache_state import CacheIndex, static_width
 from pyramiddrop.hf.masks import MaskSpec, follow_mask, follow_recurrent_mask
@@ -19,6 +20,23 @@ from pyramiddrop.hf.versions import cache_of
 Kwargs = dict[str, Any]
 
 _POSITIONS = ("position_ids", "position_embeddings")
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A decoder layer, and what it is about to be called with.
+
+    Attributes:
+        index: of the layer.
+        layer: the module.
+        hidden: (B, N, D) hidden states, or (streams, B, N, D) of models with several.
+        kwargs: of the text model, for the full length.
+    """
+
+    index: int
+    layer: nn.Module
+    hidden: Tensor
+    kwargs: Kwargs
 
 
 class LayerInputs:

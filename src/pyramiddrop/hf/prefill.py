@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from pyramiddrop.hf.cache_state import CacheIndex, CacheState, check_lengths, remember, static_width
 from pyramiddrop.hf.compatibility import check_drops, number_run
 from pyramiddrop.hf.forward import Rules, StagedForward
-from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerInputs
+from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerCall, LayerInputs
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
-from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, active_rows
+from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
 from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
@@ -88,9 +88,9 @@ class Prefill(StagedForward):
         if self._deepstack is not None:
             hidden = self._deepstack.add(index, hidden, self._kept[self.rules.schedule.stage_of(index - 1)])
         if index in self._drop_at:
-            hidden = self._drop(self._drop_at[index], index, layer, hidden, kwargs)
+            hidden = self._drop(self._drop_at[index], LayerCall(index, layer, hidden, kwargs))
         if index in self._ranks_ahead:
-            self._rank_ahead(self._ranks_ahead[index], index, layer, hidden, kwargs)
+            self._rank_ahead(self._ranks_ahead[index], LayerCall(index, layer, hidden, kwargs))
         self._previous = hidden if self.rules.scorer.needs_previous_hidden else None
         return hidden, self._changed(stage, index, hidden, kwargs) if stage else kwargs
 
@@ -99,51 +99,52 @@ class Prefill(StagedForward):
         self._ranking.move(device)
         self.inputs.plan = self._ranking.plan
 
-    def _drop(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """The rows of `hidden` that stay at `drop`, before layer `index`."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _drop(self, drop: int, call: LayerCall) -> Tensor:
+        """The hidden states that stay at `drop`, which is before the layer that is called."""
         if drop + 1 not in self._kept:  # gradient checkpointing comes here twice
-            self._decide(drop, index, layer, hidden, kwargs)
+            self._decide(drop, call)
         kept = self._kept[drop + 1]
         if kept is None or not self._ranking.plan.drops[drop].happens:
-            return hidden
-        return self._merged(drop, kept, hidden) if self.rules.merge else take_hidden(hidden, kept.index)
+            return call.hidden
+        return self._merged(drop, kept, call.hidden) if self.rules.merge else take_hidden(call.hidden, kept.index)
 
     @torch.no_grad()
-    def _decide(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> None:
+    def _decide(self, drop: int, call: LayerCall) -> None:
         """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
-        check_drops(self.info.text, self._missed(index))
+        check_drops(self.info.text, self._missed(call.index))
         before, scores = self._kept[drop], None
         kept = before
         if self._ranking.plan.drops[drop].happens:
             scores = self._scores.pop(drop, None)
             if scores is None:
-                scores = self._ranking.score(drop, before, index, layer, hidden, self._previous, kwargs)
+                scores = self._ranking.score(drop, before, call, self._previous)
             kept = self._ranking.choose(drop, before, scores)
         self._kept[drop + 1] = kept
-        cache = cache_of(kwargs)
+        cache = cache_of(call.kwargs)
         if kept is not None and cache is not None:
-            self._remember(drop + 1, index, kept, cache, kwargs.get("position_ids"))
+            self._remember(drop + 1, call.index, kept, cache, call.kwargs.get("position_ids"))
         if self.trace is not None:
             self._ranking.record(self.trace, drop, before, kept, scores)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _rank_ahead(self, drop: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs) -> None:
-        """Score for `drop`, before the next layer, by layer `index`."""
+    def _rank_ahead(self, drop: int, call: LayerCall) -> None:
+        """Score for `drop`, which is before the next layer, by the layer that is called."""
         if drop + 1 in self._kept or not self._ranking.plan.drops[drop].happens:
             return
         kept, previous = self._kept[drop], self._previous
-        if previous is not None and kept is not None and previous.shape[-2] != hidden.shape[-2]:
+        if previous is not None and kept is not None and previous.shape[-2] != call.hidden.shape[-2]:
             previous = take_hidden(previous, kept.index)
-        self._scores[drop] = self._ranking.score(drop, kept, index, layer, hidden, previous, kwargs)
+        self._scores[drop] = self._ranking.score(drop, kept, call, previous)
 
     def _merged(self, drop: int, kept: Selection, hidden: Tensor) -> Tensor:
         """The rows that stay at `drop`, with those that are dropped averaged into them."""
-        plan = self._ranking.plan
-        assert isinstance(plan, GeneralPlan)
-        rows, _, visual = active_rows(plan, self._kept[drop])
+        assert isinstance(self._ranking, GeneralRanking)  # merging is nothing usual
+        rows, _, visual = self._ranking.active_rows(self._kept[drop])
         earlier = [stage for stage in self._sizes if stage <= drop]  # drops that do not happen leave sizes as they are
         sizes = self._sizes[max(earlier)] if earlier else torch.ones(rows.shape, device=rows.device)
-        groups = plan.groups.gather(1, rows)
+        groups = self._ranking.plan.groups.gather(1, rows)
         # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
         flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
         sizes, visual, groups, index = (table.to(flat.device) for table in (sizes, visual, groups, kept.index))

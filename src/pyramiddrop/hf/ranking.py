@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
-from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs, take_tokens
-from pyramiddrop.hf.masks import Span, causal, hide, take_columns
-from pyramiddrop.hf.model_info import UnsupportedModelError
+from pyramiddrop.hf.layer_inputs import LayerCall, LayerInputs
 from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
-from pyramiddrop.hf.query_key import QueryKey, cached_keys, extract
-from pyramiddrop.hf.rows import Selection, take_rows
-from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
+from pyramiddrop.hf.query_key import QueryKey, extract
+from pyramiddrop.hf.ranking_layer import RankingLayer, kernel_arguments
+from pyramiddrop.hf.rows import Selection
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer, ScorerInputs
-from pyramiddrop.scoring.attention import attention_by_head, attention_received
+from pyramiddrop.scoring.attention import attention_received
 from pyramiddrop.selection import best, compact, select
 from pyramiddrop.trace import Ranked, Trace
 
@@ -35,30 +32,18 @@ class Ranking:
 
     plan: Plan
 
-    def score(
-        self,
-        drop: int,
-        kept: Selection | None,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        previous: Tensor | None,
-        kwargs: Kwargs,
-    ) -> Tensor:
+    def score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
         """(B, n) scores for `drop`, on the device of the plan.
 
         Args:
             kept: the rows that are left before the drop; None for all.
-            index: of the ranking layer.
-            layer: the ranking layer.
-            hidden: (B, N, D), what it receives.
+            call: of the ranking layer.
             previous: (B, N, D), what the layer before it received, or None.
-            kwargs: of the text model, for the full length.
         """
-        check_cache(layer, kwargs)
-        check_per_token(layer, kwargs, self.plan.length)
-        with cache_unwritten(layer, index, kwargs):
-            return self._score(drop, kept, index, layer, hidden, previous, kwargs).to(self.device)
+        check_cache(call.layer, call.kwargs)
+        check_per_token(call.layer, call.kwargs, self.plan.length)
+        with cache_unwritten(call.layer, call.index, call.kwargs):
+            return self._score(drop, kept, call, previous).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -80,16 +65,7 @@ class Ranking:
         """Tell the trace of a drop; `scores` is None if it did not happen."""
         raise NotImplementedError
 
-    def _score(
-        self,
-        drop: int,
-        kept: Selection | None,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        previous: Tensor | None,
-        kwargs: Kwargs,
-    ) -> Tensor:
+    def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -104,7 +80,7 @@ class LastTokenRanking(Ranking):
     def __init__(self, plan: LastTokenPlan, inputs: LayerInputs) -> None:
         self.plan: LastTokenPlan = plan
         self.inputs = inputs
-        self._left: dict[int, Tensor] = {}  # stage -> (B, V) the columns of visual tokens that are left in it
+        self._left: dict[int, Tensor] = {}  # stage -> (B, V) the columns that the drop before it has chosen
 
     @property
     def device(self) -> torch.device:
@@ -112,20 +88,12 @@ class LastTokenRanking(Ranking):
 
     def visual(self, stage: int) -> Tensor:
         """(B, V) ascending, the columns of the visual tokens of `stage`."""
-        return self._left.get(stage, self.plan.visual) if stage else self.plan.visual
+        chosen = max((number for number in self._left if number <= stage), default=None)
+        return self.plan.visual if chosen is None else self._left[chosen]
 
-    def _score(
-        self,
-        drop: int,
-        kept: Selection | None,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        previous: Tensor | None,
-        kwargs: Kwargs,
-    ) -> Tensor:
-        arguments = kernel_arguments(self.inputs.tokens(drop, kept, hidden, kwargs), kwargs)
-        seen: QueryKey = extract(layer, hidden, None, arguments)
+    def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
+        tokens = self.inputs.tokens(drop, kept, call.hidden, call.kwargs)
+        seen: QueryKey = extract(call.layer, call.hidden, None, kernel_arguments(tokens, call.kwargs))
         scores = attention_received(seen.queries, seen.keys, None, None, seen.scale, seen.softcap, seen.sinks)
         columns = self.visual(drop)
         rows = columns if kept is None else torch.searchsorted(kept.rows, columns)
@@ -140,8 +108,6 @@ class LastTokenRanking(Ranking):
     def record(
         self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
     ) -> None:
-        if scores is None:
-            self._left[drop + 1] = self.visual(drop)
         ranked = None if scores is None else Ranked(self.visual(drop), None, scores)
         planned = self.plan.drops[drop]
         trace.record(planned.layer, planned.keep, self.visual(drop + 1), None, 0, ranked)
@@ -168,37 +134,27 @@ class GeneralRanking(Ranking):
     ) -> None:
         self.plan: GeneralPlan = plan
         self.schedule, self.scorer, self.inputs, self.earlier = schedule, scorer, inputs, earlier
+        self._active: dict[Selection | None, ActiveRows] = {}
 
     @property
     def device(self) -> torch.device:
         return self.plan.visual.device
 
-    def _score(
-        self,
-        drop: int,
-        kept: Selection | None,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        previous: Tensor | None,
-        kwargs: Kwargs,
-    ) -> Tensor:
+    def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
         plan = self.plan
-        rows, alive, visual = active_rows(plan, kept)
+        rows, alive, visual = self.active_rows(kept)
         documents = self._documents(drop, rows, alive)
-        device, stage = hidden.device, self.schedule.stage_of(index)
-        asked = RankingLayer(
-            plan, self.inputs, stage, self.earlier, kept, (rows, alive), index, layer, hidden, kwargs, documents
-        )
+        device, stage = call.hidden.device, self.schedule.stage_of(call.index)
+        ranking_layer = RankingLayer(plan, self.inputs, stage, self.earlier, kept, rows, alive, call, documents)
         evidence = ScorerInputs(
             layer=plan.drops[drop].layer,
             visual=visual.to(device),
             ordinal=plan.ordinal.gather(1, rows).to(device),
             groups=plan.groups.gather(1, rows).to(device),
             quota=plan.quotas[drop].to(device),
-            hidden=_first_stream(hidden),
-            attention=asked.attention,
-            keys=asked.keys,
+            hidden=_first_stream(call.hidden),
+            attention=ranking_layer.attention,
+            keys=ranking_layer.keys,
             previous=None if previous is None else _first_stream(previous).to(device),
         )
         if plan.packing is None or documents is None:
@@ -214,16 +170,22 @@ class GeneralRanking(Ranking):
         return Unpacked(numbers, packing.count, bounds.longest)
 
     def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
-        return select_rows(self.plan, drop, before, scores)
+        return select_rows(self.plan, drop, self.active_rows(before), scores)
+
+    def active_rows(self, kept: Selection | None) -> ActiveRows:
+        """`active_rows` of the plan, found once."""
+        if kept not in self._active:
+            self._active[kept] = active_rows(self.plan, kept)
+        return self._active[kept]
 
     def record(
         self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
     ) -> None:
         ranked = None
         if scores is not None:
-            there, _, candidates = active_rows(self.plan, before)
+            there, _, candidates = self.active_rows(before)
             ranked = Ranked(there, candidates, scores)
-        rows, _, visual = active_rows(self.plan, kept)
+        rows, _, visual = self.active_rows(kept)
         planned = self.plan.drops[drop]
         trace.record(planned.layer, planned.keep, rows, visual, self.plan.past, ranked)
 
@@ -249,7 +211,10 @@ def _first_stream(hidden: Tensor) -> Tensor:
     return hidden if hidden.dim() == 3 else hidden[0]
 
 
-def active_rows(plan: GeneralPlan, kept: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+ActiveRows = tuple[Tensor, Tensor, Tensor]
+
+
+def active_rows(plan: GeneralPlan, kept: Selection | None) -> ActiveRows:
     """(B, N) rows that `kept` leaves (None: all), which of them are no padding, and which are visual tokens."""
     if kept is not None:
         rows, valid = kept.rows, kept.valid
@@ -259,193 +224,10 @@ def active_rows(plan: GeneralPlan, kept: Selection | None) -> tuple[Tensor, Tens
     return rows, alive, plan.visual.gather(1, rows) & alive
 
 
-def select_rows(plan: GeneralPlan, drop: int, before: Selection | None, scores: Tensor) -> Selection:
-    """The rows that `drop` leaves of those `before` it, by their `scores` (B, N)."""
-    rows, alive, visual = active_rows(plan, before)
+def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor) -> Selection:
+    """The rows that `drop` leaves of the active ones `before` it, by their `scores` (B, N)."""
+    rows, alive, visual = before
     scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
     stays = select(scores, visual, plan.groups.gather(1, rows), plan.quotas[drop]) | (alive & ~visual)
     index, valid = compact(stays, plan.drops[drop].length, plan.ragged[drop])
     return Selection(rows.gather(1, index), index, valid)
-
-
-def kernel_arguments(tokens: Kwargs, kwargs: Kwargs) -> Callable[[Tensor | None], Kwargs]:
-    """What a ranking layer is called with beside some rows: rows (B, n) of `tokens`, or all of them for None, and what
-    of `kwargs` is not per token; no mask, and no cache to write to."""
-    fixed = {name: value for name, value in kwargs.items() if name not in tokens}
-    fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in kwargs}
-    return lambda some: fixed | (tokens if some is None else take_tokens(tokens, some))
-
-
-class RankingLayer:
-    """One layer at one drop. Nothing is computed before it is asked for.
-
-    Args:
-        plan: of the prefill.
-        inputs: positions of the rows.
-        stage: of the layer.
-        earlier: stage -> what earlier calls left in the stage's cache.
-        kept: the rows that are left, or None for all.
-        present: (B, N) those rows, and which of them are no filler.
-        index: of the layer.
-        layer: the layer.
-        hidden: (B, N, D), what it receives.
-        kwargs: of the text model, for the full length.
-        documents: in those rows, or None where no row is packed; what is asked for is then told of each document.
-    """
-
-    def __init__(
-        self,
-        plan: GeneralPlan,
-        inputs: LayerInputs,
-        stage: int,
-        earlier: Mapping[int, CacheIndex],
-        kept: Selection | None,
-        present: tuple[Tensor, Tensor],
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        kwargs: Kwargs,
-        documents: Unpacked | None = None,
-    ) -> None:
-        self.plan, self.inputs = plan, inputs
-        self.stage, self.earlier, self.kept, self.present = stage, earlier, kept, present
-        self.index, self.layer, self.hidden, self.kwargs = index, layer, hidden, kwargs
-        self.documents = documents
-
-    def keys(self) -> Tensor:
-        """(B, Hkv, N, d), rotated."""
-        keys = self._project(self.plan.queries, rotated=True).keys.to(self.hidden.device)
-        return keys if self.documents is None else _heads_by_document(self.documents, keys)
-
-    def attention(self, *, instruction: bool = False, rotated: bool = True) -> Tensor:
-        """(B, H, N) the attention that each row receives; see `pyramiddrop.scoring.Attention`."""
-        plan, (rows, alive) = self.plan, self.present
-        columns, weights = plan.queries, plan.weights
-        if instruction:
-            columns, weights = plan.instruction, plan.instruction_weights
-        if plan.past and not rotated:
-            raise ValueError(
-                "score='rope_free' cannot rank a further image on top of a cache, whose keys are rotated already; give "
-                "the whole conversation without a cache, or use another score"
-            )
-        self._check_reach()
-        seen = self._project(columns, rotated)
-        if plan.packing is not None and self.documents is not None:
-            width = plan.packing.instruction if instruction else plan.packing.queries
-            return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
-        keys, key_columns, alive = self._with_past(seen.keys, rows, alive)
-        # The layer may be on another device than what it is about to be given: one number a row and head is moved.
-        visible, weights = (table.to(keys.device) for table in (self._visible(columns, key_columns, alive), weights))
-        received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
-        return received[..., -rows.shape[1] :].to(self.hidden.device)
-
-    def _within_documents(
-        self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: QueryKey, width: int
-    ) -> Tensor:
-        """(S, H, W) the attention that each document's rows receive from its own query tokens, at most `width`."""
-        numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
-        asking = Unpacked(numbers, packing.count, width)
-        visible = self._visible(
-            asking.take(columns), documents.take(self.present[0]), documents.valid, packing.rows[:, None, None]
-        )
-        queries, keys = _heads_by_document(asking, seen.queries), _heads_by_document(documents, seen.keys)
-        visible, weights = visible.to(keys.device), asking.valid.to(keys.device)
-        received = attention_by_head(queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
-        return received.to(self.hidden.device)
-
-    def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
-        """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
-        # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
-        tokens = self.inputs.tokens(self.stage, self.kept, self.hidden, self.kwargs)
-        if not rotated:
-            tokens = tokens | unrotated(tokens)
-        arguments = kernel_arguments(tokens, self.kwargs)
-        seen: QueryKey = extract(self.layer, self.hidden, self._among_rows(columns), arguments)
-        return seen
-
-    def _among_rows(self, columns: Tensor) -> Tensor:
-        """(B, Q) where the tokens at `columns` stand among the rows that are left."""
-        rows = self.present[0]
-        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)
-
-    def _with_past(self, keys: Tensor, rows: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (B, Hkv, K, d) with those that the layer's cache holds before them; the column of each (B, K), and which
-        are no filler."""
-        past: int = self.plan.past
-        cache: Any = cache_of(self.kwargs)
-        if not past:
-            return keys, rows, alive
-        before = self.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).until(past)
-        before = before.window(cache, self.index, 0)
-        cached = cached_keys(self.layer, cache.layers[self.index])[:, :, : before.columns.shape[1]].to(keys.device)
-        if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
-            raise ValueError(
-                f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
-                "read back: use a DynamicCache or a StaticCache"
-            )
-        columns = torch.cat([before.columns, rows + past], 1)
-        return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
-
-    def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
-        """(B, 1 or H, Q, K) which `columns` (B, K) those at `asking` (B, Q) see, by the text model's own full-length
-        mask; of packed rows, (S, 1, 1) `batch` tells the row of each document."""
-        plan, mask = self.plan, self.kwargs.get("attention_mask")
-        if not self.inputs.counts_columns(self.index):
-            mask = self.inputs.padding
-        if mask is None or mask.dim() == 2:
-            seen = causal(asking + plan.past, columns, alive)
-            if mask is None:
-                return seen
-            shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
-            return seen & shown[:, None, None]
-        offset = plan.past + plan.length - mask.shape[-1] if self._span.windowed else 0
-        if batch is not None:
-            mask = mask.expand(len(plan.visual), -1, -1, -1)
-            seen = mask[batch, :, asking[..., None], columns[:, None]].movedim(-1, 1)
-            return hide(seen, alive[:, None, None])
-        by_asking = take_rows(mask.transpose(1, 2), asking).transpose(1, 2)
-        seen = take_columns(by_asking, (columns - offset).clamp(min=0) if offset else columns)
-        return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
-
-    @property
-    def _span(self) -> Span:
-        return self.inputs.info.spans[self.index]
-
-    def _check_reach(self) -> None:
-        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
-        cannot see last, whatever they show."""
-        span = self._span
-        reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
-        if span.windowed and reach > span.size:
-            whole = [number for number, other in enumerate(self.inputs.info.spans) if other.kind == "full"]
-            raise UnsupportedModelError(
-                f"layer {self.index}, which ranks the visual tokens, sees {span.size} tokens, but they begin {reach} "
-                "tokens before the end of the prompt. Let a layer rank that sees everything "
-                f"({whole or 'this model has none'}), or use a method that needs no attention (RandomDrop, UniformDrop)"
-            )
-
-
-def _heads_by_document(documents: Unpacked, heads: Tensor) -> Tensor:
-    """(S, H, W, d) queries or keys of each document, of those of rows (B, H, N, d)."""
-    return documents.take(heads.transpose(1, 2)).transpose(1, 2)
-
-
-_CACHING = (*CACHE_NAMES, "use_cache")
-
-
-def unrotated(tokens: Kwargs) -> Kwargs:
-    """What makes of the position arguments in `tokens` those of a prompt all of whose tokens stand at position 0.
-
-    Of a cosine and a sine (or a complex number) only the length is left, for some models scale queries and keys by it.
-    """
-    changed: Kwargs = {}
-    embeddings = tokens.get("position_embeddings")
-    if isinstance(embeddings, Tensor):
-        changed["position_embeddings"] = embeddings.abs().to(embeddings.dtype)
-    elif embeddings is not None:
-        cos, sin = embeddings
-        changed["position_embeddings"] = (torch.hypot(cos.float(), sin.float()).to(cos.dtype), torch.zeros_like(sin))
-    if tokens.get("position_ids") is not None:
-        changed["position_ids"] = torch.zeros_like(tokens["position_ids"])
-    return changed

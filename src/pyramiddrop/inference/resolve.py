@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.method_spec import parse_method_spec
 from pyramiddrop.methods import FILE_NAME, Method, PyramidDrop
@@ -40,6 +38,8 @@ def saved_method(source: str | Path) -> Method | None:
     Raises:
         InputError: for a file that cannot be read as a method.
     """
+    from transformers.utils import cached_file
+
     try:
         found = cached_file(source, FILE_NAME)
     except OSError:  # there is none, or the hub cannot be reached and it was never fetched

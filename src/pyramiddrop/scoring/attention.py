@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import Choice, DecoderShape, ranking_flops
-from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
+from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SMALLEST = 2.0**-126  # positive normal float32
 
 
 class _Attending(Scorer):
@@ -68,11 +70,11 @@ class DebiasedScorer(_Attending):
     source: ClassVar[str] = "arXiv 2508.17807; sinks: 2503.03321"
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
-        logarithm = evidence.attention().mean(1).clamp(min=torch.finfo(torch.float32).tiny).log()
+        logarithm = evidence.attention().mean(1).clamp(min=_SMALLEST).log()
         scores = logarithm - _line(evidence, evidence.ordinal.float(), logarithm)
         hidden = evidence.hidden.float()
         peak = hidden.abs().amax(-1) / hidden.pow(2).mean(-1).sqrt()
-        return scores.masked_fill(peak >= self.sink, torch.finfo(torch.float32).min)
+        return scores.masked_fill(peak >= self.sink, -LARGEST)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _line(evidence: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
     mean_x, mean_y = (evidence.per_token(evidence.per_group(values) / count) for values in (x, y))
     offset = x - mean_x
     variance = evidence.per_group(offset * offset)
-    slope = evidence.per_group(offset * (y - mean_y)) / torch.where(count > 3, variance, float("inf"))
+    slope = evidence.per_group(offset * (y - mean_y)) / variance.masked_fill(count <= 3, float("inf"))
     return mean_y + evidence.per_token(slope) * offset
 
 
@@ -140,11 +142,13 @@ def attention_by_head(
     grouped = queries.reshape(batch, keys.shape[1], -1, width).float()
     logits = (grouped @ keys.float().transpose(-1, -2)).view(batch, heads, count, -1) * scale
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+        logits = (logits / softcap).tanh() * softcap
     if visible is not None:
-        hidden = visible.float() if visible.is_floating_point() else torch.where(visible, 0.0, float("-inf"))
-        logits = logits + hidden
+        additive = visible.is_floating_point()
+        logits = logits + visible.float() if additive else logits.masked_fill(~visible, float("-inf"))
     if sinks is not None:
+        import torch
+
         logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)], -1)
     received = logits.softmax(-1)[..., : keys.shape[2]]
     if weights is None:
@@ -152,7 +156,7 @@ def attention_by_head(
     # A padded query may see nothing: its row is NaN, and weighs nothing.
     received = received.nan_to_num()
     weights = weights.float() / weights.float().sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("bhqk,bq->bhk", received, weights)
+    return (weights[:, None, None] @ received)[:, :, 0]
 
 
 def attention_received(

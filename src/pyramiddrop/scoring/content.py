@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import Choice, DecoderShape, projecting_flops
 from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class KeyNormScorer(Scorer):
     source: ClassVar[str] = "arXiv 2406.11430"
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
-        length: Tensor = torch.linalg.vector_norm(evidence.keys().float(), dim=-1)
-        return -length.mean(1)
+        return -evidence.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-any-return]
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
         return projecting_flops(shape, choice.rows, choice.queries)
@@ -37,7 +35,7 @@ class VariationScorer(Scorer):
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         assert evidence.previous is not None, "the scorer needs the previous hidden states"
-        changed: Tensor = torch.linalg.vector_norm(evidence.hidden.float() - evidence.previous.float(), dim=-1)
+        changed: Tensor = (evidence.hidden.float() - evidence.previous.float()).norm(dim=-1)
         return changed
 
 
@@ -53,7 +51,9 @@ class DiversityScorer(Scorer):
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         visual, groups, quota = evidence.visual, evidence.groups, evidence.quota
-        unit = normalize(evidence.hidden.float(), dim=-1)
+        import torch
+
+        unit = _normalized(evidence.hidden.float())
         distance = 1 - unit @ unit.transpose(1, 2)
         # Nothing is chosen yet: 2 is as far as it can be, and before it go those far from the mean.
         nearest = 2 + 1 - (unit * _group_means(evidence, unit)).sum(-1)
@@ -80,7 +80,13 @@ def _group_means(evidence: ScorerInputs, unit: Tensor) -> Tensor:
     groups = evidence.groups[..., None].expand_as(unit)
     sums = unit.new_zeros(*evidence.quota.shape, unit.shape[-1])
     sums = sums.scatter_add(1, groups, unit.masked_fill(~evidence.visual[..., None], 0))
-    return normalize(sums, dim=-1).gather(1, groups)
+    return _normalized(sums).gather(1, groups)
+
+
+def _normalized(vectors: Tensor) -> Tensor:
+    """(..., D) of length 1."""
+    length: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.clamp(min=1e-12)
 
 
 @dataclass(frozen=True)

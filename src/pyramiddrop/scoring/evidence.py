@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pyramiddrop.cost import Choice, DecoderShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The largest finite float32, below the infinity that tokens have that must stay.
+LARGEST = (2 - 2**-23) * 2.0**127
 
 
 class Attention(Protocol):
@@ -67,7 +70,7 @@ class ScorerInputs:
 
     def per_group(self, per_token: Tensor) -> Tensor:
         """(B, G): for each group the sum over its visual tokens of `per_token` (B, N)."""
-        zeros = torch.zeros(self.quota.shape, dtype=per_token.dtype, device=per_token.device)
+        zeros = per_token.new_zeros(self.quota.shape)
         return zeros.scatter_add(1, self.groups, per_token.masked_fill(~self.visual, 0))
 
 

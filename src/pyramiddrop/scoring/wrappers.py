@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import Choice, DecoderShape
-from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
+from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class GridReserveScorer(_Around):
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         grid = UniformScorer()(replace(evidence, quota=(evidence.quota * self.share).long()))
-        # Below infinity, for that is what tokens have that must stay whatever their score.
-        return self.inner(evidence).masked_fill(grid.bool(), torch.finfo(torch.float32).max)
+        return self.inner(evidence).masked_fill(grid.bool(), LARGEST)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,11 @@ class RandomScorer(Scorer):
     seed: int | None = 0
 
     def __call__(self, evidence: ScorerInputs) -> Tensor:
-        seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
+        seed = self.seed
+        if seed is None:
+            import torch
+
+            seed = int(torch.randint(2**31, ()))
         return _hashed(evidence.ordinal + (seed + 1) * 0x9E3779B9)
 
 

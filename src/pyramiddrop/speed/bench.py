@@ -21,12 +21,14 @@ from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs
+from pyramiddrop.speed.overhead import measure_overhead
 from pyramiddrop.speed.predicted import choose_ways
 from pyramiddrop.speed.record import (
     decoding_records,
     generation_records,
     graph_records,
     machine,
+    overhead_records,
     subject_record,
     training_records,
 )
@@ -121,6 +123,17 @@ class Bench:
             ]
         setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
         return self._record("decoding", setting, decoding_records(results))
+
+    def overhead(self, repeats: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Count operations of a prefill and a step, and time both; see :meth:`generation`."""
+        clock = clock_for(self.subject.model.device, self.threads)
+        with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
+            results = [
+                result
+                for batch in self.batches
+                for result in measure_overhead(self.subject, self.ways, batch, repeats, clock, tick)
+            ]
+        return self._record("overhead", {"repeats": repeats, "clock": clock.name}, overhead_records(results))
 
     def graphs(
         self, visual_tokens: Sequence[int], backend: str, tick: Callable[[], None] = lambda: None

@@ -17,6 +17,7 @@ from pyramiddrop.speed.decoding import Decoding
 from pyramiddrop.speed.generation import Generation
 from pyramiddrop.speed.graphs import Graphs
 from pyramiddrop.speed.memory import total_memory
+from pyramiddrop.speed.overhead import Overhead
 from pyramiddrop.speed.subject import Subject
 from pyramiddrop.speed.training import TrainingStep
 
@@ -81,6 +82,25 @@ def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
             **_rounded(asdict(result)),
             "tokens_per_second": result.batch / result.step.median,
             "ratios": {"step": result.step.median / vanilla[result.batch, result.compiled]},
+        }
+        for result in results
+    ]
+
+
+def overhead_records(results: Sequence[Overhead]) -> list[dict[str, Any]]:
+    """Each result with what it adds to vanilla of the same batch: operations, and ratios of seconds."""
+    vanilla = {result.batch: result for result in results if result.way == VANILLA}
+    return [
+        {
+            **_rounded(asdict(result)),
+            "added": {
+                "prefill_ops": result.prefill_ops - vanilla[result.batch].prefill_ops,
+                "step_ops": result.step_ops - vanilla[result.batch].step_ops,
+            },
+            "ratios": {
+                "prefill": result.prefill.median / vanilla[result.batch].prefill.median,
+                "step": result.step.median / vanilla[result.batch].step.median,
+            },
         }
         for result in results
     ]

@@ -19,8 +19,9 @@ from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory
 
-#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models three small ones.
+#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models four small ones.
 SHAPES: dict[str, tuple[DecoderShape, int]] = {
+    "deep": (DecoderShape(32, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "tiny": (DecoderShape(8, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "small": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=1000), 576),
     "mid": (DecoderShape(24, 1024, 2816, 16, 16, 64, vocabulary=1000), 2880),

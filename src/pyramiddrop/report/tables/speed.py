@@ -50,6 +50,11 @@ def speed_notes(record: Record) -> list[str]:
             "FLOPs: predicted ratio of layers, ranking and head. Peak: activations and gradients at their most, above "
             "the weights. Every ratio is to vanilla of the same batch and checkpointing."
         ]
+    if record["kind"] == "overhead":
+        return [
+            "Operations: ATen's, on the device and on the host, without views. Every ratio is to vanilla of the same "
+            "batch; it counts what dropping saves, too."
+        ]
     return [
         "First token: from the call of generate to the first logits. Decoder: the part inside the text model. FLOPs: "
         "attention over all pairs of rows; causal: without the pairs that a causal kernel skips. Speed-up, of "
@@ -143,6 +148,21 @@ def _decoding_column(result: Record) -> dict[str, str]:
     return _step_rows(result) | graphs
 
 
+def _overhead_column(result: Record) -> dict[str, str]:
+    return {
+        "operations of a prefill": str(result["prefill_ops"]),
+        "added": f"{result['added']['prefill_ops']:+d}",
+        "a prefill": units.seconds(result["prefill"]["median"]),
+        "a prefill, quartiles": _quartiles(result["prefill"]),
+        "a prefill, ratio": _ratio(result["ratios"]["prefill"]),
+        "operations of a step": str(result["step_ops"]),
+        "added to a step": f"{result['added']['step_ops']:+d}",
+        "a step": units.seconds(result["step"]["median"]),
+        "a step, quartiles": _quartiles(result["step"]),
+        "a step, ratio": _ratio(result["ratios"]["step"]),
+    }
+
+
 def _step_rows(result: Record) -> dict[str, str]:
     """Of a step of decoding, and what it comes to."""
     return {
@@ -163,6 +183,7 @@ _COLUMNS = {
     "training": _training_column,
     "decoding": _decoding_column,
     "graphs": _graphs_column,
+    "overhead": _overhead_column,
 }
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit import SIZES, SPOTS, assert_lit, lit, token_light
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.token_layout.views import CannotPlaceError, place_pictures
+from spot_probe import SIZES, SPOTS, assert_lit, lit, token_light
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from lit_families import CENTRED, FAMILIES, SLACK
-from lit_grids import GRIDS, grid_inputs, pixtral, prompt_inputs, stand_in
+from spot_probe_families import CENTRED, FAMILIES, SLACK
+from spot_probe_grids import GRIDS, grid_inputs, pixtral, prompt_inputs, stand_in
 from zoo import MEMBERS
 from zoo.vision import IMAGE
 
