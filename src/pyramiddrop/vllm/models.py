@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.internvl import InternVLChatModel
@@ -26,7 +28,6 @@ from pyramiddrop.vllm.attention import join_stage
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.contract import SECOND_RUNNER, check_contract
 from pyramiddrop.vllm.forward import StagedForward
-from pyramiddrop.vllm.head_padding import pad_heads
 from pyramiddrop.vllm.prefix_rows import PrefixRows
 from pyramiddrop.vllm.rules import rules_of
 from pyramiddrop.vllm.runner import describe_steps
@@ -107,6 +108,36 @@ class _Staged:
     def _deepstack(self, tokens: int) -> Mapping[int, Tensor]:
         """Layer -> (T, D), what the model adds to the rows after it."""
         return {}
+
+
+def pad_heads(attention: Any) -> None:
+    """Let vLLM's `Attention` layer compute heads of a size that its backend lacks; any other layer is left as it is.
+
+    vLLM's backend on a CPU has no heads of 48, say. Zeros behind a query and a key add nothing to their product, and
+    those behind a value are cut off again. The KV cache is as wide as the padded heads.
+
+    Raises:
+        ValueError: for heads larger than any that the backend computes.
+    """
+    backend, size = attention.attn_backend, attention.head_size
+    if backend.supports_head_size(size):
+        return
+    wider = [other for other in backend.get_supported_head_sizes() if other > size]
+    if not wider:
+        raise ValueError(f"heads of {size} cannot be served: {backend.get_name()} computes smaller ones only")
+    wide = min(wider)
+    attention.head_size = attention.head_size_v = attention.impl.head_size = wide
+    original = attention.forward
+
+    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        padded = [pad(_by_head(states, size), (0, wide - size)).flatten(-2) for states in (query, key, value)]
+        return _by_head(original(*padded, **options), wide)[..., :size].flatten(-2)
+
+    attention.forward = types.MethodType(forward, attention)
+
+
+def _by_head(states: Tensor, size: int) -> Tensor:
+    return states.view(*states.shape[:-1], -1, size)
 
 
 def _attends() -> bool:
