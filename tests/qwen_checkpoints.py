@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -123,12 +124,8 @@ def save_qwen(folder: Path, family: str, chat_template: str | None = None, patch
                 parameter.normal_(0, 0.1)
         model.get_output_embeddings().weight[WORDS:] = 0  # no special token is ever the likeliest
     model.generation_config.eos_token_id = None
-    # A model that was not loaded is saved with its experts as Transformers holds them; the published ones stand across.
-    weights = {
-        name: value.transpose(1, 2).contiguous() if ".mlp.experts." in name else value
-        for name, value in model.state_dict().items()
-    }
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder)
+    _turn_experts(folder / "model.safetensors")
     pixels = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 36, "patch_size": patch, "merge_size": 2}
     processor(
         image_processor=Qwen2VLImageProcessorPil(**pixels),
@@ -137,6 +134,15 @@ def save_qwen(folder: Path, family: str, chat_template: str | None = None, patch
         chat_template=chat_template,
     ).save_pretrained(folder)
     return folder
+
+
+def _turn_experts(file: Path) -> None:
+    """Transformers saves the experts of a model that it did not load as it holds them; published ones stand across."""
+    weights = {
+        name: value.transpose(1, 2).contiguous() if ".mlp.experts." in name else value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

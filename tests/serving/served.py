@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from checkpoints import save_processor
 from pyramiddrop import Method
+from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.vllm import hf_overrides
 from tiny import tiny_model
 
@@ -133,7 +134,7 @@ def expected(
         pixels: makes the pixel values of a question's pictures, where vLLM has another processor than Transformers.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
 
     def answers() -> list[list[int]]:
         return [_answer(model, processor, question, pixels) for question in asked]

@@ -141,6 +141,7 @@ def test_control_rows_of_another_prompt(fresh: Any, llava: Path, monkeypatch: py
         pytest.param(
             PyramidDrop(lam=0.4, per_image=True), {"max_num_batched_tokens": 24}, id="few blocks are remembered"
         ),
+        pytest.param(PyramidDrop(layers=[4, 6], keep=[0.5, 0.25]), {}, id="two groups of the first stage"),
         pytest.param(RandomDrop(lam=0.5, seed=3), {}, id="random", marks=pytest.mark.slow),
         pytest.param(PyramidDrop(lam=0.4, score="diversity"), {}, id="diversity", marks=pytest.mark.slow),
         pytest.param(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from transformers import AutoTokenizer
 from pyramiddrop import PyramidDrop
 
 HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is not None, reason="torchvision beside vLLM for a CPU reads no pictures"),
+]
 METHOD = ("--layers", "2,4,6", "--keep", "0.5,0.25,0.125")
 
 

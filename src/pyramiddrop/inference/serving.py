@@ -220,5 +220,7 @@ def _run_transformers(command: list[str], method: Method) -> None:
         apply(model, method)
         return model
 
+    # Transformers' own asks for torchvision to prepare pictures; this one takes Pillow where there is none.
+    ModelManager._load_processor = lambda *arguments, **options: load_processor(command[2])
     ModelManager._load_model = load_with_method
     app(command[1:])

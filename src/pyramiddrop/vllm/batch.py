@@ -120,8 +120,11 @@ class Batch:
                 )
 
     def note_blocks(self, table: Tensor, block: int) -> None:
-        """Blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens of one."""
-        if self.step is not None:
+        """Blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens of one.
+
+        If that stage has several KV-cache groups, it is the first that counts.
+        """
+        if self.step is not None and self.step.table is None:
             self.step.table, self.step.block = table, block
 
     def forget(self, request: str) -> None:

@@ -20,7 +20,7 @@ class StageManager(FullAttentionManager):
     """
 
     dropped: Mapping[str, Sequence[int]]
-    on_cached: Callable[[Sequence[Any]], None]
+    on_cached: Callable[[Sequence[Any]], None] | None = None
 
     def get_num_blocks_to_allocate(
         self,
@@ -61,20 +61,27 @@ class StageManager(FullAttentionManager):
             before = self.num_cached_block.get(request.request_id, 0)
             super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **options)
             after = self.num_cached_block.get(request.request_id, 0)
-            self.on_cached(self.req_to_blocks[request.request_id][before:after])
+            if self.on_cached is not None:
+                self.on_cached(self.req_to_blocks[request.request_id][before:after])
 
-    def longest_hit(self, hashes: Sequence[Any], tokens: int) -> list[Any]:
-        """The cached blocks of this stage alone that a prompt with the block `hashes` begins with, at most `tokens`."""
-        (blocks,), _ = self.find_longest_cache_hit(
+    def longest_hit(self, hashes: Sequence[Any], tokens: int, groups: Sequence[int]) -> dict[int, list[Any]]:
+        """For each of `groups`, all of this stage, the cached blocks that a prompt with the block `hashes` begins with.
+
+        Args:
+            hashes: of the prompt's blocks.
+            tokens: the most to find.
+            groups: numbers of KV-cache groups; vLLM may divide the layers of a long stage among several.
+        """
+        blocks, _ = self.find_longest_cache_hit(
             block_hashes=hashes,
             max_length=tokens,
-            kv_cache_group_ids=[self.kv_cache_group_id],
+            kv_cache_group_ids=list(groups),
             block_pool=self.block_pool,
             kv_cache_spec=self.kv_cache_spec,
             drop_eagle_block=False,
             alignment_tokens=self.block_size,
         )
-        return list(blocks)
+        return dict(zip(groups, blocks, strict=True))
 
     def _held(self, request_id: str, tokens: int) -> int:
         # A prompt that is computed in parts has no rows here before its last one.

@@ -33,8 +33,9 @@ class _Staged:
             if not isinstance(manager, StageManager):
                 raise RuntimeError(f"pyramiddrop: a KV cache group is kept by {type(manager).__name__}, not by a stage")
             manager.dropped = self.dropped
-            manager.on_cached = self._record
-        [self._first] = [manager for manager in managers if manager.kv_cache_spec.stage == 0]
+        self._undropped = [manager.kv_cache_group_id for manager in managers if manager.kv_cache_spec.stage == 0]
+        self._first = managers[self._undropped[0]]  # by whose blocks the workers keep rows, too
+        self._first.on_cached = self._record
         self._recorded = RecordedBlocks(kept_tokens(vllm_config) // self._first.block_size)
         self._step = 0
         self._log_capacity(len(managers))
@@ -80,11 +81,11 @@ class _Staged:
         if not manager.prefix_cache_lookup_enabled(request):
             return manager.empty_kv_cache_blocks, 0, 0, False
         first, length = self._first, request.num_prompt_tokens
-        found = first.longest_hit(request.block_hashes, length - 2)
-        count = self._recorded.usable(found, self._step)
+        found = first.longest_hit(request.block_hashes, length - 2, self._undropped)
+        count = self._recorded.usable(found[first.kv_cache_group_id], self._step)
         while count and self._leaves_one_token(request, count * first.block_size):
             count -= 1
-        groups = [found[:count] if other is first else [] for other in manager.coordinator.single_type_managers]
+        groups = [found.get(group, [])[:count] for group in range(len(manager.coordinator.single_type_managers))]
         return manager.create_kv_cache_blocks(tuple(groups)), count * first.block_size, 0, False
 
     def _leaves_one_token(self, request: Request, end: int) -> bool:
