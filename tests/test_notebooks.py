@@ -13,6 +13,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: What must stand in the output of one that ran.
 SAYS = {
     "first-steps": ["with PyramidDrop: room 356", "72 of 576 visual tokens are kept"],
+    "redundancy": ["is predicted to lose", "PyramidDrop(lam="],
     "compare-methods": ["minus vanilla", "RandomDrop", "UniformDrop"],
 }
 
