@@ -110,7 +110,8 @@ def runnable(command: str) -> list[str]:
     for name, own in INSTEAD.items():
         command = command.replace(name, own)
     _, _, words = command.partition(" > ")[0].partition("pyramiddrop ")
-    return shlex.split(f"{words} {SHORTER.get(words.partition(' ')[0], '')}")
+    short = "" if "--suite" in words else SHORTER.get(words.partition(" ")[0], "")
+    return shlex.split(f"{words} {short}")
 
 
 def make_folder(folder: Path) -> Path:
