@@ -11,7 +11,7 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import Account, Prompt, account
-from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
+from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, read_served_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
