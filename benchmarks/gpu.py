@@ -131,7 +131,7 @@ def _bench(part: Part, device: torch.device, asked: argparse.Namespace) -> Bench
     return prepare_bench(
         BenchOptions(
             shape=asked.shape or part.shape,
-            layers=layers,
+            num_layers=layers,
             visual_tokens=asked.visual,
             batches=part.batches,
             device=str(device),

@@ -23,8 +23,8 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 INSTEAD = {"llava-hf/llava-1.5-7b-hf": str(reader_checkpoint()), "ID_OR_DIR": str(reader_checkpoint())}
 #: Measurements run on fewer questions, rounds and steps: it is the command that is tested, not its result.
 SHORTER = {
-    "eval": "--limit 4",
-    "study": "--limit 4",
+    "eval": "--limit 2 --batch 2 --max-new-tokens 4",
+    "study": "--limit 2 --batch 2 --max-new-tokens 4",
     "bench": "--repeats 1",
     "train": "--steps 1 --batch 2 --max-length 4096 --dtype float32",
     "demo": "--questions 1",
@@ -41,6 +41,7 @@ NOT_RUN = {
     r"bench --shape (llava|mid|small|qwen)": "takes minutes to hours and up to 30 GB of memory",
     r"benchmarks/gpu\.py": "needs a GPU",
     r"examples/(digits|reader)/": "trains or evaluates for minutes to hours; each script has a fast test of its own",
+    r"plan --measure": "solves for milliseconds of the machine, which on a busy one are out of reach",
     r"-m conformance": "runs for minutes; tests/test_conformance.py runs the same checks",
     r"python benchmarks/": "makes the pages from results that are committed, or measures for minutes to hours",
     r"runs/models/with|--results runs/mme": "reads what a command before it, which does not run here, has written",
@@ -48,6 +49,7 @@ NOT_RUN = {
 #: The same for blocks of Python.
 PYTHON_NOT_RUN = {
     r"vllm import": "needs vLLM, which has an environment of its own (.ci/vllm)",
+    r"client\.chat": "asks a server; tests/serving does",
     r"evaluation\.lmms": "needs lmms-eval, which has an environment of its own (.ci/lmms)",
     r"Member\(\"|^\"apertus1p5\"": "a piece of a file that it stands in",
     r"\(model, \.\.\.\)": "stands for the reader's own trainer",
@@ -143,6 +145,6 @@ def _write_questions(folder: Path) -> None:
 
 
 def _write_profile(path: Path) -> None:
-    grid = [(layer, keep) for layer in (4, 8, 16, 24) for keep in (0.5, 0.25)]
+    grid = [(layer, keep) for layer in (2, 8, 16, 24) for keep in (0.5, 0.25, 0.125)]
     cells = [{"layer": layer, "keep": keep, "accuracy": 0.6 + layer / 200 + keep / 100} for layer, keep in grid]
     path.write_text(json.dumps({"num_layers": 32, "vanilla": 0.8, "cells": cells}))

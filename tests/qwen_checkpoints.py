@@ -18,6 +18,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -53,6 +55,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": STOP,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
 }
+QWEN3 = TEXT | {"head_dim": 32, "rope_parameters": TEXT["rope_parameters"] | {"mrope_interleaved": True}}
 VISION: dict[str, Any] = {
     "depth": 2,
     "num_heads": 2,
@@ -80,8 +83,17 @@ def _qwen2_5_vl(patch: int) -> Any:
 
 
 def _qwen3_vl(patch: int) -> Any:
-    text = TEXT | {"head_dim": 32, "rope_parameters": TEXT["rope_parameters"] | {"mrope_interleaved": True}}
-    vision = VISION | {
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=QWEN3, vision_config=_qwen3_vision(patch), **IDS))
+
+
+def _qwen3_vl_moe(patch: int) -> Any:
+    text = QWEN3 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=_qwen3_vision(patch), **IDS)
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _qwen3_vision(patch: int) -> dict[str, Any]:
+    return VISION | {
         "patch_size": patch,
         "depth": 3,
         "hidden_size": 64,
@@ -90,13 +102,13 @@ def _qwen3_vl(patch: int) -> Any:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
     }
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **IDS))
 
 
 FAMILIES = {
     "qwen2_vl": (_qwen2_vl, Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (_qwen2_5_vl, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
     "qwen3_vl": (_qwen3_vl, Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": (_qwen3_vl_moe, Qwen3VLProcessor, Qwen3VLVideoProcessor),
 }
 
 

@@ -95,6 +95,18 @@ def test_several_methods_each_with_its_own_options() -> None:
     assert columns["PyramidDrop(lam=0.4)"]["full_parts"]["ranking"] > 0
 
 
+def test_a_method_is_read_by_the_parser_of_all_verbs() -> None:
+    """Any argument is an option, the class may be named, and several methods may follow one `--method`."""
+    answer = found("--method", "pyramiddrop:merge=true", "PyramidDrop:score=diversity", "FastV:keep=0.4")
+    assert [one["method"] for one in answer["methods"][1:]] == [
+        "PyramidDrop(merge=True)",
+        "PyramidDrop(score='diversity')",
+        "FastV(keep=0.4)",
+    ]
+    plain = found("--method", "pyramiddrop")["methods"][1]["full_parts"]["ranking"]
+    assert answer["methods"][1]["full_parts"]["ranking"] > plain
+
+
 def test_shared_options_go_to_those_that_know_them() -> None:
     answer = found("--method", "pyramiddrop", "--method", "fastv", "--method", "random:lam=0.3", "--lam", "0.4")
     assert [one["method"] for one in answer["methods"][1:]] == [

@@ -163,7 +163,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "methods": ways}
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("lost", [0, 1, 400])
 def test_a_run_that_was_stopped_goes_on(
     tiny: list[str | Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,8 @@ def test_vanilla_is_the_model_as_it_is(llava_folder: Path, picture: Path) -> Non
         (["--method", "pyramiddrop", "--positions", "compact"], [8, 4, 2]),
         (["--keep", "0.75,0.5"], [12, 8]),
         (["--layers", "2,4"], [8, 4]),
+        (["--method", "PyramidDrop:lam=0.7,merge=true"], [11, 7, 5]),
+        (["--method", "fastv:layer=3", "--keep", "0.25"], [4]),
     ],
 )
 def test_every_method_and_its_options(llava_folder: Path, picture: Path, options: list[str], tokens: list[int]) -> None:

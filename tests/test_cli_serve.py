@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -11,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.import_utils import is_serve_available
 
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference import serving
+from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.vllm import hf_overrides, registration
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], *arguments: str, backend: tuple[str, ...] = ("--backend", "vllm")
+) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as end:
-        app(["serve", *arguments])
+        app(["serve", *arguments, *backend])
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
 
@@ -40,7 +45,7 @@ def test_the_command_names_the_dropping_architecture_and_the_method(
     llava_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = command(capsys, str(llava_folder), "--lam", "0.6", "--stages", "2")
-    assert words[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llava_folder)]
+    assert words[:3] == ["vllm", "serve", str(llava_folder)]
     told = overrides(words)
     assert told["architectures"] == ["PyramidDropLlavaForConditionalGeneration"]
     assert told["pyramiddrop"] == json.loads(json.dumps(PyramidDrop(lam=0.6, stages=2).settings()))
@@ -62,6 +67,27 @@ def test_other_options_are_vllm_s(llava_folder: Path, capsys: pytest.CaptureFixt
     assert words.count("--hf-overrides") == 1
 
 
+def test_the_chat_template_begins_as_transformers_begins_a_sequence(
+    llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM adds no `<s>` to what a template makes, which Transformers does."""
+    words = command(capsys, str(llava_folder))
+    processor = load_processor(llava_folder)
+    template = words[words.index("--chat-template") + 1]
+    assert template == "{{ bos_token }}" + processor.chat_template
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w5"}]}]
+    mended = processor.apply_chat_template(said, chat_template=template)
+    tokenizer = processor.tokenizer
+    plain = tokenizer(processor.apply_chat_template(said)).input_ids
+    assert tokenizer(mended, add_special_tokens=False).input_ids == plain
+    assert command(capsys, str(llava_folder), "--chat-template", "mine.jinja").count("--chat-template") == 1
+
+    shutil.copytree(llava_folder, tmp_path / "mended")
+    processor.chat_template = template
+    processor.save_pretrained(tmp_path / "mended")
+    assert "--chat-template" not in command(capsys, str(tmp_path / "mended"))
+
+
 def test_the_method_beside_the_checkpoint_is_served(
     llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +106,7 @@ def test_it_says_what_it_saves(llava_folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "vanilla"], "start vLLM itself"),
+        (["--method", "vanilla"], "start the server itself"),
         (["--lam", "2"], "lam must be a number"),
         (["--layers", "9", "--keep", "0.5"], "layers must be in 1..7"),
         (["--hf-overrides", "{"], "takes a JSON object"),
@@ -94,6 +120,38 @@ def test_what_cannot_be_served_is_refused(
     code, out, err = run(capsys, str(llava_folder), *arguments, "--show-command")
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_transformers_server_is_the_default_without_vllm(
+    llava_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    code, out, err = run(capsys, str(llava_folder), "--port", "8123", "--show-command", backend=())
+    assert code == 0, err
+    assert shlex.split(out) == ["transformers", "serve", str(llava_folder), "--port", "8123"]
+    assert "16 visual tokens (16 → 8 → 4 → 2)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "sglang"), "--backend must be one of vllm, transformers; got 'sglang'"),
+        (("--backend", "transformers", "--continuous-batching"), "--continuous-batching cannot be served"),
+    ],
+)
+def test_other_servers_are_refused(
+    llava_folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(capsys, str(llava_folder), backend=arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+
+
+@pytest.mark.skipif(is_serve_available(), reason="Transformers' server is installed")
+def test_without_transformers_server_nothing_starts(llava_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, str(llava_folder), backend=("--backend", "transformers"))
+    assert code == 2
+    assert "pip install 'transformers[serving]'" in err
 
 
 def internvl_chat(folder: Path, text: dict[str, Any]) -> str:

@@ -75,6 +75,7 @@ def test_redundancy_of_the_bundled_model(tmp_path: Path) -> None:
 DIGITS = ["--num-layers", "8", "--hidden", "128", "--intermediate", "352", "--heads", "4", "--percent", "80"]
 
 
+@pytest.mark.slow
 def test_redundancy_of_several_models_on_own_data(llava_folder: Path, own_data: Path, tmp_path: Path) -> None:
     models = ["--model", str(llava_folder), "--model", str(llava_folder), "--name", "one", "--name", "other"]
     options = ["--data", str(own_data), "--keep", "0.5", "--layers", "3", "--max-new-tokens", "2"]
@@ -128,6 +129,7 @@ def test_tradeoff_of_the_bundled_model(tmp_path: Path) -> None:
     assert [way["percent"] for way in record["methods"]] == [None, 60, 60, 80, 80]
 
 
+@pytest.mark.slow
 def test_ablation_of_the_bundled_model(tmp_path: Path) -> None:
     record = record_of("ablation", "--limit", "8", "--lam", "0.6,0.4", "--output", str(tmp_path))
     assert [way.get("lam") for way in record["methods"]] == [None, 0.4, 0.6]

@@ -26,7 +26,7 @@ def cases() -> list[Any]:
     ]
 
 
-@pytest.mark.fast_cases(5)
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(("member", "check"), cases())
 def test_conformance(member: str, check: str) -> None:
     if expected(MEMBERS[member], CHECKS[check]).status == IMPOSSIBLE:

@@ -75,7 +75,7 @@ def text_inputs(rows: int) -> dict[str, Tensor]:
     return {"input_ids": torch.arange(2, 2 + rows)[None] % 140 + 2}
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", marked(SUPPORTED))
 def test_a_text_model_is_what_the_counter_and_its_cache_say(name: str) -> None:
     parts = anatomy(model_of(name))
@@ -92,7 +92,7 @@ def test_a_text_model_is_what_the_counter_and_its_cache_say(name: str) -> None:
     assert step_flops(shape, lengths) - head_flops(shape) == pytest.approx(step + uncounted(parts), rel=0.01)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", marked([name for name in SUPPORTED if name not in UNCOUNTABLE | TOO_LONG]))
 def test_what_dropping_saves_is_what_the_counter_and_the_cache_say(name: str) -> None:
     model, member = model_of(name), MEMBERS[name]

@@ -53,7 +53,7 @@ def two(model: Any, first: int = 4) -> Any:
     return spread(model, text_model(model).layers, first)
 
 
-@pytest.mark.fast_cases(5)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_over_two_devices(name: str) -> None:
     model, method = tiny_model("llava-gqa"), METHODS[name]
@@ -78,7 +78,7 @@ def test_generation_without_a_cache() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("first", [1, 2, 3, 6])
 @pytest.mark.parametrize("name", ["next", "last", "merge", "variation"])
 def test_wherever_the_second_device_begins(name: str, first: int) -> None:
@@ -105,7 +105,7 @@ def test_the_callers_tensors_may_be_elsewhere() -> None:
             assert all(torch.equal(a, b) for a, b in zip(found[name], expected[name], strict=True))
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", ["next", "last", "compact", "merge", "key_norm"])
 @pytest.mark.parametrize("turn", [[3], [2, "image", 3]], ids=["text", "image"])
 def test_a_further_turn(name: str, turn: list[Any]) -> None:
@@ -188,7 +188,7 @@ def offloaded(model: Any, where: str, folder: Path) -> Any:
     return accelerate.dispatch_model(model, layers | others, offload_dir=folder, skip_keys=skipped)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("where", ["cpu", "disk", "buffers", "whole layers", "some layers"])
 @pytest.mark.parametrize("name", ["next", "last-compact", "fastv", "vision"])
 def test_offloaded_weights(name: str, where: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize(
     ("page", "command"), [one for one in ALL_COMMANDS if "pyramiddrop " in one[1] and "pip install" not in one[1]]
 )

@@ -104,7 +104,7 @@ def test_a_trial_does_not_write_among_the_results(capsys: pytest.CaptureFixture[
     assert "needs --shape and --out" in capsys.readouterr().err
 
 
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_for_all_runs(subject: Subject) -> None:
     ways = choose_ways([], subject.parts.shape, subject.prompt)
     compilers = {"eager": eager, "one graph": partial(torch.compile, backend="eager", fullgraph=True)}

@@ -54,7 +54,7 @@ def marked(*rows: tuple[int, int], length: int = 40) -> torch.Tensor:
     return torch.stack([(columns >= first) & (columns < last) for first, last in rows])
 
 
-@pytest.mark.fast_cases(12)
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("visual", [marked((5, 35)), marked((5, 35), (8, 20))], ids=["one", "ragged"])
 @pytest.mark.parametrize("method", METHODS)

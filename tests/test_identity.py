@@ -77,6 +77,7 @@ def test_forward_with_all_kept(family: str, attention: str, side: str) -> None:
             assert torch.equal(logits_of(model, inputs), vanilla)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["llava", "next"])
 def test_generate_with_all_kept(family: str, attention: str) -> None:

@@ -52,7 +52,7 @@ def check_prefill(model: PreTrainedModel, rule: Rule, inputs: dict[str, Tensor],
 # --- One forward pass -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast_cases(10)
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -263,7 +263,7 @@ def test_half_precision(attention: str, dtype: torch.dtype) -> None:
 # --- Generation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("rule", ["original", "compact", "last"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["llava-gqa", "next"])
@@ -299,7 +299,7 @@ def test_greedy_without_a_cache(attention: str, rule: str) -> None:
     check_greedy(model, RULES[rule], make_batch(model, MIXED), steps=4, use_cache=False)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("rule", ["original", "compact", "uneven"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_greedy_on_a_static_cache(attention: str, rule: str) -> None:
@@ -366,6 +366,7 @@ def test_decoding_by_hand(attention: str, positions: str) -> None:
             assert trace.lengths == lengths, "the trace holds the prefill, not the last step"
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("specs", [ONE_EACH, MIXED])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_beam_search(attention: str, specs: list) -> None:
@@ -421,6 +422,7 @@ def test_sampling() -> None:
     assert outputs[0][0] != outputs[0][1]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("rule", ["original", "compact"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_prompt_lookup(attention: str, rule: str) -> None:

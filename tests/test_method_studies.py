@@ -171,6 +171,7 @@ def test_costs_of_a_lambda_are_those_of_its_schedule() -> None:
     assert half["kv_ratio"] < more["kv_ratio"] < 1
 
 
+@pytest.mark.slow
 def test_lambda_of_one_is_vanilla() -> None:
     vanilla, one = prepare_ablation(digits_task(limit=16), (1.0,), EvalOptions()).record()["methods"]
     assert one["scores"] == vanilla["scores"]

@@ -204,6 +204,7 @@ def test_no_family_is_called_proven_that_fails_a_check() -> None:
 # --- Images of several runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("family", PROVEN_FAMILIES)
 def test_images_side_by_side_are_told_apart_or_the_entry_says_so(family: str) -> None:
     entry = FAMILIES[family]

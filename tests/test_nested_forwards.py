@@ -113,7 +113,7 @@ ASKED = [
 ]
 
 
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize(("name", "other", "how"), sorted(set(ASKED)))
 def test_a_prompt_inside_generate_is_its_own(
     model: PreTrainedModel, prompt: dict[str, Tensor], name: str, other: str, how: str

@@ -115,7 +115,7 @@ def one_by_one(method: Method, labels: bool) -> tuple[list[list[int]], Tensor]:
     return kept[: len(trace.stages)], torch.cat(logits, 1)
 
 
-@pytest.mark.fast_cases(10)
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "prompts"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["pyramid", "per image", "compact", "merge"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flash_cpu import flash_on_cpu
-from masked import text_model
+from masked_oracle import text_model
 from pyramiddrop import PyramidDrop
 from zoo import MEMBERS, Answer
 from zoo.pieces import Row, collate, make_rows

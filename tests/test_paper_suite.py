@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from pyramiddrop import PyramidDrop
+from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation import benchmarks
 from pyramiddrop.evaluation.benchmarks import Measured, TaskScore, read_measured, run_benchmarks
 from pyramiddrop.evaluation.paper import paper_figures
+from pyramiddrop.evaluation.paper.budgets import published_rows
 from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables, suite_record
 from pyramiddrop.inference.errors import InputError
 from test_cli_eval import run, run_json
@@ -179,7 +182,7 @@ def test_where_lmms_eval_is_not_installed_it_says_so(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--suite video", "--suite must be paper; got 'video'"),
+        ("--suite video", "--suite must be paper or budgets; got 'video'"),
         ("--suite paper --model x", "--model means nothing with --suite"),
         ("--tasks digits,mme", "digits is not a task of lmms-eval: give --tasks digits alone"),
         ("--tasks mme --percent 50", "--percent means nothing with tasks of lmms-eval"),
@@ -193,3 +196,54 @@ def test_options_that_do_not_belong(arguments: str, words: str) -> None:
     from pyramiddrop.cli.main import app
 
     assert_one_line(CliRunner().invoke(app, ["eval", *arguments.split()]), words)
+
+
+# --- Budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_every_published_row_says_who_printed_it_and_how_good_it_is() -> None:
+    rows = published_rows()
+    assert len(rows) > 100
+    for row in rows:
+        assert row.source, row
+        assert row.version, row
+        assert row.scores or row.percent, row
+        assert row.schedule or row.method not in ("PyramidDrop", "HiDrop"), row
+        if row.mean:
+            assert float(row.percent) == pytest.approx(100 * float(row.mean) / float(row.full), abs=0.06), row
+
+
+def budgets(*words: str | Path) -> str:
+    result = CliRunner().invoke(app, ["eval", "--suite", "budgets", *map(str, words)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_rows_that_contradict_each_other_stand_side_by_side() -> None:
+    printed = budgets()
+    at_64 = printed.split("LLaVA-1.5-7B at 64 average tokens")[1].split("LLaVA-1.5-7B at 48")[0]
+    rows = [line for line in at_64.splitlines() if line.startswith("PyramidDrop ")]
+    assert [value for value in ("74.4", "82.7", "72.4", "77.0") if any(f" {value} " in row for row in rows)] == [
+        "74.4",
+        "82.7",
+        "72.4",
+        "77.0",
+    ]
+    assert "PyramidDrop, trained" in at_64
+    assert " *" in at_64
+    assert "Measured" not in printed
+
+
+def test_what_was_measured_stands_above(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(benchmarks.benchmarks_record([MEASURED], None)))
+    printed = budgets("--results", path)
+    measured = printed.split("LLaVA-1.5-7B at 192")[0]
+    assert "Measured" in measured
+    assert "1500.0" in measured
+    assert "45 % of vanilla" in measured
+    record = json.loads(budgets("--results", path, "--json"))
+    assert record["measured"][0]["scores"] == {"mme": 1500.0}
+    assert len(record["published"]) == len(published_rows())
+    (row,) = [one for one in record["published"] if (one["method"], one["budget"]) == ("HiDrop", 64)]
+    assert (row["percent"], row["mean"], row["second_hand"]) == (98.3, None, True)

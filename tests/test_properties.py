@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 import reference
-import remedies
+import scorer_oracle
 from checks import CLOSE, check_logits, check_trace, generated, method_of, new_tokens, same_gradients, stacked
 from pyramiddrop import naive
 from reference import Result, Rule
@@ -227,8 +227,8 @@ def same_turn(talk: reference.Talk, output: Any, call: Any, trace: Any, number: 
 def check_scorer(scene: Scene, score: str) -> None:
     """What a scorer gives each visual token at each drop is what its rule says in plain loops."""
     method = method_of(scene.rule, score=score, positions="original", rank_layer="next")
-    for look, scores, _ in remedies.looks(scene.model, method, scene.inputs()):
-        expected = torch.tensor(remedies.SCORES[score](look), dtype=torch.float32)
+    for look, scores, _ in scorer_oracle.looks(scene.model, method, scene.inputs()):
+        expected = torch.tensor(scorer_oracle.SCORES[score](look), dtype=torch.float32)
         torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -274,7 +274,10 @@ PROPERTIES: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], .
     "prompt": (check_prompt, (scenes(batches(prompts()), ["left", "right"]), WAYS)),
     "lesson": (check_lesson, (scenes(batches(lessons()), ["left", "right"]), WAYS)),
     "conversation": (check_conversation, (scenes(batches(prompts()), ["left"]), TURNS)),
-    "scorer": (check_scorer, (scenes(batches(PICTURES), ["left", "right"]), st.sampled_from(sorted(remedies.SCORES)))),
+    "scorer": (
+        check_scorer,
+        (scenes(batches(PICTURES), ["left", "right"]), st.sampled_from(sorted(scorer_oracle.SCORES))),
+    ),
 }
 
 

@@ -262,6 +262,7 @@ def killer(after: int) -> Callable[[int], None]:
     return advance
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     per_batch = 1 + len(GRID.cells)
     assert study().steps == 2 * per_batch

@@ -83,7 +83,7 @@ def test_peak_memory_is_the_most_at_one_moment() -> None:
     assert peak.bytes == pytest.approx(1200 * 8, abs=256)  # the allocator rounds up to 64 bytes a tensor
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl-7b", "internvl3-8b"])
 def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:
@@ -243,6 +243,7 @@ def test_training_without_an_optimizer(subject: Subject) -> None:
     assert result.whole == result.gradients
 
 
+@pytest.mark.slow
 def test_training_flops_against_the_counter_of_pytorch() -> None:
     subject = shape_subject("tiny", CPU, visual=30, text=10)
     subject.model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention

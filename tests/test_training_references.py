@@ -133,7 +133,7 @@ def test_a_reference_that_was_given(tmp_path: Path) -> None:
         assert len(said) == (method != PyramidDrop())
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("method", [PyramidDrop(logits="kept"), VisionDrop(logits="kept")])
 def test_kept_logits_are_refused(method: Any, name: str, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ PARTS = {
 }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str, options: TrainOptions, start: Path) -> None:
     """What is trained; and the folder holds a whole model with its processor, method and log."""
@@ -119,6 +120,7 @@ def test_recipes(recipe: str, options: TrainOptions, start: Path) -> None:
     assert list(out.rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions) -> None:
     """A step of 1e-3 is less than bfloat16 can tell apart: trained weights would stand still."""
@@ -129,6 +131,7 @@ def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions
     assert job.run()["train_loss"] > 0
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("method", "said", "unsaid"),
     [

@@ -157,6 +157,7 @@ def test_loops_and_trainers(
     assert_same_weights(model, weights)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("logits", ["full", "kept"])
 def test_trl(logits: str, checkpointing: bool, expected: Any, tmp_path: Path, llava_folder: Path) -> None:

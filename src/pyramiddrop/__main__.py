@@ -2,4 +2,5 @@
 
 from pyramiddrop.cli.main import main
 
-main()
+if __name__ == "__main__":  # the processes that a server spawns import this module
+    main()

@@ -147,7 +147,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(
         ("qwen3_vl_text",), VIDEO, _QWEN, layout="patch grids in time", served=("Qwen3VLForConditionalGeneration",)
     ),
-    "qwen3_vl_moe": Family(("qwen3_vl_moe_text",), VIDEO, _QWEN, layout="patch grids in time"),
+    "qwen3_vl_moe": Family(
+        ("qwen3_vl_moe_text",),
+        VIDEO,
+        _QWEN,
+        layout="patch grids in time",
+        served=("Qwen3VLMoeForConditionalGeneration",),
+    ),
     "qwen2_5_omni_thinker": Family(("qwen2_5_omni_text",), VIDEO, (AXES,), layout="patch grids in time"),
     "qwen3_omni_moe_thinker": Family(("qwen3_omni_moe_text",), VIDEO, (AXES,), layout="patch grids in time"),
     "qwen3_5": Family(("qwen3_5_text",), VIDEO, (AXES, RECURRENT), layout="patch grids in time"),

@@ -14,11 +14,11 @@ from checks import CLOSE, generated, method_of
 from conformance.against import same_forward, same_generation, same_kept, same_output, same_training
 from conformance.expected import Spoken, learn, oracle_generation, spoken
 from conformance.subject import Batch, Subject, subject_of
-from masked import Call, masked
+from masked_oracle import Call, masked
 from pyramiddrop import FastV
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from reference import Rule
-from removed import removed
+from removed_rows_oracle import removed
 from zoo import Member
 from zoo.pieces import IGNORED, Row
 

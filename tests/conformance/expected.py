@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from checks import generated
 from conformance.subject import Batch, Subject
-from masked import Oracle, masked
+from masked_oracle import Oracle, masked
 from reference import IGNORED, Rule
-from removed import removed
+from removed_rows_oracle import removed
 
 Kept = list[list[Tensor]]  # per stage, per row: sorted visual columns
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import reference
 from conformance.setups import Setup, setup_of
-from masked import Prompt
+from masked_oracle import Prompt
 from zoo import MEMBERS, Answer, Member
 from zoo.pieces import Row, collate, make_rows
 

@@ -32,11 +32,11 @@ from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
 from transformers.models.step3p7.processing_step3p7 import Step3p7Processor
 
-from lit import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
-from lit_families import SLACK, gemma_tokenizer
-from lit_grids import grid_inputs, stand_in
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.token_layout.views import place_pictures
+from spot_probe import SIZES, SPOTS, assert_lit, lit, token_light, word_tokenizer
+from spot_probe_families import SLACK, gemma_tokenizer
+from spot_probe_grids import grid_inputs, stand_in
 from zoo import MEMBERS, weights
 from zoo.vision import END, IMAGE, LINE, SIDE, START, TOWER, VIDEO
 from zoo.weights import TEXT, drawn

@@ -47,10 +47,10 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
 
-from lit import SIZES, SPOTS, lit, token_light, wide_gemma4, word_tokenizer
-from lit_families import SLACK, gemma_tokenizer
 from pyramiddrop.inference.video import default_metadata
 from pyramiddrop.report.token_layout.views import PlacedView, place_pictures
+from spot_probe import SIZES, SPOTS, lit, token_light, wide_gemma4, word_tokenizer
+from spot_probe_families import SLACK, gemma_tokenizer
 from zoo import MEMBERS, vision, weights
 from zoo.tiled import GLOBAL
 from zoo.vision import SIDE

@@ -4,6 +4,7 @@ installed, what needs it is skipped."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,17 @@ if find_spec("vllm") is not None:  # read when vLLM is imported, and by the proc
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tests look into the scheduler; those of processes set it to 1
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_inspected_here() -> Iterator[None]:
+    """vLLM looks at a model's class in a process of its own, for each class, lest CUDA is initialised in this one."""
+    if find_spec("vllm") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 @pytest.fixture(scope="session")

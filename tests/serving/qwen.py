@@ -10,7 +10,7 @@ import torch
 from served import Question, processed
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from masked import Prompt, masked
+from masked_oracle import Prompt, masked
 from qwen_checkpoints import IMAGE, PICTURE, STOP, VIDEO
 from reference import Rule
 

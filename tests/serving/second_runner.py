@@ -1,6 +1,6 @@
 """Run by test_second_runner.py in a process of its own: mixed requests through vLLM's second model runner.
 
-Arguments: the checkpoint of LLaVA, and an empty folder for those of other families.
+Arguments: the family, the checkpoint of LLaVA, and an empty folder for those of other families.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen import masked_answers, with_pictures
 from served import Question, answers, blocks_in_use, engine, expected, films, questions, scheduler
+from vllm.model_executor.models import registry
 
 import internvl_checkpoints
 import qwen_checkpoints
@@ -37,19 +38,25 @@ def check(
         assert not runner.get_model().pyramiddrop_batch.waiting
 
 
-def main(llava: Path, scratch: Path) -> None:
-    """LLaVA, InternVL, and Qwen's families, whose positions have three axes."""
-    wanted = expected(llava, ASKED, METHOD)
-    check(llava, ASKED, wanted, 2, {})
-    check(llava, ASKED, wanted, 0, TIGHT)
+def llava(folder: Path, scratch: Path) -> None:
+    """All at once, and in parts with few blocks, one question about the same pictures after another."""
+    wanted = expected(folder, ASKED, METHOD)
+    check(folder, ASKED, wanted, 2, {})
+    check(folder, [*ASKED, *ASKED], [*wanted, *wanted], 0, TIGHT)
 
+
+def internvl(_: Path, scratch: Path) -> None:
+    """Tiles and a video."""
     picture, film = internvl_checkpoints.PICTURE, internvl_checkpoints.FILM
-    folder = internvl_checkpoints.save_internvl(scratch / "internvl")
+    folder = internvl_checkpoints.save_internvl(scratch)
     asked = [Question(one.prompt.replace("<image>", picture), one.images, one.tokens) for one in ASKED]
     asked += films(1, picture, film)
     check(folder, asked, expected(folder, asked, METHOD), 2, PARTS)
 
-    for family in qwen_checkpoints.FAMILIES:
+
+def qwen(_: Path, scratch: Path) -> None:
+    """Qwen's families, whose positions have three axes."""
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         folder = qwen_checkpoints.save_qwen(scratch / family, family)
         asked = [with_pictures(one) for one in ASKED]
         if family != "qwen3_vl":  # there plain vLLM and Transformers differ
@@ -58,4 +65,5 @@ def main(llava: Path, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    registry._run_in_subprocess = lambda inspect: inspect()  # as conftest.py has it
+    {"llava": llava, "internvl": internvl, "qwen": qwen}[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -6,15 +6,15 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import save_processor
@@ -116,22 +116,10 @@ def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
 
 
 def save_served(folder: Path, family: str = "llava", layers: int = 8, **text_changes: Any) -> Path:
-    """A tiny random checkpoint of `family` with the weight names of the published ones."""
+    """A tiny random checkpoint of `family`, as Transformers saves it."""
     model = tiny_model(family, layers=layers, **(WIDE_ENOUGH | text_changes))
     model.save_pretrained(folder)
     save_processor(folder, model, family)
-    weights = load_file(folder / "model.safetensors")
-    tower, published = "vision_tower.", "vision_tower.vision_model."
-    save_file(
-        {
-            name.replace(tower, published, 1)
-            if name.startswith(tower) and not name.startswith(published)
-            else name: value
-            for name, value in weights.items()
-        },
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
     return folder
 
 
@@ -182,11 +170,25 @@ def engine(folder: Path, method: Method | None, **options: Any) -> Iterator[Any]
     overrides = {} if method is None else {"hf_overrides": hf_overrides(str(folder), method)}
     plain = {"enable_prefix_caching": False} if method is None else {}
     gc.freeze()  # vLLM collects garbage many times as it starts, and all that is imported is walked each time
-    llm = LLM(str(folder), **(ENGINE | plain | overrides | options))
+    with nullcontext() if method else _names_of_transformers_5():
+        llm = LLM(str(folder), **(ENGINE | plain | overrides | options))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _names_of_transformers_5() -> Iterator[None]:
+    """Plain vLLM reads LLaVA's weights by the names that Transformers 5 saves; the plugin needs no help for it."""
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    published = LlavaForConditionalGeneration.hf_to_vllm_mapper
+    saved = WeightsMapper(orig_to_new_prefix={"vision_tower.": "vision_tower.vision_model."})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlavaForConditionalGeneration, "hf_to_vllm_mapper", published | saved)
+        yield
 
 
 def sampling(tokens: int, **options: Any) -> Any:

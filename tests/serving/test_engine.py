@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from served import Question, answers, blocks_in_use, engine, expected, picture, 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.vllm import attention, forward, kv_cache, runner
 from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.prefix_rows import Rows
 
 HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
 UNEVEN = PyramidDrop(layers=[1, 2, 7], keep=[0.7, 0.3, 0.3])  # neighbours, the last layer, an end that drops nothing
@@ -86,6 +88,7 @@ def test_preemption(llava: Path, halves: list[list[int]]) -> None:
     assert watch.preempted, "the memory was not tight enough to show anything"
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("budget", [8, 24])
 def test_a_tight_token_budget_computes_prompts_in_parts(
     llava: Path, halves: list[list[int]], budget: int, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +117,7 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
     assert watch.parts
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -152,6 +156,7 @@ def test_llava_next(llava_next: Path) -> None:
         assert nothing_left(llm)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("family", ["llava-mistral", "llava-qwen2", "llava-qwen3"])
 def test_other_text_models(tmp_path: Path, family: str) -> None:
     folder, asked = save_served(tmp_path, family), questions(6, seed=3)
@@ -277,18 +282,21 @@ def test_control_slots_of_the_full_length(
 def test_control_parts_that_leave_nothing(
     served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = forward.Waiting
-    monkeypatch.setattr(forward, "Waiting", lambda hidden, *others: waiting(hidden * 0, *others))
+    copied = Rows.copied
+    monkeypatch.setattr(Rows, "copied", lambda rows: copied(replace(rows, hidden=rows.hidden * 0)))
     assert broken(served, halves)
 
 
-def test_control_a_runner_that_describes_nothing(
-    served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_hook_is_an_error_and_no_wrong_answer(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_begin", lambda runner, batch, scheduled: setattr(batch, "step", None))
-    assert broken(served, halves)
+    with (
+        engine(llava, HALVES) as llm,
+        pytest.raises(RuntimeError, match="a step with a picture reached the layers without a description"),
+    ):
+        answers(llm, ASKED)
 
 
+@pytest.mark.slow
 def test_control_blocks_for_every_token_save_nothing(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [question for question in questions(8, seed=4, tokens=(4, 4)) if len(question.images) == 2]
     peaks = []

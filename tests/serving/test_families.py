@@ -20,6 +20,7 @@ METHOD = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
 ASKED = [with_pictures(question) for question in questions(8, seed=5, tokens=(6, 16))]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_qwen_vl(family: str, tmp_path: Path) -> None:
     folder = save_qwen(tmp_path, family)
@@ -39,6 +40,7 @@ def test_videos(tmp_path: Path) -> None:
         assert answers(llm, asked) == wanted
 
 
+@pytest.mark.slow
 def test_videos_whose_frames_stand_apart(tmp_path: Path) -> None:
     """Qwen3-VL's, with timestamps between them. On this tiny checkpoint plain vLLM and Transformers differ, dropping or
     not: so vLLM is held against itself."""

@@ -10,8 +10,10 @@ import torch
 
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import AttentionScorer
-from pyramiddrop.vllm.batch import Batch, Entry, Step, Waiting
+from pyramiddrop.vllm.batch import Batch, Entry, Step
+from pyramiddrop.vllm.prefix_rows import RecordedBlocks, Rows
 from pyramiddrop.vllm.prompts import read_prompt
+from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
 
 
@@ -106,8 +108,66 @@ def test_text_is_never_touched() -> None:
 
 def test_a_prompt_that_begins_anew_has_nothing_left_of_its_parts() -> None:
     batch = Batch()
-    batch.waiting["a"] = Waiting(torch.zeros(8, 4), torch.arange(8), None)
+    batch.waiting["a"] = Rows(torch.zeros(8, 4), torch.arange(8), None)
     batch.begin([entry(8, 8)])
     assert "a" in batch.waiting
     batch.begin([entry(0, 8)])
     assert not batch.waiting
+
+
+def test_a_single_token_of_a_visual_prompt_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="a single token of the prompt of a is scheduled"):
+        Batch().begin([entry(8, 1)])
+    Batch().begin([entry(23, 1)])  # a step of decoding
+
+
+def block(number: int, content: str) -> Any:
+    return SimpleNamespace(block_id=number, block_hash=content)
+
+
+def test_rows_are_there_from_the_next_step_on_until_others_take_their_place() -> None:
+    recorded, blocks = RecordedBlocks(3), [block(5, "a"), block(7, "b")]
+    recorded.add(blocks, step=1)
+    assert recorded.usable(blocks, step=1) == 0
+    assert recorded.usable(blocks, step=2) == 2
+    assert recorded.usable([*blocks, block(9, "c")], step=2) == 2, "a block that was not recorded"
+    assert recorded.usable([block(5, "other"), block(7, "b")], step=2) == 0, "a block that was written again"
+    assert recorded.add([block(1, "x"), block(2, "y")], step=2) == set()
+    assert recorded.usable(blocks, step=2) == 2, "this step's requests read before it records"
+    assert recorded.usable(blocks, step=3) == 0, "four blocks were recorded, and three are held"
+    assert recorded.usable([block(1, "x"), block(2, "y")], step=3) == 2
+    assert recorded.add([block(3, "z")], step=3) == {5, 7}
+
+
+def test_more_blocks_in_one_step_than_are_held_are_no_use() -> None:
+    recorded, blocks = RecordedBlocks(3), [block(number, str(number)) for number in range(4)]
+    recorded.add(blocks[:2], step=1)
+    recorded.add(blocks[2:], step=1)
+    assert recorded.usable(blocks, step=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "keep"),
+    [(0.4, (0.4, pytest.approx(0.16))), ([0.9, 0.1], (0.9, 0.1)), ("off", (1.0, 1.0)), (1, (1, 1))],
+)
+def test_a_request_may_keep_more_or_less(asked: Any, keep: Any) -> None:
+    params = SimpleNamespace(extra_args={"pyramiddrop": asked, "other": 1})
+    own = rules_for(rules(), params)
+    assert own.schedule.keep == keep
+    assert own.schedule.layers == rules().schedule.layers
+
+
+@pytest.mark.parametrize("params", [None, SimpleNamespace(extra_args=None), SimpleNamespace(extra_args={"other": 1})])
+def test_without_a_word_the_engine_s_rules_hold(params: Any) -> None:
+    engine = rules()
+    assert rules_for(engine, params) is engine
+
+
+@pytest.mark.parametrize(
+    "asked", [0, 1.5, -1, "on", "0.5", True, [0.5], [0.5, 0.7], [0.5, 0.0, 0.1], ["a", "b"], [2, 1]]
+)
+def test_what_a_request_cannot_ask_is_refused(asked: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"vllm_xargs\['pyramiddrop'\] must be a λ in \(0, 1\], a list of 2 keep ratios"
+    ):
+        rules_for(rules(), SimpleNamespace(extra_args={"pyramiddrop": asked}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,13 @@ from served import ENGINE, answers, engine, expected, questions, sampling, save_
 from vllm.exceptions import VLLMValidationError
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.vllm import hf_overrides, register
+from pyramiddrop.cli.main import app
+from pyramiddrop.schedule import Schedule
+from pyramiddrop.scoring import AttentionScorer
+from pyramiddrop.vllm import hf_overrides, register, requests
 from pyramiddrop.vllm.attention import join_stage
 from pyramiddrop.vllm.batch import Batch
+from pyramiddrop.vllm.rules import Rules
 from pyramiddrop.vllm.soundness import SCHEDULER, unsound
 
 
@@ -37,9 +42,9 @@ def configured(folder: Path, method: PyramidDrop | None = None, **options: Any) 
     return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
-def test_prefix_caching_is_switched_off(llava: Path) -> None:
-    assert not configured(llava, enable_prefix_caching=True).cache_config.enable_prefix_caching
-    assert not configured(llava).cache_config.enable_prefix_caching
+def test_prefix_caching_is_left_as_it_is(llava: Path) -> None:
+    assert configured(llava).cache_config.enable_prefix_caching
+    assert not configured(llava, enable_prefix_caching=False).cache_config.enable_prefix_caching
 
 
 def test_the_scheduler_and_the_settings_reach_the_engine(llava: Path) -> None:
@@ -70,9 +75,11 @@ def test_the_method_beside_the_checkpoint_is_read(llava: Path, tmp_path: Path) -
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_offloading_size": 0.5}, "KV offloading"),
+        ({"cpu_offload_gb": 1}, "offloading of weights"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"max_num_batched_tokens": 3, "max_num_seqs": 2}, "--max-num-batched-tokens below 4"),
     ],
-    ids=["lora", "speculation", "pipeline", "one group", "scheduler", "fast prefill", "connector", "offload", "budget"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_unsound_is_refused_at_start(llava: Path, options: dict[str, Any], named: str) -> None:
     if "kv_transfer_config" in options:
@@ -86,7 +93,6 @@ def test_what_is_unsound_is_refused_at_start(llava: Path, options: dict[str, Any
 @pytest.mark.parametrize(
     ("part", "name", "value", "named"),
     [
-        ("parallel_config", "data_parallel_size", 2, "data parallelism"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
         ("parallel_config", "ubatch_size", 2, "microbatches"),
@@ -102,6 +108,27 @@ def test_what_a_cpu_cannot_be_asked_for_is_refused_too(
     assert named in "; ".join(unsound(config))
 
 
+def test_data_parallelism_is_refused_where_ranks_step_together(llava: Path) -> None:
+    config = configured(llava)
+    object.__setattr__(config.parallel_config, "data_parallel_size", 2)
+    assert not list(unsound(config)), "ranks of a dense model are independent"
+    object.__setattr__(config.parallel_config, "is_moe_model", True)
+    assert "data parallelism of a mixture of experts" in "; ".join(unsound(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV events"),
+        ("ec_transfer_config", SimpleNamespace(), "encoder disaggregation"),
+    ],
+)
+def test_what_moves_blocks_or_pictures_is_refused(llava: Path, name: str, value: Any, named: str) -> None:
+    config = configured(llava)
+    object.__setattr__(config, name, value)
+    assert named in "; ".join(unsound(config))
+
+
 def test_latent_attention_is_refused() -> None:
     latent = SimpleNamespace(sliding_window=None, attn_backend=SimpleNamespace(is_mla=lambda: True))
     with pytest.raises(ValueError, match="serves full attention only"):
@@ -110,8 +137,8 @@ def test_latent_attention_is_refused() -> None:
 
 def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
     folder = save_served(tmp_path, "llava-mistral", sliding_window=16)
-    with pytest.raises(ValueError, match="serves full attention only"), engine(folder, PyramidDrop()):
-        pass
+    with pytest.raises(ValueError, match="pyramiddrop cannot be served with a sliding window of 16 tokens"):
+        configured(folder)
 
 
 def test_full_graphs_of_mixed_batches_are_refused(llava: Path) -> None:
@@ -160,25 +187,32 @@ with engine({folder!r}, None) as llm:
 """
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("strange", "warned"),
     [
         ("vllm.__version__ = '0.34.0'", "fits vLLM 0.32 and 0.33; 0.34.0 is installed. To drop visual tokens"),
-        ("sys.modules['pyramiddrop.vllm.params'] = None", "is installed, but not as expected: ModuleNotFoundError"),
+        ("sys.modules['pyramiddrop.vllm.requests'] = None", "is installed, but not as expected: ModuleNotFoundError"),
+        (
+            "from vllm.v1.core.sched.scheduler import Scheduler\n"
+            "Scheduler._reserve_prefill_lookahead = lambda self, request, first, tokens: tokens",
+            "_reserve_prefill_lookahead takes (self, request, first, tokens), not (self, request, num_computed_tokens",
+        ),
     ],
-    ids=["version", "moved"],
+    ids=["version", "moved", "another signature"],
 )
 def test_a_vllm_that_the_plugin_does_not_fit_serves_as_without_it(llava: Path, strange: str, warned: str) -> None:
     script = STRANGER.format(strange=strange, folder=str(llava))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "VLLM_LOGGING_LEVEL": "WARNING"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with engine(llava, None) as llm:
         [output] = llm.generate([questions(4)[2].inputs], sampling(4), use_tqdm=False)
     assert f"answered {list(output.outputs[0].token_ids)}" in done.stdout
     assert "registered []" in done.stdout
-    [line] = [line for line in done.stderr.splitlines() if "pyramiddrop's plugin" in line]
+    [line] = [line for line in (done.stdout + done.stderr).splitlines() if "pyramiddrop's plugin" in line]
     assert warned in line
+    assert re.match(r"WARNING \d\d-\d\d \d\d:\d\d:\d\d ", line[line.index("WARNING") :]), "level and time"
 
 
 def test_without_the_plugin_the_architecture_is_unknown(llava: Path) -> None:
@@ -205,6 +239,78 @@ def test_prompt_logprobs_are_refused_and_the_engine_goes_on(llava: Path) -> None
                 "0", asked[2].inputs, sampling(4), ("generate",), resumable=True
             )
         assert answers(llm, asked) == expected(llava, asked, method)
+
+
+def pictures(*lengths: int) -> Any:
+    """As much of a request as tells how long its pictures are."""
+    places = [SimpleNamespace(offset=40 * number, length=length) for number, length in enumerate(lengths)]
+    return SimpleNamespace(
+        mm_features=[
+            SimpleNamespace(
+                modality="image", mm_position=SimpleNamespace(offset=place.offset, length=place.length, is_embed=None)
+            )
+            for place in places
+        ]
+    )
+
+
+def test_a_picture_that_may_not_be_cut_must_fit_into_a_step_with_a_token_to_spare() -> None:
+    """It would wait for ever."""
+    rules = Rules(Schedule.of([2], [0.5]), AttentionScorer(), "next", per_image=False)
+    whole = SimpleNamespace(disable_chunked_mm_input=True, max_num_batched_tokens=16)
+    with pytest.raises(VLLMValidationError, match=r"a picture of 16 tokens .* --max-num-batched-tokens 17 or more"):
+        requests._check_pictures(pictures(9, 16), whole, rules)
+    requests._check_pictures(pictures(9, 15), whole, rules)
+    requests._check_pictures(SimpleNamespace(mm_features=None), whole, rules)
+    cut = SimpleNamespace(disable_chunked_mm_input=False, max_num_batched_tokens=16)
+    requests._check_pictures(pictures(9, 16), cut, rules)
+    off = Rules(Schedule.of([2], [1.0]), AttentionScorer(), "next", per_image=False)
+    requests._check_pictures(pictures(9, 16), whole, off)
+
+
+@pytest.mark.slow
+def test_pictures_that_may_not_be_cut(llava: Path) -> None:
+    method, asked = PyramidDrop(lam=0.5), questions(8, tokens=(4, 8))
+    with engine(llava, method, disable_chunked_mm_input=True, max_num_batched_tokens=17) as llm:
+        assert answers(llm, asked, every=1) == expected(llava, asked, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"enable_chunked_prefill": False}, {"scheduling_policy": "priority"}], ids=["whole prompts", "priority"]
+)
+def test_other_ways_to_schedule(llava: Path, options: dict[str, Any]) -> None:
+    method, asked = PyramidDrop(lam=0.5), questions(8, tokens=(4, 8))
+    with engine(llava, method, **options) as llm:
+        assert answers(llm, asked, every=2) == expected(llava, asked, method)
+
+
+@pytest.mark.slow
+def test_a_kv_cache_of_8_bits(llava: Path) -> None:
+    """Tokens are ranked by the queries and keys of the layer, not by what the cache makes of them."""
+    asked = questions(8, tokens=(4, 8))
+    found = []
+    for method in (None, PyramidDrop(lam=1.0)):
+        with engine(llava, method, kv_cache_dtype="fp8", dtype="bfloat16") as llm:
+            found.append(answers(llm, asked))
+    assert found[0] == found[1]
+    with engine(llava, PyramidDrop(lam=0.5), kv_cache_dtype="fp8", dtype="bfloat16") as llm:
+        pruned = answers(llm, asked)
+        assert answers(llm, asked, every=3) == pruned
+    assert pruned != found[0]
+
+
+def test_the_command_says_a_refusal_in_one_line(
+    llava: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    with pytest.raises(SystemExit) as end:
+        app(["serve", str(llava), "--backend", "vllm", "--port", "0", "--enable-lora", "--max-model-len", "512"])
+    assert end.value.code == 2
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith("error: pyramiddrop cannot be served with LoRA (its map of tokens")
+    assert "Traceback" not in said
 
 
 def test_plain_engines_are_not_touched(llava: Path) -> None:

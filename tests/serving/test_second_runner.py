@@ -16,7 +16,10 @@ pytest.importorskip("triton", reason="Triton is not installed: it interprets the
 HERE = Path(__file__).parent
 
 
-def test_the_second_model_runner(llava: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family", ["llava", pytest.param("internvl", marks=pytest.mark.slow), pytest.param("qwen", marks=pytest.mark.slow)]
+)
+def test_the_second_model_runner(llava: Path, tmp_path: Path, family: str) -> None:
     shutil.copytree(HERE / "triton_stub", tmp_path / "triton_stub")
     about = tmp_path / "triton_stub-0.dist-info"
     about.mkdir()
@@ -29,6 +32,6 @@ def test_the_second_model_runner(llava: Path, tmp_path: Path) -> None:
     }
     scratch = tmp_path / "checkpoints"
     scratch.mkdir()
-    command = [sys.executable, HERE / "second_runner.py", llava, scratch]
+    command = [sys.executable, HERE / "second_runner.py", family, llava, scratch]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

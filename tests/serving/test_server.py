@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
+import re
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +17,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from PIL import Image
+from clients import answer, body, chats, post, running
 from qwen import masked_answers, with_pictures
-from served import Question, engine, expected, picture, questions, sampling
+from served import Question, engine, expected, questions, sampling
 from transformers import AutoTokenizer
 
 from internvl_checkpoints import PICTURE, save_internvl
@@ -33,18 +29,10 @@ from reference import Rule
 
 RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
 HALVES = PyramidDrop(layers=RULE.layers, keep=RULE.keep)
+METHOD = ("--layers", "2,4,6", "--keep", "0.5,0.25,0.125")
 
 
-def chats(count: int) -> list[Question]:
-    """Questions as the checkpoint's chat template writes them: no, one or two pictures, and a few words."""
-    asked = []
-    for number in range(count):
-        pictures = tuple(picture(100 * number + k, 30 + 7 * number, 40) for k in range((1, 2, 0)[number % 3]))
-        words = " ".join(f"w{(7 * number + k) % 180 + 5}" for k in range(3 + number))
-        asked.append(Question(f"user {'<image> ' * len(pictures)}{words} assistant", pictures, 5 + number % 7))
-    return asked
-
-
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 24}], ids=["whole prompts", "in parts"])
 def test_the_engine_in_a_process_of_its_own(
     llava: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -85,77 +73,17 @@ def test_tensor_parallelism(family: str, llava: Path, tmp_path: Path, monkeypatc
 
 @contextmanager
 def server(folder: Path, *arguments: str) -> Iterator[str]:
-    """`pyramiddrop serve` as a user starts it; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [str(folder), "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
-    words += ["--enforce-eager", "--block-size", "32", "--served-model-name", "tiny", *arguments]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = open(folder / "server.log", "w")  # noqa: SIM115 - the process writes to it
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pyramiddrop", "serve", *words], env=environment, stdout=log, stderr=log
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait(process, address, folder)
+    """vLLM's server under dropping; yields its address."""
+    words = [str(folder), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--block-size", "32"]
+    with running(folder, [*words, "--served-model-name", "tiny", "--backend", "vllm", *arguments]) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-        log.close()
-
-
-def _wait(process: subprocess.Popen[bytes], address: str, folder: Path, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError("the server did not start:\n" + (folder / "server.log").read_text()[-4000:])
-
-
-def post(address: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)
-
-
-def body(question: Question) -> dict[str, Any]:
-    words = question.prompt.removeprefix("user ").removesuffix(" assistant").replace("<image> ", "")
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _url(one)}} for one in question.images]
-    content.append({"type": "text", "text": words})
-    return {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": question.tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "add_special_tokens": True,
-        "skip_special_tokens": False,
-    }
-
-
-def answer(reply: Any) -> str:
-    return str(reply["choices"][0]["message"]["content"]).strip()
-
-
-def _url(one: Image.Image) -> str:
-    file = io.BytesIO()
-    one.save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
     asked = chats(12)
     tokenizer = AutoTokenizer.from_pretrained(llava)
     wanted = [tokenizer.decode(ids) for ids in expected(llava, asked, HALVES)]
-    method = ("--layers", "2,4,6", "--keep", "0.5,0.25,0.125")
-    with server(llava, *method, "--max-num-batched-tokens", "48", "--max-num-seqs", "4") as address:
+    with server(llava, *METHOD, "--max-num-batched-tokens", "48", "--max-num-seqs", "4") as address:
         with ThreadPoolExecutor(6) as clients:
             replies = list(clients.map(lambda question: post(address, body(question)), asked))
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -163,8 +91,37 @@ def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
         assert refused.value.code == 400
         assert b"prompt_logprobs" in refused.value.read()
         again = post(address, body(asked[1]))
+        more, all_kept = (post(address, body(asked[0]) | {"vllm_xargs": {"pyramiddrop": it}}) for it in (0.9, "off"))
+        with pytest.raises(urllib.error.HTTPError) as wrong:
+            post(address, body(asked[0]) | {"vllm_xargs": {"pyramiddrop": 2}})
+        assert wrong.value.code == 400
+        assert "must be a λ in (0, 1]" in json.load(wrong.value)["error"]["message"]
+        metrics = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode()
     assert [answer(reply) for reply in replies] == wanted
     assert answer(again) == wanted[1]
+    for reply, method in ((more, PyramidDrop(layers=RULE.layers, keep=[0.9, 0.81, 0.729])), (all_kept, None)):
+        assert answer(reply) == tokenizer.decode(expected(llava, asked[:1], method)[0])
+    counted = dict(re.findall(r"^(pyramiddrop:\S+?)(?: |\{.*\} )(\S+)$", metrics, re.MULTILINE))
+    pictures = sum(len(question.images) for question in asked) + 2 + 2  # asked[1] has two; the two of their own, one
+    assert float(counted["pyramiddrop:visual_tokens_total"]) == 16 * pictures
+    assert float(counted["pyramiddrop:visual_tokens_dropped_total"]) == 14 * (pictures - 2) + 5
+    assert float(counted["pyramiddrop:kv_cache_bytes_saved_total"]) > 0
+    assert float(counted["pyramiddrop:prefill_flops_saved_total"]) > 0
+    assert 'pyramiddrop:requests_total{asked="request",keep="1,1,1"} 1.0' in metrics
     said = (llava / "server.log").read_text()
     assert "16 visual tokens (16 → 8 → 4 → 2)" in said
-    assert "prefix caching is switched off" in said
+    assert re.search(r"INFO .*PyramidDrop drops visual tokens before layers 2, 4, 6 and keeps 0.5, 0.25, 0.125", said)
+    assert re.search(r"INFO .*the KV cache holds [\d,]+ tokens of text, or [\d,]+ visual tokens", said)
+
+
+@pytest.mark.slow
+def test_data_parallelism(llava: Path) -> None:
+    """Ranks of a dense model are independent engines behind one server."""
+    asked = chats(12)
+    tokenizer = AutoTokenizer.from_pretrained(llava)
+    with (
+        server(llava, *METHOD, "--data-parallel-size", "2", "--max-num-seqs", "2") as address,
+        ThreadPoolExecutor(6) as clients,
+    ):
+        replies = list(clients.map(lambda question: post(address, body(question)), asked))
+    assert [answer(reply) for reply in replies] == [tokenizer.decode(ids) for ids in expected(llava, asked, HALVES)]

@@ -16,6 +16,7 @@ from pyramiddrop import PyramidDrop
 REQUESTS, CANCELLED = 200, 0.3
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_with_random_cancellations(llava: Path) -> None:
     method = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
     asked = questions(REQUESTS, seed=7)

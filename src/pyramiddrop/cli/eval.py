@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyramiddrop.evaluation.tasks import Task
 
 BUNDLED, PAPER = ("digits", "reader"), "paper"
+SUITES = (PAPER, "budgets")
 OFFLINE, LMMS = "--tasks digits or reader", "tasks of lmms-eval"
 #: The options of each way to use the verb, beside --output and --json.
 RUN = {"--limit", "--model", "--method", "--batch", "--device"}
@@ -52,7 +53,9 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="paper: the paper's benchmarks and figures, beside those that were measured.", rich_help_panel=WHAT
+            help="What others printed, beside what was measured: paper, the paper's tables; budgets, methods at equal "
+            "numbers of visual tokens.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     results: Annotated[
@@ -190,14 +193,20 @@ def _run_benchmarks(
 
 def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
     from pyramiddrop.evaluation.benchmarks import read_measured
+    from pyramiddrop.evaluation.paper.budgets import budgets_record
     from pyramiddrop.evaluation.paper.tables import suite_record
     from pyramiddrop.inference.errors import InputError
-    from pyramiddrop.report.tables.paper import suite_tables, tasks_table
+    from pyramiddrop.report.tables.paper import budget_tables, suite_tables, tasks_table
 
-    if suite != PAPER:
-        raise InputError(f"--suite must be {PAPER}; got {suite!r}")
-    record = suite_record([one for path in measured for one in read_measured(path)])
-    _show(record, [tasks_table(), *suite_tables(record)], as_json)
+    if suite not in SUITES:
+        raise InputError(f"--suite must be {' or '.join(SUITES)}; got {suite!r}")
+    found = [one for path in measured for one in read_measured(path)]
+    if suite == PAPER:
+        record = suite_record(found)
+        _show(record, [tasks_table(), *suite_tables(record)], as_json)
+    else:
+        record = budgets_record(found)
+        _show(record, budget_tables(record), as_json)
 
 
 def _show(record: dict[str, Any], parts: Iterable[Any], as_json: bool) -> None:

@@ -1,10 +1,8 @@
-"""The verb `serve`: vLLM's OpenAI server, with dropping."""
+"""The verb `serve`: vLLM's or Transformers' OpenAI server, with dropping."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +13,7 @@ from pyramiddrop.cli.terminal import stderr
 if TYPE_CHECKING:
     from pyramiddrop.inference.serving import Launch
 
-#: What Typer does not know is vLLM's.
+#: What Typer does not know is the server's.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -26,29 +24,34 @@ def serve(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a checkpoint.")],
     method: OneMethod = None,
     options: MethodOptions,
-    only_show: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command, and start nothing.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="vllm or transformers; without it vLLM, if that is installed.")
+    ] = None,
+    only_show: Annotated[
+        bool, typer.Option("--show-command", help="Print the server's own command, and start nothing.")
+    ] = False,
 ) -> None:
-    """Serve a checkpoint with vLLM's OpenAI server, dropping visual tokens inside the language model.
+    """Serve a checkpoint with an OpenAI server, dropping visual tokens inside the language model.
 
-    Every other option is vLLM's own, e.g. --port 8000 --tensor-parallel-size 2. Without any option of a method: the one
-    saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
+    Every other option is that of `vllm serve` (or of `transformers serve`), e.g. --port 8000 --tensor-parallel-size 2.
+    Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
-    from pyramiddrop.inference.serving import check_vllm, prepare_launch
+    from pyramiddrop.inference.serving import prepare_launch
 
-    launch = prepare_launch(model, options.spec(method), context.args)
+    launch = prepare_launch(model, options.spec(method), context.args, backend)
     _say(launch)
     if only_show:
         print(shlex.join(launch.command))
-        return
-    check_vllm()
-    sys.stdout.flush()
-    os.execv(launch.command[0], launch.command)
+    else:
+        launch.run()
 
 
 def _say(launch: Launch) -> None:
     from pyramiddrop.method_spec import method_label
     from pyramiddrop.report.units import arrow, share, size
 
+    for note in launch.notes:
+        stderr().print(note, soft_wrap=True)
     saving, method = launch.saving, method_label(launch.method)
     if saving is None:
         stderr().print(f"{method}: the cost model does not know this text model", soft_wrap=True)

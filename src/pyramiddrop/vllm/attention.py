@@ -15,7 +15,7 @@ from pyramiddrop.vllm.kv_cache import StageSpec
 
 
 def join_stage(attention: Any, stage: int, batch: Batch) -> None:
-    """Turn vLLM's `Attention` layer into one of `stage`: its own KV-cache group, and from stage 1 on its own metadata.
+    """Turn vLLM's `Attention` layer into one of `stage`: its own KV-cache group and its own metadata.
 
     Raises:
         ValueError: for attention over anything but all earlier tokens.
@@ -29,8 +29,7 @@ def join_stage(attention: Any, stage: int, batch: Batch) -> None:
 
     attention.get_kv_cache_spec = types.MethodType(get_kv_cache_spec, attention)
     attention.pyramiddrop_batch = batch
-    if stage:
-        attention.attn_backend = _stage_backend(attention.attn_backend, stage)
+    attention.attn_backend = _stage_backend(attention.attn_backend, stage)
 
 
 @cache
@@ -55,8 +54,12 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             fast_build: bool = False,
             **options: Any,
         ) -> Any:
-            staged = self._staged(common_attn_metadata)
-            return super().build(common_prefix_len, staged, fast_build, **options)
+            if stage:
+                common_attn_metadata = self._staged(common_attn_metadata)
+            elif self._batch.step is not None:
+                self._batch.step.table = common_attn_metadata.block_table_tensor
+                self._batch.step.block = self.kv_cache_spec.block_size
+            return super().build(common_prefix_len, common_attn_metadata, fast_build, **options)
 
         def _staged(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
             lengths = self._lengths[: len(common.seq_lens)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyramiddrop.vllm.prefix_rows import PrefixRows, Rows
 from pyramiddrop.vllm.prompts import VisualPrompt
 
 
@@ -58,10 +59,14 @@ class Step:
 
     Attributes:
         entries: its requests, in the order of the batch.
+        table: (R, blocks) of each request the numbers of its blocks of stage 0; None before its metadata is built.
+        block: tokens of one of these blocks.
         slots: layer name -> (rows,) long, where its keys and values go, where this step has other rows than vLLM knows.
     """
 
     entries: Sequence[Entry]
+    table: Tensor | None = None
+    block: int = 0
     slots: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -83,39 +88,36 @@ class Step:
         return [entry.rows(stage) for entry in self.entries]
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """What the parts of a prompt computed so far have left for its last part.
-
-    Attributes:
-        hidden: (n, D), what they hand to the first layer of stage 1.
-        positions: (..., n) of them.
-        ranking: (n, D), what the ranking layer received, where that is a layer of stage 0; else None.
-    """
-
-    hidden: Tensor
-    positions: Tensor
-    ranking: Tensor | None
-
-
 class Batch:
     """What the runner, the metadata builders and the model of one worker share.
 
     Attributes:
         step: the step that runs, or None where a step is none of the engine's (profiling, warming up, capturing).
-        waiting: request id -> what the earlier parts of its prompt have left.
+        waiting: request id -> the rows that the parts of its prompt computed so far have left for its last part.
+        prefix: rows of blocks in the prefix cache; None if there is no such cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: PrefixRows | None = None) -> None:
         self.step: Step | None = None
-        self.waiting: dict[str, Waiting] = {}
+        self.waiting: dict[str, Rows] = {}
+        self.prefix = prefix
 
     def begin(self, entries: Iterable[Entry]) -> None:
-        """A step begins. A prompt that begins anew has nothing left of its earlier, preempted parts."""
+        """A step begins. A prompt that begins anew has nothing left of its earlier, preempted parts.
+
+        Raises:
+            RuntimeError: for a single token of a visual prompt: the scheduler was to cut it otherwise.
+        """
         self.step = Step(list(entries))
         for entry in self.step.entries:
-            if entry.computed == 0:
+            held = self.waiting.get(entry.request)
+            if held is not None and len(held.hidden) != entry.computed:
                 self.forget(entry.request)
+            if entry.visits and entry.scheduled == 1:
+                raise RuntimeError(
+                    f"pyramiddrop: a single token of the prompt of {entry.request} is scheduled, which would be "
+                    "replayed as a step of decoding: vLLM did not ask the plugin's scheduler how to cut the prompt"
+                )
 
     def forget(self, request: str) -> None:
         """A request has ended, or begins anew."""

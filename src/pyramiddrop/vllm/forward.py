@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
-from pyramiddrop.vllm.batch import Batch, Entry, Step, Waiting
+from pyramiddrop.vllm.batch import Batch, Step
+from pyramiddrop.vllm.prefix_rows import Rows
 from pyramiddrop.vllm.ranking import Survivors
 from pyramiddrop.vllm.rules import Rules
 
@@ -20,19 +21,27 @@ class _Visit:
     A part that is not the last runs through stage 0 alone and leaves its rows; the last one takes them up.
     """
 
-    def __init__(self, entry: Entry, rules: Rules, batch: Batch, device: torch.device) -> None:
+    def __init__(self, row: int, step: Step, rules: Rules, batch: Batch, device: torch.device) -> None:
+        """`row`: of the request in the `step`."""
+        entry = step.entries[row]
         assert entry.prompt is not None
-        self._request, self._batch = entry.request, batch
+        self._entry, self._block, self._batch = entry, step.block, batch
+        self._table = None if step.table is None else step.table[row]
         self._earlier = batch.waiting.pop(entry.request, None)
-        if entry.computed != (0 if self._earlier is None else len(self._earlier.hidden)):
-            raise RuntimeError(
-                f"pyramiddrop: rows of the {entry.computed} earlier tokens of {entry.request} are missing"
-            )
+        if entry.computed and self._earlier is None:
+            self._earlier = self._from_prefix_cache()
         self._survivors: Survivors | None = None
         if entry.finishes:
             self._survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)
         self._ranking: Tensor | None = None
         self._scores: Tensor | None = None
+
+    def _from_prefix_cache(self) -> Rows:
+        if self._batch.prefix is None or self._table is None:
+            raise RuntimeError(
+                f"pyramiddrop: rows of the {self._entry.computed} earlier tokens of {self._entry.request} are missing"
+            )
+        return self._batch.prefix.read(self._table, self._block, self._entry.computed)
 
     @property
     def finishes(self) -> bool:
@@ -41,34 +50,45 @@ class _Visit:
 
     def rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
         """Score by `layer`, the last one before `stage`, on what it receives: (n, D)."""
-        if stage == 1 and self._earlier is not None:
-            assert self._earlier.ranking is not None
-            hidden = torch.cat([self._earlier.ranking, hidden])
-            positions = torch.cat([self._earlier.positions, positions], -1)
-        if self._survivors is None:
-            self._ranking = hidden
-        elif self._survivors.drops(stage):
+        if stage == 1:
+            self._ranking = hidden  # kept with the rows of this part
+            if self._earlier is not None:
+                assert self._earlier.ranking is not None
+                hidden = torch.cat([self._earlier.ranking, hidden])
+                positions = torch.cat([self._earlier.positions, positions], -1)
+        if self._survivors is not None and self._survivors.drops(stage):
             self._scores = self._survivors.scores(stage, layer, hidden, positions)
 
     def end_stage(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The rows (n, D) and positions (..., n) with which `stage` begins, before its first `layer`."""
-        if stage == 1 and self._earlier is not None:
-            hidden = torch.cat([self._earlier.hidden, hidden])
-            positions = torch.cat([self._earlier.positions, positions], -1)
-            self._earlier = None
         survivors = self._survivors
+        if stage == 1:
+            rows = self._rows_so_far(hidden, positions)
+            hidden, positions = rows.hidden, rows.positions
         if survivors is None:
-            if stage == 1:
-                # Copies: these may be views of the batch, and of buffers that the next step writes to.
-                ranking = None if self._ranking is None else self._ranking.clone()
-                self._batch.waiting[self._request] = Waiting(hidden.clone(), positions.clone(), ranking)
             return hidden[:0], positions[..., :0]
         if not survivors.drops(stage):
             return hidden, positions
         scores = self._scores if self._scores is not None else survivors.scores(stage, layer, hidden, positions)
         self._scores = None
-        rows = survivors.choose(stage, scores)
-        return hidden[rows], positions[..., rows]
+        stays = survivors.choose(stage, scores)
+        return hidden[stays], positions[..., stays]
+
+    def _rows_so_far(self, hidden: Tensor, positions: Tensor) -> Rows:
+        """All rows of the prompt up to this part's end, at the first drop; kept for what comes after it."""
+        entry, prompt = self._entry, self._entry.prompt
+        assert prompt is not None
+        rows = Rows(hidden, positions, self._ranking)
+        if self._earlier is not None:
+            rows = self._earlier.then(rows)
+        if self._batch.prefix is not None and self._table is not None:
+            end = min(entry.computed + entry.scheduled, prompt.length)
+            self._batch.prefix.record(self._table, self._block, entry.computed, end, rows)
+        if not self.finishes:
+            # Copies: these may be views of the batch, and of buffers that the next step writes to.
+            self._batch.waiting[entry.request] = rows.copied()
+        self._earlier = self._ranking = None
+        return rows
 
 
 class StagedForward:
@@ -82,8 +102,8 @@ class StagedForward:
         self._first = {stage.layer: number for number, stage in enumerate(rules.schedule.stages, 1)}
         self._visits: list[_Visit | None] = []
         self._scheduled: list[int] = []
-        for entry in step.entries:
-            visit = _Visit(entry, rules, batch, device) if entry.visits else None
+        for row, entry in enumerate(step.entries):
+            visit = _Visit(row, step, rules, batch, device) if entry.visits else None
             if visit is None and self._visits and self._visits[-1] is None:
                 self._scheduled[-1] += entry.scheduled
             else:

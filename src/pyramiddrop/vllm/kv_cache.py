@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -16,9 +16,11 @@ class StageManager(FullAttentionManager):
 
     Attributes:
         dropped: request id -> tokens that each stage misses; the scheduler's, which keeps it.
+        on_cached: told which blocks of a prompt that drops tokens are in the prefix cache from now on.
     """
 
     dropped: Mapping[str, Sequence[int]]
+    on_cached: Callable[[Sequence[Any]], None]
 
     def get_num_blocks_to_allocate(
         self,
@@ -46,6 +48,33 @@ class StageManager(FullAttentionManager):
             request_id, self._held(request_id, num_tokens), self._held(request_id, num_tokens_main_model)
         )
         return blocks
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **options: Any) -> None:
+        """Write the blocks of a request to the prefix cache.
+
+        Of a prompt that drops tokens only stage 0 holds what is good for another question, and the rows that reach the
+        first drop are known of the prompt alone, not of its answer.
+        """
+        if not any(self.dropped[request.request_id]):
+            super().cache_blocks(request, num_tokens, *args, **options)
+        elif self.kv_cache_spec.stage == 0:
+            before = self.num_cached_block.get(request.request_id, 0)
+            super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **options)
+            after = self.num_cached_block.get(request.request_id, 0)
+            self.on_cached(self.req_to_blocks[request.request_id][before:after])
+
+    def longest_hit(self, hashes: Sequence[Any], tokens: int) -> list[Any]:
+        """The cached blocks of this stage alone that a prompt with the block `hashes` begins with, at most `tokens`."""
+        (blocks,), _ = self.find_longest_cache_hit(
+            block_hashes=hashes,
+            max_length=tokens,
+            kv_cache_group_ids=[self.kv_cache_group_id],
+            block_pool=self.block_pool,
+            kv_cache_spec=self.kv_cache_spec,
+            drop_eagle_block=False,
+            alignment_tokens=self.block_size,
+        )
+        return list(blocks)
 
     def _held(self, request_id: str, tokens: int) -> int:
         # A prompt that is computed in parts has no rows here before its last one.

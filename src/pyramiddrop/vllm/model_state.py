@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from pyramiddrop.vllm.batch import Batch, Entry
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
+from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
 
 
@@ -25,7 +26,9 @@ class StagedModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self._prompts[new_req_data.req_id] = read_prompt(
-            new_req_data.mm_features, len(new_req_data.prompt_token_ids), self._rules
+            new_req_data.mm_features,
+            len(new_req_data.prompt_token_ids),
+            rules_for(self._rules, new_req_data.sampling_params),
         )
 
     def remove_request(self, req_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,17 +17,23 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
+from vllm.model_executor.models.utils import WeightsMapper
 
 from pyramiddrop.vllm.attention import join_stage
 from pyramiddrop.vllm.batch import Batch
+from pyramiddrop.vllm.contract import SECOND_RUNNER, check_contract
 from pyramiddrop.vllm.forward import StagedForward
+from pyramiddrop.vllm.head_padding import pad_heads
+from pyramiddrop.vllm.prefix_rows import PrefixRows
 from pyramiddrop.vllm.rules import rules_of
 from pyramiddrop.vllm.runner import describe_steps
 from pyramiddrop.vllm.soundness import refuse_unsound
 
 #: Decoder layers that `ranking.project` and `forward.StagedForward` know how to call.
-LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
 
 
 class _Staged:
@@ -43,12 +50,16 @@ class _Staged:
         refuse_unsound(vllm_config)  # once more: after it asked, vLLM goes on to set what was left open
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.pyramiddrop_rules = rules_of(vllm_config)
-        self.pyramiddrop_batch = Batch()
+        caching = vllm_config.cache_config.enable_prefix_caching
+        ranks_before = self.pyramiddrop_rules.rank_layer == "last"
+        self.pyramiddrop_batch = Batch(PrefixRows(vllm_config, ranks_before) if caching else None)
         for index, layer in enumerate(self.language_model.model.layers):
             if not isinstance(layer, LAYERS):
                 raise ValueError(f"pyramiddrop cannot serve a text model of {type(layer).__name__}")
             stage = self.pyramiddrop_rules.schedule.stage_of(index)
+            pad_heads(layer.self_attn.attn)
             join_stage(layer.self_attn.attn, stage, self.pyramiddrop_batch)
+        self._pyramiddrop_pictures = False
         describe_steps()
 
     @classmethod
@@ -56,7 +67,14 @@ class _Staged:
         """vLLM's second model runner asks the model what keeps its state."""
         from pyramiddrop.vllm.model_state import StagedModelState
 
+        check_contract(SECOND_RUNNER)
         return StagedModelState
+
+    def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings: Any = None, **options: Any) -> Tensor:
+        """vLLM's own; notes whether the step that begins has a picture in it."""
+        self._pyramiddrop_pictures = multimodal_embeddings is not None and len(multimodal_embeddings) > 0
+        embeds: Tensor = super().embed_input_ids(input_ids, multimodal_embeddings, **options)  # type: ignore[misc]
+        return embeds
 
     def forward(
         self,
@@ -66,8 +84,18 @@ class _Staged:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """vLLM's own forward, compiled and all, but where the step computes a part of a visual prompt."""
+        """vLLM's own forward, compiled and all, but where the step computes a part of a visual prompt.
+
+        Raises:
+            RuntimeError: for a step with a picture that was not described: nothing would be dropped of it.
+        """
         step = self.pyramiddrop_batch.step
+        pictures, self._pyramiddrop_pictures = self._pyramiddrop_pictures, False
+        if pictures and step is None and _attends():
+            raise RuntimeError(
+                "pyramiddrop: a step with a picture reached the layers without a description: a hook into vLLM's model "
+                "runner is lost"
+            )
         if step is None or not step.visits or not _attends():
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         assert inputs_embeds is not None, "a step with a picture is fed with embeddings"
@@ -86,12 +114,26 @@ def _attends() -> bool:
     return is_forward_context_available() and get_forward_context().attn_metadata is not None
 
 
+#: Transformers 5 saves the parts of CLIP and SigLIP without `vision_model` before them. Pixtral has other parts.
+_TOWER_NAMES = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"): (
+            r"\1vision_model."
+        )
+    }
+)
+
+
 class PyramidDropLlavaForConditionalGeneration(_Staged, LlavaForConditionalGeneration):
     """LLaVA-1.5."""
+
+    hf_to_vllm_mapper = _TOWER_NAMES | LlavaForConditionalGeneration.hf_to_vllm_mapper
 
 
 class PyramidDropLlavaNextForConditionalGeneration(_Staged, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT."""
+
+    hf_to_vllm_mapper = _TOWER_NAMES | LlavaNextForConditionalGeneration.hf_to_vllm_mapper
 
 
 class PyramidDropQwen2VLForConditionalGeneration(_Staged, Qwen2VLForConditionalGeneration):
@@ -102,8 +144,12 @@ class PyramidDropQwen2_5_VLForConditionalGeneration(_Staged, Qwen2_5_VLForCondit
     """Qwen2.5-VL."""
 
 
-class PyramidDropQwen3VLForConditionalGeneration(_Staged, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL, whose first layers are given visual features once more."""
+class _Deepstack(_Staged):
+    """Qwen3-VL's first layers are given visual features once more."""
+
+    deepstack_num_level: int
+    _get_deepstack_input_embeds: Any
+    _clear_deepstack_input_embeds: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -121,6 +167,14 @@ class PyramidDropQwen3VLForConditionalGeneration(_Staged, Qwen3VLForConditionalG
         levels = {level: held[f"deepstack_input_embeds_{level}"].clone() for level in range(self.deepstack_num_level)}
         self._clear_deepstack_input_embeds(tokens)
         return levels
+
+
+class PyramidDropQwen3VLForConditionalGeneration(_Deepstack, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""
+
+
+class PyramidDropQwen3VLMoeForConditionalGeneration(_Deepstack, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL on a mixture of experts."""
 
 
 class PyramidDropInternVLForConditionalGeneration(_Staged, InternS1ForConditionalGeneration):

@@ -8,6 +8,8 @@ from pyramiddrop.families import FAMILIES
 PREFIX = "PyramidDrop"
 #: The key of the settings, in `hf_overrides` and in `additional_config`.
 KEY = "pyramiddrop"
+#: Below vLLM's own logger, whose level, time and handler its messages then have.
+LOGGER = "vllm.pyramiddrop"
 
 #: Architectures that can be served. That of the same name with `PREFIX` stands in `models`.
 ARCHITECTURES = tuple(name for family in FAMILIES.values() for name in family.served)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+from pyramiddrop.vllm.names import LOGGER
+
 #: The plugin hooks into parts that vLLM does not promise to keep from one version to the next.
 KNOWN = ("0.32", "0.33")
 
@@ -18,7 +20,7 @@ def register() -> None:
     try:
         check_vllm()
         from pyramiddrop.vllm.architectures import register_architectures
-        from pyramiddrop.vllm.params import guard_requests
+        from pyramiddrop.vllm.requests import guard_requests
 
         register_architectures()
         guard_requests()
@@ -27,10 +29,10 @@ def register() -> None:
 
 
 def check_vllm() -> None:
-    """Import all parts of vLLM that registering needs.
+    """Import all parts of vLLM that registering needs, and compare those that are hooked with what is relied on.
 
     Raises:
-        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks such a part.
+        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks such a part or has it otherwise.
     """
     try:
         from vllm import __version__ as version
@@ -41,12 +43,15 @@ def check_vllm() -> None:
         raise RuntimeError(f"{fits}. To drop visual tokens, install one that fits")
     try:
         import pyramiddrop.vllm.architectures
-        import pyramiddrop.vllm.params
+        import pyramiddrop.vllm.requests
         import pyramiddrop.vllm.soundness  # noqa: F401
+        from pyramiddrop.vllm.contract import check_contract
+
+        check_contract()
     except Exception as error:
         raise RuntimeError(f"{fits}, but not as expected: {type(error).__name__}: {error}") from error
 
 
 @cache
 def _warn_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)  # `warnings` may be errors
+    logging.getLogger(LOGGER).warning(message)  # `warnings` may be errors

@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pyramiddrop.vllm.batch import Batch, Entry
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
+from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
 
 _build = GPUModelRunner._build_attention_metadata
@@ -50,6 +51,7 @@ def _begin(runner: GPUModelRunner, batch: Batch, scheduled: dict[str, int]) -> N
 def _prompt(state: Any, rules: Rules) -> VisualPrompt | None:
     """Read once for each request, and kept with what the runner knows of it."""
     if not hasattr(state, "pyramiddrop_prompt"):
-        state.pyramiddrop_prompt = read_prompt(state.mm_features, state.num_prompt_tokens, rules)
+        own = rules_for(rules, state.sampling_params)
+        state.pyramiddrop_prompt = read_prompt(state.mm_features, state.num_prompt_tokens, own)
     prompt: VisualPrompt | None = state.pyramiddrop_prompt
     return prompt

@@ -1,18 +1,18 @@
-"""Check what an engine that drops may not be combined with: refused at start, or switched off with a warning."""
+"""Check what an engine that drops may not be combined with: refused at start."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from pyramiddrop.vllm.names import KEY
+from pyramiddrop.vllm.names import KEY, LOGGER
 from pyramiddrop.vllm.rules import rules_of, settle
 
-logger = init_logger(__name__)
+logger = logging.getLogger(LOGGER)
 
 SCHEDULER = "pyramiddrop.vllm.scheduling.staged_scheduler"
 # Of a budget of fewer tokens there is no way to cut a prompt without leaving one token over; see scheduling.py.
@@ -24,21 +24,20 @@ class StagedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Settle the method, refuse what is unsound, switch off what vLLM has on by default.
+        """Settle the method, and refuse what is unsound.
 
         Raises:
             ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
         """
         settle(vllm_config)
         refuse_unsound(vllm_config)
-        _switch_off(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         rules = rules_of(vllm_config)
         logger.info(
-            "pyramiddrop: %s; drops before layers %s, keeps %s",
-            vllm_config.additional_config[KEY],
-            list(rules.schedule.layers),
-            list(rules.schedule.keep),
+            "pyramiddrop: %s drops visual tokens before layers %s and keeps %s of them",
+            vllm_config.additional_config[KEY]["method"],
+            ", ".join(map(str, rules.schedule.layers)),
+            ", ".join(f"{keep:.4g}" for keep in rules.schedule.keep),
         )
 
 
@@ -64,8 +63,21 @@ def _unsound_features(vllm_config: Any) -> Iterator[str]:
     # vLLM makes a connector of --kv-offloading-size later than it asks here.
     if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
         yield "KV connectors or KV offloading (they move blocks by the length of the prompt)"
+    events = vllm_config.kv_events_config
+    if events is not None and events.enable_kv_cache_events:
+        yield "KV events (they tell blocks by the length of the prompt)"
+    if vllm_config.ec_transfer_config is not None:
+        yield "encoder disaggregation (it has not been tried)"
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+        yield "offloading of weights (tokens are ranked by projections outside of their layer's forward)"
+    if vllm_config.model_config.enable_prompt_embeds:
+        yield "--enable-prompt-embeds (nothing says which embeddings are visual)"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "--kv-sharing-fast-prefill (it picks rows of the whole prompt in later layers)"
+    window = vllm_config.model_config.get_sliding_window()
+    if window is not None and getattr(vllm_config.model_config.hf_text_config, "use_sliding_window", True):
+        yield f"a sliding window of {window} tokens (it is counted in the rows that a stage holds)"
     if vllm_config.model_config.runner_type != "generate":
         yield f"--runner {vllm_config.model_config.runner_type} (it reads rows that are dropped)"
     multimodal = vllm_config.model_config.multimodal_config
@@ -76,8 +88,8 @@ def _unsound_features(vllm_config: Any) -> Iterator[str]:
 def _unsound_parallelism(parallel: Any) -> Iterator[str]:
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism (a stage's rows do not cross from rank to rank)"
-    if parallel.data_parallel_size > 1:
-        yield "data parallelism in one engine (run one server for each replica)"
+    if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
+        yield "data parallelism of a mixture of experts (its ranks step together; run one server for each replica)"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism (it deals out slots by the length of the prompt)"
     if parallel.use_ubatching:
@@ -94,12 +106,3 @@ def _unsound_scheduling(vllm_config: Any) -> Iterator[str]:
         yield f"--max-num-batched-tokens below {LEAST_BUDGET}"
     if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
         yield "cudagraph_mode FULL (a step with a picture runs in Python; use FULL_AND_PIECEWISE or FULL_DECODE_ONLY)"
-
-
-def _switch_off(vllm_config: Any) -> None:
-    if vllm_config.cache_config.enable_prefix_caching:
-        logger.warning(
-            "pyramiddrop: prefix caching is switched off, for what a later layer holds of a picture depends on the "
-            "question after it"
-        )
-        vllm_config.cache_config.enable_prefix_caching = False

@@ -151,9 +151,14 @@ def suite_record(measured: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
+def scores_by_column(one: Measured) -> dict[str, TaskScore]:
+    """What was measured of the paper's benchmarks, in its units."""
+    return {column: score for column, benchmark in paper_benchmarks().items() if (score := _score(one, benchmark))}
+
+
 def _beside(one: Measured) -> dict[str, Any]:
     """The scores by the paper's columns, and the average of each table that was measured as a whole."""
-    found = {column: score for column, benchmark in paper_benchmarks().items() if (score := _score(one, benchmark))}
+    found = scores_by_column(one)
     values = {column: score.value for column, score in found.items()}
     averages = {
         str(table.number): average({column: values[column] for column in columns})

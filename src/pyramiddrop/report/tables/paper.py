@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pyramiddrop.evaluation.benchmarks import Measured
+from pyramiddrop.evaluation.paper.budgets import COLUMNS, PublishedRow, benchmark_name, published_rows
 from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
 from pyramiddrop.report.tables.evaluation import folded
 from pyramiddrop.report.tables.style import new_table
@@ -22,6 +23,45 @@ def suite_tables(record: Record) -> Iterator[str | Table]:
         for model, rows in groupby(table.rows, lambda row: row.model):
             yield f"{table.title}. {model}"
             yield _beside(table, list(rows), record["measured"])
+
+
+def budget_tables(record: Record) -> Iterator[str | Table]:
+    """What was measured, then a title and a table for each model and budget with what was printed of each method."""
+    if record["measured"]:
+        yield "Measured"
+        yield _measured_table(record["measured"])
+    for (model, budget, unit), rows in groupby(published_rows(), lambda row: (row.model, row.budget, row.unit)):
+        yield f"{model} at {budget:g} {unit}"
+        yield _published_table(list(rows))
+    yield (
+        '* read in notes about the paper. "Average tokens" is a mean over layers for methods that drop inside the '
+        "decoder, and a plain count for those that drop before it. % of full: over each source's own benchmarks."
+    )
+
+
+def _published_table(rows: Sequence[PublishedRow]) -> Table:
+    columns = [column for column in COLUMNS if any(column in row.scores for row in rows)]
+    table = new_table(
+        "method", "who printed it", *map(benchmark_name, columns), "mean", "% of full", "schedule", "note"
+    )
+    for row in rows:
+        trained = {"no": "", "yes": ", trained"}.get(row.trained, f", {row.trained} trained")
+        mean = f"{row.mean} of {row.full}" if row.mean else ""
+        source = f"{row.source} ({row.version}){' *' if row.second_hand else ''}"
+        scores = [row.scores.get(column, "") for column in columns]
+        table.add_row(row.method + trained, source, *scores, mean, row.percent, row.schedule, row.note)
+    return table
+
+
+def _measured_table(measured: Sequence[Record]) -> Table:
+    columns = [column for column in COLUMNS if any(column in one["scores"] for one in measured)]
+    table = new_table("method", *map(benchmark_name, columns), "visual tokens a layer", "FLOPs")
+    for one in measured:
+        tokens, ratio = (one["costs"].get(name) for name in ("retained_visual_tokens", "flops_ratio"))
+        scores = [f"{one['scores'][column]:.1f}" if column in one["scores"] else "" for column in columns]
+        costs = "" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{100 * ratio:.0f} % of vanilla"
+        table.add_row(folded(one["name"]), *scores, *costs)
+    return table
 
 
 def tasks_table() -> Table:

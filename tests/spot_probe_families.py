@@ -41,7 +41,7 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 
-from lit import wide_gemma4, word_tokenizer
+from spot_probe import wide_gemma4, word_tokenizer
 from zoo import MEMBERS, weights
 from zoo.llava_like import PINPOINTS
 from zoo.tiled import GLOBAL, INDICATORS, TILE

@@ -28,7 +28,7 @@ NAMES = (
 )
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("kind", ["kv_bytes", "percent"])
 @pytest.mark.parametrize("name", marked(NAMES))
 def test_a_plan_spends_what_the_model_does(name: str, kind: str) -> None:

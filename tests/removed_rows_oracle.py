@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from masked import Call, Oracle, Prompt, attached, bound, probabilities
+from masked_oracle import Call, Oracle, Prompt, attached, bound, probabilities
 from pyramiddrop.hf.versions import cache_of
 from reference import Rule
 

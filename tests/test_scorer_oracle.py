@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import reference
-import remedies
+import scorer_oracle
 from pyramiddrop import FastV, PyramidDrop
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.scoring import SCORERS
 from reference import Rule
-from remedies import Look, looks
+from scorer_oracle import Look, looks
 from tiny import Answer, collate, make_batch, make_rows, tiny_model
 
 LAYERS, KEEP = [2, 3, 6], [0.6, 0.4, 0.2]
@@ -29,11 +29,11 @@ def staged(**settings: Any) -> PyramidDrop:
 @pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("family", ["llava", "llava-qwen3"])
-@pytest.mark.parametrize("score", remedies.SCORES)
+@pytest.mark.parametrize("score", scorer_oracle.SCORES)
 def test_a_score_is_what_its_rule_says(score: str, family: str, per_image: bool) -> None:
     model = tiny_model(family)
     for look, scores, _ in looks(model, staged(score=score, per_image=per_image), make_batch(model, SPECS)):
-        expected = torch.tensor(remedies.SCORES[score](look), dtype=torch.float32)
+        expected = torch.tensor(scorer_oracle.SCORES[score](look), dtype=torch.float32)
         torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_a_rotation_that_also_scales_scales_without_rotation_too(score: str) -> 
     model = tiny_model(rope_parameters=rope)
     assert model.model.language_model.rotary_emb.attention_scaling == 1.7
     for look, scores, _ in looks(model, staged(score=score), make_batch(model, SPECS)):
-        expected = torch.tensor(remedies.SCORES[score](look), dtype=torch.float32)
+        expected = torch.tensor(scorer_oracle.SCORES[score](look), dtype=torch.float32)
         torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -51,7 +51,7 @@ def test_a_rotation_that_also_scales_scales_without_rotation_too(score: str) -> 
 def test_diversity_chooses_the_farthest_from_those_it_has(per_image: bool) -> None:
     model = tiny_model()
     for look, _, kept in looks(model, staged(score="diversity", per_image=per_image), make_batch(model, SPECS)):
-        assert set(kept.tolist()) == remedies.diversity(look)
+        assert set(kept.tolist()) == scorer_oracle.diversity(look)
 
 
 def test_the_layer_before_ranks_for_rank_layer_last() -> None:
@@ -67,7 +67,7 @@ def test_the_layer_before_ranks_for_rank_layer_last() -> None:
     assert stage.scores is not None
     for sample, scores in enumerate(stage.scores):
         there = [int(c) for c in trace.visual_columns[sample] if result.alive[2][sample, c]]
-        expected = remedies.variation(Look(model, case, result, 2, sample, there, [], {}))
+        expected = scorer_oracle.variation(Look(model, case, result, 2, sample, there, [], {}))
         torch.testing.assert_close(scores[~scores.isnan()], torch.tensor(expected), atol=2e-5, rtol=1e-4)
 
 

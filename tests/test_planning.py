@@ -95,7 +95,7 @@ def all_lams(stages: int) -> Iterator[float]:
     yield from ((count / 30) ** (1 / power) for power in range(1, stages) for count in range(1, 31))
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("stages", [2, 4, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lambda_is_the_best_of_all(kind: str, stages: int) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit import SIZES, SPOTS, assert_lit, lit, token_light
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.report.token_layout.views import CannotPlaceError, place_pictures
+from spot_probe import SIZES, SPOTS, assert_lit, lit, token_light
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from lit_families import CENTRED, FAMILIES, SLACK
-from lit_grids import GRIDS, grid_inputs, pixtral, prompt_inputs, stand_in
+from spot_probe_families import CENTRED, FAMILIES, SLACK
+from spot_probe_grids import GRIDS, grid_inputs, pixtral, prompt_inputs, stand_in
 from zoo import MEMBERS
 from zoo.vision import IMAGE
 
@@ -23,7 +23,7 @@ DARK = (-9, -9)
 SHAPES = pytest.mark.parametrize("size", SIZES, ids=["square", "wide", "tall"])
 
 
-@pytest.mark.fast_cases(12)
+@pytest.mark.fast_cases(6)
 @SHAPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crops(family: str, size: tuple[int, int]) -> None:
@@ -53,7 +53,7 @@ def test_the_second_of_two_pictures(family: str) -> None:
         assert assert_lit(own, light[before:], place)
 
 
-@pytest.mark.fast_cases(12)
+@pytest.mark.fast_cases(6)
 @SHAPES
 @pytest.mark.parametrize("family", GRIDS)
 def test_grids_of_patches(family: str, size: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ from checks import CLOSE, generated, same_gradients, stacked
 from conformance.expected import learn, oracle_forward
 from conformance.setups import FAST, setup_of
 from conformance.subject import Batch, Subject, subject_of
-from masked import eager, masked
+from masked_oracle import eager, masked
 from reference import Rule
 from zoo import MEMBERS
 

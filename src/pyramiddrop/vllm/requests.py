@@ -1,0 +1,68 @@
+"""Refuse a single request before it reaches the engine, for a bad request must not end the server; count the others."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from pyramiddrop.vllm.metrics import Savings
+from pyramiddrop.vllm.names import KEY, PREFIX
+from pyramiddrop.vllm.prompts import read_prompt
+from pyramiddrop.vllm.request_rules import rules_for
+from pyramiddrop.vllm.rules import Rules, rules_of
+
+_process = InputProcessor.process_inputs
+
+
+@wraps(_process)
+def _guarded(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any) -> Any:
+    if not self.model_config.architecture.startswith(PREFIX):
+        return _process(self, request_id, prompt, params, *args, **options)
+    if not hasattr(self, "pyramiddrop_rules"):
+        self.pyramiddrop_rules = rules_of(self.vllm_config)
+        self.pyramiddrop_savings = Savings(self.vllm_config, self.pyramiddrop_rules)
+    rules = _check(params, bool(options.get("resumable")), self.pyramiddrop_rules)
+    request = _process(self, request_id, prompt, params, *args, **options)
+    _check_pictures(request, self.vllm_config.scheduler_config, rules)
+    self.pyramiddrop_savings.count(request)
+    return request
+
+
+def guard_requests() -> None:
+    """Let vLLM's input processor refuse what an engine that drops cannot answer; other engines are not touched."""
+    InputProcessor.process_inputs = _guarded
+
+
+def _check(params: Any, resumable: bool, rules: Rules) -> Rules:
+    """The rules of the request."""
+    if getattr(params, "prompt_logprobs", None) is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs (and echo with logprobs) cannot be given while visual tokens are dropped: what is dropped "
+            "has no logits",
+            parameter="prompt_logprobs",
+        )
+    if resumable:
+        raise VLLMValidationError(
+            "streaming input is not supported while visual tokens are dropped: what a prompt keeps is decided by the "
+            "whole prompt"
+        )
+    try:
+        return rules_for(rules, params)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=f"vllm_xargs.{KEY}") from None
+
+
+def _check_pictures(request: Any, scheduler: Any, rules: Rules) -> None:
+    """A picture that is not to be cut needs one token more than it has, for no single token may be left over."""
+    if not scheduler.disable_chunked_mm_input or not request.mm_features:
+        return
+    longest = max(feature.mm_position.length for feature in request.mm_features)
+    if longest < scheduler.max_num_batched_tokens or not read_prompt(request.mm_features, 0, rules):
+        return
+    raise VLLMValidationError(
+        f"a picture of {longest} tokens cannot be computed in one step of {scheduler.max_num_batched_tokens}: with "
+        f"--disable-chunked-mm-input, start the server with --max-num-batched-tokens {longest + 1} or more"
+    )
