@@ -6,6 +6,8 @@ python benchmarks/studies_document.py
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -15,7 +17,7 @@ from speed_document import RESULTS, ROOT, filled
 
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.studies.attention import attention_examples, pick_samples
-from pyramiddrop.evaluation.tasks import digits_task
+from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.report.studies.ablation import ablation_sheets, draw_ablation
 from pyramiddrop.report.studies.attention_plot import draw_attention
@@ -90,18 +92,17 @@ def draw() -> dict[str, Figure]:
     return {
         "redundancy": draw_redundancy(alone["models"], "accuracy"),
         "models": draw_redundancy(models["models"], "accuracy"),
-        "attention": draw_attention(bundled_looks()),
+        "attention": attention_of(digits_checkpoint(), digits_task(limit=48), (1, 2, 3, 4, 5, 6, 7)),
         "tradeoff": draw_tradeoff(vanilla, points),
         "tradeoff-by-kind": draw_tradeoff_by_kind(vanilla, points, tradeoff["kinds"]),
         "ablation": draw_ablation(plain, lambdas, ablation["kinds"]),
     }
 
 
-def bundled_looks() -> Any:
-    """Three prompts of the bundled model."""
-    checkpoint = load_checkpoint(digits_checkpoint(), "cpu")
-    examples = attention_examples(checkpoint, pick_samples(digits_task(limit=48).samples, 3), (1, 2, 3, 4, 5, 6, 7), 5)
-    return attention_maps(examples)[0]
+def attention_of(model: Path, task: Task, layers: Sequence[int]) -> Figure:
+    """Maps of what three prompts of a bundled model attend to."""
+    examples = attention_examples(load_checkpoint(model, "cpu"), pick_samples(task.samples, 3), layers, 5)
+    return draw_attention(attention_maps(examples)[0])
 
 
 def read(name: str) -> Record:
@@ -109,12 +110,16 @@ def read(name: str) -> Record:
     return record
 
 
-if __name__ == "__main__":
-    DOCUMENT.write_text(filled(DOCUMENT.read_text("utf-8"), written), "utf-8")
-    for name, figure in draw().items():
+def save_pictures(figures: Mapping[str, Figure]) -> None:
+    """Write them beside the documents, in 256 colours: a fourth of the bytes."""
+    for name, figure in figures.items():
         path = IMAGES / f"study-{name}.png"
         with rc_context(styled()):
             figure.savefig(path, facecolor="white", dpi=150)
-        Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
-            path, optimize=True
-        )  # a fourth of the bytes
+        picture = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        picture.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text("utf-8"), written), "utf-8")
+    save_pictures(draw())

@@ -48,6 +48,7 @@ NOT_RUN = {
 }
 #: The same for blocks of Python.
 PYTHON_NOT_RUN = {
+    r"BrightScorer|with method\(model\)": "tests/test_cli_methods.py runs it, and takes the new scorer out again",
     r"vllm import": "needs vLLM, which has an environment of its own (.ci/vllm)",
     r"client\.chat": "asks a server; tests/serving does",
     r"evaluation\.lmms": "needs lmms-eval, which has an environment of its own (.ci/lmms)",

@@ -87,7 +87,7 @@ def _qwen3_vl(patch: int) -> Any:
 
 
 def _qwen3_vl_moe(patch: int) -> Any:
-    text = QWEN3 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    text = QWEN3 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
     config = Qwen3VLMoeConfig(text_config=text, vision_config=_qwen3_vision(patch), **IDS)
     return Qwen3VLMoeForConditionalGeneration(config)
 
@@ -123,7 +123,12 @@ def save_qwen(folder: Path, family: str, chat_template: str | None = None, patch
                 parameter.normal_(0, 0.1)
         model.get_output_embeddings().weight[WORDS:] = 0  # no special token is ever the likeliest
     model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
+    # A model that was not loaded is saved with its experts as Transformers holds them; the published ones stand across.
+    weights = {
+        name: value.transpose(1, 2).contiguous() if ".mlp.experts." in name else value
+        for name, value in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=weights)
     pixels = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 36, "patch_size": patch, "merge_size": 2}
     processor(
         image_processor=Qwen2VLImageProcessorPil(**pixels),

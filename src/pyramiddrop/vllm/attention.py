@@ -1,4 +1,4 @@
-"""Attention metadata of a later stage: fewer rows, shorter sequences, other slots."""
+"""Attention of a stage: metadata of fewer rows, shorter sequences, other slots; heads of a size that is computed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
 from pyramiddrop.vllm.batch import Batch
@@ -32,6 +33,36 @@ def join_stage(attention: Any, stage: int, batch: Batch) -> None:
     attention.attn_backend = _stage_backend(attention.attn_backend, stage)
 
 
+def pad_heads(attention: Any) -> None:
+    """Let vLLM's `Attention` layer compute heads of a size that its backend lacks; any other layer is left as it is.
+
+    vLLM's backend on a CPU has no heads of 48, say. Zeros behind a query and a key add nothing to their product, and
+    those behind a value are cut off again. The KV cache is as wide as the padded heads.
+
+    Raises:
+        ValueError: for heads larger than any that the backend computes.
+    """
+    backend, size = attention.attn_backend, attention.head_size
+    if backend.supports_head_size(size):
+        return
+    wider = [other for other in backend.get_supported_head_sizes() if other > size]
+    if not wider:
+        raise ValueError(f"heads of {size} cannot be served: {backend.get_name()} computes smaller ones only")
+    wide = min(wider)
+    attention.head_size = attention.head_size_v = attention.impl.head_size = wide
+    original = attention.forward
+
+    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        padded = [pad(_by_head(states, size), (0, wide - size)).flatten(-2) for states in (query, key, value)]
+        return _by_head(original(*padded, **options), wide)[..., :size].flatten(-2)
+
+    attention.forward = types.MethodType(forward, attention)
+
+
+def _by_head(states: Tensor, size: int) -> Tensor:
+    return states.view(*states.shape[:-1], -1, size)
+
+
 @cache
 def _stage_backend(backend: Any, stage: int) -> Any:
     """`backend` with a metadata builder for `stage`; one class for all layers, by which vLLM groups them."""
@@ -48,17 +79,12 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             self._lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
 
         def build(
-            self,
-            common_prefix_len: int,
-            common_attn_metadata: CommonAttentionMetadata,
-            fast_build: bool = False,
-            **options: Any,
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **options: Any
         ) -> Any:
             if stage:
                 common_attn_metadata = self._staged(common_attn_metadata)
-            elif self._batch.step is not None:
-                self._batch.step.table = common_attn_metadata.block_table_tensor
-                self._batch.step.block = self.kv_cache_spec.block_size
+            else:
+                self._batch.note_blocks(common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size)
             return super().build(common_prefix_len, common_attn_metadata, fast_build, **options)
 
         def _staged(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:

@@ -119,6 +119,11 @@ class Batch:
                     "replayed as a step of decoding: vLLM did not ask the plugin's scheduler how to cut the prompt"
                 )
 
+    def note_blocks(self, table: Tensor, block: int) -> None:
+        """Blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens of one."""
+        if self.step is not None:
+            self.step.table, self.step.block = table, block
+
     def forget(self, request: str) -> None:
         """A request has ended, or begins anew."""
         self.waiting.pop(request, None)

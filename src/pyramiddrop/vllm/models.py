@@ -22,11 +22,10 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from vllm.model_executor.models.utils import WeightsMapper
 
-from pyramiddrop.vllm.attention import join_stage
+from pyramiddrop.vllm.attention import join_stage, pad_heads
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.contract import SECOND_RUNNER, check_contract
 from pyramiddrop.vllm.forward import StagedForward
-from pyramiddrop.vllm.head_padding import pad_heads
 from pyramiddrop.vllm.prefix_rows import PrefixRows
 from pyramiddrop.vllm.rules import rules_of
 from pyramiddrop.vllm.runner import describe_steps
