@@ -17,8 +17,13 @@ from speed_document import filled  # noqa: E402
 def test_the_document_shows_what_the_result_files_hold() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert filled(text, written) == text, "run python benchmarks/reader_document.py"
+    shown = re.findall(r"<!-- begin (\S+) -->\n\S", text)
+    assert shown == [
+        *(f"reader-{name}.json" for name in ("equal", "128", "64")),
+        *(f"study-reader-{name}.json" for name in ("redundancy", "ablation")),
+    ]
     pictures = re.findall(r"\]\((images/[\w-]+\.png)\)", text)
-    assert pictures
+    assert len(pictures) == 4
     assert all((DOCUMENT.parent / name).is_file() for name in pictures)
 
 
