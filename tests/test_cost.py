@@ -44,8 +44,8 @@ from pyramiddrop.cost import (
     kv_bytes,
     paper_layer_flops,
 )
+from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.evaluation.paper import Figure, paper_figures
-from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.schedule import Schedule, powers
 from pyramiddrop.scoring import SCORERS

@@ -88,9 +88,9 @@ class Case:
                 if self.starts[sample] <= query:
                     assert found == wanted, (sample, query)
 
-    def sight(self, attention: str = "sdpa", trusted: bool = True, padded: bool = True) -> MaskSpec:
+    def spec(self, attention: str = "sdpa", counts_columns: bool = True, padded: bool = True) -> MaskSpec:
         padding = self.padding() if padded else None
-        return MaskSpec(self.span, attention, self.past, self.length, None, trusted, padding)
+        return MaskSpec(self.span, attention, self.past, self.length, None, counts_columns, padding)
 
 
 def kept_rows(chosen: list[list[int]]) -> Selection:
@@ -158,7 +158,7 @@ def test_the_models_own_mask_is_gathered(call: Any, span: Span, padded: bool, ra
     for seed in range(8):
         case = call(span, seed, padded, ragged)
         for mask in (case.full(), additive(case.full())):
-            found = follow_mask(mask, case.kept, case.slots, case.count, case.sight())
+            found = follow_mask(mask, case.kept, case.slots, case.count, case.spec())
             assert found is not None
             assert found.dtype == mask.dtype
             case.check(found)
@@ -171,7 +171,7 @@ def test_without_a_mask_the_layers_rule_is_written_out(call: Any, span: Span, ra
     """And where it is not, the kernel's own path shows the same: all to one row, the rows before to a square."""
     for seed in range(8):
         case = call(span, seed, False, ragged)
-        found = follow_mask(None, case.kept, case.slots, case.count, case.sight(attention, padded=False))
+        found = follow_mask(None, case.kept, case.slots, case.count, case.spec(attention, padded=False))
         if found is not None:
             case.check(found)
             continue
@@ -184,20 +184,20 @@ def test_without_a_mask_the_layers_rule_is_written_out(call: Any, span: Span, ra
 @pytest.mark.parametrize("kind", ["prefill", "step"])
 def test_no_mask_is_made_where_the_kernel_is_right_without(kind: str) -> None:
     case = CALLS[kind](FULL, 0)
-    assert follow_mask(None, case.kept, case.slots, case.count, case.sight("sdpa", padded=False)) is None
+    assert follow_mask(None, case.kept, case.slots, case.count, case.spec("sdpa", padded=False)) is None
 
 
 @pytest.mark.parametrize("kind", ["text", "further"])
 def test_a_rectangle_needs_a_mask(kind: str) -> None:
     case = CALLS[kind](FULL, 0)
-    assert follow_mask(None, case.kept, case.slots, case.count, case.sight("sdpa", padded=False)) is not None
+    assert follow_mask(None, case.kept, case.slots, case.count, case.spec("sdpa", padded=False)) is not None
 
 
 @pytest.mark.parametrize("kind", ["sliding", "chunked"])
 def test_a_window_that_holds_the_whole_sequence_needs_no_mask_and_one_column_less_does(kind: str) -> None:
     for size, needed in ((13, False), (12, False), (11, True)):
         case = prefill(Span(kind, size), 0)
-        found = follow_mask(None, case.kept, case.slots, case.count, case.sight("sdpa", padded=False))
+        found = follow_mask(None, case.kept, case.slots, case.count, case.spec("sdpa", padded=False))
         assert (found is not None) == needed
         if found is not None:
             case.check(found)
@@ -205,7 +205,7 @@ def test_a_window_that_holds_the_whole_sequence_needs_no_mask_and_one_column_les
 
 def test_eager_attention_always_needs_a_mask() -> None:
     case = prefill(FULL, 0)
-    assert follow_mask(None, case.kept, case.slots, case.count, case.sight("eager", padded=False)) is not None
+    assert follow_mask(None, case.kept, case.slots, case.count, case.spec("eager", padded=False)) is not None
 
 
 @pytest.mark.parametrize("span", SPANS, ids=lambda span: span.kind)
@@ -217,7 +217,7 @@ def test_a_mask_that_counts_slots_is_not_believed(span: Span, padded: bool, ragg
             narrow = case.full()[..., 4:].clone()
             narrow[..., : -case.length] = True
             for mask in (narrow, additive(narrow)):
-                found = follow_mask(mask, case.kept, case.slots, case.count, case.sight("eager", trusted=False))
+                found = follow_mask(mask, case.kept, case.slots, case.count, case.spec("eager", counts_columns=False))
                 assert found is not None
                 assert found.dtype == mask.dtype
                 case.check(found)
@@ -232,7 +232,7 @@ def test_a_windowed_cache_hands_out_its_last_columns_and_its_mask_is_as_wide(rag
         held = case.slots
         case.slots = CacheIndex(held.columns[:, -6:], None if held.valid is None else held.valid[:, -6:], 13)
         assert bool((case.slots.columns < 7).any()), "nothing further back than the mask"
-        found = follow_mask(case.full()[..., -6:], None, case.slots, 1, case.sight())
+        found = follow_mask(case.full()[..., -6:], None, case.slots, 1, case.spec())
         assert found is not None
         case.check(found)
 
@@ -242,9 +242,9 @@ def test_a_windowed_cache_hands_out_its_last_columns_and_its_mask_is_as_wide(rag
 
 def test_a_static_cache_is_as_wide_as_it_is() -> None:
     case = prefill(FULL, 0)
-    sight = replace(case.sight("eager"), width=20)
+    spec = replace(case.spec("eager"), width=20)
     for mask in (case.full(), additive(case.full()), None):
-        found = follow_mask(mask, case.kept, case.slots, case.count, sight)
+        found = follow_mask(mask, case.kept, case.slots, case.count, spec)
         assert found is not None
         width = case.slots.columns.shape[1]
         assert found.shape[-1] == 20
@@ -256,16 +256,16 @@ def test_flash_kernels_get_who_is_there() -> None:
     case = prefill(FULL, 0, padded=True, ragged=True)
     there = (case.padding().gather(1, case.slots.columns) > 0) & case.slots.alive
     for mask, padded, wanted in ((case.padding(), True, there), (None, False, case.slots.alive)):
-        sight = case.sight("flash_attention_2", padded=padded)
-        found = follow_mask(mask, case.kept, case.slots, case.count, sight)
+        spec = case.spec("flash_attention_2", padded=padded)
+        found = follow_mask(mask, case.kept, case.slots, case.count, spec)
         assert found is not None
         assert found.bool().tolist() == wanted.tolist()
 
 
 def test_flash_kernels_need_nothing_where_all_are_there() -> None:
     case = prefill(FULL, 0)
-    sight = case.sight("flash_attention_2", padded=False)
-    assert follow_mask(None, case.kept, case.slots, case.count, sight) is None
+    spec = case.spec("flash_attention_2", padded=False)
+    assert follow_mask(None, case.kept, case.slots, case.count, spec) is None
 
 
 def test_half_precision_hides_by_its_own_lowest_number() -> None:
@@ -273,7 +273,7 @@ def test_half_precision_hides_by_its_own_lowest_number() -> None:
     mask = torch.zeros(case.full().shape, dtype=torch.bfloat16).masked_fill(
         ~case.full(), torch.finfo(torch.bfloat16).min
     )
-    found = follow_mask(mask, case.kept, case.slots, case.count, case.sight("eager"))
+    found = follow_mask(mask, case.kept, case.slots, case.count, case.spec("eager"))
     assert found is not None
     assert found.dtype == torch.bfloat16
     assert bool(found.isfinite().all())
@@ -285,7 +285,7 @@ def test_rows_of_filler_see_themselves() -> None:
     assert case.kept is not None
     assert case.kept.valid is not None
     nothing = torch.zeros_like(case.full())
-    found = follow_mask(nothing, case.kept, case.slots, case.count, case.sight())
+    found = follow_mask(nothing, case.kept, case.slots, case.count, case.spec())
     assert found is not None
     filler = ~case.kept.valid
     assert torch.equal(found[:, 0].any(-1), filler)
@@ -297,7 +297,7 @@ def test_rows_of_filler_see_themselves_behind_a_cache_too() -> None:
     kept = kept_rows([[0, 2, 4, 5], [0, 4, 5]])
     slots = first.slots.extended(kept.rows, kept.valid, 12, 6)
     case = replace(first, past=12, length=6, slots=slots, kept=kept, count=4)
-    found = follow_mask(torch.zeros_like(case.full()), kept, slots, 4, case.sight())
+    found = follow_mask(torch.zeros_like(case.full()), kept, slots, 4, case.spec())
     assert found is not None
     assert kept.valid is not None
     own = found[:, 0, :, -4:]

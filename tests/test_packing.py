@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.hf.packing import Bounds, Unpacked, find_documents
+from pyramiddrop.hf.rows import Bounds, Unpacked, find_documents
 
 
 def found(*rows: list[int], valid: list[list[int]] | None = None, **call: Any) -> list[list[int]] | None:

@@ -15,7 +15,7 @@ import torch
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account, grouped_attention
-from pyramiddrop.hf.model_sizes import model_shape
+from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.hf.versions import output_cache
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.layer_profiler import LayerProfiler

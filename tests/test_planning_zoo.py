@@ -6,7 +6,7 @@ import pytest
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import Prompt, account
-from pyramiddrop.hf.model_sizes import model_shape
+from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.planning import Budget, Plan, plan
 from test_cost_zoo import counted, held_bytes, marked, model_of
 from zoo import MEMBERS, make_batch

@@ -96,7 +96,7 @@ class Method:
         raise NotImplementedError
 
     def choosing_flops(self, shape: DecoderShape, choice: Choice) -> int:
-        """What choosing (and merging) costs at one stage end of one sample in a decoder of this `shape`."""
+        """What choosing (and merging) costs at one drop of one sample in a decoder of this `shape`."""
         return self.scorer().flops(shape, choice) + (merging_flops(shape, choice) if self.merge else 0)
 
     def attach(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
@@ -296,7 +296,7 @@ class StagedMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(StagedMethod, ScoredMethod):
-    """At each stage end rank the visual tokens by the attention from the query tokens, and keep a share.
+    """At each drop, rank the visual tokens by the attention from the query tokens, and keep a share.
 
     >>> with PyramidDrop()(model) as trace:
     ...     model.generate(**inputs)

@@ -27,7 +27,7 @@ class MaskSpec:
         past: columns before this call.
         length: columns of this call.
         width: slots of a static cache, or None for a growing one.
-        trusted: whether the model's own mask counts columns: it does unless tokens were dropped from the cache layer by
+        counts_columns: whether the model's own mask does: it does unless tokens were dropped from the cache layer by
             which the model measures it.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
     """
@@ -37,7 +37,7 @@ class MaskSpec:
     past: int
     length: int
     width: int | None
-    trusted: bool
+    counts_columns: bool
     padding: Tensor | None
 
     @property
@@ -50,14 +50,14 @@ class MaskSpec:
         """Whether a flash kernel attends."""
         return self.attention.startswith("flash")
 
-    def near(self) -> bool:
-        """Whether everything is within reach: then a window or a chunk makes no difference."""
+    def fits_window(self) -> bool:
+        """True if the whole sequence fits in the window, so no window mask is needed."""
         padded = self.span.kind == "chunked" and self.padding is not None
         return not self.span.windowed or (self.total <= self.span.size and not padded)
 
 
 def follow_mask(
-    mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec
+    mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec
 ) -> Tensor | None:
     """The mask of a pruned layer.
 
@@ -67,12 +67,12 @@ def follow_mask(
         kept: the rows of this call that the layer computes, or None for the last `count` of all.
         slots: what the layer's KV cache hands out once it has added this call's rows.
         count: rows that the layer computes.
-        sight: of the layer.
+        spec: of the layer.
     """
-    if mask is None or not sight.trusted:
-        return _ruled(mask, kept, slots, count, sight)
-    if sight.span.windowed:
-        offset = sight.total - mask.shape[-1]
+    if mask is None or not spec.counts_columns:
+        return _ruled(mask, kept, slots, count, spec)
+    if spec.span.windowed:
+        offset = spec.total - mask.shape[-1]
     else:
         slots, offset = slots.until(mask.shape[-1]), 0
     if mask.dim() == 2:
@@ -84,11 +84,11 @@ def follow_mask(
         mask = hide(mask, (slots.columns >= offset)[:, None, None])
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(_filler_sees_itself(mask, kept, slots, sight), sight.width)
+    return _padded(_padding_sees_itself(mask, kept, slots, spec), spec.width)
 
 
 def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor | None:
-    """The (B, N) mask of a recurrent layer, whose state padding and filler must not touch; None where there is none."""
+    """The (B, N) mask of a recurrent layer, whose state padding must not touch; None where there is none."""
     if kept is None:
         return mask
     given = None if mask is None else mask.gather(1, kept.rows)
@@ -97,34 +97,32 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor
     return kept.valid.long() if given is None else hide(given, kept.valid)
 
 
-def _ruled(
-    mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec
-) -> Tensor | None:
+def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec) -> Tensor | None:
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
-    slots = slots.until(sight.total)
+    slots = slots.until(spec.total)
     valid = slots.valid
-    if mask is not None and sight.padding is not None:  # where it makes no mask, the model has seen no padding
-        shown = sight.padding.bool().gather(1, slots.columns)
+    if mask is not None and spec.padding is not None:  # where it makes no mask, the model has seen no padding
+        shown = spec.padding.bool().gather(1, slots.columns)
         valid = shown if valid is None else valid & shown
-    if sight.flash:
+    if spec.flash:
         return valid
     # Without one, SDPA keeps its own causal path, which is right for a square and for one row alone; eager needs it.
-    if valid is None and sight.near() and sight.attention != "eager" and (count == 1 or not sight.past):
+    if valid is None and spec.fits_window() and spec.attention != "eager" and (count == 1 or not spec.past):
         return None
-    queries = _query_columns(kept, slots, count, sight)
+    queries = _query_columns(kept, slots, count, spec)
     seen = causal(queries, slots.columns, valid)
-    if not sight.near():
-        seen = seen & sight.span.reaches(queries, slots.columns, _first_column(sight, len(queries), queries.device))
+    if not spec.fits_window():
+        seen = seen & spec.span.reaches(queries, slots.columns, _first_column(spec, len(queries), queries.device))
     if mask is not None and mask.is_floating_point():
         seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, _hidden(mask))
-    return _padded(_filler_sees_itself(seen, kept, slots, sight), sight.width)
+    return _padded(_padding_sees_itself(seen, kept, slots, spec), spec.width)
 
 
-def _first_column(sight: MaskSpec, batch: int, device: torch.device) -> Tensor:
+def _first_column(spec: MaskSpec, batch: int, device: torch.device) -> Tensor:
     """(B,) the first column of each sample that is no padding."""
-    if sight.padding is None:
+    if spec.padding is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
-    return sight.padding.long().argmax(1)
+    return spec.padding.long().argmax(1)
 
 
 def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
@@ -144,12 +142,12 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
 
 
-def _filler_sees_itself(mask: Tensor, kept: Selection | None, slots: CacheIndex, sight: MaskSpec) -> Tensor:
-    """Show each filler row its own slot: a row that sees nothing can become NaN, and a masked NaN is still NaN for
+def _padding_sees_itself(mask: Tensor, kept: Selection | None, slots: CacheIndex, spec: MaskSpec) -> Tensor:
+    """Show each padding row its own slot: a row that sees nothing can become NaN, and a masked NaN is still NaN for
     everybody."""
     if kept is None or kept.valid is None:
         return mask
-    own = slots.columns[:, None] == (kept.rows + sight.past)[..., None]
+    own = slots.columns[:, None] == (kept.rows + spec.past)[..., None]
     return mask.masked_fill((own & ~kept.valid[..., None])[:, None], 0 if mask.is_floating_point() else True)
 
 
@@ -157,10 +155,10 @@ def _hidden(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
 
 
-def _query_columns(kept: Selection | None, slots: CacheIndex, count: int, sight: MaskSpec) -> Tensor:
+def _query_columns(kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec) -> Tensor:
     if kept is not None:
-        return kept.rows + sight.past
-    last = torch.arange(sight.total - count, sight.total, device=slots.columns.device)
+        return kept.rows + spec.past
+    last = torch.arange(spec.total - count, spec.total, device=slots.columns.device)
     return last.expand(len(slots.columns), -1)
 
 

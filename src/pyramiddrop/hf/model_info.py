@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pyramiddrop.cost import DecoderShape
+from pyramiddrop.cost.model_sizes import TEXT_MODELS, decoder_shape
 from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.hf.cache_state import static_width
 from pyramiddrop.hf.images import IMAGE_LENGTHS
 from pyramiddrop.hf.masks import Span, UnknownLayerTypeError, spans_of
-from pyramiddrop.hf.model_sizes import TEXT_MODELS, decoder_shape
 from pyramiddrop.scoring import Scorer
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.cost import Choice
-from pyramiddrop.hf.packing import Bounds, Packing
 from pyramiddrop.hf.prompt_masks import Prompt, PromptMasks, last_column
+from pyramiddrop.hf.rows import Bounds, Packing
 from pyramiddrop.schedule import Schedule
 
 

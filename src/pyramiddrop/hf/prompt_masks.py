@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from pyramiddrop.hf.images import counted_along, frames_of_beams, group_tokens, video_frames, video_lengths
 from pyramiddrop.hf.model_info import ModelInfo
-from pyramiddrop.hf.packing import find_documents
+from pyramiddrop.hf.rows import find_documents
 
 IGNORED_LABEL = -100
 

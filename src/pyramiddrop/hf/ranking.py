@@ -11,11 +11,10 @@ from torch import Tensor
 from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
 from pyramiddrop.hf.layer_inputs import LayerCall, LayerInputs
-from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
 from pyramiddrop.hf.query_key import QueryKey, extract
 from pyramiddrop.hf.ranking_layer import RankingLayer, kernel_arguments
-from pyramiddrop.hf.rows import Selection
+from pyramiddrop.hf.rows import Packing, Selection, Unpacked
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import Scorer, ScorerInputs
 from pyramiddrop.scoring.attention import attention_received

@@ -12,10 +12,9 @@ from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.layer_inputs import Kwargs, LayerCall, LayerInputs, take_tokens
 from pyramiddrop.hf.masks import Span, causal, hide, take_columns
 from pyramiddrop.hf.model_info import UnsupportedModelError
-from pyramiddrop.hf.packing import Packing, Unpacked
 from pyramiddrop.hf.plan import GeneralPlan
 from pyramiddrop.hf.query_key import QueryKey, cached_keys, extract
-from pyramiddrop.hf.rows import Selection, take_rows
+from pyramiddrop.hf.rows import Packing, Selection, Unpacked, take_rows
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from pyramiddrop.scoring.attention import attention_by_head
 

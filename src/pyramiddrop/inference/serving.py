@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pyramiddrop.cost import Account, Prompt, account
-from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
+from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, read_served_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method

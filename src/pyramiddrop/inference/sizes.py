@@ -94,7 +94,7 @@ def _preset(name: str) -> tuple[str, ModelShape, int]:
 
 
 def _read(source: str) -> tuple[ModelShape, int | None]:
-    from pyramiddrop.hf.model_sizes import model_shape, visual_tokens_of
+    from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
     from pyramiddrop.inference.checkpoint import read_any_config
 
     config = read_any_config(source)

@@ -34,7 +34,7 @@ class Attention(Protocol):
 
 @dataclass
 class ScorerInputs:
-    """What a scorer may look at when a stage ends. B samples, N rows still in the sequence, G groups of visual tokens.
+    """What a scorer may look at at a drop. B samples, N rows still in the sequence, G groups of visual tokens.
 
     A group is what shares a quota: all visual tokens of a sample, or one image where each image has its own.
 
@@ -94,5 +94,5 @@ class Scorer(ABC):
         """(B, N) float32; what rows other than visual ones get is ignored. Ties are broken by the lower column."""
 
     def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        """What scoring costs at one stage end of one sample, by matrix products, 2 for a multiply-add."""
+        """What scoring costs at one drop of one sample, by matrix products, 2 for a multiply-add."""
         return 0

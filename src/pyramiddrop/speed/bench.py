@@ -11,7 +11,7 @@ import torch
 
 from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.cost import Prompt
-from pyramiddrop.hf.model_sizes import decoder_shape
+from pyramiddrop.cost.model_sizes import decoder_shape
 from pyramiddrop.inference.checkpoint import pick_device, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.method_costs import MethodCost

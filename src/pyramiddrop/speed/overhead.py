@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyramiddrop.hf import shared_copy
 from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.subject import Subject
 
-STEPS = 16  # of decoding in each run
+PREFILLS, STEPS = 4, 16  # in each round, one of every way after the other
 
 
 @dataclass(frozen=True)
@@ -59,28 +61,31 @@ def measure_overhead(
     """Run a prefill and some steps of `batch` equal samples in each of `ways`, in turn; a first round warms up.
 
     Args:
-        tick: called after every run, also of the first round.
+        tick: called once for each way after every round, also after the first one.
     """
-    prefills: dict[str, list[float]] = {way.label: [] for way in ways}
-    steps: dict[str, list[float]] = {way.label: [] for way in ways}
-    ops: dict[str, tuple[int, int]] = {}
-    for turn, way in in_turn(ways, repeats + 1):
-        with torch.no_grad(), subject.under(way.method):
-            if not turn:
-                _forward(subject, batch)  # what a method asks once
-                ops[way.label] = _count_ops(subject, batch)
-            start = clock.mark()
-            cache = _forward(subject, batch)
-            end = clock.mark()
-            marks = [clock.mark() for _ in range(STEPS) if _step(subject, batch, cache) is not None]
-        if turn:
-            prefills[way.label].append(clock.seconds(start, end))
-            steps[way.label] += [clock.seconds(*pair) for pair in zip([end, *marks], marks, strict=False)]
-        tick()
-    return [
-        Overhead(way.label, batch, *ops[way.label], Spread.of(prefills[way.label]), Spread.of(steps[way.label]))
-        for way in ways
-    ]
+    names = [way.label for way in ways]
+    prefills, steps = ({name: list[float]() for name in names} for _ in range(2))
+    with torch.no_grad(), ExitStack() as stack:
+        # A model object for each way, on the same weights: so steps, too, take turns.
+        subjects = {name: replace(subject, model=shared_copy(subject.model)) for name in names}
+        for way in ways:
+            stack.enter_context(subjects[way.label].under(way.method))
+        for name in names:
+            _forward(subjects[name], batch)  # what a method asks once
+        ops = {name: _count_ops(subjects[name], batch) for name in names}
+        for turn in range(repeats + 1):
+            caches: dict[str, Any] = {}
+            for _, name in in_turn(names, PREFILLS):
+                start = clock.mark()
+                caches[name] = _forward(subjects[name], batch)
+                prefills[name] += [clock.seconds(start, clock.mark())] if turn else []
+            for _, name in in_turn(names, STEPS):
+                start = clock.mark()
+                _step(subjects[name], batch, caches[name])
+                steps[name] += [clock.seconds(start, clock.mark())] if turn else []
+            for _ in names:
+                tick()
+    return [Overhead(name, batch, *ops[name], Spread.of(prefills[name]), Spread.of(steps[name])) for name in names]
 
 
 def _count_ops(subject: Subject, batch: int) -> tuple[int, int]:

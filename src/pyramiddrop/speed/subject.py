@@ -21,10 +21,10 @@ from pyramiddrop.speed.memory import total_memory
 
 #: A decoder's sizes, and the visual tokens of its usual picture; beside the real models four small ones.
 SHAPES: dict[str, tuple[DecoderShape, int]] = {
-    "deep": (DecoderShape(32, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "tiny": (DecoderShape(8, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "small": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=1000), 576),
     "mid": (DecoderShape(24, 1024, 2816, 16, 16, 64, vocabulary=1000), 2880),
+    "deep": (DecoderShape(32, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     **{
         name: (preset.shape.decoder, preset.visual_tokens)
         for name, preset in PRESETS.items()
