@@ -10,7 +10,9 @@ NEWEST := .venv-newest
 LOWEST := .venv-lowest
 MADE_OF := pyproject.toml constraints.txt Makefile
 
-INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what is imported, and keeps it for the many processes that tests start; pip would compile all.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 # One process a core, each with one thread: tiny models gain nothing from several.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
