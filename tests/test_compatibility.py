@@ -18,7 +18,7 @@ from pyramiddrop.hf.versions import CACHE_NAME, cache_argument, cache_of
 from tiny import make_batch, text_model, tiny_model
 
 METHODS = [PyramidDrop(layers=[2, 5], keep=[0.5, 0.25]), FastV(), UniformDrop()]
-RUN = "pyramiddrop_run"
+RUN = "pyramiddrop_forward"
 
 
 def with_layers(kind: type[LlamaDecoderLayer]) -> PreTrainedModel:

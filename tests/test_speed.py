@@ -7,6 +7,7 @@ import sys
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -137,6 +138,7 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
 def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(query_key, "_ways", WeakKeyDictionary())  # other tests have asked the same layers
     asked, agree = [], query_key._agree
     monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
     watch = generation._PrefillWatch(subject.parts, Ticks())
@@ -270,7 +272,7 @@ def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "llava"}, "shape 'llava' is not one of tiny, small, mid, llava-1.5-7b"),
+        ({"name": "llava"}, "shape 'llava' is not one of tiny, small, mid, deep, llava-1.5-7b"),
         ({"name": "tiny", "depth": 9}, "--num-layers must be in 1..8"),
         ({"name": "tiny", "dtype": "auto"}, "a checkpoint's own"),
         ({"name": "tiny", "dtype": "int8"}, "dtype 'int8' is not one of"),

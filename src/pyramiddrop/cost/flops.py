@@ -57,9 +57,9 @@ def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
 
 
 def projecting_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
-    """The keys of `rows` rows, and the asking rows' queries, keys and values."""
+    """The keys of `rows` rows, and the asking rows' queries."""
     mixer = shape.ranking_mixer
-    return 2 * (rows * mixer.keys + queries * (mixer.inputs + mixer.expansion))
+    return 2 * (rows * mixer.keys + queries * mixer.queries)
 
 
 def by_attention(shape: DecoderShape, choice: Choice) -> int:

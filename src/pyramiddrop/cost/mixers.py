@@ -17,6 +17,7 @@ class Mixer:
         inputs: weights in front of the mixing.
         output: weights behind it.
         keys: those of `inputs` and `expansion` that a ranking needs of every row.
+        queries: those of them that a ranking needs of an asking row.
         expansion: weights that every row of the cache goes through again in each forward.
         query_width: numbers of a row's queries, over all heads; 0 where nothing attends.
         key_width: numbers of a row's keys, over all key heads.
@@ -33,6 +34,7 @@ class Mixer:
     inputs: int
     output: int
     keys: int = 0
+    queries: int = 0
     expansion: int = 0
     query_width: int = 0
     key_width: int = 0
@@ -88,6 +90,7 @@ def grouped_attention(
         inputs=inputs,
         output=hidden * queries,
         keys=inputs if fused else before + min(made, 1) * hidden * keys,
+        queries=inputs if fused else before + hidden * (queries + gate),
         query_width=queries,
         key_width=keys,
         value_width=queries,
@@ -118,6 +121,7 @@ def latent_attention(
         inputs=down + (query_rank or hidden) * queries + compressed,
         output=values * hidden,
         keys=down + compressed + expansion,
+        queries=down + (query_rank or hidden) * queries + compressed + expansion,
         expansion=expansion,
         query_width=queries,
         key_width=queries,

@@ -174,7 +174,7 @@ class TrainerCheck:
         """
         if torch.compiler.is_compiling() or self._done or self.cache_of(kwargs) is not None:
             return
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         self._done = trainer is not None or module.training
         if trainer is None:
             return
@@ -195,8 +195,9 @@ class TrainerCheck:
         return found is not None and replace(found, choosing=self.rules.choosing) == self.rules
 
 
-def _calling_trainer() -> Any:
-    """The innermost `Trainer` with a place for a reference model that calls this forward, or None."""
+def calling_trainer() -> Any:
+    """The innermost `Trainer` with a place for a reference model that calls this forward, or None. Such a trainer reads
+    the logits of all columns."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

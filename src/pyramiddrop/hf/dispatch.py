@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.cache_state import CacheState, check_lengths, forget, past_length
+from pyramiddrop.hf.compatibility import calling_trainer
 from pyramiddrop.hf.forward import DecodeStep, Forward, Rules
 from pyramiddrop.hf.generation import Generation, generations
 from pyramiddrop.hf.layer_inputs import Kwargs
@@ -109,9 +110,9 @@ class Dispatcher:
         """The labels, if the loss is taken on the rows that are left alone, and logits are computed for no others."""
         labels: Tensor | None = call.get("labels")
         if self.rules.logits == "auto":
-            # Whoever evaluates reads logits beside the labels; whoever trains reads the loss.
-            trains = self.info.text.training and torch.is_grad_enabled()
-            return labels if trains and self.reads_shift_labels else None
+            # Whoever evaluates reads logits beside the labels; whoever trains reads the loss, but for preferences.
+            trains = labels is not None and self.info.text.training and torch.is_grad_enabled()
+            return labels if trains and self.reads_shift_labels and calling_trainer() is None else None
         return labels if self.rules.logits == "kept" else None
 
     def _check_length(self, columns: int) -> None:
