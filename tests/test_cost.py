@@ -309,7 +309,7 @@ def test_a_score_of_the_instruction_asks_with_what_stands_behind_the_pictures() 
     model, once = ModelShape(SHAPE), Schedule.of([2], [0.5])
     choosing = InstructionScorer().flops
     part, whole = (account(model, Prompt(32, 16, None, asking), once, choosing).full.ranking for asking in (5, None))
-    # A token that asks needs its query, key and value, and its products with the 48 keys.
+    # A token that asks needs its query and its products with the 48 keys.
     assert whole - part == (16 - 5) * 2 * (64 * 64 + 48 * 64)
     assert Prompt(32, 16, instruction_tokens=0).asking == 1  # where there is none, the last token asks
 
