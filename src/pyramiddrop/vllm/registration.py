@@ -54,4 +54,12 @@ def check_vllm() -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    logging.getLogger(LOGGER).warning(message)  # `warnings` may be errors
+    logger = logging.getLogger(LOGGER)  # `warnings` may be errors
+    if logger.hasHandlers():
+        logger.warning(message)
+        return
+    early = logging.StreamHandler()  # vLLM may set up its own after it has loaded its plugins
+    early.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%m-%d %H:%M:%S"))
+    logger.addHandler(early)
+    logger.warning(message)
+    logger.removeHandler(early)
