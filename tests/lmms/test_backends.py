@@ -231,7 +231,7 @@ def test_what_goes_wrong_in_generate_is_no_empty_answer(monkeypatch: pytest.Monk
 
 def test_a_prefill_without_the_method_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DroppingChat(str(digits_checkpoint()), device="cpu")
-    monkeypatch.setattr(Attachment, "_open", lambda self, call: None)
+    monkeypatch.setattr(Attachment, "_open", lambda self, *call: None)
     with pytest.raises(RuntimeError, match="took no part"):
         answers(model, digits_asked(1))
 
