@@ -1,4 +1,4 @@
-"""What would be unsound is refused at start or switched off; what a request may not ask, before it is in the engine."""
+"""What would go wrong is refused at start or switched off; what a request may not ask, before it is in the engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyramiddrop.vllm import hf_overrides, register, requests
 from pyramiddrop.vllm.attention import join_stage
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.rules import Rules
-from pyramiddrop.vllm.soundness import SCHEDULER, unsound
+from pyramiddrop.vllm.unsupported import SCHEDULER, unsupported
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +81,7 @@ def test_the_method_beside_the_checkpoint_is_read(llava: Path, tmp_path: Path) -
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_unsound_is_refused_at_start(llava: Path, options: dict[str, Any], named: str) -> None:
+def test_what_is_unsupported_is_refused_at_start(llava: Path, options: dict[str, Any], named: str) -> None:
     if "kv_transfer_config" in options:
         from vllm.config import KVTransferConfig
 
@@ -103,17 +103,17 @@ def test_what_a_cpu_cannot_be_asked_for_is_refused_too(
     llava: Path, part: str, name: str, value: Any, named: str
 ) -> None:
     config = configured(llava)
-    assert not list(unsound(config))
+    assert not list(unsupported(config))
     object.__setattr__(getattr(config, part), name, value)
-    assert named in "; ".join(unsound(config))
+    assert named in "; ".join(unsupported(config))
 
 
 def test_data_parallelism_is_refused_where_ranks_step_together(llava: Path) -> None:
     config = configured(llava)
     object.__setattr__(config.parallel_config, "data_parallel_size", 2)
-    assert not list(unsound(config)), "ranks of a dense model are independent"
+    assert not list(unsupported(config)), "ranks of a dense model are independent"
     object.__setattr__(config.parallel_config, "is_moe_model", True)
-    assert "data parallelism of a mixture of experts" in "; ".join(unsound(config))
+    assert "data parallelism of a mixture of experts" in "; ".join(unsupported(config))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_data_parallelism_is_refused_where_ranks_step_together(llava: Path) -> N
 def test_what_moves_blocks_or_pictures_is_refused(llava: Path, name: str, value: Any, named: str) -> None:
     config = configured(llava)
     object.__setattr__(config, name, value)
-    assert named in "; ".join(unsound(config))
+    assert named in "; ".join(unsupported(config))
 
 
 def test_latent_attention_is_refused() -> None:
@@ -147,7 +147,7 @@ def test_full_graphs_of_mixed_batches_are_refused(llava: Path) -> None:
     config = configured(llava)
     for mode in CUDAGraphMode:
         config.compilation_config.cudagraph_mode = mode
-        assert any("cudagraph_mode FULL" in reason for reason in unsound(config)) == (mode == CUDAGraphMode.FULL)
+        assert any("cudagraph_mode FULL" in reason for reason in unsupported(config)) == (mode == CUDAGraphMode.FULL)
 
 
 def test_what_vllm_sets_after_it_asked_is_refused_by_the_model(llava: Path) -> None:
@@ -164,7 +164,7 @@ def test_what_vllm_sets_after_it_asked_is_refused_by_the_model(llava: Path) -> N
 def test_twofold_pruning_of_videos_is_refused(llava: Path) -> None:
     config = configured(llava)
     config.model_config.multimodal_config.video_pruning_rate = 0.5
-    assert any("--video-pruning-rate" in reason for reason in unsound(config))
+    assert any("--video-pruning-rate" in reason for reason in unsupported(config))
 
 
 @pytest.mark.parametrize("installed", ["0.31.2", "0.34.0", "1.0"])

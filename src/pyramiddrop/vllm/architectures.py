@@ -10,7 +10,7 @@ from pyramiddrop.vllm.names import ARCHITECTURES, dropping
 
 def register_architectures() -> None:
     """Register every dropping architecture; a second call changes nothing."""
-    from pyramiddrop.vllm.soundness import StagedConfig
+    from pyramiddrop.vllm.unsupported import StagedConfig
 
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES:

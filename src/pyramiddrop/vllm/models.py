@@ -29,7 +29,7 @@ from pyramiddrop.vllm.forward import StagedForward
 from pyramiddrop.vllm.prefix_rows import PrefixRows
 from pyramiddrop.vllm.rules import rules_of
 from pyramiddrop.vllm.runner import describe_steps
-from pyramiddrop.vllm.soundness import refuse_unsound
+from pyramiddrop.vllm.unsupported import refuse_unsupported
 
 #: Decoder layers that `ranking.project` and `forward.StagedForward` know how to call.
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
@@ -46,7 +46,7 @@ class _Staged:
     language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        refuse_unsound(vllm_config)  # once more: after it asked, vLLM goes on to set what was left open
+        refuse_unsupported(vllm_config)  # once more: after it asked, vLLM goes on to set what was left open
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.pyramiddrop_rules = rules_of(vllm_config)
         caching = vllm_config.cache_config.enable_prefix_caching

@@ -44,7 +44,7 @@ def check_vllm() -> None:
     try:
         import pyramiddrop.vllm.architectures
         import pyramiddrop.vllm.requests
-        import pyramiddrop.vllm.soundness  # noqa: F401
+        import pyramiddrop.vllm.unsupported  # noqa: F401
         from pyramiddrop.vllm.contract import check_contract
 
         check_contract()

@@ -24,13 +24,13 @@ class StagedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Settle the method, and refuse what is unsound.
+        """Settle the method, and refuse what is not supported.
 
         Raises:
             ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
         """
         settle(vllm_config)
-        refuse_unsound(vllm_config)
+        refuse_unsupported(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         rules = rules_of(vllm_config)
         logger.info(
@@ -41,21 +41,21 @@ class StagedConfig(VerifyAndUpdateConfig):
         )
 
 
-def refuse_unsound(vllm_config: Any) -> None:
+def refuse_unsupported(vllm_config: Any) -> None:
     """Raise ValueError for a feature of vLLM that dropping would make wrong."""
-    refused = list(unsound(vllm_config))
+    refused = list(unsupported(vllm_config))
     if refused:
         raise ValueError(f"pyramiddrop cannot be served with {'; nor with '.join(refused)}")
 
 
-def unsound(vllm_config: Any) -> Iterator[str]:
+def unsupported(vllm_config: Any) -> Iterator[str]:
     """What is asked for and cannot be, and why."""
-    yield from _unsound_features(vllm_config)
-    yield from _unsound_parallelism(vllm_config.parallel_config)
-    yield from _unsound_scheduling(vllm_config)
+    yield from _unsupported_features(vllm_config)
+    yield from _unsupported_parallelism(vllm_config.parallel_config)
+    yield from _unsupported_scheduling(vllm_config)
 
 
-def _unsound_features(vllm_config: Any) -> Iterator[str]:
+def _unsupported_features(vllm_config: Any) -> Iterator[str]:
     if vllm_config.speculative_config is not None:
         yield "speculative decoding (a draft is not made of what the stages hold)"
     if vllm_config.lora_config is not None:
@@ -85,7 +85,7 @@ def _unsound_features(vllm_config: Any) -> Iterator[str]:
         yield "--video-pruning-rate (tokens would be dropped twice, by two counts)"
 
 
-def _unsound_parallelism(parallel: Any) -> Iterator[str]:
+def _unsupported_parallelism(parallel: Any) -> Iterator[str]:
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism (a stage's rows do not cross from rank to rank)"
     if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
@@ -96,7 +96,7 @@ def _unsound_parallelism(parallel: Any) -> Iterator[str]:
         yield "microbatches (--enable-dbo, --ubatch-size)"
 
 
-def _unsound_scheduling(vllm_config: Any) -> Iterator[str]:
+def _unsupported_scheduling(vllm_config: Any) -> Iterator[str]:
     scheduler = vllm_config.scheduler_config
     if scheduler.disable_hybrid_kv_cache_manager:
         yield "--disable-hybrid-kv-cache-manager (each stage has a KV group of its own)"
