@@ -36,6 +36,11 @@ def method_of(rule: Rule, **changes: Any) -> PyramidDrop:
     )
 
 
+def kept_columns(trace: Any) -> list[list[list[int]]]:
+    """The columns that were kept, drop by drop, sample by sample."""
+    return [[columns.tolist() for columns in stage.kept] for stage in trace.stages]
+
+
 def check_kept(trace: Any, expected: Result) -> None:
     """The kept sets are those of the reference."""
     for stage, kept in zip(trace.stages, expected.kept, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from checks import kept_columns
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.hf import anatomy
 from pyramiddrop.scoring import SCORERS
@@ -60,10 +61,10 @@ def test_generation_over_two_devices(name: str) -> None:
     inputs = make_batch(model, BATCH)
     with method(model) as trace:
         expected = generated(model, inputs).sequences
-        kept = [[row.tolist() for row in stage.kept] for stage in trace.stages]
+        kept = kept_columns(trace)
     with fake_devices(), method(spreaded := two(model)) as trace:
         found = generated(spreaded, on_device(inputs, 0)).sequences
-        assert [[row.tolist() for row in stage.kept] for stage in trace.stages] == kept
+        assert kept_columns(trace) == kept
         assert trace.cost().flops_ratio < 1
     assert torch.equal(found, expected)
 
@@ -216,7 +217,7 @@ def test_on_a_gpu_and_the_cpu(name: str) -> None:
     inputs = make_batch(model, BATCH)
     with method(model) as trace:
         expected = generated(model, inputs).sequences
-        kept = [[row.tolist() for row in stage.kept] for stage in trace.stages]
+        kept = kept_columns(trace)
     layers = {f"model.language_model.layers.{number}": "cuda" if number < 4 else "cpu" for number in range(8)}
     text = {f"model.language_model.{part}": "cuda" for part in ("embed_tokens", "norm", "rotary_emb")}
     others = dict.fromkeys(["", "model.vision_tower", "model.multi_modal_projector", "lm_head"], "cuda")
@@ -229,4 +230,4 @@ def test_on_a_gpu_and_the_cpu(name: str) -> None:
     with method(model) as trace:
         found = generated(model, {key: value.cuda() for key, value in inputs.items()}).sequences
     assert torch.equal(found.cpu(), expected)
-    assert [[row.tolist() for row in stage.kept] for stage in trace.stages] == kept
+    assert kept_columns(trace) == kept

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 import reference
-from checks import HALVES, check_logits, check_trace, generated, method_of, new_tokens, stacked
+from checks import HALVES, check_logits, check_trace, generated, kept_columns, method_of, new_tokens, stacked
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError
 from pyramiddrop.scoring import AttentionScorer, TopHeadsScorer
 from reference import Result, Rule
@@ -50,7 +50,7 @@ def kept_by(method: Any, model: PreTrainedModel, inputs: dict[str, torch.Tensor]
     """Kept columns, stage by stage, sample by sample."""
     with method(model) as trace:
         model(**inputs)
-    return [[columns.tolist() for columns in stage.kept] for stage in trace.stages]
+    return kept_columns(trace)
 
 
 def check_given_sets(method: Any, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Result:

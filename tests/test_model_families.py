@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from checks import kept_columns
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, UnsupportedModelError, apply
 from pyramiddrop import families as told
 from pyramiddrop.cli.main import app
@@ -20,7 +21,6 @@ from pyramiddrop.families import FAMILIES, Limit
 from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_compact_positions, check_grouping
 from pyramiddrop.hf.versions import NEWEST_TESTED
 from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, all_families
-from pyramiddrop.trace import Trace
 from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
 from zoo.pieces import collate
 from zoo.vision import IMAGE
@@ -258,9 +258,9 @@ def test_the_frames_of_a_video_are_the_same_in_generate(per: str, name: str) -> 
     inputs = make_batch(member, model, [[5, "video", 4], [2, "video", 3, "video", 1]])
     with PyramidDrop(layers=[3, 7], **{per: True})(model) as trace, torch.no_grad():
         model(**inputs)
-        expected = kept(trace)
+        expected = kept_columns(trace)
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        assert kept(trace) == expected
+        assert kept_columns(trace) == expected
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,14 @@ def test_a_forward_generation_and_beams_find_the_same_images(name: str) -> None:
     inputs = make_batch(member, model, [row] if "left_padding" in member.cannot else [row, [5, "image", 2, "image", 7]])
     with PyramidDrop(per_image=True, layers=[3, 7])(model) as trace, torch.no_grad():
         model(**inputs)
-        expected = kept(trace)
+        expected = kept_columns(trace)
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        assert kept(trace) == expected
+        assert kept_columns(trace) == expected
         model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=2)
-        assert kept(trace) in (expected, [[columns for columns in stage for _ in range(2)] for stage in expected])
+        assert kept_columns(trace) in (
+            expected,
+            [[columns for columns in stage for _ in range(2)] for stage in expected],
+        )
 
 
 def test_a_video_of_molmo_2_has_one_quota() -> None:
@@ -291,7 +294,7 @@ def test_a_video_of_molmo_2_has_one_quota() -> None:
     with PyramidDrop(per_image=True, layers=[3], keep=[0.5])(model) as trace, torch.no_grad():
         for run_once in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False)):
             run_once()
-            found.append(kept(trace))
+            found.append(kept_columns(trace))
     columns = trace.visual_columns[0].tolist()
     middle = columns[len(columns) // 2]  # both videos have as many tokens
     assert found[0] == found[1]
@@ -299,11 +302,6 @@ def test_a_video_of_molmo_2_has_one_quota() -> None:
         len(columns) // 4,
         len(columns) // 2,
     ]
-
-
-def kept(trace: Trace) -> list[list[list[int]]]:
-    """By stage and sample."""
-    return [[columns.tolist() for columns in stage.kept] for stage in trace.stages]
 
 
 def test_a_call_that_does_not_tell_its_images_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
-from checks import CLOSE, COMPACT, HALVES, LAST, UNEVEN, generated, method_of, new_tokens, same_gradients
+from checks import CLOSE, COMPACT, HALVES, LAST, UNEVEN, generated, kept_columns, method_of, new_tokens, same_gradients
 from official import official_model, recorded
 from pyramiddrop import naive
 from reference import Rule
@@ -55,7 +55,7 @@ def columns_of(result: reference.Result) -> list[list[list[int]]]:
 
 
 def check_kept(trace: Any, kept: list[Tensor]) -> None:
-    assert [[row.tolist() for row in stage.kept] for stage in trace.stages] == columns(kept)
+    assert kept_columns(trace) == columns(kept)
 
 
 # --- The official code ----------------------------------------------------------------------------------------------

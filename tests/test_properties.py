@@ -19,7 +19,17 @@ from transformers import PreTrainedModel, StaticCache
 
 import reference
 import scorer_oracle
-from checks import CLOSE, check_logits, check_trace, generated, method_of, new_tokens, same_gradients, stacked
+from checks import (
+    CLOSE,
+    check_logits,
+    check_trace,
+    generated,
+    kept_columns,
+    method_of,
+    new_tokens,
+    same_gradients,
+    stacked,
+)
 from pyramiddrop import naive
 from reference import Result, Rule
 from tiny import FAMILIES, IMAGE_TOKEN, IMPLEMENTATIONS, Answer, collate, make_rows, text_model, tiny_model
@@ -133,7 +143,7 @@ def check_prompt(scene: Scene, way: Way) -> None:
                 logits = model(**inputs).logits
         check_trace(trace, expected, scene.rule)
         check_logits(logits, expected)
-        assert as_columns(kept) == [[row.tolist() for row in stage.kept] for stage in trace.stages]
+        assert as_columns(kept) == kept_columns(trace)
         left = expected.alive[-1]
         torch.testing.assert_close(logits[left], model.lm_head(hidden)[left], **CLOSE)
         for number, row in enumerate(make_rows(model, scene.rows, scene.seed)):
@@ -163,7 +173,7 @@ def check_lesson(scene: Scene, way: Way) -> None:
     with method_of(scene.rule, logits=way.logits)(model) as trace:
         output = model(**inputs)
         check_trace(trace, expected, scene.rule)
-        assert as_columns(kept) == [[row.tolist() for row in stage.kept] for stage in trace.stages]
+        assert as_columns(kept) == kept_columns(trace)
         torch.testing.assert_close(output.loss, expected.loss, **CLOSE)
         same_gradients(gradients(model, output.loss), wanted)
 
