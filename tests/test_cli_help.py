@@ -79,9 +79,10 @@ def test_a_stopped_command_says_how_to_go_on(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    # First the studies, which import the evaluator, and would keep the one that stops.
+    monkeypatch.setattr("pyramiddrop.evaluation.studies.method_studies.prepare_ablation", stop)
     for place in ("evaluation.run.Evaluator", "training.run.prepare_training", "speed.bench.prepare_bench"):
         monkeypatch.setattr(f"pyramiddrop.{place}", stop)
-    monkeypatch.setattr("pyramiddrop.evaluation.studies.method_studies.prepare_ablation", stop)
     result = run(*(word.format(folder=tmp_path) for word in words))
     assert result.exit_code == 130
     said = result.stderr.splitlines()[-1]
