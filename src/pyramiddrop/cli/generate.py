@@ -9,21 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.options import (
-    OUTPUT,
-    WHAT,
-    AsJson,
-    Device,
-    Dtype,
-    Frames,
-    Images,
-    MaxNewTokens,
-    MethodOptions,
-    Model,
-    OneMethod,
-    Video,
-    with_groups,
-)
+from pyramiddrop.cli.options import OUTPUT, WHAT, AsJson, MethodOptions, OneMethod, RequestOptions, with_groups
 from pyramiddrop.cli.terminal import spinner, stderr, stdout
 
 if TYPE_CHECKING:
@@ -34,15 +20,9 @@ if TYPE_CHECKING:
 def generate(
     *,
     prompt: Annotated[str, typer.Option(help="The question.", rich_help_panel=WHAT)],
-    image: Images = None,
-    video: Video = None,
-    frames: Frames = 8,
-    model: Model = None,
     method: OneMethod = None,
     options: MethodOptions,
-    max_new_tokens: MaxNewTokens = 128,
-    device: Device = None,
-    dtype: Dtype = None,
+    request: RequestOptions,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer without dropping too, and time both.", rich_help_panel=OUTPUT)
     ] = False,
@@ -55,17 +35,12 @@ def generate(
 
     Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
-    from pyramiddrop.inference.request import Request, prepare
-
     spec = options.spec(method)
     if overlay:
         _check_overlay(overlay, spec)
-    with spinner(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image or ()), model, spec, device, dtype, video, frames))
-    for remark in ready.remarks:
-        stderr().print(f"warning: {remark}", soft_wrap=True)
+    ready = request.prepare(prompt, spec)
     stream = sys.stdout.isatty() and not compare and not as_json
-    done = _answer(ready, max_new_tokens, compare, stream)
+    done = _answer(ready, request.max_new_tokens, compare, stream)
     if overlay:
         _draw(done, overlay)
     if as_json:

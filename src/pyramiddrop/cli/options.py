@@ -14,8 +14,11 @@ from typer import Option
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
+from pyramiddrop.cli.terminal import spinner, stderr
+
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.tasks import Task
+    from pyramiddrop.inference.request import PreparedRequest
     from pyramiddrop.inference.sizes import Sizes
 
 METHOD, WHAT, HOW, OUTPUT = "Method", "What is asked", "How", "Output"
@@ -28,11 +31,6 @@ Model = Annotated[
 Images = Annotated[
     list[Path] | None, Option("--image", help="One or more pictures.", metavar="FILE...", rich_help_panel=WHAT)
 ]
-Video = Annotated[
-    Path | None,
-    Option(help="A video file, an animated GIF or WebP, or a folder of frames.", metavar="PATH", rich_help_panel=WHAT),
-]
-Frames = Annotated[int, Option(min=1, help="How many evenly spaced frames of the video.", rich_help_panel=WHAT)]
 OneMethod = Annotated[
     str | None,
     Option(
@@ -60,7 +58,6 @@ Percents = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer.", rich_help_panel=HOW)]
 Device = Annotated[str | None, Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=HOW)]
 Dtype = Annotated[
     str | None,
@@ -103,6 +100,36 @@ class MethodOptions:
         from pyramiddrop.method_spec import with_options
 
         return with_options(method or "pyramiddrop", self.given) if method or self.given else None
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What `generate` and `visualize` ask about, and what shall answer."""
+
+    PANEL: ClassVar[str] = WHAT
+
+    image: Images = None
+    video: Annotated[
+        Path | None, Option(help="A video file, an animated GIF or WebP, or a folder of frames.", metavar="PATH")
+    ] = None
+    frames: Annotated[int, Option(min=1, help="How many evenly spaced frames of the video.")] = 8
+    model: Model = None
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer.", rich_help_panel=HOW)] = 128
+    device: Device = None
+    dtype: Dtype = None
+
+    def prepare(self, prompt: str, spec: str | None) -> PreparedRequest:
+        """Load what answers `prompt` under the method in words, and print what is to be remarked on."""
+        from pyramiddrop.inference.request import Request, prepare
+
+        pictures = tuple(self.image or ())
+        with spinner(f"loading {self.model or 'the bundled model'}"):
+            ready = prepare(
+                Request(prompt, pictures, self.model, spec, self.device, self.dtype, self.video, self.frames)
+            )
+        for remark in ready.remarks:
+            stderr().print(f"warning: {remark}", soft_wrap=True)
+        return ready
 
 
 @dataclass(frozen=True)

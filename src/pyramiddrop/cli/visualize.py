@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyramiddrop.cli.options import (
-    OUTPUT,
-    WHAT,
-    AsJson,
-    Device,
-    Dtype,
-    Frames,
-    Images,
-    MaxNewTokens,
-    MethodOptions,
-    Model,
-    OneMethod,
-    Video,
-    with_groups,
-)
+from pyramiddrop.cli.options import OUTPUT, WHAT, AsJson, MethodOptions, OneMethod, RequestOptions, with_groups
 from pyramiddrop.cli.terminal import spinner, stderr, stdout
 
 if TYPE_CHECKING:
@@ -36,15 +23,9 @@ def visualize(
     prompt: Annotated[
         str | None, typer.Option(help="The question. (default: one of the bundled picture's)", rich_help_panel=WHAT)
     ] = None,
-    image: Images = None,
-    video: Video = None,
-    frames: Frames = 8,
-    model: Model = None,
     method: OneMethod = None,
     options: MethodOptions,
-    max_new_tokens: MaxNewTokens = 128,
-    device: Device = None,
-    dtype: Dtype = None,
+    request: RequestOptions,
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -65,17 +46,14 @@ def visualize(
 
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
-    from pyramiddrop.inference.request import Request, prepare, run
+    from pyramiddrop.inference.request import run
 
     outputs, spec = output or [Path("kept.html"), Path("kept.png")], options.spec(method)
-    _check(outputs, scores, prompt, bool(image or video), spec)
-    prompt, image = _asked(prompt, image, video)
-    with spinner(f"loading {model or 'the bundled model'}"):
-        ready = prepare(Request(prompt, tuple(image), model, spec, device, dtype, video, frames))
-    for remark in ready.remarks:
-        stderr().print(f"warning: {remark}", soft_wrap=True)
+    _check(outputs, scores, prompt, bool(request.image or request.video), spec)
+    prompt, image = _asked(prompt, request.image, request.video)
+    ready = replace(request, image=image).prepare(prompt, spec)
     with spinner("answering"):
-        done = run(ready, max_new_tokens)
+        done = run(ready, request.max_new_tokens)
     visual = _draw(done, outputs, scores)
     written = [str(path) for path in [*outputs, *([scores] if scores else [])]]
     if as_json:
