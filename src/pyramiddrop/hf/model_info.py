@@ -114,11 +114,6 @@ class ModelInfo:
         return any(span.windowed for span in self.spans)
 
     @cached_property
-    def shares_keys(self) -> bool:
-        """Whether some layer attends to the keys of an earlier one."""
-        return any(source != index for index, source in enumerate(self.sources))
-
-    @cached_property
     def first_of_kind(self) -> dict[Span, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
         return {span: self.spans.index(span) for span in self.spans}

@@ -17,9 +17,6 @@ from pyramiddrop.evaluation.tasks import Task
 
 Piece = Mapping[str, Any]
 
-#: What is scored without answers, against the full model: whole answers, the likeliest next token, its distribution.
-LABEL_FREE = ("agreement", "top1", "kl")
-
 
 def redundancy_record(task: Task, grid: Grid, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The scores of the full model and of every cell, and the attention by layer.
