@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -24,6 +26,23 @@ def test_an_environment_that_cannot_be_made_is_skipped_and_in_ci_fails(
     assert done.returncode == code
     assert done.stderr.startswith("SKIPPED: ")
     assert "cannot be installed on this machine" in done.stderr
+
+
+def test_the_newest_transformers_is_the_newest_within_our_bounds(tmp_path: Path) -> None:
+    for version in ("5.15.0", "5.17.0", "6.0.0"):
+        empty_wheel(tmp_path, "transformers", version)
+    only_these = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    script = [sys.executable, ROOT / ".ci" / "newest-transformers"]
+    done = subprocess.run(script, env=os.environ | only_these, capture_output=True, text=True, check=True)
+    assert done.stdout == "5.17.0\n"
+
+
+def empty_wheel(folder: Path, name: str, version: str) -> None:
+    about = f"{name}-{version}.dist-info"
+    with ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
 
 
 # --- Environments of their own --------------------------------------------------------------------------------------
