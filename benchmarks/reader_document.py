@@ -38,9 +38,9 @@ def written(record: Record) -> str:
 
 def overview(record: Record) -> list[Sheet]:
     """One row a method and one column a budget: scores, and paired differences to the first method."""
-    vanilla, *ways = record["methods"]
-    budgets = list(dict.fromkeys(map(budget_cell, ways)))
-    by_name = {name: by_budget(ways, name) for name in dict.fromkeys(map(name_of, ways))}
+    vanilla, *variants = record["methods"]
+    budgets = list(dict.fromkeys(map(budget_cell, variants)))
+    by_name = {name: by_budget(variants, name) for name in dict.fromkeys(map(name_of, variants))}
     first, *others = by_name
     scores = [(name, *(scored(found[budget]) for budget in budgets)) for name, found in by_name.items()]
     whole = score_cell(vanilla["scores"]["all"])
@@ -51,9 +51,9 @@ def overview(record: Record) -> list[Sheet]:
     ]
 
 
-def name_of(way: Record) -> str:
+def name_of(variant: Record) -> str:
     """What a method is, whatever its shares are solved for; all draws of chance have one name."""
-    settings, layers = way["method"], way["visual_tokens"]["drop_layers"]
+    settings, layers = variant["method"], variant["visual_tokens"]["drop_layers"]
     stages = f"{len(layers) + 1} stages"
     if settings["method"] == "FastV":
         return f"FastV, K = {settings['layer']}"
@@ -65,27 +65,27 @@ def name_of(way: Record) -> str:
     )
 
 
-def by_budget(ways: Ways, name: str) -> dict[str, list[Record]]:
+def by_budget(variants: Ways, name: str) -> dict[str, list[Record]]:
     """The ways of one name, which are several where chance drew several times, at each budget."""
     found: dict[str, list[Record]] = {}
-    for way in ways:
-        if name_of(way) == name:
-            found.setdefault(budget_cell(way), []).append(way)
+    for variant in variants:
+        if name_of(variant) == name:
+            found.setdefault(budget_cell(variant), []).append(variant)
     return found
 
 
-def scored(ways: Ways) -> str:
+def scored(variants: Ways) -> str:
     """The score with its error; of several draws their mean, the lowest and the highest."""
-    if len(ways) == 1:
-        return score_cell(ways[0]["scores"]["all"])
-    return spread([way["scores"]["all"]["mean"] for way in ways])
+    if len(variants) == 1:
+        return score_cell(variants[0]["scores"]["all"])
+    return spread([variant["scores"]["all"]["mean"] for variant in variants])
 
 
-def compared(ways: Ways) -> str:
+def compared(variants: Ways) -> str:
     """The difference to the first method with its interval; of several draws their mean, the lowest and the highest."""
-    if len(ways) == 1:
-        return difference_cell(ways[0]["differences"]["to_first"])
-    return spread([way["differences"]["to_first"]["mean"] for way in ways])
+    if len(variants) == 1:
+        return difference_cell(variants[0]["differences"]["to_first"])
+    return spread([variant["differences"]["to_first"]["mean"] for variant in variants])
 
 
 def spread(means: Sequence[float]) -> str:
@@ -94,11 +94,13 @@ def spread(means: Sequence[float]) -> str:
 
 def curves(record: Record) -> list[dict[str, Any]]:
     """The points of the trade-off: a line a method, the draws of chance averaged."""
-    ways = [way for way in record["methods"][1:] if way["percent"] is not None]
+    variants = [variant for variant in record["methods"][1:] if variant["percent"] is not None]
     found = []
-    for name in dict.fromkeys(map(name_of, ways)):
-        for draws in by_budget(ways, name).values():
-            scores = {kind: averaged([way["scores"][kind] for way in draws]) for kind in ("all", *record["kinds"])}
+    for name in dict.fromkeys(map(name_of, variants)):
+        for draws in by_budget(variants, name).values():
+            scores = {
+                kind: averaged([variant["scores"][kind] for variant in draws]) for kind in ("all", *record["kinds"])
+            }
             found.append({**draws[0], "line": SHORT.get(name, name), "scores": scores})
     return found
 

@@ -74,7 +74,7 @@ class Load:
         peak_kv_bytes: that requests held at one moment.
     """
 
-    way: str
+    variant: str
     concurrency: int
     turn: int
     requests: int
@@ -90,23 +90,23 @@ def main() -> None:
         folder = save_model(Path(name))
         loads, fits = [], {}
         for turn in range(ROUNDS):
-            for way in ("vanilla", "PyramidDrop"):
-                llm = engine(folder, way, PLENTY)
-                run(llm, way, 2, 2)  # warms up
-                loads += [run(llm, way, clients, count, turn) for clients, count in CONCURRENCY.items()]
+            for variant in ("vanilla", "PyramidDrop"):
+                llm = engine(folder, variant, PLENTY)
+                run(llm, variant, 2, 2)  # warms up
+                loads += [run(llm, variant, clients, count, turn) for clients, count in CONCURRENCY.items()]
                 close(llm)
-        for way in ("vanilla", "PyramidDrop"):
-            llm = engine(folder, way, BUDGET)
-            fits[way] = together(llm)
+        for variant in ("vanilla", "PyramidDrop"):
+            llm = engine(folder, variant, BUDGET)
+            fits[variant] = together(llm)
             close(llm)
     json.dump(record(loads, fits), sys.stdout, indent=1)
     print()
 
 
-def engine(folder: Path, way: str, kv_bytes: int) -> Any:
+def engine(folder: Path, variant: str, kv_bytes: int) -> Any:
     """vLLM in this process, with so many bytes of KV cache."""
-    dropping = {"hf_overrides": hf_overrides(str(folder), METHOD)} if way != "vanilla" else {}
-    layers = LAYERS if way == "vanilla" else LAYERS // METHOD.stages  # a block holds tokens of one group's layers
+    dropping = {"hf_overrides": hf_overrides(str(folder), METHOD)} if variant != "vanilla" else {}
+    layers = LAYERS if variant == "vanilla" else LAYERS // METHOD.stages  # a block holds tokens of one group's layers
     return vllm.LLM(
         str(folder),
         dtype="float32",
@@ -128,7 +128,7 @@ def close(llm: Any) -> None:
     gc.collect()
 
 
-def run(llm: Any, way: str, clients: int, count: int, turn: int = 0) -> Load:
+def run(llm: Any, variant: str, clients: int, count: int, turn: int = 0) -> Load:
     """`clients` send `count` requests in all, each its next one when its last one is answered."""
     core, manager = llm.llm_engine, scheduler(llm).kv_cache_manager
     waiting = [prompt(1000 * turn + 100 * clients + number) for number in range(count)]
@@ -149,7 +149,7 @@ def run(llm: Any, way: str, clients: int, count: int, turn: int = 0) -> Load:
         peak = max(peak, held(manager))
     total = time.process_time() - start
     return Load(
-        way,
+        variant,
         clients,
         turn,
         count,

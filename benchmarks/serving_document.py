@@ -64,14 +64,14 @@ def _load_rows(loads: list[dict[str, Any]]) -> list[str]:
     rows = []
     for clients in dict.fromkeys(load["concurrency"] for load in loads):
         for title, name, shown in ROWS:
-            before, after = (_median(loads, way, clients, name) for way in ("vanilla", "PyramidDrop"))
+            before, after = (_median(loads, variant, clients, name) for variant in ("vanilla", "PyramidDrop"))
             rows.append(f"| {clients} | {title} | {shown(before)} | {shown(after)} | {after / before:.2f} |")
     return rows
 
 
-def _median(loads: list[dict[str, Any]], way: str, clients: int, name: str) -> float:
+def _median(loads: list[dict[str, Any]], variant: str, clients: int, name: str) -> float:
     """Over the rounds."""
-    return statistics.median(load[name] for load in loads if (load["way"], load["concurrency"]) == (way, clients))
+    return statistics.median(load[name] for load in loads if (load["way"], load["concurrency"]) == (variant, clients))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pyramiddrop.evaluation.scores import Array, difference, score
 from pyramiddrop.evaluation.studies.grid import make_grid
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.tasks import Task, digits_task
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.planning import Budget, Profile, plan
 from pyramiddrop.speed.record import machine
@@ -53,7 +53,7 @@ def main() -> None:
 def measure_prefix() -> dict[str, Any]:
     """CPU seconds of the whole grid over 64 questions, with and without sharing, for answers and for next tokens."""
     task, checkpoint = digits_task(limit=64), load_checkpoint(digits_checkpoint(), "cpu")
-    grid = make_grid(anatomy(checkpoint.model))
+    grid = make_grid(inspect_model(checkpoint.model))
     found: dict[str, Any] = {"questions": len(task.samples), "cells": len(grid.cells), "seconds": {}}
     for tokens in (32, 1):
         seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -74,7 +74,7 @@ def measure_prefix() -> dict[str, Any]:
 def measure_planned(profile: Profile) -> dict[str, Any]:
     """For several budgets: the schedule that the profile gives, and equal stages that cost the same."""
     task, checkpoint = digits_task(), load_checkpoint(digits_checkpoint(), "cpu")
-    shape, answerer = anatomy(checkpoint.model).shape, Answerer(checkpoint, 64)
+    shape, answerer = inspect_model(checkpoint.model).shape, Answerer(checkpoint, 64)
     clusters = [sample.cluster for sample in task.samples]
     vanilla, replies = ask(answerer, task, None)
     prompts = [Prompt(reply.usage.visual_tokens, reply.usage.text_tokens) for reply in replies]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.report.token_layout.views import PlacedView
 
 SIZES = [(120, 120), (260, 90), (90, 260)]
@@ -59,7 +59,7 @@ def token_light(model: Any, inputs: Any, dark: Any) -> Tensor:
     with _keeping_to_itself(model):
         light, none = _embeddings(model, inputs), _embeddings(model, dark)
     ids = inputs["input_ids"][0]
-    visual = sum(ids == number for number in anatomy(model).visual_ids).bool()
+    visual = sum(ids == number for number in inspect_model(model).visual_ids).bool()
     return (light - none).norm(dim=-1)[visual]
 
 
@@ -89,7 +89,7 @@ def _embeddings(model: Any, inputs: Any) -> Tensor:
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 
-    hook = anatomy(model).layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    hook = inspect_model(model).layers[0].register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
             model(**{name: value.float() if value.is_floating_point() else value for name, value in inputs.items()})
@@ -100,10 +100,10 @@ def _embeddings(model: Any, inputs: Any) -> Tensor:
 
 @contextmanager
 def _keeping_to_itself(model: Any) -> Iterator[None]:
-    text = set(anatomy(model).text.modules())
+    text = set(inspect_model(model).text.modules())
     blocks = [block for block in model.modules() if block not in text and _is_block(block)]
-    parts = [part for block in blocks for part in block.children() if _attends(part) or _mixes(part)]
-    hooks = [part.register_forward_hook(_nothing) for part in parts]
+    info = [part for block in blocks for part in block.children() if _attends(part) or _mixes(part)]
+    hooks = [part.register_forward_hook(_nothing) for part in info]
     try:
         yield
     finally:

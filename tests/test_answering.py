@@ -16,7 +16,7 @@ from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.budgets import decoder_flops
 from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
@@ -107,7 +107,7 @@ def test_layers_that_methods_share_run_once(
     ran: list[int] = []
     handles = [
         layer.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
-        for index, layer in enumerate(anatomy(tiny.model).layers)
+        for index, layer in enumerate(inspect_model(tiny.model).layers)
     ]
     try:
         counts = []
@@ -142,7 +142,7 @@ def test_what_answers_will_cost_is_known_before_they_are_given(
     for prompt, reply in zip(prompts, replies, strict=True):
         assert (prompt.visual_tokens, prompt.text_tokens) == (reply.usage.visual_tokens, reply.usage.text_tokens)
         assert 0 < prompt.asking < prompt.text_tokens  # something stands before the pictures, too
-    shape = anatomy(answerer.checkpoint.model).shape
+    shape = inspect_model(answerer.checkpoint.model).shape
     assert decoder_flops(method, shape, Counter(prompts)) == sum(reply.usage.flops for reply in replies)
 
 

@@ -22,7 +22,7 @@ def slots(columns: list[list[int]], length: int, valid: list[list[bool]] | None 
 
 
 def test_later_slots_hold_later_columns() -> None:
-    grown = slots([[0, 3, 4]], 5, [[False, True, True]]).until(7)
+    grown = slots([[0, 3, 4]], 5, [[False, True, True]]).resized(7)
     assert grown.columns.tolist() == [[0, 3, 4, 5, 6]]
     assert grown.valid is not None
     assert grown.valid.tolist() == [[False, True, True, True, True]]
@@ -36,12 +36,12 @@ def test_a_further_prefill_adds_its_rows_behind_what_was_decoded() -> None:
 
 def test_a_crop_takes_the_text_behind_the_image_and_nothing_else() -> None:
     held = slots([[0, 2, 5, 6]], 7)
-    assert held.until(5).columns.tolist() == [[0, 2]]
+    assert held.resized(5).columns.tolist() == [[0, 2]]
     with pytest.raises(ValueError, match="cropped by 3 tokens, into visual tokens"):
-        held.until(4)
+        held.resized(4)
     for length in (5, 3):  # all that is held, and more than that
         with pytest.raises(ValueError, match="into visual tokens"):
-            slots([[5, 6]], 7).until(length)
+            slots([[5, 6]], 7).resized(length)
 
 
 def prompt(batch: int = 1) -> tuple[torch.nn.Module, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ def test_a_sliding_layer_hands_out_its_last_slots(layer: int, kept: list[int]) -
     real, told = handed(cache, layer, held, len(kept))
     assert real == told == [kept, kept], "a prefill sees all that it computes"
     for length, added in ((11, 1), (12, 1), (15, 3), (16, 1)):
-        held = held.until(length)
+        held = held.resized(length)
         real, told = handed(cache, layer, held, added)
         assert real == told
     assert len(told[0]) == (4 if layer == 0 else len(kept) + 6)
@@ -111,7 +111,7 @@ def test_the_filler_of_a_sliding_layer_is_cut_alike() -> None:
     cache = sliding_cache()
     held = slots([[1, 2, 3, 5, 6, 7]], 8, [[False, False, False, False, True, True]])
     handed(cache, 0, held, 6)
-    told = held.until(9).window(cache, 0, 1)
+    told = held.resized(9).window(cache, 0, 1)
     assert told.columns.tolist() == [[5, 6, 7, 8]]
     assert told.valid is not None
     assert told.valid.tolist() == [[False, True, True, True]]
@@ -124,7 +124,7 @@ def test_without_a_cache_all_slots_are_handed_out() -> None:
 
 def test_of_an_earlier_layers_slots_those_are_shown_that_this_stage_has_kept() -> None:
     """Layers that share keys: the source holds columns 0, 2, 3, 5 and 6; this stage has kept 0, 3 and 6."""
-    shown = slots([[0, 2, 3, 5, 6]], 7).among(torch.tensor([[0, 3, 6]]), None)
+    shown = slots([[0, 2, 3, 5, 6]], 7).restricted(torch.tensor([[0, 3, 6]]), None)
     assert shown.columns.tolist() == [[0, 2, 3, 5, 6]]
     assert shown.alive.tolist() == [[True, False, True, False, True]]
     assert shown.length == 7
@@ -134,4 +134,4 @@ def test_filler_on_either_side_shows_nothing() -> None:
     source = slots([[4, 0, 3, 6], [0, 2, 3, 6]], 7, [[False, True, True, True], [True] * 4])
     kept, valid = torch.tensor([[4, 3, 6], [2, 0, 6]]), torch.tensor([[True] * 3, [False, True, True]])
     # Sample 0: slot 0 is filler of the source. Sample 1: column 2 is filler of the stage.
-    assert source.among(kept, valid).alive.tolist() == [[False, False, True, True], [True, False, False, True]]
+    assert source.restricted(kept, valid).alive.tolist() == [[False, False, True, True], [True, False, False, True]]

@@ -75,7 +75,7 @@ def test_json_of_random_weights() -> None:
     )
     assert "the decoder alone" in record["subject"]["about"]
     assert [(row["way"], row["batch"]) for row in record["results"]] == [
-        (way, batch) for batch in (1, 3) for way in ("vanilla", "FastV(keep=0.25)")
+        (variant, batch) for batch in (1, 3) for variant in ("vanilla", "FastV(keep=0.25)")
     ]
     for row in record["results"]:
         assert row["kv_bytes"] == row["predicted"]["kv_bytes"]

@@ -13,7 +13,7 @@ from transformers import Gemma3Config, MixtralConfig, MllamaConfig, Qwen3_5Confi
 from typer.testing import CliRunner, Result
 
 from pyramiddrop.cli.main import app
-from pyramiddrop.cost import PRESETS, Prompt, account
+from pyramiddrop.cost import PRESETS, Prompt, estimate_cost
 from pyramiddrop.evaluation.paper import paper_figures
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.cost import paper_markdown, shapes_markdown
@@ -119,7 +119,7 @@ def test_shared_options_go_to_those_that_know_them() -> None:
 def test_the_json_is_the_account() -> None:
     answer = found("--shape", "qwen2.5-vl-7b", "--text-tokens", "10", "--crops", "2", "--method", "pyramiddrop")
     shape = PRESETS["qwen2.5-vl-7b"].shape
-    expected = account(shape, Prompt(1296, 10, 2), Schedule.equal(28, 4, powers(0.5, 3)))
+    expected = estimate_cost(shape, Prompt(1296, 10, 2), Schedule.equal(28, 4, powers(0.5, 3)))
     assert answer["methods"][1] == {"method": "PyramidDrop", **expected.as_dict()}
     assert answer["prompt"] == {"visual_tokens": 1296, "text_tokens": 10, "crops": 2, "instruction_tokens": None}
 

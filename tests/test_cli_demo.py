@@ -112,8 +112,10 @@ def test_json(tmp_path: Path) -> None:
     # The vision tower, which is not made cheaper, does a quarter of vanilla's work: 0.65 of all is 0.53 of the decoder.
     assert question["flops_ratio"] < 0.5
     assert question["kv_ratio"] < 0.5
-    for way in ("vanilla", "pruned"):
-        assert min(question[way][name] for name in ("prefill_seconds", "prefill_cpu_seconds", "flops", "kv_bytes")) > 0
+    for variant in ("vanilla", "pruned"):
+        assert (
+            min(question[variant][name] for name in ("prefill_seconds", "prefill_cpu_seconds", "flops", "kv_bytes")) > 0
+        )
     assert found["batch"]["size"] == 2
     assert min(found["prefill_cpu_ratio"], found["batch"]["prefill_cpu_ratio"]) > 0
 

@@ -71,8 +71,8 @@ def test_digits_are_scored_as_by_hand() -> None:
     ]
     clusters = [sample.cluster for sample in samples]
     vanilla, fastv = record["methods"]
-    for way, values in zip((vanilla, fastv), right, strict=True):
-        assert way["scores"]["all"] == vars(score(values, clusters))
+    for variant, values in zip((vanilla, fastv), right, strict=True):
+        assert variant["scores"]["all"] == vars(score(values, clusters))
     assert fastv["differences"] == {"to_vanilla": vars(difference(right[1], right[0], clusters))}
     assert vanilla["differences"] == {}
     assert 0 < vanilla["scores"]["all"]["mean"] != fastv["scores"]["all"]["mean"]
@@ -110,28 +110,28 @@ def test_own_questions_are_scored_by_kind(tiny: list[str | Path]) -> None:
     assert pyramid["visual_tokens"] == {"by_stage": [16, 8], "drop_layers": [3], "per_layer": 16 * 3 / 8 + 8 * 5 / 8}
     assert list(pyramid["differences"]) == ["to_vanilla"]
     assert list(fastv["differences"]) == ["to_vanilla", "to_first"]
-    assert all(way["prefill"]["cpu"] > 0 for way in record["methods"])
+    assert all(variant["prefill"]["cpu"] > 0 for variant in record["methods"])
 
 
 def test_methods_at_equal_cost(tiny: list[str | Path]) -> None:
     record = run_json(*tiny, "--limit", "3", "--method", "pyramiddrop", "fastv:layer=2", "--percent", "60", "80")
-    ways = record["methods"]
-    assert [way["percent"] for way in ways] == [None, 60, 60, 80, 80]
-    for way in ways[1:]:
-        assert way["percent"] - 6 < 100 * way["flops_ratio"] <= way["percent"]
-    assert [list(way["differences"]) for way in ways[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
+    variants = record["methods"]
+    assert [variant["percent"] for variant in variants] == [None, 60, 60, 80, 80]
+    for variant in variants[1:]:
+        assert variant["percent"] - 6 < 100 * variant["flops_ratio"] <= variant["percent"]
+    assert [list(variant["differences"]) for variant in variants[3:]] == [["to_vanilla"], ["to_vanilla", "to_first"]]
 
 
 def test_methods_at_equal_tokens(tiny: list[str | Path]) -> None:
     words = ["--method", "pyramiddrop", "fastv:layer=2", "--percent", "80", "--average-tokens", "10", "12"]
     record = run_json(*tiny, *words, "--rounds", "0")
-    ways = record["methods"]
-    budgets = [(way["percent"], way["average_tokens"]) for way in ways]
+    variants = record["methods"]
+    budgets = [(variant["percent"], variant["average_tokens"]) for variant in variants]
     assert budgets == [(None, None), *[(80, None)] * 2, *[(None, 10)] * 2, *[(None, 12)] * 2]
-    for way in ways[3:]:
-        assert way["average_tokens"] - 1 < way["visual_tokens"]["per_layer"] <= way["average_tokens"]
-    assert [way["visual_tokens"]["drop_layers"] for way in ways[:3]] == [[], [2, 4, 6], [2]]
-    assert all(way["prefill"] is None for way in ways)
+    for variant in variants[3:]:
+        assert variant["average_tokens"] - 1 < variant["visual_tokens"]["per_layer"] <= variant["average_tokens"]
+    assert [variant["visual_tokens"]["drop_layers"] for variant in variants[:3]] == [[], [2, 4, 6], [2]]
+    assert all(variant["prefill"] is None for variant in variants)
     shown = run(*tiny, *words, "--rounds", "0").stdout
     for words_shown in ("10 tokens", "80 %", "(2) → "):
         assert words_shown in shown
@@ -159,8 +159,8 @@ def test_the_table_tells_the_same(tiny: list[str | Path]) -> None:
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    ways = [{name: value for name, value in way.items() if name != "prefill"} for way in record["methods"]]
-    return {**record, "methods": ways}
+    variants = [{name: value for name, value in variant.items() if name != "prefill"} for variant in record["methods"]]
+    return {**record, "methods": variants}
 
 
 @pytest.mark.fast_cases(1)

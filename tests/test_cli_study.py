@@ -126,13 +126,13 @@ def test_tradeoff_of_the_bundled_model(tmp_path: Path) -> None:
         assert (tmp_path / name).is_file()
     assert len(list((tmp_path / "replies").iterdir())) == 5  # what a stopped study goes on with
     record = json.loads((tmp_path / "tradeoff.json").read_text())
-    assert [way["percent"] for way in record["methods"]] == [None, 60, 60, 80, 80]
+    assert [variant["percent"] for variant in record["methods"]] == [None, 60, 60, 80, 80]
 
 
 @pytest.mark.slow
 def test_ablation_of_the_bundled_model(tmp_path: Path) -> None:
     record = record_of("ablation", "--limit", "8", "--lam", "0.6,0.4", "--output", str(tmp_path))
-    assert [way.get("lam") for way in record["methods"]] == [None, 0.4, 0.6]
+    assert [variant.get("lam") for variant in record["methods"]] == [None, 0.4, 0.6]
     for name in ("index.html", "ablation.json", "ablation.csv", "ablation.png", "ablation.svg"):
         assert (tmp_path / name).is_file()
 

@@ -32,14 +32,14 @@ from transformers import (
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.cost import (
     PRESETS,
-    Account,
+    CostBreakdown,
     DecoderShape,
     Experts,
     ModelShape,
     Prompt,
-    account,
     activation_bytes,
-    by_attention,
+    attention_ranking_flops,
+    estimate_cost,
     fastv_layer_flops,
     kv_bytes,
     paper_layer_flops,
@@ -90,11 +90,11 @@ def counted(model: PreTrainedModel, inputs: dict[str, Any], method: Method | Non
     return int(counter.get_total_flops())
 
 
-def predicted(model: PreTrainedModel, prompt: Prompt, method: Method | None = None) -> Account:
+def predicted(model: PreTrainedModel, prompt: Prompt, method: Method | None = None) -> CostBreakdown:
     """The account of the model's own configuration."""
     shape = model_shape(model.config, bytes_per_value=4)
     schedule = method.schedule(shape.decoder.layers) if method else None
-    return account(shape, prompt, schedule, method.choosing_flops if method else by_attention)
+    return estimate_cost(shape, prompt, schedule, method.ranking_flops if method else attention_ranking_flops)
 
 
 @pytest.mark.fast_cases(4)
@@ -290,25 +290,27 @@ def test_the_published_conventions_are_their_formulas() -> None:
     shape, n, d, m = PRESETS["llava-1.5-7b"].shape.decoder, 576, 4096, 11008
     assert paper_layer_flops(shape, n) == 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
     assert fastv_layer_flops(shape, n) == 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
-    plain = account(ModelShape(shape), Prompt(n))
+    plain = estimate_cost(ModelShape(shape), Prompt(n))
     assert (plain.paper, plain.fastv) == (32 * paper_layer_flops(shape, n), 32 * fastv_layer_flops(shape, n))
-    assert account(ModelShape(shape), Prompt(n, text_tokens=500)).paper == plain.paper  # visual tokens alone
+    assert estimate_cost(ModelShape(shape), Prompt(n, text_tokens=500)).paper == plain.paper  # visual tokens alone
 
 
 def test_kv_bytes_by_dtype_and_heads() -> None:
     halves = Schedule.equal(8, 4, powers(0.5, 3))
-    cost = account(ModelShape(SHAPE), Prompt(32, 16), halves)
+    cost = estimate_cost(ModelShape(SHAPE), Prompt(32, 16), halves)
     per_row = 2 * 2 * 16 * 2  # keys and values, two heads of 16, two bytes
     assert cost.kv_by_layer == tuple(per_row * rows for rows in (48, 48, 32, 32, 24, 24, 20, 20))
     assert cost.kv_bytes == kv_bytes(SHAPE, [48, 48, 32, 32, 24, 24, 20, 20])
     wide = ModelShape(replace(SHAPE, bytes_per_value=4))
-    assert account(wide, Prompt(32, 16), halves).kv_bytes == 2 * cost.kv_bytes
+    assert estimate_cost(wide, Prompt(32, 16), halves).kv_bytes == 2 * cost.kv_bytes
 
 
 def test_a_score_of_the_instruction_asks_with_what_stands_behind_the_pictures() -> None:
     model, once = ModelShape(SHAPE), Schedule.of([2], [0.5])
-    choosing = InstructionScorer().flops
-    part, whole = (account(model, Prompt(32, 16, None, asking), once, choosing).full.ranking for asking in (5, None))
+    ranking_cost = InstructionScorer().flops
+    part, whole = (
+        estimate_cost(model, Prompt(32, 16, None, asking), once, ranking_cost).full.ranking for asking in (5, None)
+    )
     # A token that asks needs its query and its products with the 48 keys.
     assert whole - part == (16 - 5) * 2 * (64 * 64 + 48 * 64)
     assert Prompt(32, 16, instruction_tokens=0).asking == 1  # where there is none, the last token asks
@@ -318,9 +320,9 @@ def test_a_stage_that_drops_nothing_ranks_nothing() -> None:
     twice = Schedule.of([2, 4], [0.5, 0.5])
     once = Schedule.of([2], [0.5])
     model, prompt = ModelShape(SHAPE), Prompt(32, 16)
-    assert account(model, prompt, twice).full == account(model, prompt, once).full
-    assert account(model, prompt, once).full.ranking > 0
-    assert account(model, prompt, once, RandomDrop().choosing_flops).full.ranking == 0
+    assert estimate_cost(model, prompt, twice).full == estimate_cost(model, prompt, once).full
+    assert estimate_cost(model, prompt, once).full.ranking > 0
+    assert estimate_cost(model, prompt, once, RandomDrop().ranking_flops).full.ranking == 0
 
 
 def test_the_activations_are_those_of_the_widest_layer() -> None:
@@ -335,7 +337,7 @@ def test_the_activations_are_those_of_the_widest_layer() -> None:
 
 def test_a_schedule_beyond_the_depth_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers must be in 1\.\.7"):
-        account(ModelShape(SHAPE), Prompt(32), Schedule.of([8], [0.5]))
+        estimate_cost(ModelShape(SHAPE), Prompt(32), Schedule.of([8], [0.5]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cost import head_flops, kv_bytes, layer_kv_bytes, prefill_flops, step_flops
 from pyramiddrop.families import FAMILIES
-from pyramiddrop.hf.model_info import ModelInfo, anatomy, drop_layers
+from pyramiddrop.hf.model_info import ModelInfo, drop_layers, inspect_model
 from pyramiddrop.hf.versions import cache_argument
 from pyramiddrop.scoring import AttentionScorer, UniformScorer
 from pyramiddrop.speed.memory import cache_bytes
@@ -65,9 +65,9 @@ def _tensors(layer: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def uncounted(parts: ModelInfo) -> int:
+def uncounted(info: ModelInfo) -> int:
     """FLOPs of a decode step that the counter misses: the products with the delta rule's state, made elementwise."""
-    return sum(mixer.step for mixer in parts.shape.mixers)
+    return sum(mixer.step for mixer in info.shape.mixers)
 
 
 def text_inputs(rows: int) -> dict[str, Tensor]:
@@ -78,18 +78,18 @@ def text_inputs(rows: int) -> dict[str, Tensor]:
 @pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", marked(SUPPORTED))
 def test_a_text_model_is_what_the_counter_and_its_cache_say(name: str) -> None:
-    parts = anatomy(model_of(name))
-    shape = parts.shape
+    info = inspect_model(model_of(name))
+    shape = info.shape
     lengths = [ROWS] * shape.layers
-    prefill, cache = counted(parts.text, text_inputs(ROWS))
+    prefill, cache = counted(info.text, text_inputs(ROWS))
     assert prefill_flops(shape, lengths) == pytest.approx(prefill, rel=0.001)
     held = held_bytes(cache)
     assert [layer_kv_bytes(shape, ROWS, layer) for layer in range(len(held))] == held
     assert kv_bytes(shape, lengths) == sum(held)  # layers that reuse keys have no cache
     if not any(mixer.window for mixer in shape.mixers):  # whose keys are views of all rows until the next step
         assert cache_bytes(cache) == sum(held)
-    step, _ = counted(parts.text, text_inputs(1), cache)
-    assert step_flops(shape, lengths) - head_flops(shape) == pytest.approx(step + uncounted(parts), rel=0.01)
+    step, _ = counted(info.text, text_inputs(1), cache)
+    assert step_flops(shape, lengths) - head_flops(shape) == pytest.approx(step + uncounted(info), rel=0.01)
 
 
 @pytest.mark.fast_cases(2)
@@ -108,7 +108,7 @@ def test_what_dropping_saves_is_what_the_counter_and_the_cache_say(name: str) ->
 
 @pytest.mark.parametrize("name", marked(SUPPORTED))
 def test_sizes_tell_before_which_layers_the_model_drops(name: str) -> None:
-    parts = anatomy(model_of(name))
+    info = inspect_model(model_of(name))
     for rank_layer in ("next", "last"):
         for scorer in (AttentionScorer(), UniformScorer()):
-            assert parts.shape.drop_layers(rank_layer, scorer.needs_attention) == drop_layers(parts, rank_layer, scorer)
+            assert info.shape.drop_layers(rank_layer, scorer.needs_attention) == drop_layers(info, rank_layer, scorer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checks import kept_columns
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.scoring import SCORERS
 from tiny import Answer, make_batch, text_model, tiny_model
 
@@ -159,10 +159,10 @@ def test_families(name: str, rank_layer: str) -> None:
     import zoo
 
     model, method = zoo.MEMBERS[name].build(0), PyramidDrop(stages=2, rank_layer=rank_layer)
-    inputs, layers = zoo.make_batch(zoo.MEMBERS[name], model, [[3, "image", 7]]), len(anatomy(model).layers)
+    inputs, layers = zoo.make_batch(zoo.MEMBERS[name], model, [[3, "image", 7]]), len(inspect_model(model).layers)
     with torch.no_grad(), method(model):
         expected = model(**inputs).logits
-    spread(model, anatomy(model).layers, layers // 2)
+    spread(model, inspect_model(model).layers, layers // 2)
     with torch.no_grad(), fake_devices(), method(model):
         found = model(**on_device(inputs, 0)).logits
     assert torch.equal(found, expected)

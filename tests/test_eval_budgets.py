@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
-from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
 from pyramiddrop.evaluation.budgets import at_average_tokens, at_budget, decoder_flops
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.schedule import Schedule
@@ -38,8 +38,8 @@ def counts(method: Method, tokens: int) -> list[int]:
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_each_prompt_counts_as_often_as_it_comes(method: Method | None) -> None:
     schedule = method.schedule(SHAPE.layers) if method else None
-    ranking = by_attention if isinstance(method, PyramidDrop | FastV) else (lambda shape, choice: 0)
-    parts = [account(ModelShape(SHAPE), prompt, schedule, ranking).full for prompt in PROMPTS]
+    ranking = attention_ranking_flops if isinstance(method, PyramidDrop | FastV) else (lambda shape, choice: 0)
+    parts = [estimate_cost(ModelShape(SHAPE), prompt, schedule, ranking).full for prompt in PROMPTS]
     assert spent(method) == sum(one.decoder + one.ranking for one in parts)
 
 

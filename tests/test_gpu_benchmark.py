@@ -14,7 +14,7 @@ import torch
 from pyramiddrop.inference.timing import CpuClock
 from pyramiddrop.speed import graphs as waits
 from pyramiddrop.speed.decoding import eager, measure_decoding
-from pyramiddrop.speed.predicted import choose_ways
+from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.record import decoding_records
 from pyramiddrop.speed.subject import Subject, shape_subject
 
@@ -106,12 +106,12 @@ def test_a_trial_does_not_write_among_the_results(capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_a_compiled_step_is_one_graph_for_all_runs(subject: Subject) -> None:
-    ways = choose_ways([], subject.parts.shape, subject.prompt)
+    variants = choose_variants([], subject.parts.shape, subject.prompt)
     compilers = {"eager": eager, "one graph": partial(torch.compile, backend="eager", fullgraph=True)}
     ticks: list[None] = []
-    found = measure_decoding(subject, ways, 2, 3, 2, CpuClock(), compilers, lambda: ticks.append(None))
-    assert [(one.compiled, one.way, one.graphs) for one in found] == [
-        (compiled, way, graphs) for compiled, graphs in (("eager", 0), ("one graph", 1)) for way in WAYS
+    found = measure_decoding(subject, variants, 2, 3, 2, CpuClock(), compilers, lambda: ticks.append(None))
+    assert [(one.compiled, one.variant, one.graphs) for one in found] == [
+        (compiled, variant, graphs) for compiled, graphs in (("eager", 0), ("one graph", 1)) for variant in WAYS
     ]
     assert len(ticks) == len(found) * 3
     assert all(len(one.step.runs) == 2 and one.batch == 2 for one in found)
@@ -121,8 +121,8 @@ def test_a_compiled_step_is_one_graph_for_all_runs(subject: Subject) -> None:
 
 
 def test_host_waits_are_counted_once_the_method_is_settled(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    way = choose_ways(["pyramiddrop"], subject.parts.shape, subject.prompt)[1]
-    assert waits.count_waits(subject, way) is None  # on a CPU
+    variant = choose_variants(["pyramiddrop"], subject.parts.shape, subject.prompt)[1]
+    assert waits.count_waits(subject, variant) is None  # on a CPU
     modes: list[str] = []
     asked: list[int] = []
 
@@ -144,6 +144,6 @@ def test_host_waits_are_counted_once_the_method_is_settled(subject: Subject, mon
     fake: Any = OnGpu()
     held = subject.under
     replaced = type("OnGpuSubject", (), {"model": fake, "inputs": subject.inputs, "under": staticmethod(held)})
-    assert waits.count_waits(replaced, way) == 1  # type: ignore[arg-type]
+    assert waits.count_waits(replaced, variant) == 1  # type: ignore[arg-type]
     assert modes == ["warn", "default"]
     assert asked == [0, 0, 0]  # what is asked once was asked before

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import query_key
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.hf.versions import cache_argument
 from test_cost_zoo import SUPPORTED, TOO_LONG
 from zoo import MEMBERS
@@ -29,7 +29,7 @@ ROWS = 40
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in CANNOT])
 def test_a_prefill_and_a_step_ask_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_key, "_agree", lambda *given: True)  # asked once, and waited for
-    text: Any = anatomy(MEMBERS[name].build(0)).text.to("meta", torch.bfloat16)
+    text: Any = inspect_model(MEMBERS[name].build(0)).text.to("meta", torch.bfloat16)
     visual = torch.zeros(1, ROWS, dtype=torch.bool)
     visual[:, 5:30] = True
     cache = DynamicCache(config=text.config)

@@ -11,26 +11,26 @@ import torch
 
 from pyramiddrop import FastV, PyramidDrop, RandomDrop, UnsupportedModelError
 from pyramiddrop.hf import drop_layers
-from pyramiddrop.hf.masks import FULL, Span
-from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_attention, check_compact_positions, check_layers
+from pyramiddrop.hf.masks import FULL, AttentionScope
+from pyramiddrop.hf.model_info import ModelInfo, check_attention, check_compact_positions, check_layers, inspect_model
 from pyramiddrop.scoring import AttentionScorer, Scorer, UniformScorer, VariationScorer
 from tiny import tiny_model
 
-MIXED = [Span("sliding", 8)] * 3 + [FULL] + [Span("sliding", 8)] * 3 + [FULL]
-HYBRID = [Span("recurrent")] * 3 + [FULL] + [Span("recurrent")] * 3 + [FULL]
+MIXED = [AttentionScope("sliding", 8)] * 3 + [FULL] + [AttentionScope("sliding", 8)] * 3 + [FULL]
+HYBRID = [AttentionScope("recurrent")] * 3 + [FULL] + [AttentionScope("recurrent")] * 3 + [FULL]
 
 
-def parts(spans: Sequence[Span] = (FULL,) * 8, sources: Sequence[int] = tuple(range(8))) -> ModelInfo:
+def info(scopes: Sequence[AttentionScope] = (FULL,) * 8, sources: Sequence[int] = tuple(range(8))) -> ModelInfo:
     """A Llama of eight layers that says to see so far, and to attend to the keys of these layers."""
-    return replace(anatomy(tiny_model()), spans=tuple(spans), sources=tuple(sources))
+    return replace(inspect_model(tiny_model()), scopes=tuple(scopes), sources=tuple(sources))
 
 
 def scorer(attends: bool) -> Scorer:
     return AttentionScorer() if attends else UniformScorer()
 
 
-def allowed(spans: Sequence[Span], rank_layer: str, attends: bool = True, **sources: Any) -> list[int]:
-    return list(drop_layers(parts(spans, **sources), rank_layer, scorer(attends)))
+def allowed(scopes: Sequence[AttentionScope], rank_layer: str, attends: bool = True, **sources: Any) -> list[int]:
+    return list(drop_layers(info(scopes, **sources), rank_layer, scorer(attends)))
 
 
 # --- Where tokens are best dropped ----------------------------------------------------------------------------------
@@ -48,14 +48,14 @@ def test_layers_that_see_everything_rank() -> None:
 
 
 def test_where_all_layers_see_a_window_all_may_rank() -> None:
-    assert allowed([Span("sliding", 8)] * 8, "next") == [1, 2, 3, 4, 5, 6, 7]
+    assert allowed([AttentionScope("sliding", 8)] * 8, "next") == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_recurrent_layers_cannot_rank_and_nothing_is_dropped_before_the_first_layer_of_attention_has_run() -> None:
     assert allowed(HYBRID, "next") == [7]
     assert allowed(HYBRID, "last") == [4]
-    assert allowed([Span("recurrent"), FULL] * 4, "next") == [3, 5, 7]
-    assert allowed([Span("recurrent"), FULL] * 4, "last") == [2, 4, 6]
+    assert allowed([AttentionScope("recurrent"), FULL] * 4, "next") == [3, 5, 7]
+    assert allowed([AttentionScope("recurrent"), FULL] * 4, "last") == [2, 4, 6]
 
 
 def test_a_method_that_needs_no_attention_may_drop_before_any_layer_behind_the_first_of_attention() -> None:
@@ -78,40 +78,40 @@ def refused(
 
 
 def test_a_layer_without_attention_cannot_rank() -> None:
-    refused(parts(HYBRID), (7, 5), "before layer 5: layer 5, which would rank them, has no attention")
-    refused(parts(HYBRID), (5,), "before layer 5: layer 4, which would rank them, has no attention", "last")
-    check_layers(parts(HYBRID), (7,), "next", scorer(True))
-    check_layers(parts(HYBRID), (5,), "next", scorer(False))
+    refused(info(HYBRID), (7, 5), "before layer 5: layer 5, which would rank them, has no attention")
+    refused(info(HYBRID), (5,), "before layer 5: layer 4, which would rank them, has no attention", "last")
+    check_layers(info(HYBRID), (7,), "next", scorer(True))
+    check_layers(info(HYBRID), (5,), "next", scorer(False))
 
 
 def test_nothing_is_dropped_before_the_model_has_counted_its_cache() -> None:
     words = "before layer 2: the model reads the length of its cache from a layer behind it. Allowed are layers"
-    refused(parts(HYBRID), (2,), words, attends=False)
-    refused(parts(HYBRID), (3,), "before layer 3: the model reads the length of its cache")
+    refused(info(HYBRID), (2,), words, attends=False)
+    refused(info(HYBRID), (3,), "before layer 3: the model reads the length of its cache")
 
 
 def test_a_score_that_compares_needs_a_layer_before_the_one_that_ranks() -> None:
-    assert drop_layers(parts(), "last", VariationScorer()) == (2, 3, 4, 5, 6, 7)
+    assert drop_layers(info(), "last", VariationScorer()) == (2, 3, 4, 5, 6, 7)
     with pytest.raises(UnsupportedModelError, match="before layer 1: its score compares layer 0 with the one before"):
-        check_layers(parts(), (1,), "last", VariationScorer())
+        check_layers(info(), (1,), "last", VariationScorer())
 
 
 def test_layers_that_share_keys_are_refused() -> None:
-    refused(parts(sources=[0, 1, 2, 3, 4, 4, 4, 4]), (2, 6), "before layer 6: it reuses the keys of an earlier layer")
+    refused(info(sources=[0, 1, 2, 3, 4, 4, 4, 4]), (2, 6), "before layer 6: it reuses the keys of an earlier layer")
 
 
 def test_windowed_layers_are_allowed_where_the_user_names_them() -> None:
-    check_layers(parts(MIXED), (1, 2, 3, 4), "next", scorer(True))
+    check_layers(info(MIXED), (1, 2, 3, 4), "next", scorer(True))
 
 
 def test_flash_attention_counts_windows_in_what_is_left() -> None:
-    flash = parts(MIXED)
+    flash = info(MIXED)
     flash.text.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="flash_attention_2 counts the window of layer 4"):
         check_attention(flash, 3)
     check_attention(flash, 7)  # no window behind the drop
-    check_attention(parts(MIXED), 3)
-    check_attention(replace(flash, spans=(FULL,) * 8), 3)
+    check_attention(info(MIXED), 3)
+    check_attention(replace(flash, scopes=(FULL,) * 8), 3)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_flash_attention_counts_windows_in_what_is_left() -> None:
     ],
 )
 def test_compact_positions_are_refused_where_they_are_undefined(rope: dict[str, Any], words: str) -> None:
-    model = parts()
+    model = info()
     check_compact_positions(model)
     model.text.config.rope_parameters = rope
     with pytest.raises(UnsupportedModelError, match=words):
@@ -132,7 +132,7 @@ def test_compact_positions_are_refused_where_they_are_undefined(rope: dict[str, 
 
 
 def test_compact_positions_are_refused_without_a_rotary_embedding() -> None:
-    model = parts()
+    model = info()
     del model.text.rotary_emb
     with pytest.raises(UnsupportedModelError, match='positions="compact" is undefined for LlamaModel'):
         check_compact_positions(model)
@@ -150,7 +150,7 @@ def zoo_model(name: str) -> Any:
 
 def test_by_default_stages_end_at_layers_that_see_everything() -> None:
     model = zoo_model("gemma3")
-    assert [span.kind for span in anatomy(model).spans] == (["sliding"] * 3 + ["full"]) * 2
+    assert [scope.kind for scope in inspect_model(model).scopes] == (["sliding"] * 3 + ["full"]) * 2
     assert dropped_before(model, PyramidDrop(stages=3)) == [3, 7]
     assert dropped_before(model, RandomDrop(stages=3)) == [2, 5], "which needs no layer to rank"
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.cache_state import CacheIndex
-from pyramiddrop.hf.masks import FULL, MaskSpec, Span, follow_mask, follow_recurrent_mask
+from pyramiddrop.hf.masks import FULL, AttentionScope, MaskSpec, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.rows import Selection
 
-SPANS = (FULL, Span("sliding", 4), Span("chunked", 5))
+SCOPES = (FULL, AttentionScope("sliding", 4), AttentionScope("chunked", 5))
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -28,7 +28,7 @@ class Case:
         kept: this call's rows, or None for the last `count`.
     """
 
-    span: Span
+    scope: AttentionScope
     past: int
     length: int
     starts: list[int]
@@ -42,11 +42,11 @@ class Case:
 
     def near(self, sample: int, query: int, key: int) -> bool:
         """The layer's own rule."""
-        if self.span.kind == "sliding":
-            return key > query - self.span.size
-        if self.span.kind == "chunked":
+        if self.scope.kind == "sliding":
+            return key > query - self.scope.size
+        if self.scope.kind == "chunked":
             start = self.starts[sample]
-            return (key - start) // self.span.size == (query - start) // self.span.size
+            return (key - start) // self.scope.size == (query - start) // self.scope.size
         return True
 
     def sees(self, sample: int, query: int, key: int) -> bool:
@@ -90,7 +90,7 @@ class Case:
 
     def spec(self, attention: str = "sdpa", counts_columns: bool = True, padded: bool = True) -> MaskSpec:
         padding = self.padding() if padded else None
-        return MaskSpec(self.span, attention, self.past, self.length, None, counts_columns, padding)
+        return MaskSpec(self.scope, attention, self.past, self.length, None, counts_columns, padding)
 
 
 def kept_rows(chosen: list[list[int]]) -> Selection:
@@ -105,7 +105,7 @@ def kept_rows(chosen: list[list[int]]) -> Selection:
     return Selection(torch.tensor(rows), torch.tensor(rows), torch.tensor(valid) if ragged else None)
 
 
-def prefill(span: Span, seed: int, padded: bool = False, ragged: bool = False) -> Case:
+def prefill(scope: AttentionScope, seed: int, padded: bool = False, ragged: bool = False) -> Case:
     """Twelve columns, from the middle of which some were dropped."""
     draw = random.Random(seed)
     starts = [2, 0] if padded else [0, 0]
@@ -117,18 +117,18 @@ def prefill(span: Span, seed: int, padded: bool = False, ragged: bool = False) -
         chosen[0] = [*range(ragged, 2), *chosen[0]]  # padding that stayed; two columns make the samples equally long
     kept = kept_rows(chosen)
     slots = CacheIndex(kept.rows, kept.valid, 12)
-    return Case(span, 0, 12, starts, slots, kept, kept.rows.shape[1])
+    return Case(scope, 0, 12, starts, slots, kept, kept.rows.shape[1])
 
 
-def step(span: Span, seed: int, padded: bool = False, ragged: bool = False, new: int = 1) -> Case:
+def step(scope: AttentionScope, seed: int, padded: bool = False, ragged: bool = False, new: int = 1) -> Case:
     """Some tokens more on a cache of such a prefill."""
-    first = prefill(span, seed, padded, ragged)
-    return replace(first, past=12, length=new, slots=first.slots.until(12 + new), kept=None, count=new)
+    first = prefill(scope, seed, padded, ragged)
+    return replace(first, past=12, length=new, slots=first.slots.resized(12 + new), kept=None, count=new)
 
 
-def further(span: Span, seed: int, padded: bool = False, ragged: bool = False) -> Case:
+def further(scope: AttentionScope, seed: int, padded: bool = False, ragged: bool = False) -> Case:
     """A further prefill that drops, on a cache of such a one."""
-    first = prefill(span, seed, padded, ragged)
+    first = prefill(scope, seed, padded, ragged)
     kept = kept_rows([[0, 2, 4, 5], [0, 1, 4, 5]])
     slots = first.slots.extended(kept.rows, kept.valid, 12, 6)
     return replace(first, past=12, length=6, slots=slots, kept=kept, count=4)
@@ -152,11 +152,11 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
 
 
-@pytest.mark.parametrize("span", SPANS, ids=lambda span: span.kind)
+@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize(("padded", "ragged"), OPTIONS)
-def test_the_models_own_mask_is_gathered(call: Any, span: Span, padded: bool, ragged: bool) -> None:
+def test_the_models_own_mask_is_gathered(call: Any, scope: AttentionScope, padded: bool, ragged: bool) -> None:
     for seed in range(8):
-        case = call(span, seed, padded, ragged)
+        case = call(scope, seed, padded, ragged)
         for mask in (case.full(), additive(case.full())):
             found = follow_mask(mask, case.kept, case.slots, case.count, case.spec())
             assert found is not None
@@ -164,13 +164,15 @@ def test_the_models_own_mask_is_gathered(call: Any, span: Span, padded: bool, ra
             case.check(found)
 
 
-@pytest.mark.parametrize("span", SPANS, ids=lambda span: span.kind)
+@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_without_a_mask_the_layers_rule_is_written_out(call: Any, span: Span, ragged: bool, attention: str) -> None:
+def test_without_a_mask_the_layers_rule_is_written_out(
+    call: Any, scope: AttentionScope, ragged: bool, attention: str
+) -> None:
     """And where it is not, the kernel's own path shows the same: all to one row, the rows before to a square."""
     for seed in range(8):
-        case = call(span, seed, False, ragged)
+        case = call(scope, seed, False, ragged)
         found = follow_mask(None, case.kept, case.slots, case.count, case.spec(attention, padded=False))
         if found is not None:
             case.check(found)
@@ -196,7 +198,7 @@ def test_a_rectangle_needs_a_mask(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sliding", "chunked"])
 def test_a_window_that_holds_the_whole_sequence_needs_no_mask_and_one_column_less_does(kind: str) -> None:
     for size, needed in ((13, False), (12, False), (11, True)):
-        case = prefill(Span(kind, size), 0)
+        case = prefill(AttentionScope(kind, size), 0)
         found = follow_mask(None, case.kept, case.slots, case.count, case.spec("sdpa", padded=False))
         assert (found is not None) == needed
         if found is not None:
@@ -208,12 +210,12 @@ def test_eager_attention_always_needs_a_mask() -> None:
     assert follow_mask(None, case.kept, case.slots, case.count, case.spec("eager", padded=False)) is not None
 
 
-@pytest.mark.parametrize("span", SPANS, ids=lambda span: span.kind)
+@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize(("padded", "ragged"), OPTIONS)
-def test_a_mask_that_counts_slots_is_not_believed(span: Span, padded: bool, ragged: bool) -> None:
+def test_a_mask_that_counts_slots_is_not_believed(scope: AttentionScope, padded: bool, ragged: bool) -> None:
     """The model measured it by a cache from which tokens were dropped: too narrow, and wrong before this call."""
     for seed in range(8):
-        for case in (step(span, seed, padded, ragged), step(span, seed, padded, ragged, 5)):
+        for case in (step(scope, seed, padded, ragged), step(scope, seed, padded, ragged, 5)):
             narrow = case.full()[..., 4:].clone()
             narrow[..., : -case.length] = True
             for mask in (narrow, additive(narrow)):
@@ -226,9 +228,9 @@ def test_a_mask_that_counts_slots_is_not_believed(span: Span, padded: bool, ragg
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_windowed_cache_hands_out_its_last_columns_and_its_mask_is_as_wide(ragged: bool) -> None:
     """The model's mask counts the last columns; the cache holds the last slots, which go further back."""
-    span = Span("sliding", 6)
+    scope = AttentionScope("sliding", 6)
     for seed in range(8):
-        case = step(span, seed, ragged=ragged)
+        case = step(scope, seed, ragged=ragged)
         held = case.slots
         case.slots = CacheIndex(held.columns[:, -6:], None if held.valid is None else held.valid[:, -6:], 13)
         assert bool((case.slots.columns < 7).any()), "nothing further back than the mask"

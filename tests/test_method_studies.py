@@ -47,26 +47,26 @@ def lines_of(figure: Figure, panel: int = 0) -> dict[str, list[list[float]]]:
 
 @pytest.mark.slow
 def test_every_method_is_tried_at_every_budget() -> None:
-    vanilla, *ways = tradeoff()["methods"]
+    vanilla, *variants = tradeoff()["methods"]
     assert vanilla["name"] == "vanilla"
-    assert [(way["line"], way["percent"]) for way in ways] == [
+    assert [(variant["line"], variant["percent"]) for variant in variants] == [
         ("pyramiddrop:layers=2/6", 60),
         ("fastv:layer=3", 60),
         ("pyramiddrop:layers=2/6", 80),
         ("fastv:layer=3", 80),
     ]
-    for way in ways:
-        assert way["method"]["method"] == ("FastV" if way["line"].startswith("fastv") else "PyramidDrop")
-        assert way["percent"] - 3 < 100 * way["flops_ratio"] <= way["percent"]
+    for variant in variants:
+        assert variant["method"]["method"] == ("FastV" if variant["line"].startswith("fastv") else "PyramidDrop")
+        assert variant["percent"] - 3 < 100 * variant["flops_ratio"] <= variant["percent"]
 
 
 def test_a_point_is_what_answering_under_its_method_gives() -> None:
-    way = tradeoff()["methods"][1]
-    method = PyramidDrop(layers=[2, 6], lam=way["method"]["lam"])
+    variant = tradeoff()["methods"][1]
+    method = PyramidDrop(layers=[2, 6], lam=variant["method"]["lam"])
     samples = digits_task(limit=24).samples
     replies = Answerer(load_checkpoint(digits_checkpoint(), "cpu")).answers(samples, method)
     right = [reply.text in sample.answers for reply, sample in zip(replies, samples, strict=True)]
-    assert way["scores"]["all"]["mean"] == pytest.approx(sum(right) / 24)
+    assert variant["scores"]["all"]["mean"] == pytest.approx(sum(right) / 24)
 
 
 def test_the_usual_methods_are_published_ones_and_controls() -> None:
@@ -77,25 +77,29 @@ def test_the_usual_methods_are_published_ones_and_controls() -> None:
 
 def test_the_curves_go_through_the_points() -> None:
     shown = show_tradeoff(tradeoff())
-    ways = tradeoff()["methods"]
+    variants = tradeoff()["methods"]
     lines = lines_of(shown.plots[0].figure)
-    expected = [[100 * way["flops_ratio"], 100 * way["scores"]["all"]["mean"]] for way in (ways[2], ways[4])]
+    expected = [
+        [100 * variant["flops_ratio"], 100 * variant["scores"]["all"]["mean"]] for variant in (variants[2], variants[4])
+    ]
     assert lines["fastv:layer=3"] == [pytest.approx(point) for point in expected]
-    assert [y for _, y in lines["vanilla"]] == pytest.approx([100 * ways[0]["scores"]["all"]["mean"]] * 2)
+    assert [y for _, y in lines["vanilla"]] == pytest.approx([100 * variants[0]["scores"]["all"]["mean"]] * 2)
     by_kind = shown.plots[1].figure
     read_row = tradeoff()["kinds"].index("read_row")
     assert by_kind.axes[read_row].get_title("left") == "read_row"
     drawn = lines_of(by_kind, read_row)["pyramiddrop:layers=2/6"]
-    assert [y for _, y in drawn] == pytest.approx([100 * ways[place]["scores"]["read_row"]["mean"] for place in (1, 3)])
+    assert [y for _, y in drawn] == pytest.approx(
+        [100 * variants[place]["scores"]["read_row"]["mean"] for place in (1, 3)]
+    )
     top = shown.plots[0].figure.axes[0].child_axes[0]
     assert top.get_xlabel() == "MFLOPs a prompt"
     low, high = shown.plots[0].figure.axes[0].get_xlim()
     shown.plots[0].figure.draw_without_rendering()
-    assert top.get_xlim() == pytest.approx([limit / 100 * ways[0]["flops"] / 1e6 for limit in (low, high)])
+    assert top.get_xlim() == pytest.approx([limit / 100 * variants[0]["flops"] / 1e6 for limit in (low, high)])
 
 
 def test_the_conclusion_names_the_best_at_the_ends() -> None:
-    def way(line: str, budget: float | None, mean: float) -> dict[str, Any]:
+    def variant(line: str, budget: float | None, mean: float) -> dict[str, Any]:
         return {**tradeoff()["methods"][1], "line": line, "percent": budget, "scores": {"all": scored(mean)}}
 
     def scored(mean: float) -> dict[str, Any]:
@@ -109,8 +113,8 @@ def test_the_conclusion_names_the_best_at_the_ends() -> None:
         ("a", 80.0): 0.97,
         ("b", 80.0): 0.97,
     }
-    ways = [way("vanilla", None, 0.96), *(way(*place, mean) for place, mean in scores.items())]
-    assert show_tradeoff({**tradeoff(), "methods": ways, "kinds": ["all"]}).conclusion == (
+    variants = [variant("vanilla", None, 0.96), *(variant(*place, mean) for place, mean in scores.items())]
+    assert show_tradeoff({**tradeoff(), "methods": variants, "kinds": ["all"]}).conclusion == (
         "With 40 % of vanilla's decoder FLOPs b keeps most answers right, 36.0 points below vanilla; "
         "with 80 % of vanilla's decoder FLOPs a or b keeps most answers right, 1.0 points above vanilla."
     )
@@ -118,7 +122,7 @@ def test_the_conclusion_names_the_best_at_the_ends() -> None:
 
 def test_the_ablation_concludes_with_its_ends() -> None:
     vanilla, half, more = ablation()["methods"]
-    means = [way["scores"]["all"]["mean"] for way in (vanilla, half, more)]
+    means = [variant["scores"]["all"]["mean"] for variant in (vanilla, half, more)]
     said = show_ablation(ablation()).conclusion
     assert said.startswith(f"λ = 0.5 spends {100 * half['flops_ratio']:.1f} % of vanilla's decoder FLOPs and scores ")
     assert f"scores {100 * abs(means[0] - means[1]):.1f} points" in said
@@ -180,9 +184,9 @@ def test_lambda_of_one_is_vanilla() -> None:
 
 
 def test_the_ablation_is_drawn_with_vanilla_at_one() -> None:
-    ways = ablation()["methods"]
+    variants = ablation()["methods"]
     lines = lines_of(show_ablation(ablation()).plots[0].figure)
-    means = [way["scores"]["all"]["mean"] for way in (ways[1], ways[2], ways[0])]
+    means = [variant["scores"]["all"]["mean"] for variant in (variants[1], variants[2], variants[0])]
     assert lines["all"] == [[lam, pytest.approx(100 * mean)] for lam, mean in zip((0.5, 0.7, 1), means, strict=True)]
     assert set(lines) == {"all", *ablation()["kinds"]}
     costs = lines_of(show_ablation(ablation()).plots[0].figure, 1)
@@ -203,6 +207,8 @@ def test_the_papers_rows_stand_beside_the_same_lambda() -> None:
 
 
 def test_a_model_that_is_never_right_is_shown() -> None:
-    ways = [{**way, "scores": {"all": {"mean": 0.0, "error": 0.0, "count": 24}}} for way in ablation()["methods"]]
-    shown = show_ablation({**ablation(), "methods": ways, "kinds": ["all"]})
+    variants = [
+        {**variant, "scores": {"all": {"mean": 0.0, "error": 0.0, "count": 24}}} for variant in ablation()["methods"]
+    ]
+    shown = show_ablation({**ablation(), "methods": variants, "kinds": ["all"]})
     assert shown.sheets[-1].rows[0][2] == "not known"  # of nothing there is no part

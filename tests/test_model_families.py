@@ -18,7 +18,7 @@ from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop, Unsupported
 from pyramiddrop import families as told
 from pyramiddrop.cli.main import app
 from pyramiddrop.families import FAMILIES, Limit
-from pyramiddrop.hf.model_info import ModelInfo, anatomy, check_compact_positions, check_grouping
+from pyramiddrop.hf.model_info import ModelInfo, check_compact_positions, check_grouping, inspect_model
 from pyramiddrop.hf.versions import NEWEST_TESTED
 from pyramiddrop.inference.catalog import BY_STRUCTURE, PROVEN, REFUSED, all_families
 from zoo import MEMBERS, UNSUPPORTED, make_batch, make_rows
@@ -50,7 +50,7 @@ def members_of(family: str) -> list[str]:
 @cache
 def parts_of(member: str) -> ModelInfo:
     """A member's parts; its model is not run."""
-    return anatomy(MEMBERS[member].build(0))
+    return inspect_model(MEMBERS[member].build(0))
 
 
 PROVEN_FAMILIES = [name for name in FAMILIES if not FAMILIES[name].refused]
@@ -77,24 +77,24 @@ def test_every_family_of_transformers_is_listed() -> None:
 @pytest.mark.parametrize("family", PROVEN_FAMILIES)
 def test_an_entry_says_what_the_engine_does(family: str) -> None:
     entry, members = FAMILIES[family], [parts_of(name) for name in members_of(family)]
-    assert {parts.config.model_type for parts in members} == {family}
-    assert {parts.text.config.model_type for parts in members} == set(entry.text)
+    assert {info.config.model_type for info in members} == {family}
+    assert {info.text.config.model_type for info in members} == set(entry.text)
     assert ("video" in entry.modalities) == any(MEMBERS[name].video for name in members_of(family))
-    kinds = [{span.kind for span in parts.spans} for parts in members]
+    kinds = [{scope.kind for scope in info.scopes} for info in members]
     mixed = any({"sliding", "full"} <= kind for kind in kinds)
 
     def tells(*limits: Limit) -> bool:
         return any(limit in entry.limits for limit in limits)
 
     assert tells(told.AXES, told.OWN_ROPE, told.DYNAMIC_ROPE) == any(
-        refuses(lambda parts=parts: check_compact_positions(parts)) for parts in members
+        refuses(lambda info=info: check_compact_positions(info)) for info in members
     )
     assert tells(told.WINDOWS) == mixed
     assert tells(told.ALL_WINDOWED) == any(kind == {"sliding"} for kind in kinds)
     assert tells(told.CHUNKS) == any("chunked" in kind for kind in kinds)
     assert tells(told.RECURRENT) == any("recurrent" in kind for kind in kinds)
-    assert tells(told.SHARED) == any(list(parts.sources) != list(range(len(parts.layers))) for parts in members)
-    assert tells(told.FLOOR) == any(parts.longest for parts in members)
+    assert tells(told.SHARED) == any(list(info.sources) != list(range(len(info.layers))) for info in members)
+    assert tells(told.FLOOR) == any(info.longest for info in members)
     assert not refuses(lambda: check_grouping(members[0], "image"))
     assert tells(told.FRAMES) == refuses(lambda: check_grouping(members[0], "frame")) or (
         "video" not in entry.modalities
@@ -127,7 +127,7 @@ def test_what_is_refused_by_name_is_mostly_seen_by_structure_too(monkeypatch: py
     """Only these need their entry: nothing in the model shows it."""
     for name in BUILT:
         monkeypatch.delitem(FAMILIES, name)
-    assert {name for name, build in BUILT.items() if not refuses(lambda build=build: anatomy(build()))} == {  # type: ignore[misc]
+    assert {name for name, build in BUILT.items() if not refuses(lambda build=build: inspect_model(build()))} == {  # type: ignore[misc]
         "blip-2",
         "kosmos-2",
     }

@@ -11,29 +11,29 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from pyramiddrop import PyramidDrop, UnsupportedModelError
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from tiny import CROP, tiny_model
 
 
 def test_images_of_llava_next_have_as_many_tokens_as_the_model_makes() -> None:
     model = tiny_model("next")
-    parts, generator = anatomy(model), random.Random(0)
+    info, generator = inspect_model(model), random.Random(0)
     for size in [(generator.randint(5, 200), generator.randint(5, 200)) for _ in range(60)]:
         crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, CROP)
         sizes = torch.tensor([size])
         with torch.no_grad():
             made = model.model.get_image_features(torch.zeros(1, crops, 3, CROP, CROP), sizes).pooler_output
-        assert parts.image_lengths({"image_sizes": sizes}, torch.zeros(1, 1, dtype=torch.bool)) == [len(made[0])]
+        assert info.image_lengths({"image_sizes": sizes}, torch.zeros(1, 1, dtype=torch.bool)) == [len(made[0])]
 
 
 def test_the_parts_of_a_wrapped_model_are_found() -> None:
     model = tiny_model()
     wrapper = nn.Sequential(model)
-    parts = anatomy(wrapper)
-    assert parts.wrappers[0] is wrapper
-    assert parts.generator is model
-    assert parts.text is model.model.language_model
-    assert parts.shape.layers == len(parts.layers) == 8
+    info = inspect_model(wrapper)
+    assert info.wrappers[0] is wrapper
+    assert info.generator is model
+    assert info.text is model.model.language_model
+    assert info.shape.layers == len(info.layers) == 8
 
 
 def refused(model: nn.Module, message: str, **settings: str) -> None:

@@ -17,7 +17,7 @@ from pyramiddrop.hf.versions import cache_argument, output_cache
 from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import CpuClock
 from pyramiddrop.speed.overhead import measure_overhead
-from pyramiddrop.speed.predicted import choose_ways
+from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.subject import Subject, shape_subject
 from tiny import make_batch, text_model, tiny_model
 
@@ -33,19 +33,19 @@ def subject() -> Subject:
     return shape_subject("deep", torch.device("cpu"))
 
 
-def ways(subject: Subject, *methods: str) -> list[MethodCost]:
-    return list(choose_ways(methods, subject.parts.shape, subject.prompt, print))
+def variants(subject: Subject, *methods: str) -> list[MethodCost]:
+    return list(choose_variants(methods, subject.parts.shape, subject.prompt, print))
 
 
 def test_a_prefill_of_three_drops_gets_few_operations_more_and_a_step_none(subject: Subject) -> None:
-    vanilla, dropping, fastv = measure_overhead(subject, ways(subject), 1, 1, CpuClock())
+    vanilla, dropping, fastv = measure_overhead(subject, variants(subject), 1, 1, CpuClock())
     assert dropping.prefill_ops - vanilla.prefill_ops <= 120
     assert fastv.prefill_ops - vanilla.prefill_ops <= 50
     assert vanilla.step_ops == dropping.step_ops == fastv.step_ops
 
 
 def test_a_batch_takes_few_more(subject: Subject) -> None:
-    vanilla, dropping = measure_overhead(subject, ways(subject, "pyramiddrop"), 3, 1, CpuClock())
+    vanilla, dropping = measure_overhead(subject, variants(subject, "pyramiddrop"), 3, 1, CpuClock())
     assert dropping.prefill_ops - vanilla.prefill_ops <= 140
     assert vanilla.step_ops == dropping.step_ops
 

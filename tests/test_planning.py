@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, account, grouped_attention
+from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, estimate_cost, grouped_attention
 from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.hf.versions import output_cache
 from pyramiddrop.inference.errors import InputError
@@ -63,7 +63,7 @@ class LinearClock:
 
 def budgets_of(schedule: Schedule | None, prompt: Prompt = PROMPT, shape: ModelShape = SHAPE) -> dict[str, Any]:
     """What each kind of budget would have to be to afford `schedule` exactly, by the account and not by the planner."""
-    cost, vanilla = account(shape, prompt, schedule), account(shape, prompt)
+    cost, vanilla = estimate_cost(shape, prompt, schedule), estimate_cost(shape, prompt)
     return {
         "tokens": cost.average_tokens,
         "kv_bytes": cost.kv_bytes,
@@ -263,7 +263,7 @@ def test_the_line_makes_the_method_that_reaches_the_budget(fixed: dict[str, Any]
     model = tiny_model("llava-gqa")
     inputs = make_batch(model, [[7, "image", "image", 9]])
     shape = model_shape(model.config, bytes_per_value=4)
-    vanilla = account(shape, Prompt(32, 16))
+    vanilla = estimate_cost(shape, Prompt(32, 16))
     found = plan(shape, Prompt(32, 16), Budget(kv_bytes=0.7 * vanilla.kv_bytes), **fixed)
     method = eval(found.line, {"PyramidDrop": PyramidDrop})
     assert method == PyramidDrop(**found.arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.cost import Prompt, account
+from pyramiddrop.cost import Prompt, estimate_cost
 from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.planning import Budget, Plan, plan
 from test_cost_zoo import counted, held_bytes, marked, model_of
@@ -39,7 +39,7 @@ def test_a_plan_spends_what_the_model_does(name: str, kind: str) -> None:
     prompt = Prompt(trace.visual_tokens[0], trace.length - trace.visual_tokens[0])
     shape = model_shape(model.config, bytes_per_value=4)
     cheapest, vanilla = (
-        account(shape, prompt, PyramidDrop(lam=lam).schedule(shape.decoder.layers)) for lam in (0.2, 1)
+        estimate_cost(shape, prompt, PyramidDrop(lam=lam).schedule(shape.decoder.layers)) for lam in (0.2, 1)
     )
     limit = (cheapest.kv_bytes + vanilla.kv_bytes) / 2 if kind == "kv_bytes" else 98.5
     stages = min(3, len(shape.decoder.drop_layers()) + 1)

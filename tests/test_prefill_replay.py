@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from checks import generated
 from pyramiddrop import PyramidDrop
 from pyramiddrop.evaluation.prefill_replay import Prefix
-from pyramiddrop.hf import anatomy, drop_layers
+from pyramiddrop.hf import drop_layers, inspect_model
 from pyramiddrop.scoring import AttentionScorer
 from tiny import make_batch, tiny_model
 
@@ -28,7 +28,7 @@ def same(one: Any, other: Any) -> bool:
 
 def check_cells(model: PreTrainedModel, inputs: dict[str, Tensor], layers: list[int]) -> None:
     """Every cell of (layers x shares) with the shared prefix is what it is without; recording changes nothing."""
-    prefix = Prefix(anatomy(model), layers)
+    prefix = Prefix(inspect_model(model), layers)
     with torch.inference_mode():
         with prefix.recorded():
             vanilla = generated(model, inputs, STEPS)
@@ -54,10 +54,10 @@ def test_every_cell_equals_the_whole_prefill(family: str) -> None:
 def test_layers_before_the_drop_do_not_run_again() -> None:
     model = tiny_model(layers=4)
     inputs = make_batch(model, SPECS[:1])
-    parts = anatomy(model)
-    prefix = Prefix(parts, [2])
+    info = inspect_model(model)
+    prefix = Prefix(info, [2])
     runs: list[str] = []
-    for index, layer in enumerate(parts.layers):
+    for index, layer in enumerate(info.layers):
         layer.self_attn.register_forward_hook(lambda *_, name=f"layer {index}": runs.append(name))
     model.model.vision_tower.register_forward_hook(lambda *_: runs.append("vision"))
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def test_the_model_is_untouched_after_an_error() -> None:
     model = tiny_model(layers=4)
     inputs = make_batch(model, SPECS[:1])
     before = [dict(module.__dict__) for module in model.modules()]
-    prefix = Prefix(anatomy(model), [2])
+    prefix = Prefix(inspect_model(model), [2])
     with pytest.raises(RuntimeError, match="broken"), prefix.recorded():
         raise RuntimeError("broken")
     with torch.inference_mode(), prefix.recorded():
@@ -89,8 +89,8 @@ def test_the_model_is_untouched_after_an_error() -> None:
 
 def test_layers_that_share_keys_are_not_shared() -> None:
     zoo = pytest.importorskip("zoo")
-    assert not Prefix.can_share(anatomy(zoo.MEMBERS["gemma4-edge"].build(0)))
-    assert Prefix.can_share(anatomy(tiny_model(layers=2)))
+    assert not Prefix.can_share(inspect_model(zoo.MEMBERS["gemma4-edge"].build(0)))
+    assert Prefix.can_share(inspect_model(tiny_model(layers=2)))
 
 
 @pytest.mark.slow
@@ -102,14 +102,14 @@ def test_every_family() -> None:
             continue
         model = member.build(0)
         try:
-            parts = anatomy(model)
-            layers = list(drop_layers(parts, "next", AttentionScorer()))
+            info = inspect_model(model)
+            layers = list(drop_layers(info, "next", AttentionScorer()))
             inputs = zoo.make_batch(member, model, [[5, "image", 7]])
             with PyramidDrop(layers=layers[:1], keep=[0.5])(model), torch.inference_mode():
                 generated(model, inputs, 1)
         except ValueError:
             continue  # refused by name, which the conformance suite holds
-        if Prefix.can_share(parts):
+        if Prefix.can_share(info):
             check_cells(model, inputs, [layers[0], layers[-1]])
             checked += 1
     assert checked >= 60

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import query_key
 from pyramiddrop.hf.layer_inputs import take_tokens
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.hf.query_key import NoAttentionError, QueryKey, extract
 from tiny import Answer, make_batch, tiny_model
 
@@ -45,7 +45,7 @@ class Case:
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
-        parts = anatomy(model)
+        parts = inspect_model(model)
         self.layers, self.calls = parts.layers, dict[int, tuple[Tensor, dict[str, Any]]]()
         before = parts.text.config._attn_implementation_internal
         handles = [

@@ -27,7 +27,7 @@ def test_the_document_shows_what_the_result_files_hold() -> None:
     assert all((DOCUMENT.parent / name).is_file() for name in pictures)
 
 
-def way(name: str, budget: float, mean: float, **settings: Any) -> dict[str, Any]:
+def variant(name: str, budget: float, mean: float, **settings: Any) -> dict[str, Any]:
     score = {"mean": mean, "error": 0.01, "count": 40}
     return {
         "method": {"method": name, **settings},
@@ -40,17 +40,17 @@ def way(name: str, budget: float, mean: float, **settings: Any) -> dict[str, Any
 
 def test_methods_stand_in_rows_and_budgets_in_columns() -> None:
     vanilla = {"scores": {"all": {"mean": 1.0, "error": 0.0, "count": 40}}}
-    ways = [
+    variants = [
         one
         for budget in (60.0, 40.0)
         for one in (
-            way("PyramidDrop", budget, 0.9),
-            way("PyramidDrop", budget, 0.8, layers=[3]),
-            way("RandomDrop", budget, 0.5, seed=0),
-            way("RandomDrop", budget, budget / 100, seed=1),
+            variant("PyramidDrop", budget, 0.9),
+            variant("PyramidDrop", budget, 0.8, layers=[3]),
+            variant("RandomDrop", budget, 0.5, seed=0),
+            variant("RandomDrop", budget, budget / 100, seed=1),
         )
     ]
-    scores, differences = overview({"methods": [vanilla, *ways]})
+    scores, differences = overview({"methods": [vanilla, *variants]})
     assert scores.head == ("method", "60 %", "40 %")
     assert list(scores.rows) == [
         ("vanilla", "100.0 ± 0.0", "100.0 ± 0.0"),

@@ -29,7 +29,7 @@ from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, us
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.planning import Profile
@@ -137,7 +137,7 @@ def test_usual_layers() -> None:
 )
 def test_a_grid_that_does_not_fit_is_refused(layers: Any, keep: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_grid(anatomy(bundled().model), layers, keep)
+        make_grid(inspect_model(bundled().model), layers, keep)
 
 
 def test_glances_are_of_other_pictures_and_kinds() -> None:
@@ -237,7 +237,7 @@ def test_attention_is_that_of_eager_attention() -> None:
 @pytest.mark.slow
 def test_it_agrees_with_what_docs_digits_md_has(tmp_path: Path) -> None:
     known = json.loads((RESULTS / "digits-grid.json").read_text())["methods"]
-    found = study(make_grid(anatomy(bundled().model)), digits_task(limit=640), batch=64).run(tmp_path)
+    found = study(make_grid(inspect_model(bundled().model)), digits_task(limit=640), batch=64).run(tmp_path)
     assert found["vanilla"]["accuracy"] == pytest.approx(known["vanilla"]["scores"]["all"])
     assert len(found["cells"]) == 28
     for cell in found["cells"]:

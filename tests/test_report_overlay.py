@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from checkpoints import save_picture
-from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, check_picture_path
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
@@ -29,18 +29,18 @@ def hand_made_trace(columns: list[int], kept: dict[int, list[int]], layers: int 
 
 def test_spans_cut_the_layers_at_the_drops() -> None:
     trace = hand_made_trace([4, 5, 6, 7, 8, 9], {2: [4, 6, 9], 5: [6], 7: [6]})
-    found = spans(trace, [VIEW])
-    assert [(span.first, span.last, span.tokens) for span in found] == [(0, 1, 6), (2, 4, 3), (5, 6, 1), (7, 7, 1)]
-    assert [span.layers for span in found] == ["layers 0-1", "layers 2-4", "layers 5-6", "layer 7"]
+    found = stage_tokens(trace, [VIEW])
+    assert [(stage.first, stage.last, stage.tokens) for stage in found] == [(0, 1, 6), (2, 4, 3), (5, 6, 1), (7, 7, 1)]
+    assert [stage.layers for stage in found] == ["layers 0-1", "layers 2-4", "layers 5-6", "layer 7"]
     assert found[1].cells == [{(0, 0), (0, 2), (1, 2)}]
     assert found[2].cells == [{(0, 2)}]
 
 
 def test_spans_refuse_an_empty_trace_and_views_of_another_picture() -> None:
     with pytest.raises(ValueError, match="the trace is empty"):
-        spans(SimpleNamespace(visual_columns=[]), [VIEW])  # type: ignore[arg-type]
+        stage_tokens(SimpleNamespace(visual_columns=[]), [VIEW])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the views have 6 visual tokens; the trace has 5"):
-        spans(hand_made_trace([4, 5, 6, 7, 8], {}), [VIEW])
+        stage_tokens(hand_made_trace([4, 5, 6, 7, 8], {}), [VIEW])
 
 
 @pytest.mark.parametrize("paint", [0, 60, 200, 255])
@@ -48,7 +48,7 @@ def test_exactly_the_pixels_of_dropped_patches_are_dimmed(tmp_path: Path, paint:
     colours = np.asarray(Image.open(save_picture(tmp_path / "p.png", 60, 40))) // 8 + paint * 7 // 8
     pixels = seen_pixels(Image.fromarray(colours.astype(np.uint8)), VIEW, long_side=60)
     trace = hand_made_trace([4, 5, 6, 7, 8, 9], {2: [4, 6, 9]})
-    kept = spans(trace, [VIEW])[1].cells[0]
+    kept = stage_tokens(trace, [VIEW])[1].cells[0]
     before, after = np.asarray(pixels), np.asarray(mask_dropped(pixels, VIEW, kept))
     dropped = np.array([[False, True, False], [True, True, False]]).repeat(20, axis=0).repeat(20, axis=1)
     assert before.shape == (40, 60, 3)
@@ -82,7 +82,7 @@ def test_one_panel_a_view_and_span(tmp_path: Path) -> None:
     trace = hand_made_trace(list(range(12)), {2: list(range(6)), 4: [1, 7]})
     picture = Image.open(save_picture(tmp_path / "p.png"))
     views = [PlacedView(picture, base), PlacedView(picture, tiles)]
-    visual = Visual(views, spans(trace, [base, tiles]), [], "What? " * 40, "this")
+    visual = Visual(views, stage_tokens(trace, [base, tiles]), [], "What? " * 40, "this")
     figure = visual.draw()
     assert len(figure.axes) == 6
     written = [text.get_text() for text in figure.texts]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from browser import act, needs_browser
 from pyramiddrop.report import Visual
-from pyramiddrop.report.pictures.heatmap import Scored, heat
-from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.heatmap import Scored, draw_heatmap
+from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, unplaced_by_name
 from pyramiddrop.report.token_layout.views import PlacedView
@@ -54,7 +54,7 @@ def visual() -> Visual:
     colours[:20, 20:40] = (200, 30, 30)
     seen = [PlacedView(Image.fromarray(colours), view) for view in VIEWS]
     scored = [Scored(layer, VIEWS, torch.tensor(scores)) for layer, scores in SCORES.items()]
-    return Visual(seen, spans(trace, VIEWS), scored, "What is <b>red</b>?", "A & B", "a model under a method")
+    return Visual(seen, stage_tokens(trace, VIEWS), scored, "What is <b>red</b>?", "A & B", "a model under a method")
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_shows(visual: Visual) -> None:
@@ -87,13 +87,13 @@ def test_each_stage_veils_what_was_dropped_before_it(visual: Visual, tmp_path: P
     )
     found = act(visual.html(), script, tmp_path)
     pixels = seen_pixels(visual.seen[0].picture, VIEWS[0])
-    for span, colours in zip(visual.spans, found, strict=True):
-        assert _close(colours, _middles(mask_dropped(pixels, VIEWS[0], span.cells[0]), VIEWS[0]))
+    for stage, colours in zip(visual.stages, found, strict=True):
+        assert _close(colours, _middles(mask_dropped(pixels, VIEWS[0], stage.cells[0]), VIEWS[0]))
 
 
 @needs_browser
 def test_tokens_without_a_place_are_counted_by_name(visual: Visual, tmp_path: Path) -> None:
-    assert [dict(span.unplaced) for span in visual.spans] == [{"row ends": 2}, {}, {}]
+    assert [dict(stage.unplaced) for stage in visual.stages] == [{"row ends": 2}, {}, {}]
     script = (
         READ
         + """
@@ -125,7 +125,7 @@ def test_scores_are_painted_by_rank_as_in_the_figure(visual: Visual, tmp_path: P
     )
     pixels = seen_pixels(visual.seen[0].picture, VIEWS[0])
     for stage, colours in zip(visual.scored, act(visual.html(), script, tmp_path), strict=True):
-        painted = heat(pixels, VIEWS[0], stage.ranks[0], stage.tokens)
+        painted = draw_heatmap(pixels, VIEWS[0], stage.ranks[0], stage.tokens)
         assert _close(colours, _middles(painted, VIEWS[0]), within=12)  # the page has 32 colours
 
 

@@ -17,8 +17,8 @@ from pyramiddrop.assets import digits_checkpoint, digits_images, digits_question
 from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
 from pyramiddrop.report.pictures import animation as animation
-from pyramiddrop.report.pictures.heatmap import Scored, heat
-from pyramiddrop.report.pictures.lifetimes import spans
+from pyramiddrop.report.pictures.heatmap import Scored, draw_heatmap
+from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels, with_seams
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, values_by_view
 from pyramiddrop.report.token_layout.views import PlacedView
@@ -41,7 +41,7 @@ def test_colours_follow_the_scores_and_gone_tokens_are_veiled() -> None:
     view = View("picture", 2, 2, Box(0, 0, 40, 40))
     pixels = Image.new("RGB", (40, 40), (200, 200, 200))
     scored = Scored(1, [view], torch.tensor([0.1, 0.9, GONE, 0.5]))
-    found = np.asarray(heat(pixels, view, scored.ranks[0], scored.tokens)).astype(int)
+    found = np.asarray(draw_heatmap(pixels, view, scored.ranks[0], scored.tokens)).astype(int)
     low, high, middle = (found[y, x].sum() for y, x in ((10, 10), (10, 30), (30, 30)))
     assert low < middle < high
     veiled = np.asarray(mask_dropped(pixels, view, [(0, 0), (0, 1), (1, 1)]))
@@ -69,7 +69,7 @@ def test_every_stage_and_picture_is_there_and_the_best_scores_are_those_kept(dra
     trace, visual = drawn
     assert [one.view.name for one in visual.seen] == ["picture 1", "picture 2"]
     assert [stage.layer for stage in visual.scored] == [stage.layer for stage in trace.stages]
-    for stage, (before, after) in zip(visual.scored, pairwise(visual.spans), strict=True):
+    for stage, (before, after) in zip(visual.scored, pairwise(visual.stages), strict=True):
         kept: list[float] = []
         dropped: list[float] = []
         for grid, here, there in zip(stage.scores, before.cells, after.cells, strict=True):
@@ -102,9 +102,9 @@ def test_files_are_what_their_suffix_says(drawn: tuple[Any, Visual], tmp_path: P
 def test_a_gif_steps_through_the_stages_and_gets_greyer(drawn: tuple[Any, Visual], tmp_path: Path) -> None:
     drawn[1].save(tmp_path / "kept.gif")
     with Image.open(tmp_path / "kept.gif") as gif:
-        assert gif.n_frames == len(drawn[1].spans)  # type: ignore[attr-defined]
+        assert gif.n_frames == len(drawn[1].stages)  # type: ignore[attr-defined]
         frames = []
-        for number in range(len(drawn[1].spans)):
+        for number in range(len(drawn[1].stages)):
             gif.seek(number)
             frames.append(np.asarray(gif.convert("RGB")).astype(int))
     changed = [int((abs(frame - frames[0]) > 40).any(-1).sum()) for frame in frames]  # each has colours of its own
@@ -121,7 +121,7 @@ def test_what_cannot_be_drawn_says_so(drawn: tuple[Any, Visual], tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=message):
             visual.save(path, scores=scores)
-    unranked = Visual(visual.seen, visual.spans, [])
+    unranked = Visual(visual.seen, visual.stages, [])
     with pytest.raises(ValueError, match="no stage of this run ranked a token"):
         unranked.draw_scores()
 
@@ -136,9 +136,9 @@ def test_tokens_of_a_family_without_places_are_drawn_in_the_order_of_the_prompt(
     assert "model type 'qwen9'" in found.note
     view = found.seen[0].view
     assert (view.rows, view.columns, view.tokens) == (2, 4, 7)
-    assert found.spans[1].cells == [{(0, 0), (1, 2)}]
+    assert found.stages[1].cells == [{(0, 0), (1, 2)}]
     pixels = np.asarray(seen_pixels(found.seen[0].picture, view, 8))
-    dimmed = np.asarray(mask_dropped(Image.fromarray(pixels), view, found.spans[1].cells[0]))
+    dimmed = np.asarray(mask_dropped(Image.fromarray(pixels), view, found.stages[1].cells[0]))
     changed = (pixels != dimmed).any(-1)[::2, ::2]
     assert changed.tolist() == [[False, True, True, True], [True, True, False, False]]  # the last cell has no token
 
@@ -161,7 +161,7 @@ def test_another_sample_of_the_batch_is_drawn_by_its_own_tokens() -> None:
     config = SimpleNamespace(model_type="qwen2_vl")
     picture = Image.new("RGB", (8, 8))
     found = visualize(trace, config, merging, [picture], {"image_grid_thw": [(1, 4, 4)]}, sample=1)
-    assert found.spans[1].cells == [{(1, 1)}]
+    assert found.stages[1].cells == [{(1, 1)}]
     assert found.scored[0].scores == [[[0.0, 1.0], [2.0, 3.0]]]
 
 
@@ -175,7 +175,7 @@ def clip() -> Visual:
     ]
     stage = SimpleNamespace(layer=4, kept=[torch.arange(1, 20, 2)])
     trace: Any = SimpleNamespace(visual_columns=[torch.arange(20)], stages=[stage], lengths=[20] * 8)
-    return Visual(seen, spans(trace, views), [Scored(4, views, torch.arange(20.0))], "What?", "That.")
+    return Visual(seen, stage_tokens(trace, views), [Scored(4, views, torch.arange(20.0))], "What?", "That.")
 
 
 def test_a_video_becomes_a_contact_sheet(clip: Visual) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramiddrop.cost import PRESETS, Choice
+from pyramiddrop.cost import PRESETS, DropCounts
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
@@ -352,7 +352,7 @@ def test_chance_takes_over_at_a_layer() -> None:
 
 def test_chance_costs_nothing_from_its_layer_on() -> None:
     scorer, shape = RandomAfterScorer(AttentionScorer(), 5), PRESETS["llava-1.5-7b"].shape.decoder
-    before, at, after = (Choice(layer, 100, 64, 32, 1, 10) for layer in (4, 5, 6))
+    before, at, after = (DropCounts(layer, 100, 64, 32, 1, 10) for layer in (4, 5, 6))
     assert scorer.flops(shape, before) == AttentionScorer().flops(shape, before) > 0
     assert scorer.flops(shape, at) == scorer.flops(shape, after) == 0
 

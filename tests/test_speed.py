@@ -18,10 +18,10 @@ from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.timing import Clock, CpuClock, Spread, WallClock, clock_for, in_turn
 from pyramiddrop.speed import generation, training
 from pyramiddrop.speed.memory import peak_memory
-from pyramiddrop.speed.predicted import choose_ways, predict
+from pyramiddrop.speed.predicted import choose_variants, predict
 from pyramiddrop.speed.record import generation_records, training_records
 from pyramiddrop.speed.subject import SHAPES, Subject, shape_subject
-from pyramiddrop.speed.training import measure_training, training_ways
+from pyramiddrop.speed.training import measure_training, training_variants
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -47,16 +47,16 @@ def subject() -> Subject:
     return shape_subject("tiny", CPU, visual=30, text=10)
 
 
-def ways_for(subject: Subject, *methods: str) -> Any:
-    return choose_ways(methods, subject.parts.shape, subject.prompt)
+def variants_for(subject: Subject, *methods: str) -> Any:
+    return choose_variants(methods, subject.parts.shape, subject.prompt)
 
 
 def test_each_round_has_all_ways_and_starts_with_another() -> None:
     assert list(in_turn("abc", 4)) == [
-        *((0, way) for way in "abc"),
-        *((1, way) for way in "bca"),
-        *((2, way) for way in "cab"),
-        *((3, way) for way in "abc"),
+        *((0, variant) for variant in "abc"),
+        *((1, variant) for variant in "bca"),
+        *((2, variant) for variant in "cab"),
+        *((3, variant) for variant in "abc"),
     ]
 
 
@@ -92,34 +92,34 @@ def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name
     changes = {"hidden": 32, "intermediate": 48, "head_dim": 8, "vocabulary": 50, "layers": 8}
     monkeypatch.setitem(SHAPES, name, (type(shape)(**(vars(shape) | changes)), 33))
     subject = shape_subject(name, CPU, text=9)
-    ways = ways_for(subject, "pyramiddrop", "fastv", "random:lam=0.3", "uniform:layers=1,2:keep=0.9,0.1")
-    found = generation.measure_generation(subject, ways, batch, 2, 1, Ticks())
-    for result, way in zip(found, ways, strict=True):
+    variants = variants_for(subject, "pyramiddrop", "fastv", "random:lam=0.3", "uniform:layers=1,2:keep=0.9,0.1")
+    found = generation.measure_generation(subject, variants, batch, 2, 1, Ticks())
+    for result, variant in zip(found, variants, strict=True):
         assert (
             result.kv_bytes
             == result.predicted.kv_bytes
-            == predict(way, subject.parts.shape, subject.prompt, batch).kv_bytes
+            == predict(variant, subject.parts.shape, subject.prompt, batch).kv_bytes
         )
-    assert len({result.kv_bytes for result in found}) == len(ways)
+    assert len({result.kv_bytes for result in found}) == len(variants)
 
 
 def test_a_trace_predicts_the_same_flops(subject: Subject) -> None:
-    for way in ways_for(subject, "pyramiddrop", "fastv", "pyramiddrop:score=instruction")[1:]:
-        with subject.under(way.method) as trace:
+    for variant in variants_for(subject, "pyramiddrop", "fastv", "pyramiddrop:score=instruction")[1:]:
+        with subject.under(variant.method) as trace:
             subject.model(**subject.batch(2))
-        assert trace.cost().flops == predict(way, subject.parts.shape, subject.prompt, 2).flops
+        assert trace.cost().flops == predict(variant, subject.parts.shape, subject.prompt, 2).flops
 
 
 def test_causal_attention_skips_almost_half_of_the_pairs(subject: Subject) -> None:
     shape, rows = subject.parts.shape, 40
-    vanilla = predict(ways_for(subject, "fastv")[0], shape, subject.prompt, 1)
+    vanilla = predict(variants_for(subject, "fastv")[0], shape, subject.prompt, 1)
     pairs = (vanilla.flops - vanilla.causal_flops) / (4 * shape.layers * shape.heads * shape.head_dim)
     assert pairs == rows * (rows - 1) / 2
 
 
 def test_generation_by_a_made_up_clock(subject: Subject) -> None:
-    ways, ticks = ways_for(subject, "pyramiddrop"), count()
-    vanilla, pruned = generation.measure_generation(subject, ways, 1, 4, 3, Ticks(), lambda: next(ticks))
+    variants, ticks = variants_for(subject, "pyramiddrop"), count()
+    vanilla, pruned = generation.measure_generation(subject, variants, 1, 4, 3, Ticks(), lambda: next(ticks))
     assert next(ticks) == 2 * (1 + 3)  # the warm-up moves the bar, too
     layers = subject.parts.shape.layers
     for result in (vanilla, pruned):
@@ -131,7 +131,7 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
         assert result.whole.median == result.first_token.median + 3 + 1
         assert len(result.whole.runs) == 3
         assert result.peak_bytes > 0
-    one_token = generation.measure_generation(subject, ways, 1, 1, 1, Ticks())
+    one_token = generation.measure_generation(subject, variants, 1, 1, 1, Ticks())
     assert [result.step for result in one_token] == [None, None]
 
 
@@ -143,7 +143,7 @@ def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
     monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
     watch = generation._PrefillWatch(subject.parts, Ticks())
     watch.before_method()
-    with subject.under(ways_for(subject, "pyramiddrop")[1].method), torch.inference_mode():
+    with subject.under(variants_for(subject, "pyramiddrop")[1].method), torch.inference_mode():
         watch.after_method()
         generation._settle(subject, subject.batch(1), watch)
         assert len(asked) == 3
@@ -187,9 +187,9 @@ def test_cuda_events_are_marked_on_the_stream_of_the_device_that_works(monkeypat
 
 
 def test_the_model_is_bare_afterwards(subject: Subject) -> None:
-    ways = ways_for(subject)
-    generation.measure_generation(subject, ways, 1, 2, 1, Ticks())
-    measure_training(subject, training_ways(ways)[:3], 1, 1, Ticks())
+    variants = variants_for(subject)
+    generation.measure_generation(subject, variants, 1, 2, 1, Ticks())
+    measure_training(subject, training_variants(variants)[:3], 1, 1, Ticks())
     for module in subject.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -201,16 +201,16 @@ def test_the_model_is_bare_afterwards(subject: Subject) -> None:
 def test_runs_take_turns(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, original = [], generation._generate
     monkeypatch.setattr(
-        generation, "_generate", lambda one, way, *rest: seen.append(way.label) or original(one, way, *rest)
+        generation, "_generate", lambda one, variant, *rest: seen.append(variant.label) or original(one, variant, *rest)
     )
-    generation.measure_generation(subject, ways_for(subject), 1, 1, 2, Ticks())
+    generation.measure_generation(subject, variants_for(subject), 1, 1, 2, Ticks())
     names = ["vanilla", "PyramidDrop", "FastV"]
     assert seen == [*names, *names[1:], names[0], names[2], *names[:2]]
 
 
 def test_ratios_are_to_vanilla_of_the_same_batch(subject: Subject) -> None:
-    ways = ways_for(subject, "pyramiddrop")
-    found = [row for batch in (1, 2) for row in generation.measure_generation(subject, ways, batch, 2, 1, Ticks())]
+    variants = variants_for(subject, "pyramiddrop")
+    found = [row for batch in (1, 2) for row in generation.measure_generation(subject, variants, batch, 2, 1, Ticks())]
     records = generation_records(found)
     assert [record["batch"] for record in records] == [1, 1, 2, 2]
     assert records[0]["ratios"]["kv_bytes"] == records[2]["ratios"]["kv_bytes"] == 1
@@ -220,13 +220,13 @@ def test_ratios_are_to_vanilla_of_the_same_batch(subject: Subject) -> None:
 
 def test_training_measures_every_way(subject: Subject) -> None:
     weights = [parameter.detach().clone() for parameter in subject.model.parameters()]
-    ways = training_ways(ways_for(subject, "pyramiddrop"))
-    assert [(way.way.label, way.logits, way.checkpointing) for way in ways] == [
+    variants = training_variants(variants_for(subject, "pyramiddrop"))
+    assert [(variant.variant.label, variant.logits, variant.checkpointing) for variant in variants] == [
         (label, logits, checkpointing)
         for checkpointing in (False, True)
         for label, logits in (("vanilla", "full"), ("PyramidDrop", "full"), ("PyramidDrop", "kept"))
     ]
-    found = measure_training(subject, ways, 2, 2, Ticks())
+    found = measure_training(subject, variants, 2, 2, Ticks())
     assert {(one.forward.median, one.backward.median, one.gradients.median) for one in found} == {(1.0, 1.0, 2.0)}
     assert {one.optimizer and one.optimizer.median for one in found} == {1.0}
     vanilla, full, kept, *_ = found
@@ -239,8 +239,8 @@ def test_training_measures_every_way(subject: Subject) -> None:
 
 
 def test_training_without_an_optimizer(subject: Subject) -> None:
-    ways = training_ways(ways_for(subject, "fastv"))[:1]
-    (result,) = measure_training(subject, ways, 1, 1, Ticks(), optimizer=False)
+    variants = training_variants(variants_for(subject, "fastv"))[:1]
+    (result,) = measure_training(subject, variants, 1, 1, Ticks(), optimizer=False)
     assert result.optimizer is None
     assert result.whole == result.gradients
 
@@ -250,11 +250,11 @@ def test_training_flops_against_the_counter_of_pytorch() -> None:
     subject = shape_subject("tiny", CPU, visual=30, text=10)
     subject.model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
     subject.inputs["inputs_embeds"].requires_grad_()  # as behind a projector that is trained
-    for way in training_ways(ways_for(subject, "pyramiddrop")):
+    for variant in training_variants(variants_for(subject, "pyramiddrop")):
         with training._training(subject.model), FlopCounterMode(display=False) as counter:
-            training._gradients(subject, way, 1, Ticks())
-        (result,) = measure_training(subject, [way], 1, 1, Ticks(), optimizer=False)
-        assert result.predicted_flops == pytest.approx(counter.get_total_flops(), rel=0.01), way
+            training._gradients(subject, variant, 1, Ticks())
+        (result,) = measure_training(subject, [variant], 1, 1, Ticks(), optimizer=False)
+        assert result.predicted_flops == pytest.approx(counter.get_total_flops(), rel=0.01), variant
 
 
 def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_alone() -> None:

@@ -33,7 +33,7 @@ from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.methods import Method
 
@@ -87,7 +87,7 @@ def show_accuracy(answerer: Answerer, samples: Sequence[Sample], arguments: argp
 
 def table_methods(answerer: Answerer) -> Methods:
     """The methods to compare, by name; those that drop cost the decoder FLOPs of PyramidDrop's default, or less."""
-    shape, usual = anatomy(answerer.checkpoint.model).shape, Counter([PROMPT])
+    shape, usual = inspect_model(answerer.checkpoint.model).shape, Counter([PROMPT])
     paper = PyramidDrop(layers=LAYERS, keep=KEEP)
     percent = 100 * decoder_flops(paper, shape, usual) / decoder_flops(None, shape, usual)
     methods: Methods = {"vanilla": [], "PyramidDrop": [paper]}

@@ -21,7 +21,7 @@ def merge(
         visual: (B, N) bool, the visual tokens.
         groups: (B, N) long, the group of each visual token.
         local: (B, n) long, the rows that stay.
-        valid: (B, n) bool, False at filler, or None where there is none.
+        valid: (B, n) bool, False at padding, or None where there is none.
 
     Returns:
         (B, n, D) hidden states and (B, n) sizes.

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pyramiddrop.cost import Choice, DecoderShape, merging_flops
+from pyramiddrop.cost import DecoderShape, DropCounts, merging_flops
 from pyramiddrop.saving import install_save_hook, remove_save_hook
 from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import (
@@ -95,15 +95,15 @@ class Method:
         """What ranks the visual tokens."""
         raise NotImplementedError
 
-    def choosing_flops(self, shape: DecoderShape, choice: Choice) -> int:
-        """What choosing (and merging) costs at one drop of one sample in a decoder of this `shape`."""
-        return self.scorer().flops(shape, choice) + (merging_flops(shape, choice) if self.merge else 0)
+    def ranking_flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        """What ranking (and merging) costs at one drop of one sample in a decoder of this `shape`."""
+        return self.scorer().flops(shape, drop) + (merging_flops(shape, drop) if self.merge else 0)
 
-    def attach(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
+    def attach(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
         """Put the method's hooks on a model."""
         from pyramiddrop.hf import Attachment
 
-        return Attachment(parts, rules, given)
+        return Attachment(info, rules, given)
 
     def __call__(
         self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
@@ -384,10 +384,10 @@ class PreLLMMethod(Method):
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         return PreLLMSchedule.keeping(self.keep)
 
-    def attach(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
+    def attach(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
         from pyramiddrop.hf import PreLLMAttachment
 
-        return PreLLMAttachment(parts, rules, given, shrinks=isinstance(self, Downsample))
+        return PreLLMAttachment(info, rules, given, shrinks=isinstance(self, Downsample))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,7 +487,7 @@ def apply(model: nn.Module, method: Method | str) -> Trace:
 
     model, method = _module_of(model), _method_of(method)
     attachment = _attach(model, method, GivenMasks())
-    install_save_hook(attachment.anatomy.wrappers, method)
+    install_save_hook(attachment.info.wrappers, method)
     return attachment.trace
 
 
@@ -516,7 +516,7 @@ def remove(model: nn.Module) -> None:
     """
     attachment = _attachment(model)
     attachment.detach()
-    remove_save_hook(attachment.anatomy.wrappers)
+    remove_save_hook(attachment.info.wrappers)
 
 
 def _attachment(model: nn.Module) -> Attachment:
@@ -557,14 +557,14 @@ def _method_of(method: Any) -> Method:
 
 
 def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
-    from pyramiddrop.hf import Rules, UnsupportedModelError, anatomy, drop_layers
+    from pyramiddrop.hf import Rules, UnsupportedModelError, drop_layers, inspect_model
     from pyramiddrop.hf.versions import warn_if_untested
 
     warn_if_untested()
-    parts, scorer = anatomy(_module_of(model)), method.scorer()
-    allowed = drop_layers(parts, method.rank_layer, scorer)
+    info, scorer = inspect_model(_module_of(model)), method.scorer()
+    allowed = drop_layers(info, method.rank_layer, scorer)
     try:
-        schedule = method.schedule(len(parts.layers), allowed)
+        schedule = method.schedule(len(info.layers), allowed)
     except ValueError as error:
         raise UnsupportedModelError(f"{type(method).__name__} does not fit this model: {error}") from error
     rules = Rules(
@@ -575,9 +575,9 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
         grouping="frame" if method.per_frame else "image" if method.per_image else "sample",
         logits=method.logits,
         merge=method.merge,
-        choosing=method.choosing_flops,
+        ranking_flops=method.ranking_flops,
     )
-    attachment = method.attach(parts, rules, given)
+    attachment = method.attach(info, rules, given)
     attachment.method = method
     return attachment
 

@@ -97,7 +97,7 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
     """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24.
 
     Args:
-        allowed: ascending, the layers before which this model can drop; each stage ends at the nearest one that the
+        allowed: ascending, the layers before which this model can drop; each drops at the nearest one that the
             stages behind it leave, of two as near at the lower. None: at all of them.
 
     Raises:

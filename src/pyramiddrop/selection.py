@@ -46,7 +46,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows of a rectangle of `length` columns: filler, then every sample's staying rows in their order.
+    """The rows of a rectangle of `length` columns: padding, then every sample's staying rows in their order.
 
     The end of a sample stays at the end, so that a KV cache can still be cropped there.
 
@@ -56,8 +56,8 @@ def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | 
         ragged: whether some sample keeps fewer than `length`.
 
     Returns:
-        rows: (B, length) long, ascending within the staying rows; filler is rows that do not stay.
-        valid: (B, length) bool, False at filler, or None where there is none.
+        rows: (B, length) long, ascending within the staying rows; padding is rows that do not stay.
+        valid: (B, length) bool, False at padding, or None where there is none.
     """
     rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, stays.shape[1] - length :]
     return rows, stays.gather(1, rows) if ragged else None

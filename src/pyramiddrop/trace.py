@@ -84,7 +84,7 @@ class Trace:
     length: int = 0
     lengths: list[int] = field(default_factory=list)
     _shape: DecoderShape | None = None
-    _choosing: int = 0
+    _ranking_cost: int = 0
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -156,7 +156,8 @@ class Trace:
         vanilla = [self.length] * len(self.lengths)
         whole = [[tokens] * len(vanilla) for tokens in self.visual_tokens]
         return Cost(
-            flops=sum(prefill_flops(shape, self.lengths, visual=own) for own in self._left()) + batch * self._choosing,
+            flops=sum(prefill_flops(shape, self.lengths, visual=own) for own in self._left())
+            + batch * self._ranking_cost,
             vanilla_flops=sum(prefill_flops(shape, vanilla, visual=own) for own in whole),
             kv_bytes=batch * kv_bytes(shape, self.lengths),
             vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),

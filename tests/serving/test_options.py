@@ -13,7 +13,7 @@ from pyramiddrop import FastV, PyramidDrop, RandomDrop
 from pyramiddrop.methods import Downsample, VisionDrop
 from pyramiddrop.scoring import SCORERS
 from pyramiddrop.vllm import hf_overrides, rules
-from pyramiddrop.vllm.rules import rules_of, settle
+from pyramiddrop.vllm.rules import configure, rules_of
 
 
 def checkpoint(folder: Path, architecture: str | None = "LlavaForConditionalGeneration") -> str:
@@ -51,7 +51,7 @@ def test_an_architecture_that_is_not_served_is_refused(tmp_path: Path) -> None:
 
 
 def settled(config: Any) -> Any:
-    settle(config)
+    configure(config)
     return rules_of(config)
 
 
@@ -69,14 +69,14 @@ def test_settings_come_from_overrides_from_additional_config_or_from_the_file(mo
 
 def test_what_is_settled_can_be_settled_again() -> None:
     config = configuration({"lam": 0.6})
-    settle(config)
-    settle(config)
+    configure(config)
+    configure(config)
     assert rules_of(config).schedule.keep == pytest.approx((0.6, 0.36, 0.216))
 
 
 def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
     config = configuration(PyramidDrop(layers=[2, 5], keep=[0.5, 0.2]).settings(), {"other": 1})
-    settle(config)
+    configure(config)
     sent = json.loads(json.dumps(config.additional_config))
     assert sent["other"] == 1
     assert rules_of(configuration(None, sent)).schedule.layers == (2, 5)
@@ -101,7 +101,7 @@ def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
 )
 def test_settings_that_cannot_be_served_are_refused(overrides: Any, additional: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settle(configuration(overrides, additional))
+        configure(configuration(overrides, additional))
 
 
 SERVED = {"attention", "debiased", "diversity", "random", "top_heads", "uniform"}
@@ -117,4 +117,4 @@ def test_a_scorer_is_served_or_refused_by_name(name: str, around: dict[str, Any]
         return
     allowed = ", ".join(other for other in SCORERS if other in SERVED)
     with pytest.raises(ValueError, match=f"{SCORERS[name].__name__} cannot be served; score must be one of {allowed}$"):
-        settle(config)
+        configure(config)

@@ -70,11 +70,11 @@ def _show_paper(as_json: bool) -> None:
 
 
 def _show(sizes: Sizes, found: list[MethodCost]) -> None:
-    from pyramiddrop.report.tables.cost import account_table
+    from pyramiddrop.report.tables.cost import cost_table
 
     console = stdout()
     console.print(f"{sizes.about}\n", soft_wrap=True)
-    console.print(account_table([(one.label, one.cost) for one in found]))
+    console.print(cost_table([(one.label, one.cost) for one in found]))
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
 

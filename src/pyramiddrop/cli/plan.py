@@ -120,14 +120,14 @@ def _show_published(options: BudgetOptions, sizes: Sizes, as_json: bool) -> None
 
 def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
     from pyramiddrop.method_spec import VANILLA
-    from pyramiddrop.report.tables.cost import account_table, stages_table
+    from pyramiddrop.report.tables.cost import cost_table, stages_table
 
     console = stdout()
     console.print("from pyramiddrop import PyramidDrop\n")
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
     console.print(f"\n{sizes.about}\n", soft_wrap=True)
-    console.print(account_table([(VANILLA, found.vanilla), ("PyramidDrop", found.cost)]))
+    console.print(cost_table([(VANILLA, found.vanilla), ("PyramidDrop", found.cost)]))
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
     if found.pyramid == "concave" and not asked:

@@ -102,8 +102,8 @@ def _show(visual: Visual, done: Run, written: list[str]) -> None:
     from pyramiddrop.report.tables.style import new_table
 
     table = new_table("layers", "visual tokens")
-    for span in visual.spans:
-        table.add_row(span.layers, str(span.tokens))
+    for stage in visual.stages:
+        table.add_row(stage.layers, str(stage.tokens))
     stdout().print(table)
     print(done.answer)
     if visual.note:

@@ -15,8 +15,8 @@ from pyramiddrop.cost.shapes import DecoderShape, Prompt, VisionShape
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One stage end of one sample, in rows: what choosing its tokens costs depends on these.
+class DropCounts:
+    """Token counts at one drop of one sample; what its ranking costs depends on these.
 
     Attributes:
         layer: the 0-based layer before which tokens are dropped.
@@ -35,8 +35,8 @@ class Choice:
     instruction: int = 1
 
 
-#: What one choice costs.
-Choosing = Callable[[DecoderShape, Choice], int]
+#: FLOPs of ranking at one drop.
+RankingCost = Callable[[DecoderShape, DropCounts], int]
 
 
 def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None, visual: int = 0) -> int:
@@ -62,14 +62,14 @@ def projecting_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
     return 2 * (rows * mixer.keys + queries * mixer.queries)
 
 
-def by_attention(shape: DecoderShape, choice: Choice) -> int:
-    """A choice by the attention of the query tokens."""
-    return ranking_flops(shape, choice.rows, choice.queries)
+def attention_ranking_flops(shape: DecoderShape, drop: DropCounts) -> int:
+    """Ranking by the attention of the query tokens."""
+    return ranking_flops(shape, drop.rows, drop.queries)
 
 
-def merging_flops(shape: DecoderShape, choice: Choice) -> int:
+def merging_flops(shape: DecoderShape, drop: DropCounts) -> int:
     """Comparing all rows with those that stay, for each visual token that goes to find the kept one most like it."""
-    return 2 * choice.rows * (choice.rows - choice.visual + choice.kept) * shape.hidden
+    return 2 * drop.rows * (drop.rows - drop.visual + drop.kept) * shape.hidden
 
 
 def prefill_flops(

@@ -11,7 +11,7 @@ from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.budgets import drop_layers
 from pyramiddrop.evaluation.prefill_replay import Prefix, first_layer_seen, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.hf.model_info import anatomy
+from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
@@ -109,7 +109,7 @@ class Answerer:
         shared = {start: method for method, start in zip(methods, starts, strict=True) if start is not None and method}
         if sum(start is not None for start in starts) + vanilla < 2 or not self._replays(sample, shared):
             return None
-        prefix = Prefix(anatomy(model), shared)
+        prefix = Prefix(inspect_model(model), shared)
         if not vanilla:
             with prefix.recorded():
                 answer_greedily(self.checkpoint, inputs, max_new_tokens=1)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, account, by_attention
-from pyramiddrop.cost.account import visual_by_layer
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
+from pyramiddrop.cost.estimate import visual_by_layer
 from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
@@ -123,8 +123,8 @@ def decoder_flops(
 ) -> int:
     """FLOPs of the decoder's layers and the ranking over all `prompts`, each as often as it says."""
     schedule = method.schedule(shape.layers, layers) if method else None
-    choosing = method.choosing_flops if method else by_attention
-    costs = {prompt: account(ModelShape(shape), prompt, schedule, choosing).full for prompt in prompts}
+    ranking_cost = method.ranking_flops if method else attention_ranking_flops
+    costs = {prompt: estimate_cost(ModelShape(shape), prompt, schedule, ranking_cost).full for prompt in prompts}
     return sum(count * (costs[prompt].decoder + costs[prompt].ranking) for prompt, count in prompts.items())
 
 

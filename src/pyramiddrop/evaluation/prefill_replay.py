@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pyramiddrop.evaluation.agreement import generate_with_logits
-from pyramiddrop.hf.model_info import ModelInfo, anatomy
+from pyramiddrop.hf.model_info import ModelInfo, inspect_model
 from pyramiddrop.hf.versions import cache_of
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.methods import Method
@@ -40,18 +40,18 @@ class Prefix:
         layers: 0-based layers before which prefills will drop; each one's input is held in memory.
     """
 
-    def __init__(self, parts: ModelInfo, layers: Collection[int]) -> None:
-        self._layers = parts.layers
+    def __init__(self, info: ModelInfo, layers: Collection[int]) -> None:
+        self._layers = info.layers
         self._ends = {layer - 1 for layer in layers}
-        self._sees = next((module for module in reversed(parts.wrappers) if hasattr(type(module), _FEATURES)), None)
+        self._sees = next((module for module in reversed(info.wrappers) if hasattr(type(module), _FEATURES)), None)
         self._outputs: dict[int, Any] = {}
         self._caches: dict[int, Any] = {}
         self._features: list[Any] = []
 
     @staticmethod
-    def can_share(parts: ModelInfo) -> bool:
+    def can_share(info: ModelInfo) -> bool:
         """Whether a layer's input and cache are all that the layers before leave: not where layers share keys."""
-        return parts.sources == tuple(range(len(parts.layers)))
+        return info.sources == tuple(range(len(info.layers)))
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -133,9 +133,9 @@ def replays_exactly(
 ) -> bool:
     """Whether `method` answers `inputs` alike, to the bit, when its prefill starts from a recorded one at `layer`."""
     model = checkpoint.model
-    if not Prefix.can_share(anatomy(model)):
+    if not Prefix.can_share(inspect_model(model)):
         return False
-    prefix = Prefix(anatomy(model), [layer])
+    prefix = Prefix(inspect_model(model), [layer])
     with prefix.recorded():
         generate_with_logits(checkpoint, inputs, max_new_tokens)
     with method(model):

@@ -39,11 +39,11 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": options.batch,
         "machine": machine(model.device, torch.get_num_threads()),
-        "methods": [_way(evaluation, number) for number in range(len(evaluation.outcomes))],
+        "methods": [_variant(evaluation, number) for number in range(len(evaluation.outcomes))],
     }
 
 
-def _way(evaluation: Evaluation, number: int) -> dict[str, Any]:
+def _variant(evaluation: Evaluation, number: int) -> dict[str, Any]:
     samples, vanilla, outcome = evaluation.task.samples, evaluation.outcomes[0], evaluation.outcomes[number]
     clusters = [sample.cluster for sample in samples]
     scores = score_by_kind(outcome.points, clusters, [sample.kind for sample in samples])

@@ -21,7 +21,7 @@ from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import Task
-from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
+from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.timing import time_prefills
@@ -125,9 +125,9 @@ class Evaluator:
             check_average_tokens(tokens)
         self.checkpoint = load_checkpoint(source, options.device, options.dtype)
         with user_input(caught=(UnsupportedModelError, ValueError)):
-            self._parts = anatomy(self.checkpoint.model)
+            self._info = inspect_model(self.checkpoint.model)
             self._layers = [drop_layers(self.checkpoint.model, method) for method in self.methods]
-        if options.budgets and self._parts.sizes is None:
+        if options.budgets and self._info.sizes is None:
             option = "--percent" if options.percents else "--average-tokens"
             raise InputError(f"{option} needs a text model that the cost model knows, and it does not know this one")
         self.answerer = Answerer(self.checkpoint, options.batch, options.max_new_tokens)
@@ -140,9 +140,9 @@ class Evaluator:
 
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:
         """Answer, score and time. What the output folder holds of it already is not done again."""
-        ways = [(None, None), *self._solved(progress)]  # all are solved before the first is run
-        replies = self._replies([method for method, _ in ways], progress)
-        outcomes = [self._outcome(*way, said) for way, said in zip(ways, replies, strict=True)]
+        variants = [(None, None), *self._solved(progress)]  # all are solved before the first is run
+        replies = self._replies([method for method, _ in variants], progress)
+        outcomes = [self._outcome(*variant, said) for variant, said in zip(variants, replies, strict=True)]
         times = None
         if self.options.rounds:
             progress("timing prefills", 0)
@@ -159,7 +159,7 @@ class Evaluator:
         for budget in self.options.budgets:
             solve = SOLVERS[budget.kind]
             for method, layers in zip(self.methods, self._layers, strict=True):
-                solved = solve(method, budget.limit, self._parts.shape, prompts, layers), budget
+                solved = solve(method, budget.limit, self._info.shape, prompts, layers), budget
                 if solved in found:
                     unit = "%" if budget.kind == PERCENT else "average tokens"
                     raise InputError(f"two of the methods are {method_label(solved[0])} at {budget.limit:g} {unit}")
@@ -192,8 +192,8 @@ class Evaluator:
     def _times(self, methods: Sequence[Method | None]) -> Times:
         def measure() -> Times:
             inputs = self.answerer.inputs(self.task.samples[: self.options.batch])
-            ways = {str(number): method for number, method in enumerate(methods)}
-            return list(time_prefills(self.checkpoint.model, inputs, ways, self.options.rounds).values())
+            variants = {str(number): method for number, method in enumerate(methods)}
+            return list(time_prefills(self.checkpoint.model, inputs, variants, self.options.rounds).values())
 
         return self._store.times(methods, measure) if self._store else measure()
 

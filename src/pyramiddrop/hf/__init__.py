@@ -3,7 +3,7 @@
 from pyramiddrop.hf.attachment import Attachment, attachment_of
 from pyramiddrop.hf.before_decoder import PreLLMAttachment
 from pyramiddrop.hf.forward import Rules
-from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy, drop_layers
+from pyramiddrop.hf.model_info import UnsupportedModelError, drop_layers, inspect_model
 from pyramiddrop.hf.prompt_masks import GivenMasks
 from pyramiddrop.hf.query_key import shared_copy
 
@@ -13,8 +13,8 @@ __all__ = [
     "PreLLMAttachment",
     "Rules",
     "UnsupportedModelError",
-    "anatomy",
     "attachment_of",
     "drop_layers",
+    "inspect_model",
     "shared_copy",
 ]

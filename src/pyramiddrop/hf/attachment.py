@@ -58,19 +58,19 @@ class Attachment:
         UnsupportedModelError: if the model cannot work with these rules.
     """
 
-    def __init__(self, parts: ModelInfo, rules: Rules, given: GivenMasks) -> None:
-        if attachment_of(parts.text) is not None:
+    def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> None:
+        if attachment_of(info.text) is not None:
             raise RuntimeError(
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
-        self.anatomy, self.rules, self.given = parts, rules, given
+        self.info, self.rules, self.given = info, rules, given
         self.method: Any = None
         self._check()
         self.trace = Trace()
         self._handles: list[RemovableHandle] = []
         # The calls of `generate` that run now, in any thread; with its own id, for a deep copy runs none of them.
         self._generating: set[tuple[int, int]] = set()
-        signatures = [_parameters(module) for module in (*parts.wrappers, parts.text)]
+        signatures = [_parameters(module) for module in (*info.wrappers, info.text)]
         # What the state is carried in does not get through a forward that names all of its arguments.
         self._closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
         self.dispatcher = self._make_dispatcher()
@@ -78,31 +78,31 @@ class Attachment:
 
     def _check(self) -> None:
         """Raise UnsupportedModelError if this model does not allow the rules."""
-        parts, rules = self.anatomy, self.rules
-        check_signatures(parts)
+        info, rules = self.info, self.rules
+        check_signatures(info)
         if rules.positions == "compact":
-            check_compact_positions(parts)
+            check_compact_positions(info)
         if rules.scorer.needs_vision_attention:
             raise UnsupportedModelError(
                 "what a patch receives in the vision tower ranks before the decoder alone; use VisionDrop"
             )
-        check_layers(parts, rules.schedule.layers, rules.rank_layer, rules.scorer)
-        check_attention(parts, rules.schedule.layers[0])
-        check_grouping(parts, rules.grouping)
+        check_layers(info, rules.schedule.layers, rules.rank_layer, rules.scorer)
+        check_attention(info, rules.schedule.layers[0])
+        check_grouping(info, rules.grouping)
 
     def _make_dispatcher(self) -> Dispatcher:
-        return Dispatcher(self.anatomy, self.rules, self.given, self.trace, self._reads_shift_labels)
+        return Dispatcher(self.info, self.rules, self.given, self.trace, self._reads_shift_labels)
 
     @property
     def _reads_shift_labels(self) -> bool:
         """Whether the loss is taken by Transformers' `loss_function`, which is given every further argument."""
-        forward = inspect.unwrap(getattr(self.anatomy.generator, "forward", _parameters))
+        forward = inspect.unwrap(getattr(self.info.generator, "forward", _parameters))
         code = getattr(forward, "__code__", None)
         return self._closed < 0 and code is not None and "loss_function" in code.co_names
 
     def _attach(self, names: list[tuple[str, ...]]) -> None:
-        text, generator = self.anatomy.text, self.anatomy.generator
-        modules = (*self.anatomy.wrappers, text)
+        text, generator = self.info.text, self.info.generator
+        modules = (*self.info.wrappers, text)
         caches: tuple[str, ...] = ()
         for number, module in reversed(list(enumerate(modules))):
             caches = cache_names(module.forward) or caches  # what a module does not name it passes on
@@ -120,7 +120,7 @@ class Attachment:
         self._layer_hooks = LayerHooks(
             [
                 (layer, partial(self._before_layer, stage_of(index), index, _parameters(layer)[0]))
-                for index, layer in enumerate(self.anatomy.layers)
+                for index, layer in enumerate(self.info.layers)
             ]
         )
         check = TrainerCheck(self.rules, _rules_of, cache_of)
@@ -142,9 +142,9 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._layer_hooks.remove()
-        delattr(self.anatomy.text, _MARK)
-        if self.anatomy.generator is not None:
-            del self.anatomy.generator.generate, self.anatomy.generator.init_continuous_batching
+        delattr(self.info.text, _MARK)
+        if self.info.generator is not None:
+            del self.info.generator.generate, self.info.generator.init_continuous_batching
 
     @property
     def attached(self) -> bool:
@@ -197,7 +197,7 @@ class Attachment:
     @property
     def _loss_taker(self) -> str:
         """The class of the innermost module whose forward names all of its arguments."""
-        return type((*self.anatomy.wrappers, self.anatomy.text)[self._closed]).__name__
+        return type((*self.info.wrappers, self.info.text)[self._closed]).__name__
 
     def _open(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
         """The state of this forward; None if there is nothing to do in it."""
@@ -205,7 +205,7 @@ class Attachment:
         follows = shape[1] == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
             memory = CacheState.of(cache)
-            return None if memory is None else DecodeStep(self.anatomy, self.rules, 0, 1, memory)
+            return None if memory is None else DecodeStep(self.info, self.rules, 0, 1, memory)
         opened: Forward | None = self._open_eagerly(call, shape, cache)
         return opened
 
@@ -253,7 +253,7 @@ class Attachment:
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> None:
         state: Forward | None = kwargs.get(_FORWARD)
         if state is not None and state.unreached is not None:
-            check_reached(module, self.anatomy.text, state.unreached)
+            check_reached(module, self.info.text, state.unreached)
 
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs

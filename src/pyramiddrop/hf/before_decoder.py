@@ -91,29 +91,29 @@ class PreLLMAttachment(Attachment):
         UnsupportedModelError: where the model cannot work so.
     """
 
-    def __init__(self, parts: ModelInfo, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
-        windowed = [index for index, span in enumerate(parts.spans) if span.kind != "full"]
+    def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
+        windowed = [index for index, scope in enumerate(info.scopes) if scope.kind != "full"]
         if windowed:
             raise UnsupportedModelError(
-                f"{type(parts.text).__name__} cannot drop before its first layer: layer {windowed[0]} does not see "
+                f"{type(info.text).__name__} cannot drop before its first layer: layer {windowed[0]} does not see "
                 "everything, and would count what is left"
             )
-        self.watch = ClsAttentionRecorder(Tower(parts)) if rules.scorer.needs_vision_attention else None
+        self.watch = ClsAttentionRecorder(Tower(info)) if rules.scorer.needs_vision_attention else None
         self.shrunk: DownsampledEncoder | None = None
         if shrinks:
-            tower = Tower(parts)
+            tower = Tower(info)
             self.shrunk = DownsampledEncoder(tower, small_side(tower.side, rules.schedule.keep[0]))
             rules = replace(rules, schedule=PreLLMSchedule.keeping(self.shrunk.share))
-        super().__init__(parts, rules, given)
+        super().__init__(info, rules, given)
 
     def _make_dispatcher(self) -> PreLLMDispatcher:
         return PreLLMDispatcher(
-            self.anatomy, self.rules, self.given, self.trace, self._reads_shift_labels, self.watch, self.shrunk
+            self.info, self.rules, self.given, self.trace, self._reads_shift_labels, self.watch, self.shrunk
         )
 
     def _check(self) -> None:
-        check_signatures(self.anatomy)
-        check_grouping(self.anatomy, self.rules.grouping)
+        check_signatures(self.info)
+        check_grouping(self.info, self.rules.grouping)
 
     def _attach(self, names: list[tuple[str, ...]]) -> None:
         super()._attach(names)
@@ -329,7 +329,7 @@ class _Step(Forward):
 
 
 def _alive(kept: Selection) -> Tensor:
-    """(B, n) False at filler."""
+    """(B, n) False at padding."""
     return torch.ones_like(kept.rows, dtype=torch.bool) if kept.valid is None else kept.valid
 
 
@@ -351,11 +351,11 @@ class Tower:
         UnsupportedModelError: where visual tokens are not its patches, one for one.
     """
 
-    def __init__(self, parts: ModelInfo) -> None:
-        config = parts.config
-        named = parts.wrappers[0].named_modules()
+    def __init__(self, info: ModelInfo) -> None:
+        config = info.config
+        named = info.wrappers[0].named_modules()
         module = next((part for name, part in named if name.endswith("vision_tower")), None)
-        if not parts.family.fixed_patches or module is None or config.vision_feature_select_strategy != "default":
+        if not info.family.fixed_patches or module is None or config.vision_feature_select_strategy != "default":
             fixed = [name for name, family in FAMILIES.items() if family.fixed_patches]
             raise UnsupportedModelError(
                 f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "

@@ -125,7 +125,7 @@ class CacheIndex:
 
     Attributes:
         columns: (B, n) long, the column of the full sequence that stands in each slot.
-        valid: (B, n) bool, False where a slot holds filler, or None where none does.
+        valid: (B, n) bool, False where a slot holds padding, or None where none does.
         length: how many columns of the full sequence these slots cover.
     """
 
@@ -135,14 +135,14 @@ class CacheIndex:
 
     @property
     def alive(self) -> Tensor:
-        """(B, n) bool, which slots are no filler."""
+        """(B, n) bool, which slots are no padding."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheIndex:
         """The slots of the rows that `pick` takes of a (B, n) tensor."""
         return CacheIndex(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
 
-    def until(self, length: int) -> CacheIndex:
+    def resized(self, length: int) -> CacheIndex:
         """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
 
         Raises:
@@ -176,7 +176,7 @@ class CacheIndex:
     def widened(self, width: int) -> CacheIndex:
         """These slots for all `width` of a static cache: one shape for prompts of any length, so that compiled decoding
         does not recompile. Which of the later slots are filled already, the model's own mask tells."""
-        grown = self.until(width)
+        grown = self.resized(width)
         missing = width - grown.columns.shape[1]
         columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
         return CacheIndex(columns, valid, width)
@@ -191,8 +191,8 @@ class CacheIndex:
         first = before - (layer.sliding_window - 1)
         return CacheIndex(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
 
-    def among(self, columns: Tensor, valid: Tensor | None) -> CacheIndex:
-        """The same slots, of which only those are no filler that hold one of the `columns` (B, n) that are `valid`."""
+    def restricted(self, columns: Tensor, valid: Tensor | None) -> CacheIndex:
+        """The same slots, of which only those are no padding that hold one of the `columns` (B, n) that are `valid`."""
         shown = torch.zeros(len(columns), self.length + 1, dtype=torch.bool, device=columns.device)
         alive = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
         shown = shown.scatter(1, columns.masked_fill(~alive, self.length), True)
@@ -203,7 +203,7 @@ class CacheIndex:
         """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
         if not past:
             return CacheIndex(rows, valid, length)
-        before, added = self.until(past), CacheIndex(rows + past, valid, past + length)
+        before, added = self.resized(past), CacheIndex(rows + past, valid, past + length)
         filled = before.valid is None and added.valid is None
         both = None if filled else torch.cat([before.alive, added.alive], 1)
         return CacheIndex(torch.cat([before.columns, added.columns], 1), both, added.length)
@@ -315,13 +315,13 @@ class CacheState(RowMemory):
         if slots is None:
             return None
         if ahead is None or ahead.length < length:
-            ahead = self._ahead[stage] = slots.until(length + _BLOCK)
+            ahead = self._ahead[stage] = slots.resized(length + _BLOCK)
         return ahead.first(length)
 
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on, where the cache was cropped."""
         if any(slots.length > length for slots in self.slots.values()):
-            self.slots = {stage: slots.until(min(length, slots.length)) for stage, slots in self.slots.items()}
+            self.slots = {stage: slots.resized(min(length, slots.length)) for stage, slots in self.slots.items()}
             self._ahead.clear()
 
     def missing(self, stage: int) -> int:

@@ -40,14 +40,14 @@ _last_run: ContextVar[int] = ContextVar("pyramiddrop_last_run", default=0)
 # ---- when a method is applied ------------------------------------------------------------------------------------
 
 
-def check_signatures(parts: ModelInfo) -> None:
+def check_signatures(info: ModelInfo) -> None:
     """Raise UnsupportedModelError where a forward does not name an argument that dropping needs."""
     # A user's subclass may name less than the model of Transformers that it calls.
-    bases: tuple[Any, ...] = type(parts.generator).__mro__ if parts.generator is not parts.text else ()
+    bases: tuple[Any, ...] = type(info.generator).__mro__ if info.generator is not info.text else ()
     for kind in [kind for kind in bases if kind.__module__.startswith("transformers.models.")][:1]:
         _check_names(kind.__name__, kind.forward, _MODEL)
-    _check_names(type(parts.text).__name__, parts.text.forward, _TEXT)
-    for layer in {type(layer): layer for layer in parts.layers}.values():
+    _check_names(type(info.text).__name__, info.text.forward, _TEXT)
+    for layer in {type(layer): layer for layer in info.layers}.values():
         _check_names(type(layer).__name__, layer.forward, _LAYER)
 
 
@@ -192,7 +192,7 @@ class TrainerCheck:
 
     def _drops_alike(self, reference: nn.Module) -> bool:
         found = self.rules_of(reference)
-        return found is not None and replace(found, choosing=self.rules.choosing) == self.rules
+        return found is not None and replace(found, ranking_flops=self.rules.ranking_flops) == self.rules
 
 
 def calling_trainer() -> Any:

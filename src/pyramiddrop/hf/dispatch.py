@@ -163,8 +163,8 @@ class Dispatcher:
         mask = prompt.call.get("attention_mask")
         if training or not self.rules.are_usual or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
             return None
-        spans = [self.info.spans[layer] for layer in self.rules.ranking_layers]
-        if any(span.windowed and span.size < prompt.shape[1] for span in spans):
+        scopes = [self.info.scopes[layer] for layer in self.rules.ranking_layers]
+        if any(scope.windowed and scope.size < prompt.shape[1] for scope in scopes):
             return None
         return plan_last_token(prompt, self.rules.schedule)
 
@@ -214,7 +214,9 @@ class Dispatcher:
             length=plan.length,
             lengths=[lengths[schedule.stage_of(layer)] for layer in range(layers)],
             _shape=sizes,
-            _choosing=sum(self.rules.choosing(sizes, choice) for choice in plan.choices) if sizes is not None else 0,
+            _ranking_cost=sum(self.rules.ranking_flops(sizes, drop) for drop in plan.drop_counts)
+            if sizes is not None
+            else 0,
         )
         if not plan.drops_any:
             for drop in plan.drops:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.cost import Choosing
+from pyramiddrop.cost import RankingCost
 from pyramiddrop.hf.cache_state import CacheIndex, CacheState
 from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs
 from pyramiddrop.hf.model_info import ModelInfo
@@ -28,7 +28,7 @@ class Rules:
     grouping: str
     logits: str
     merge: bool
-    choosing: Choosing
+    ranking_flops: RankingCost
 
     @property
     def are_usual(self) -> bool:
@@ -113,9 +113,9 @@ class StagedForward(Forward):
         slots = own
         if own is not None and held != stage:
             total = self.past + self.length
-            own, all_columns = own.until(total), torch.arange(total, device=own.columns.device)
+            own, all_columns = own.resized(total), torch.arange(total, device=own.columns.device)
             slots = self._own_slots(held) or CacheIndex(all_columns.expand(len(own.columns), -1), None, total)
-            slots = slots.until(total).among(own.columns, own.valid)
+            slots = slots.resized(total).restricted(own.columns, own.valid)
         self._slots[stage, source] = slots
         return slots
 

@@ -109,7 +109,7 @@ class Generate:
                 "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
                 "of the whole prompt. Leave it unset"
             )
-        frames = video_frames(kwargs, self.attachment.anatomy.merged_frames)
+        frames = video_frames(kwargs, self.attachment.info.merged_frames)
         outer, mask, key = generations.get(), kwargs.get("attention_mask"), id(self.attachment.dispatcher)
         generation = Generation(_tokens(args, kwargs), None if mask is None else mask.shape[1], frames, key in outer)
         if not self.attachment.attached:

@@ -38,7 +38,7 @@ def grid_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tenso
 
 
 def pooled_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Gemma 4: one token for a square of patches, each of which has a position, and filler -1."""
+    """Gemma 4: one token for a square of patches, each of which has a position, and padding -1."""
     encoded, places = _encoded_lengths(call), call.get("image_position_ids")
     if encoded is not None or places is None:
         return encoded

@@ -98,29 +98,29 @@ class LayerInputs:
     def _mask(
         self, stage: int, index: int, kept: Selection | None, slots: CacheIndex, added: int, count: int, kwargs: Kwargs
     ) -> Tensor | None:
-        mask, span, source = kwargs.get("attention_mask"), self.info.spans[index], self.info.sources[index]
-        if span.kind == "recurrent":
+        mask, scope, source = kwargs.get("attention_mask"), self.info.scopes[index], self.info.sources[index]
+        if scope.kind == "recurrent":
             recurrent: Tensor | None = self._once(
-                ("mask", stage, span), mask, lambda: follow_recurrent_mask(mask, kept)
+                ("mask", stage, scope), mask, lambda: follow_recurrent_mask(mask, kept)
             )
             return recurrent
         cache = cache_of(kwargs)
         width = static_width(cache, source)
-        if span.windowed:
+        if scope.windowed:
             slots = slots.window(cache, source, added)
-        key = ("mask", stage, span, width, slots.columns.shape[1], count, source == index)
+        key = ("mask", stage, scope, width, slots.columns.shape[1], count, source == index)
         own: Tensor | None = self._once(
             key, mask, lambda: follow_mask(mask, kept, slots, count, self._mask_spec(index, width))
         )
         return own
 
     def _mask_spec(self, index: int, width: int | None) -> MaskSpec:
-        span, attention = self.info.spans[index], self.info.attention
-        return MaskSpec(span, attention, self.past, self.length, width, self.counts_columns(index), self.padding)
+        scope, attention = self.info.scopes[index], self.info.attention
+        return MaskSpec(scope, attention, self.past, self.length, width, self.counts_columns(index), self.padding)
 
     def counts_columns(self, index: int) -> bool:
         """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
-        return not self.past or self.info.first_of_kind[self.info.spans[index]] < self.first
+        return not self.past or self.info.first_of_kind[self.info.scopes[index]] < self.first
 
     def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` if asked for."""

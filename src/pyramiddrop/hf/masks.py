@@ -32,7 +32,7 @@ class MaskSpec:
         padding: (B, past + length) the call's own 2-D attention mask, or None.
     """
 
-    span: Span
+    scope: AttentionScope
     attention: str
     past: int
     length: int
@@ -52,8 +52,8 @@ class MaskSpec:
 
     def fits_window(self) -> bool:
         """True if the whole sequence fits in the window, so no window mask is needed."""
-        padded = self.span.kind == "chunked" and self.padding is not None
-        return not self.span.windowed or (self.total <= self.span.size and not padded)
+        padded = self.scope.kind == "chunked" and self.padding is not None
+        return not self.scope.windowed or (self.total <= self.scope.size and not padded)
 
 
 def follow_mask(
@@ -71,10 +71,10 @@ def follow_mask(
     """
     if mask is None or not spec.counts_columns:
         return _ruled(mask, kept, slots, count, spec)
-    if spec.span.windowed:
+    if spec.scope.windowed:
         offset = spec.total - mask.shape[-1]
     else:
-        slots, offset = slots.until(mask.shape[-1]), 0
+        slots, offset = slots.resized(mask.shape[-1]), 0
     if mask.dim() == 2:
         return hide(mask.gather(1, slots.columns), slots.valid)
     if kept is not None:
@@ -99,7 +99,7 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor
 
 def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec) -> Tensor | None:
     """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
-    slots = slots.until(spec.total)
+    slots = slots.resized(spec.total)
     valid = slots.valid
     if mask is not None and spec.padding is not None:  # where it makes no mask, the model has seen no padding
         shown = spec.padding.bool().gather(1, slots.columns)
@@ -112,7 +112,7 @@ def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count
     queries = _query_columns(kept, slots, count, spec)
     seen = causal(queries, slots.columns, valid)
     if not spec.fits_window():
-        seen = seen & spec.span.reaches(queries, slots.columns, _first_column(spec, len(queries), queries.device))
+        seen = seen & spec.scope.reaches(queries, slots.columns, _first_column(spec, len(queries), queries.device))
     if mask is not None and mask.is_floating_point():
         seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, _hidden(mask))
     return _padded(_padding_sees_itself(seen, kept, slots, spec), spec.width)
@@ -170,7 +170,7 @@ def _padded(mask: Tensor, width: int | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Span:
+class AttentionScope:
     """What one layer's tokens see of the tokens before them, by ORIGINAL column, whatever was dropped between.
 
     Attributes:
@@ -208,7 +208,7 @@ class Span:
         return torch.ones_like(keys <= queries)
 
 
-FULL = Span("full")
+FULL = AttentionScope("full")
 _SIZES = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
 _KINDS = {
     "full_attention": "full",
@@ -223,7 +223,7 @@ class UnknownLayerTypeError(ValueError):
     """A decoder has a kind of layer of which nothing is known; the message names it."""
 
 
-def spans_of(text: Any) -> tuple[Span, ...]:
+def scopes_of(text: Any) -> tuple[AttentionScope, ...]:
     """The span of each decoder layer of a text model, by its configuration.
 
     Raises:
@@ -235,13 +235,13 @@ def spans_of(text: Any) -> tuple[Span, ...]:
         # Without layer types, a model that makes sliding masks at all (Mistral) makes them for every layer.
         slides = hasattr(sys.modules[type(text).__module__], "create_sliding_window_causal_mask")
         size = getattr(config, "sliding_window", None) if slides else None
-        return (Span("sliding", size) if size else FULL,) * count
+        return (AttentionScope("sliding", size) if size else FULL,) * count
     unknown = sorted(set(types) - set(_KINDS))
     if unknown:
         raise UnknownLayerTypeError(f"layers of type {', '.join(map(repr, unknown))}")
-    return tuple(_span(_KINDS[layer_type], config) for layer_type in types)
+    return tuple(_scope(_KINDS[layer_type], config) for layer_type in types)
 
 
-def _span(kind: str, config: Any) -> Span:
+def _scope(kind: str, config: Any) -> AttentionScope:
     size = getattr(config, _SIZES[kind], None) if kind in _SIZES else None
-    return Span(kind, size or 0) if size or kind == "recurrent" else FULL
+    return AttentionScope(kind, size or 0) if size or kind == "recurrent" else FULL

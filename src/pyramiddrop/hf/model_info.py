@@ -21,7 +21,7 @@ from pyramiddrop.cost.model_sizes import TEXT_MODELS, decoder_shape
 from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.hf.cache_state import static_width
 from pyramiddrop.hf.images import IMAGE_LENGTHS
-from pyramiddrop.hf.masks import Span, UnknownLayerTypeError, spans_of
+from pyramiddrop.hf.masks import AttentionScope, UnknownLayerTypeError, scopes_of
 from pyramiddrop.scoring import Scorer
 
 
@@ -59,7 +59,7 @@ class ModelInfo:
     family: Family
     config: PretrainedConfig
     sizes: DecoderShape | None
-    spans: tuple[Span, ...]
+    scopes: tuple[AttentionScope, ...]
     sources: tuple[int, ...]
     alike: tuple[int, ...]
 
@@ -104,19 +104,19 @@ class ModelInfo:
         """The decoder layers with keys of their own."""
         return tuple(
             index
-            for index, (span, source) in enumerate(zip(self.spans, self.sources, strict=True))
-            if index == source and span.kind != "recurrent"
+            for index, (scope, source) in enumerate(zip(self.scopes, self.sources, strict=True))
+            if index == source and scope.kind != "recurrent"
         )
 
     @cached_property
     def windowed(self) -> bool:
         """Whether some layer sees a window or a chunk of the sequence alone."""
-        return any(span.windowed for span in self.spans)
+        return any(scope.windowed for scope in self.scopes)
 
     @cached_property
-    def first_of_kind(self) -> dict[Span, int]:
+    def first_of_kind(self) -> dict[AttentionScope, int]:
         """The first layer of each span; the model reads from its cache how long that span's masks must be."""
-        return {span: self.spans.index(span) for span in self.spans}
+        return {scope: self.scopes.index(scope) for scope in self.scopes}
 
     def image_lengths(self, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
         """Tokens of each image of a call, or None: then a run of them is an image.
@@ -144,7 +144,7 @@ class ModelInfo:
         return cos, sin
 
 
-def anatomy(model: nn.Module) -> ModelInfo:
+def inspect_model(model: nn.Module) -> ModelInfo:
     """Take `model` apart.
 
     Raises:
@@ -157,7 +157,7 @@ def anatomy(model: nn.Module) -> ModelInfo:
     text = _text_model(core)
     wrappers = tuple(module for module in model.modules() if _contains(module, text))
     images, videos = _image_ids(core), _ids(core.config, ("video_token_id", "video_token_index"))
-    spans, sources = _spans(core, text), _sources(text)
+    scopes, sources = _scopes(core, text), _sources(text)
     return ModelInfo(
         wrappers=wrappers,
         generator=next((module for module in wrappers if _generates(module)), None),
@@ -167,9 +167,9 @@ def anatomy(model: nn.Module) -> ModelInfo:
         family=family,
         config=config,
         sizes=decoder_shape(text.config, text.dtype.itemsize) if text.config.model_type in TEXT_MODELS else None,
-        spans=spans,
+        scopes=scopes,
         sources=sources,
-        alike=_alike(spans, sources),
+        alike=_alike(scopes, sources),
     )
 
 
@@ -234,9 +234,9 @@ def _ids(holder: Any, names: tuple[str, ...]) -> set[int]:
     return {number for number in found if isinstance(number, int)}
 
 
-def _spans(core: PreTrainedModel, text: PreTrainedModel) -> tuple[Span, ...]:
+def _scopes(core: PreTrainedModel, text: PreTrainedModel) -> tuple[AttentionScope, ...]:
     try:
-        return spans_of(text)
+        return scopes_of(text)
     except UnknownLayerTypeError as error:
         raise _unsupported(core, f"{error} are not known") from error
 
@@ -250,52 +250,52 @@ def _sources(text: PreTrainedModel) -> tuple[int, ...]:
     return tuple(index if index < own else last[types[index]] for index in range(count))
 
 
-def _alike(spans: Sequence[Span], sources: Sequence[int]) -> tuple[int, ...]:
+def _alike(scopes: Sequence[AttentionScope], sources: Sequence[int]) -> tuple[int, ...]:
     kinds = [
-        (span, None if source == index else source)
-        for index, (span, source) in enumerate(zip(spans, sources, strict=True))
+        (scope, None if source == index else source)
+        for index, (scope, source) in enumerate(zip(scopes, sources, strict=True))
     ]
     return tuple(kinds.index(kind) for kind in kinds)
 
 
-def drop_layers(anatomy: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
+def drop_layers(info: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
 
     Args:
         rank_layer: "next" or "last", of the method.
         scorer: of the method; where it does not attend, any layer will do that has room before it.
     """
-    shift, possible = _shift(rank_layer), _possible(anatomy, rank_layer, scorer)
-    far = [layer for layer in possible if not anatomy.spans[layer - shift].windowed]
+    shift, possible = _shift(rank_layer), _possible(info, rank_layer, scorer)
+    far = [layer for layer in possible if not info.scopes[layer - shift].windowed]
     return tuple(far if far and scorer.needs_attention else possible)
 
 
-def check_layers(anatomy: ModelInfo, layers: tuple[int, ...], rank_layer: str, scorer: Scorer) -> None:
+def check_layers(info: ModelInfo, layers: tuple[int, ...], rank_layer: str, scorer: Scorer) -> None:
     """Raise UnsupportedModelError where a method drops before a layer at which this model does not allow it."""
-    possible = _possible(anatomy, rank_layer, scorer)
+    possible = _possible(info, rank_layer, scorer)
     wrong = [layer for layer in layers if layer not in possible]
     if not wrong:
         return
     layer, ranking = wrong[0], wrong[0] - _shift(rank_layer)
-    if anatomy.sources[layer] != layer:
+    if info.sources[layer] != layer:
         why = "it reuses the keys of an earlier layer"
-    elif scorer.needs_attention and anatomy.spans[ranking].kind == "recurrent":
+    elif scorer.needs_attention and info.scopes[ranking].kind == "recurrent":
         why = f"layer {ranking}, which would rank them, has no attention"
     elif ranking < scorer.needs_previous_hidden:
         why = f"its score compares layer {ranking} with the one before, and there is none"
     else:
         why = "the model reads the length of its cache from a layer behind it"
     raise UnsupportedModelError(
-        f"{type(anatomy.text).__name__} cannot drop visual tokens before layer {layer}: {why}. Allowed are layers "
+        f"{type(info.text).__name__} cannot drop visual tokens before layer {layer}: {why}. Allowed are layers "
         f"{list(possible)}"
     )
 
 
-def _possible(anatomy: ModelInfo, rank_layer: str, scorer: Scorer) -> list[int]:
-    attention = [index for index, span in enumerate(anatomy.spans) if span.kind != "recurrent"]
+def _possible(info: ModelInfo, rank_layer: str, scorer: Scorer) -> list[int]:
+    attention = [index for index, scope in enumerate(info.scopes) if scope.kind != "recurrent"]
     # The model asks its first attention layer how long the sequence is; layers that share keys have none of their own.
-    first, own = attention[0] + 1, sum(source == index for index, source in enumerate(anatomy.sources))
-    ranking = attention if scorer.needs_attention else range(len(anatomy.spans))
+    first, own = attention[0] + 1, sum(source == index for index, source in enumerate(info.sources))
+    ranking = attention if scorer.needs_attention else range(len(info.scopes))
     drops = [index + _shift(rank_layer) for index in ranking if index >= scorer.needs_previous_hidden]
     return [layer for layer in drops if first <= layer < own]
 
@@ -304,60 +304,60 @@ def _shift(rank_layer: str) -> int:
     return 0 if rank_layer == "next" else 1
 
 
-def check_attention(anatomy: ModelInfo, first: int) -> None:
+def check_attention(info: ModelInfo, first: int) -> None:
     """Raise UnsupportedModelError where a flash kernel would count windows by slots, from which tokens were dropped."""
-    windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
-    if windowed and anatomy.attention.startswith("flash"):
+    windowed = [index for index, scope in enumerate(info.scopes) if scope.windowed and index >= first]
+    if windowed and info.attention.startswith("flash"):
         raise UnsupportedModelError(
-            f"{anatomy.attention} counts the window of layer {windowed[0]} in tokens that are left, not in those that "
+            f"{info.attention} counts the window of layer {windowed[0]} in tokens that are left, not in those that "
             'were there; use attn_implementation="sdpa"'
         )
 
 
-def check_compact_positions(anatomy: ModelInfo) -> None:
+def check_compact_positions(info: ModelInfo) -> None:
     """Raise UnsupportedModelError where renumbering tokens 0..n-1 is not defined."""
-    rope: dict[str, Any] = getattr(anatomy.text.config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(info.text.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         why = f"for {rope['rope_type']!r} RoPE, whose frequencies depend on the length"
     elif "mrope_section" in rope:
         why = "for positions of several axes (M-RoPE)"
-    elif not hasattr(anatomy.text, "rotary_emb") or any(isinstance(value, dict) for value in rope.values()):
-        why = f"for {type(anatomy.text).__name__}, whose layers do not share one rotary embedding"
+    elif not hasattr(info.text, "rotary_emb") or any(isinstance(value, dict) for value in rope.values()):
+        why = f"for {type(info.text).__name__}, whose layers do not share one rotary embedding"
     else:
         return
     raise UnsupportedModelError(f'positions="compact" is undefined {why}; use positions="original"')
 
 
-def check_grouping(anatomy: ModelInfo, grouping: str) -> None:
+def check_grouping(info: ModelInfo, grouping: str) -> None:
     """Raise UnsupportedModelError where the tokens of one frame cannot be told from those of others.
 
     Args:
         grouping: "sample", "image" or "frame", of the method.
     """
-    if grouping == "frame" and not anatomy.video_ids:
+    if grouping == "frame" and not info.video_ids:
         raise UnsupportedModelError(
-            f"per_frame=True is not supported for {anatomy.config.model_type!r}: it has no video tokens of its own; "
+            f"per_frame=True is not supported for {info.config.model_type!r}: it has no video tokens of its own; "
             "frames, if it takes any, are images there. Use per_image=True"
         )
 
 
-def check_further_image(anatomy: ModelInfo, first: int) -> None:
+def check_further_image(info: ModelInfo, first: int) -> None:
     """Raise ValueError where a further image comes on top of a cache by whose pruned layer the model counts the columns
     of the image's two-way mask."""
-    late = [index for index in anatomy.first_of_kind.values() if index >= first]
-    if late and anatomy.family.two_way:
+    late = [index for index in info.first_of_kind.values() if index >= first]
+    if late and info.family.two_way:
         raise ValueError(
             f"a further image on top of a pruned cache is not supported where tokens are dropped before layer {first}: "
-            f"{type(anatomy.text).__name__} makes its masks by layer {late[0]}. Drop first behind that layer, or give "
+            f"{type(info.text).__name__} makes its masks by layer {late[0]}. Drop first behind that layer, or give "
             "the whole conversation without a cache"
         )
 
 
-def check_static_cache(anatomy: ModelInfo, first: int, cache: Any) -> None:
+def check_static_cache(info: ModelInfo, first: int, cache: Any) -> None:
     """Raise UnsupportedModelError where layers with a window follow the `first` drop on a static cache: its slots go
     round within the window, and would be counted without the tokens that were dropped."""
-    windowed = [index for index, span in enumerate(anatomy.spans) if span.windowed and index >= first]
-    if windowed and static_width(cache, anatomy.sources[windowed[0]]) is not None:
+    windowed = [index for index, scope in enumerate(info.scopes) if scope.windowed and index >= first]
+    if windowed and static_width(cache, info.sources[windowed[0]]) is not None:
         raise UnsupportedModelError(
             f"a StaticCache with layers that see a window (layer {windowed[0]}) is not supported where visual "
             f"tokens are dropped before one of them (before layer {first}); use a DynamicCache, or drop after them all"

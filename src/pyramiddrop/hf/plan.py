@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.cost import Choice
+from pyramiddrop.cost import DropCounts
 from pyramiddrop.hf.prompt_masks import Prompt, PromptMasks, last_column
 from pyramiddrop.hf.rows import Bounds, Packing
 from pyramiddrop.schedule import Schedule
@@ -55,12 +55,12 @@ class Plan:
     reach: int
 
     @property
-    def choices(self) -> list[Choice]:
+    def drop_counts(self) -> list[DropCounts]:
         """What the drops choose from, in the sample where that is most."""
         found, rows, before = [], self.length, self.visual_tokens
         for drop in self.drops:
             if drop.happens:
-                found.append(Choice(drop.layer, rows, before, drop.kept, *self.asking))
+                found.append(DropCounts(drop.layer, rows, before, drop.kept, *self.asking))
             rows, before = drop.length, drop.kept
         return found
 

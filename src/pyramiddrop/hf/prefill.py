@@ -186,7 +186,7 @@ class Prefill(StagedForward):
             kept = self._kept.get(stage)
             return None if kept is None else CacheIndex(kept.rows, kept.valid, self.length)
         slots = self.memory.slots.get(stage)
-        return slots and slots.until(self.past + self.length)
+        return slots and slots.resized(self.past + self.length)
 
     # ---- after the text model --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
 from pyramiddrop.hf.layer_inputs import Kwargs, LayerCall, LayerInputs, take_tokens
-from pyramiddrop.hf.masks import Span, causal, hide, take_columns
+from pyramiddrop.hf.masks import AttentionScope, causal, hide, take_columns
 from pyramiddrop.hf.model_info import UnsupportedModelError
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
 from pyramiddrop.hf.query_key import QueryKey, cached_keys, extract
@@ -323,12 +323,12 @@ class RankingLayer:
 
     def _with_past(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (B, Hkv, K, d) with those that the layer's cache holds before them; the column of each (B, K), and which
-        are no filler."""
+        are no padding."""
         rows, alive, past = self.rows, self.alive, self.plan.past
         cache: Any = cache_of(self.call.kwargs)
         if not past:
             return keys, rows, alive
-        before = self.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).until(past)
+        before = self.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).resized(past)
         before = before.window(cache, self.call.index, 0)
         cached = cached_keys(self.call.layer, cache.layers[self.call.index])[:, :, : before.columns.shape[1]].to(
             keys.device
@@ -353,7 +353,7 @@ class RankingLayer:
                 return seen
             shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
             return seen & shown[:, None, None]
-        offset = plan.past + plan.length - mask.shape[-1] if self._span.windowed else 0
+        offset = plan.past + plan.length - mask.shape[-1] if self._scope.windowed else 0
         if batch is not None:
             mask = mask.expand(len(plan.visual), -1, -1, -1)
             seen = mask[batch, :, asking[..., None], columns[:, None]].movedim(-1, 1)
@@ -363,18 +363,18 @@ class RankingLayer:
         return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
 
     @property
-    def _span(self) -> Span:
-        return self.inputs.info.spans[self.call.index]
+    def _scope(self) -> AttentionScope:
+        return self.inputs.info.scopes[self.call.index]
 
     def _check_reach(self) -> None:
         """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
         cannot see last, whatever they show."""
-        span = self._span
-        reach = self.plan.past + self.plan.length if span.kind == "chunked" else self.plan.reach
-        if span.windowed and reach > span.size:
-            whole = [number for number, other in enumerate(self.inputs.info.spans) if other.kind == "full"]
+        scope = self._scope
+        reach = self.plan.past + self.plan.length if scope.kind == "chunked" else self.plan.reach
+        if scope.windowed and reach > scope.size:
+            whole = [number for number, other in enumerate(self.inputs.info.scopes) if other.kind == "full"]
             raise UnsupportedModelError(
-                f"layer {self.call.index}, which ranks the visual tokens, sees {span.size} tokens, but they begin "
+                f"layer {self.call.index}, which ranks the visual tokens, sees {scope.size} tokens, but they begin "
                 f"{reach} tokens before the end of the prompt. Let a layer rank that sees everything "
                 f"({whole or 'this model has none'}), or use a method that needs no attention (RandomDrop, UniformDrop)"
             )

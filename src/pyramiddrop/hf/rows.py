@@ -85,7 +85,7 @@ def give_back(
 
 
 def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N) what each of `rows` is to predict: the label behind it; -100 at filler."""
+    """(B, N) what each of `rows` is to predict: the label behind it; -100 at padding."""
     following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     taken = take_rows(following, rows)
     return taken if valid is None else taken.masked_fill(~valid.to(taken.device), -100)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyramiddrop import Method
-from pyramiddrop.cost import Account, account
+from pyramiddrop.cost import CostBreakdown, estimate_cost
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.inference.sizes import Sizes
@@ -19,7 +19,7 @@ class MethodCost:
 
     label: str
     method: Method | None
-    cost: Account
+    cost: CostBreakdown
 
 
 def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) -> list[MethodCost]:
@@ -34,7 +34,7 @@ def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) 
         if not any(option in known for _, known in full):
             raise InputError(f"--{option} belongs to none of the methods {', '.join(specs)}")
     methods = [resolve_method(spec, sizes.name, sizes.shape.decoder.layers) for spec, _ in full]
-    vanilla = MethodCost(VANILLA, None, account(sizes.shape, sizes.prompt))
+    vanilla = MethodCost(VANILLA, None, estimate_cost(sizes.shape, sizes.prompt))
     return [vanilla, *(_method_cost(method, sizes) for method in methods if method is not None)]
 
 
@@ -63,5 +63,5 @@ def _method_cost(method: Method, sizes: Sizes) -> MethodCost:
         attends = method.scorer().needs_attention
         schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
         shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt)
-    cost = account(sizes.shape, sizes.prompt, schedule, method.choosing_flops)
+    cost = estimate_cost(sizes.shape, sizes.prompt, schedule, method.ranking_flops)
     return MethodCost(method_label(method), method, cost)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pyramiddrop import Method
-from pyramiddrop.cost import Choice, DecoderShape, Prompt, kv_bytes, prefill_flops
-from pyramiddrop.hf.model_info import ModelInfo, anatomy
+from pyramiddrop.cost import DecoderShape, DropCounts, Prompt, kv_bytes, prefill_flops
+from pyramiddrop.hf.model_info import ModelInfo, inspect_model
 from pyramiddrop.trace import Trace
 
 
@@ -80,12 +80,12 @@ def batch_usage(
         inputs: of the batch.
         method, trace: what dropped tokens in its prefill, and what that told; None where nothing was dropped.
     """
-    parts = anatomy(model)
+    info = inspect_model(model)
     kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
     found = []
-    for sample, (visual, text, instruction) in enumerate(_counted(parts, inputs, trace)):
+    for sample, (visual, text, instruction) in enumerate(_counted(info, inputs, trace)):
         stages = tuple(StageTokens(layer, keep, counts[sample]) for layer, keep, counts in kept)
-        found.append(_account(parts.sizes, method, visual, text, max(1, instruction), stages))
+        found.append(_account(info.sizes, method, visual, text, max(1, instruction), stages))
     return found
 
 
@@ -93,15 +93,15 @@ def batch_prompts(model: Any, inputs: Mapping[str, Any]) -> list[Prompt]:
     """What each sample of a batch brings, told by its ids: nothing has to run. Each sample needs a picture."""
     return [
         Prompt(visual, text, instruction_tokens=instruction)
-        for visual, text, instruction in _counted(anatomy(model), inputs)
+        for visual, text, instruction in _counted(inspect_model(model), inputs)
     ]
 
 
-def _counted(parts: ModelInfo, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
+def _counted(info: ModelInfo, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
     """Of each sample of a batch, without padding: visual tokens, all others, and those of them behind the pictures."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids) if mask is None else mask
-    marked = torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device))
+    marked = torch.isin(ids, torch.tensor(info.visual_ids, device=ids.device))
     visual = trace.visual_columns if trace else [row.nonzero()[:, 0] for row in marked]
     found = []
     for row, columns in zip(valid, visual, strict=True):
@@ -127,8 +127,8 @@ def _account(
     flops = prefill_flops(shape, lengths, visual=tokens)
     for stage, before in zip(stages, unknown.tokens_by_stage, strict=False):
         if method is not None and stage.tokens < before:
-            choice = Choice(stage.layer, text + before, before, stage.tokens, instruction=instruction)
-            flops += method.choosing_flops(shape, choice)
+            drop = DropCounts(stage.layer, text + before, before, stage.tokens, instruction=instruction)
+            flops += method.ranking_flops(shape, drop)
     return replace(unknown, flops=flops, kv_bytes=kv_bytes(shape, lengths))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pyramiddrop import Method
 from pyramiddrop.assets import reader_checkpoint
-from pyramiddrop.hf.model_info import UnsupportedModelError, anatomy
+from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
@@ -110,7 +110,7 @@ def bundled_remarks(processor: Any, prompt: str, pictures: Sequence[Image.Image]
 
 def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
     """A model or a method that cannot work says so when it is taken apart or attached; better now than half way."""
-    anatomy(checkpoint.model)
+    inspect_model(checkpoint.model)
     if method is not None:
         with method(checkpoint.model):
             pass

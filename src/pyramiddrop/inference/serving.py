@@ -12,7 +12,7 @@ from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
-from pyramiddrop.cost import Account, Prompt, account
+from pyramiddrop.cost import CostBreakdown, Prompt, estimate_cost
 from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, read_served_config
 from pyramiddrop.inference.errors import InputError, user_input
@@ -31,8 +31,8 @@ class Saving:
     """One prompt without and with dropping."""
 
     prompt: Prompt
-    vanilla: Account
-    pruned: Account
+    vanilla: CostBreakdown
+    pruned: CostBreakdown
 
     @property
     def flops_ratio(self) -> float:
@@ -159,8 +159,8 @@ def _saving(config: Any, method: Method) -> Saving | None:
     except ValueError:
         return None
     prompt = Prompt(visual_tokens_of(config) or VISUAL_TOKENS, TEXT_TOKENS)
-    pruned = account(shape, prompt, method.schedule(shape.decoder.layers), method.choosing_flops)
-    return Saving(prompt, account(shape, prompt), pruned)
+    pruned = estimate_cost(shape, prompt, method.schedule(shape.decoder.layers), method.ranking_flops)
+    return Saving(prompt, estimate_cost(shape, prompt), pruned)
 
 
 def _run_vllm(command: list[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from pyramiddrop import Method
 from pyramiddrop.inference.prompt import on_model
 
-Way = TypeVar("Way")
+Variant = TypeVar("Variant")
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def time_prefills(
     }
 
 
-def in_turn(ways: Sequence[Way], rounds: int) -> Iterator[tuple[int, Way]]:
+def in_turn(variants: Sequence[Variant], rounds: int) -> Iterator[tuple[int, Variant]]:
     """Every way once a round, with the round's number. Each round starts with another way: none is always first.
 
     Noise that lasts longer than a round falls on all alike.
     """
     for turn in range(rounds):
-        first = turn % len(ways)
-        for way in (*ways[first:], *ways[:first]):
-            yield turn, way
+        first = turn % len(variants)
+        for variant in (*variants[first:], *variants[:first]):
+            yield turn, variant
 
 
 @contextmanager

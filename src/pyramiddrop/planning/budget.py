@@ -11,14 +11,14 @@ from pyramiddrop.cost import (
     CONVENTIONS,
     ModelShape,
     Prompt,
-    account,
+    estimate_cost,
     fastv_layer_flops,
     layer_flops,
     layer_kv_bytes,
     paper_layer_flops,
     ranking_flops,
 )
-from pyramiddrop.cost.account import choices, visual_by_layer
+from pyramiddrop.cost.estimate import drop_counts, visual_by_layer
 from pyramiddrop.schedule import Schedule
 
 KINDS = ("tokens", "tflops", "percent", "kv_bytes", "milliseconds")
@@ -121,7 +121,7 @@ class Meter:
         """What `schedule` (None for vanilla) spends, in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
         layers = sum(self.layer(layer, count, visual[self.sources[layer]]) for layer, count in enumerate(visual))
-        ranked = sum(self.ranking(choice.visual) for choice in choices(schedule, Prompt(self.tokens)))
+        ranked = sum(self.ranking(drop.visual) for drop in drop_counts(schedule, Prompt(self.tokens)))
         return self.in_units(layers + ranked)
 
     def in_units(self, amount: float) -> float:
@@ -142,7 +142,7 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
         return made(lambda _, n, __: n, _nothing, fixed=0, whole=shape.layers, units=1)
     if budget.kind == "kv_bytes":
         return made(lambda layer, n, _: layer_kv_bytes(shape, n + text, layer), _nothing, fixed=0, whole=1, units=1)
-    vanilla = account(model, prompt)
+    vanilla = estimate_cost(model, prompt)
     whole, units = (1e12, 1) if budget.kind == "tflops" else (vanilla.flops(budget.convention), 100)
     counted = partial(made, whole=whole, units=units)
     if budget.convention == "paper":

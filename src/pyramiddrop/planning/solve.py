@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pyramiddrop.cost import CONVENTIONS, Account, ModelShape, Prompt, account
+from pyramiddrop.cost import CONVENTIONS, CostBreakdown, ModelShape, Prompt, estimate_cost
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
@@ -45,8 +45,8 @@ class Plan:
     spent: float
     vanilla_spent: float
     prompt: Prompt
-    cost: Account
-    vanilla: Account
+    cost: CostBreakdown
+    vanilla: CostBreakdown
     loss: float | None = None
 
     @property
@@ -258,8 +258,8 @@ class _Solver:
             spent=self.meter.spent(schedule),
             vanilla_spent=self.meter.spent(None),
             prompt=self.prompt,
-            cost=account(self.model, self.prompt, schedule),
-            vanilla=account(self.model, self.prompt),
+            cost=estimate_cost(self.model, self.prompt, schedule),
+            vanilla=estimate_cost(self.model, self.prompt),
             loss=loss,
         )
 

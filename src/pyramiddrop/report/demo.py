@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.pictures.lifetimes import Span, token_status
+from pyramiddrop.report.pictures.lifetimes import StageTokens, token_status
 from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data, seen_pixels
 from pyramiddrop.report.pictures.visual import Visual, visualize
 from pyramiddrop.report.tables import runs
@@ -34,7 +34,7 @@ def write_demo(demo: Demo, folder: Path) -> Written:
     for number, (asked, visual) in enumerate(zip(demo.asked, visuals, strict=True), start=1):
         overlays.append(folder / f"overlay-{number}-{asked.question.kind}.png")
         visual.save(overlays[-1])
-    cards = [Card(asked, visual.seen, visual.spans) for asked, visual in zip(demo.asked, visuals, strict=True)]
+    cards = [Card(asked, visual.seen, visual.stages) for asked, visual in zip(demo.asked, visuals, strict=True)]
     page = folder / "index.html"
     page.write_text(render_page(demo, cards, _readme(folder)), encoding="utf-8")
     return Written(page, overlays)
@@ -54,11 +54,11 @@ def _visual(demo: Demo, asked: Asked) -> Visual:
 
 @dataclass(frozen=True)
 class Card:
-    """One question on the page: what was asked, the views of its picture, and what was alive in each span of layers."""
+    """One question on the page: what was asked, the views of its picture, and what was alive in each stage."""
 
     asked: Asked
     seen: Sequence[PlacedView]
-    spans: Sequence[Span]
+    stages: Sequence[StageTokens]
 
     @property
     def picture(self) -> str:
@@ -67,11 +67,11 @@ class Card:
 
     @cached_property
     def panels(self) -> list[dict[str, Any]]:
-        """One for each span: its layers, and for the picture's first view the shape of what is dropped."""
+        """One for each stage: its layers, and for the picture's first view the shape of what is dropped."""
         view = self.seen[0].view
         return [
-            {"layers": span.layers, "tokens": span.tokens, "dropped": dropped_path(view, span.cells[0])}
-            for span in self.spans
+            {"layers": stage.layers, "tokens": stage.tokens, "dropped": dropped_path(view, stage.cells[0])}
+            for stage in self.stages
         ]
 
     @property
@@ -81,8 +81,8 @@ class Card:
 
     @property
     def token_status(self) -> list[int]:
-        """For each patch in reading order the number of the last span in which it is alive."""
-        return token_status(self.spans, 0, self.view)
+        """For each patch in reading order the number of the last stage in which it is alive."""
+        return token_status(self.stages, 0, self.view)
 
 
 def _readme(folder: Path) -> str | None:
@@ -100,7 +100,7 @@ def render_page(demo: Demo, cards: Sequence[Card], readme: str | None = None) ->
         dark_pictures={card.picture: overlay_grey(card.asked.picture) > 128 for card in cards},
         ratios={name: after / before if before else 1.0 for name, (before, after) in _medians(demo).items()},
         medians=_medians(demo),
-        pyramid=cards[0].spans,
+        pyramid=cards[0].stages,
         right=[sum(right) for right in zip(*demo.right, strict=True)],
         remarks=runs.summary(demo),
         own_model=runs.OWN_MODEL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pyramiddrop.cost import Choice, DecoderShape, ranking_flops
+from pyramiddrop.cost import DecoderShape, DropCounts, ranking_flops
 from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ class _Attending(Scorer):
 
     needs_attention: ClassVar[bool] = True
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return ranking_flops(shape, choice.rows, choice.queries)
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return ranking_flops(shape, drop.rows, drop.queries)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class InstructionScorer(_Attending):
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         return evidence.attention(instruction=True).mean(1)
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return ranking_flops(shape, choice.rows, choice.instruction)
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return ranking_flops(shape, drop.rows, drop.instruction)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pyramiddrop.cost import Choice, DecoderShape, projecting_flops
+from pyramiddrop.cost import DecoderShape, DropCounts, projecting_flops
 from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class KeyNormScorer(Scorer):
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         return -evidence.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-any-return]
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return projecting_flops(shape, choice.rows, choice.queries)
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return projecting_flops(shape, drop.rows, drop.queries)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class DiversityScorer(Scorer):
             nearest[samples, chosen] = float("-inf")
         return scores
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return 2 * choice.rows * choice.rows * shape.hidden
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return 2 * drop.rows * drop.rows * shape.hidden
 
 
 def _group_means(evidence: ScorerInputs, unit: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from pyramiddrop.cost import Choice, DecoderShape
+from pyramiddrop.cost import DecoderShape, DropCounts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,6 @@ class Scorer(ABC):
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         """(B, N) float32; what rows other than visual ones get is ignored. Ties are broken by the lower column."""
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
         """What scoring costs at one drop of one sample, by matrix products, 2 for a multiply-add."""
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from pyramiddrop.cost import Choice, DecoderShape
+from pyramiddrop.cost import DecoderShape, DropCounts
 from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class _Around(Scorer):
     def needs_previous_hidden(self) -> bool:  # type: ignore[override]
         return self.inner.needs_previous_hidden
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return self.inner.flops(shape, choice)
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return self.inner.flops(shape, drop)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RandomAfterScorer(_Around):
     def __call__(self, evidence: ScorerInputs) -> Tensor:
         return RandomScorer()(evidence) if evidence.layer >= self.layer else self.inner(evidence)
 
-    def flops(self, shape: DecoderShape, choice: Choice) -> int:
-        return 0 if choice.layer >= self.layer else self.inner.flops(shape, choice)
+    def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return 0 if drop.layer >= self.layer else self.inner.flops(shape, drop)
 
 
 @dataclass(frozen=True)

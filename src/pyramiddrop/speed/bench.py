@@ -22,7 +22,7 @@ from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs
 from pyramiddrop.speed.overhead import measure_overhead
-from pyramiddrop.speed.predicted import choose_ways
+from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.record import (
     decoding_records,
     generation_records,
@@ -33,7 +33,7 @@ from pyramiddrop.speed.record import (
     training_records,
 )
 from pyramiddrop.speed.subject import Subject, checkpoint_subject, shape_subject, sizes_of
-from pyramiddrop.speed.training import measure_training, training_ways
+from pyramiddrop.speed.training import measure_training, training_variants
 
 TEXT_TOKENS = 64
 
@@ -70,7 +70,7 @@ class Bench:
     """A benchmark that can run: the model in memory, and vanilla and methods side by side."""
 
     subject: Subject
-    ways: Sequence[MethodCost]
+    variants: Sequence[MethodCost]
     batches: Sequence[int]
     threads: int
 
@@ -86,7 +86,7 @@ class Bench:
             results = [
                 result
                 for batch in self.batches
-                for result in measure_generation(self.subject, self.ways, batch, new_tokens, repeats, clock, tick)
+                for result in measure_generation(self.subject, self.variants, batch, new_tokens, repeats, clock, tick)
             ]
         setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
         return self._record("generation", setting, generation_records(results))
@@ -94,12 +94,12 @@ class Bench:
     def training(self, repeats: int, optimizer: bool, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Measure training steps, with AdamW's update where `optimizer`; see :meth:`generation`."""
         clock = clock_for(self.subject.model.device, self.threads)
-        ways = training_ways(self.ways)
+        variants = training_variants(self.variants)
         with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
             results = [
                 result
                 for batch in self.batches
-                for result in measure_training(self.subject, ways, batch, repeats, clock, optimizer, tick)
+                for result in measure_training(self.subject, variants, batch, repeats, clock, optimizer, tick)
             ]
         setting = {"optimizer": "AdamW" if optimizer else None, "repeats": repeats, "clock": clock.name}
         return self._record("training", setting, training_records(results))
@@ -118,7 +118,7 @@ class Bench:
                 result
                 for batch in self.batches
                 for result in measure_decoding(
-                    self.subject, self.ways, batch, new_tokens, repeats, clock, compilers, tick
+                    self.subject, self.variants, batch, new_tokens, repeats, clock, compilers, tick
                 )
             ]
         setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
@@ -131,7 +131,7 @@ class Bench:
             results = [
                 result
                 for batch in self.batches
-                for result in measure_overhead(self.subject, self.ways, batch, repeats, clock, tick)
+                for result in measure_overhead(self.subject, self.variants, batch, repeats, clock, tick)
             ]
         return self._record("overhead", {"repeats": repeats, "clock": clock.name}, overhead_records(results))
 
@@ -140,14 +140,14 @@ class Bench:
     ) -> dict[str, Any]:
         """Count graphs of compiled layers over pictures of so many visual tokens; see :meth:`generation`."""
         with cpu_threads(self.threads):
-            results = count_graphs(self.subject, self.ways, visual_tokens, backend, tick)
+            results = count_graphs(self.subject, self.variants, visual_tokens, backend, tick)
         setting = {"visual_tokens": list(visual_tokens), "backend": backend}
         return self._record("graphs", setting, graph_records(results))
 
     def runs(self, repeats: int, train: bool) -> int:
         """How many runs there will be, the warm-up among them."""
-        ways = len(training_ways(self.ways)) if train else len(self.ways)
-        return ways * len(self.batches) * (repeats + 1)
+        variants = len(training_variants(self.variants)) if train else len(self.variants)
+        return variants * len(self.batches) * (repeats + 1)
 
     def _record(self, kind: str, setting: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -174,8 +174,8 @@ def prepare_bench(options: BenchOptions, tell: Callable[[str], None] = lambda re
             subject = _of_shape(options, options.shape, device)
         else:
             subject = _of_checkpoint(options, device)
-    ways = choose_ways(options.methods, subject.parts.shape, subject.prompt, tell)
-    return Bench(subject, ways, options.batches, options.threads)
+    variants = choose_variants(options.methods, subject.info.shape, subject.prompt, tell)
+    return Bench(subject, variants, options.batches, options.threads)
 
 
 def _device(name: str | None) -> torch.device:
@@ -190,7 +190,7 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
         if value:
             raise InputError(f"--{name} belongs to a checkpoint, and --shape runs random weights; give one of the two")
     sizes, _ = sizes_of(shape, options.num_layers)
-    choose_ways(options.methods, sizes, Prompt(1))  # before the weights are made
+    choose_variants(options.methods, sizes, Prompt(1))  # before the weights are made
     return shape_subject(
         shape, device, options.dtype, options.num_layers, options.visual_tokens, options.text_tokens or TEXT_TOKENS
     )
@@ -204,7 +204,7 @@ def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
     text = read_config(source).get_text_config(decoder=True)
     with user_input(f"cannot count {source}"):
         shape = decoder_shape(text, 2)
-    choose_ways(options.methods, shape, Prompt(1))  # before the weights are loaded
+    choose_variants(options.methods, shape, Prompt(1))  # before the weights are loaded
     images, prompt = tuple(options.images), options.prompt
     if options.model is None and not images:
         images = (demo_images()[0],)

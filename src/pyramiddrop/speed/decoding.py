@@ -41,7 +41,7 @@ class Decoding:
         not_captured: those of them that PyTorch would not make CUDA graphs of.
     """
 
-    way: str
+    variant: str
     compiled: str
     batch: int
     step: Spread
@@ -51,7 +51,7 @@ class Decoding:
 
 def measure_decoding(
     subject: Subject,
-    ways: Sequence[MethodCost],
+    variants: Sequence[MethodCost],
     batch: int,
     steps: int,
     repeats: int,
@@ -70,18 +70,18 @@ def measure_decoding(
     """
     found = []
     for name, compiler in compilers.items():
-        for way in ways:
+        for variant in variants:
             torch._dynamo.reset()
             counters.clear()
-            cache = StaticCache(config=subject.parts.text.config, max_cache_len=subject.visual.shape[1] + steps + 1)
-            with torch.no_grad(), subject.under(way.method):
+            cache = StaticCache(config=subject.info.text.config, max_cache_len=subject.visual.shape[1] + steps + 1)
+            with torch.no_grad(), subject.under(variant.method):
                 step, times = compiler(subject.model), []
                 for run in range(repeats + 1):
                     seconds = _decode(subject, batch, steps, clock, cache, step)
                     times += [seconds / steps] if run else []
                     tick()
             graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
-            found.append(Decoding(way.label, name, batch, Spread.of(times), graphs, skipped))
+            found.append(Decoding(variant.label, name, batch, Spread.of(times), graphs, skipped))
     return found
 
 

@@ -50,7 +50,7 @@ class Generation:
         predicted: by the cost model.
     """
 
-    way: str
+    variant: str
     batch: int
     first_token: Spread
     decoder: Spread
@@ -64,7 +64,7 @@ class Generation:
 
 def measure_generation(
     subject: Subject,
-    ways: Sequence[MethodCost],
+    variants: Sequence[MethodCost],
     batch: int,
     new_tokens: int,
     repeats: int,
@@ -78,25 +78,25 @@ def measure_generation(
     Args:
         tick: called after every run, also of the first round.
     """
-    times: dict[str, list[GenerationTimes]] = {way.label: [] for way in ways}
+    times: dict[str, list[GenerationTimes]] = {variant.label: [] for variant in variants}
     memory: dict[str, tuple[int, int]] = {}
-    for turn, way in in_turn(ways, repeats + 1):
+    for turn, variant in in_turn(variants, repeats + 1):
         if turn:
-            times[way.label].append(_generate(subject, way, batch, new_tokens, clock)[0])
+            times[variant.label].append(_generate(subject, variant, batch, new_tokens, clock)[0])
         else:
             with peak_memory(subject.model.device) as peak:
-                kv_bytes = _generate(subject, way, batch, new_tokens, clock)[1]
-            memory[way.label] = peak.bytes, kv_bytes
+                kv_bytes = _generate(subject, variant, batch, new_tokens, clock)[1]
+            memory[variant.label] = peak.bytes, kv_bytes
         tick()
-    return [_summed(subject, way, batch, times[way.label], *memory[way.label]) for way in ways]
+    return [_summed(subject, variant, batch, times[variant.label], *memory[variant.label]) for variant in variants]
 
 
 def _summed(
-    subject: Subject, way: MethodCost, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
+    subject: Subject, variant: MethodCost, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
 ) -> Generation:
     steps = [one.step for one in times if one.step is not None]
     return Generation(
-        way=way.label,
+        variant=variant.label,
         batch=batch,
         first_token=Spread.of([one.first_token for one in times]),
         decoder=Spread.of([one.decoder for one in times]),
@@ -105,21 +105,21 @@ def _summed(
         whole=Spread.of([one.whole for one in times]),
         peak_bytes=peak_bytes,
         kv_bytes=kv_bytes,
-        predicted=predict(way, subject.parts.shape, subject.prompt, batch),
+        predicted=predict(variant, subject.info.shape, subject.prompt, batch),
     )
 
 
 def _generate(
-    subject: Subject, way: MethodCost, batch: int, new_tokens: int, clock: Clock
+    subject: Subject, variant: MethodCost, batch: int, new_tokens: int, clock: Clock
 ) -> tuple[GenerationTimes, int]:
     """One call of `generate`: its times, and the KV bytes after its prefill."""
-    inputs, cache = subject.batch(batch), DynamicCache(config=subject.parts.text.config)
-    watch = _PrefillWatch(subject.parts, clock)
+    inputs, cache = subject.batch(batch), DynamicCache(config=subject.info.text.config)
+    watch = _PrefillWatch(subject.info, clock)
     with torch.inference_mode():
         watch.before_method()
-        with subject.under(way.method):
+        with subject.under(variant.method):
             watch.after_method()
-            if way.method and subject.model.device.type == "cuda":
+            if variant.method and subject.model.device.type == "cuda":
                 _settle(subject, inputs, watch)
             tokens = _Tokens(clock, cache, watch)
             start = clock.mark()
@@ -170,9 +170,9 @@ def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch
 class _PrefillWatch:
     """Marks the time inside a method's hooks, by hooks that stand before and after them, and inside the text model."""
 
-    def __init__(self, parts: ModelInfo, clock: Clock) -> None:
-        self.text, self.clock = parts.text, clock
-        self.around, self.inside = parts.wrappers, (parts.text, *parts.layers)
+    def __init__(self, info: ModelInfo, clock: Clock) -> None:
+        self.text, self.clock = info.text, clock
+        self.around, self.inside = info.wrappers, (info.text, *info.layers)
         self.spans: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}  # inside the text model, or around it
         self.entered: Any = None
         self.handles: list[Any] = []

@@ -22,14 +22,14 @@ class Graphs:
         waits: how often the host waits for the device in a prefill that is not compiled; None where there is no GPU.
     """
 
-    way: str
+    variant: str
     graphs: tuple[int, ...]
     waits: int | None
 
 
 def count_graphs(
     subject: Subject,
-    ways: Sequence[MethodCost],
+    variants: Sequence[MethodCost],
     visual_tokens: Sequence[int],
     backend: str,
     tick: Callable[[], None] = lambda: None,
@@ -42,28 +42,28 @@ def count_graphs(
         tick: called after each way.
     """
     found = []
-    for way in ways:
-        waits = count_waits(subject, way)
-        found.append(Graphs(way.label, tuple(_counts(subject, way, visual_tokens, backend)), waits))
+    for variant in variants:
+        waits = count_waits(subject, variant)
+        found.append(Graphs(variant.label, tuple(_counts(subject, variant, visual_tokens, backend)), waits))
         tick()
     return found
 
 
-def _counts(subject: Subject, way: MethodCost, visual_tokens: Sequence[int], backend: str) -> list[int]:
+def _counts(subject: Subject, variant: MethodCost, visual_tokens: Sequence[int], backend: str) -> list[int]:
     torch._dynamo.reset()
     counters.clear()
-    layers = subject.parts.layers
+    layers = subject.info.layers
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
     try:
-        return [_prefilled(resized(subject, tokens), way) for tokens in visual_tokens]
+        return [_prefilled(resized(subject, tokens), variant) for tokens in visual_tokens]
     finally:
         for layer in layers:
             del layer.forward  # of this layer; its class's stands behind it
 
 
-def _prefilled(subject: Subject, way: MethodCost) -> int:
-    with torch.no_grad(), subject.under(way.method):
+def _prefilled(subject: Subject, variant: MethodCost) -> int:
+    with torch.no_grad(), subject.under(variant.method):
         subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
     return int(counters["stats"]["unique_graphs"])
 
@@ -71,14 +71,14 @@ def _prefilled(subject: Subject, way: MethodCost) -> int:
 _WAITED = "synchronizing CUDA operation"
 
 
-def count_waits(subject: Subject, way: MethodCost) -> int | None:
+def count_waits(subject: Subject, variant: MethodCost) -> int | None:
     """Waits in one prefill of one sample, once the method is settled; None where there is no CUDA device.
 
     PyTorch's own watch counts them; it does not know of every way to wait.
     """
     if subject.model.device.type != "cuda":
         return None
-    with torch.no_grad(), subject.under(way.method):
+    with torch.no_grad(), subject.under(variant.method):
         subject.model(**subject.inputs, logits_to_keep=1)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")

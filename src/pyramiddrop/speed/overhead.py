@@ -30,7 +30,7 @@ class Overhead:
         prefill, step: seconds.
     """
 
-    way: str
+    variant: str
     batch: int
     prefill_ops: int
     step_ops: int
@@ -52,7 +52,7 @@ class _OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def measure_overhead(
     subject: Subject,
-    ways: Sequence[MethodCost],
+    variants: Sequence[MethodCost],
     batch: int,
     repeats: int,
     clock: Clock,
@@ -63,13 +63,13 @@ def measure_overhead(
     Args:
         tick: called once for each way after every round, also after the first one.
     """
-    names = [way.label for way in ways]
+    names = [variant.label for variant in variants]
     prefills, steps = ({name: list[float]() for name in names} for _ in range(2))
     with torch.no_grad(), ExitStack() as stack:
         # A model object for each way, on the same weights: so steps, too, take turns.
         subjects = {name: replace(subject, model=shared_copy(subject.model)) for name in names}
-        for way in ways:
-            stack.enter_context(subjects[way.label].under(way.method))
+        for variant in variants:
+            stack.enter_context(subjects[variant.label].under(variant.method))
         for name in names:
             _forward(subjects[name], batch)  # what a method asks once
         ops = {name: _count_ops(subjects[name], batch) for name in names}

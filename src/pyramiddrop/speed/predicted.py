@@ -28,7 +28,7 @@ class Predicted:
     kv_bytes: int
 
 
-def choose_ways(
+def choose_variants(
     words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
 ) -> list[MethodCost]:
     """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, those of the two published
@@ -42,25 +42,25 @@ def choose_ways(
     """
     sizes = Sizes("", ModelShape(shape), prompt)
     if not words:
-        ways, left_out = published_costs(PUBLISHED, {}, sizes)
+        variants, left_out = published_costs(PUBLISHED, {}, sizes)
         for reason in left_out:
             tell(reason)
-        return ways
-    ways = method_costs(words, {}, sizes)
-    labels = [way.label for way in ways]
+        return variants
+    variants = method_costs(words, {}, sizes)
+    labels = [variant.label for variant in variants]
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"{label} would be measured twice; name each method once")
-    if len(ways) == 1:
+    if len(variants) == 1:
         raise InputError("vanilla is always measured; name a method to set beside it")
-    return ways
+    return variants
 
 
-def predict(way: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
+def predict(variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
     """The cost of a prefill of `batch` equal samples."""
-    flops = way.cost.full.decoder + way.cost.full.ranking
-    above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(way, prompt)))
-    return Predicted(batch * flops, batch * (flops - above), batch * way.cost.kv_bytes)
+    flops = variant.cost.full.decoder + variant.cost.full.ranking
+    above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(variant, prompt)))
+    return Predicted(batch * flops, batch * (flops - above), batch * variant.cost.kv_bytes)
 
 
 def _skipped(mixer: Mixer, rows: int) -> int:
@@ -69,23 +69,23 @@ def _skipped(mixer: Mixer, rows: int) -> int:
 
 
 def predict_step(
-    way: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
+    variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
 ) -> int:
     """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
 
     Checkpointing computes the layers' forward twice, but for the MLP's last product, of which the backward needs but
     the factors; the ranking and the head it does not.
     """
-    rows = rows_by_layer(way, prompt)
-    decoder = 3 * way.cost.full.decoder
+    rows = rows_by_layer(variant, prompt)
+    decoder = 3 * variant.cost.full.decoder
     if checkpointing:
-        visual = way.cost.visual_by_layer
+        visual = variant.cost.visual_by_layer
         last = sum(2 * shape.hidden * shape.mlp_values(layer, rows[layer], visual[layer]) for layer in range(len(rows)))
-        decoder += way.cost.full.decoder - last
+        decoder += variant.cost.full.decoder - last
     head = 3 * head_flops(shape, rows[-1] if kept_logits else rows[0])
-    return batch * (decoder + way.cost.full.ranking + head)
+    return batch * (decoder + variant.cost.full.ranking + head)
 
 
-def rows_by_layer(way: MethodCost, prompt: Prompt) -> list[int]:
+def rows_by_layer(variant: MethodCost, prompt: Prompt) -> list[int]:
     """The rows of one sample in each layer."""
-    return [visual + prompt.text_tokens for visual in way.cost.visual_by_layer]
+    return [visual + prompt.text_tokens for visual in variant.cost.visual_by_layer]

@@ -40,12 +40,12 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 def subject_record(subject: Subject) -> dict[str, Any]:
     """The model's sizes and the prompt's."""
-    shape = subject.parts.shape
+    shape = subject.info.shape
     return {
         "name": subject.name,
         "about": subject.about,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "attention": subject.parts.attention,
+        "attention": subject.info.attention,
         "layers": shape.layers,
         "hidden": shape.hidden,
         "intermediate": shape.intermediate,
@@ -64,19 +64,19 @@ def generation_records(results: Sequence[Generation]) -> list[dict[str, Any]]:
     `of_predicted` is the decoder's speed-up in the prefill over the one that FLOPs predict; `dropping_share` is the
     share of its own prefill that a method's hooks take.
     """
-    vanilla = {result.batch: result for result in results if result.way == VANILLA}
+    vanilla = {result.batch: result for result in results if result.variant == VANILLA}
     return [_generation(result, vanilla[result.batch]) for result in results]
 
 
 def training_records(results: Sequence[TrainingStep]) -> list[dict[str, Any]]:
     """Each result with its ratios to vanilla of the same batch, with or without checkpointing as it is."""
-    vanilla = {(result.batch, result.checkpointing): result for result in results if result.way == VANILLA}
+    vanilla = {(result.batch, result.checkpointing): result for result in results if result.variant == VANILLA}
     return [_training(result, vanilla[result.batch, result.checkpointing]) for result in results]
 
 
 def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
     """Each result with its ratio to vanilla of the same batch, compiled or not as it is."""
-    vanilla = {(result.batch, result.compiled): result.step.median for result in results if result.way == VANILLA}
+    vanilla = {(result.batch, result.compiled): result.step.median for result in results if result.variant == VANILLA}
     return [
         {
             **_rounded(asdict(result)),
@@ -89,7 +89,7 @@ def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
 
 def overhead_records(results: Sequence[Overhead]) -> list[dict[str, Any]]:
     """Each result with what it adds to vanilla of the same batch: operations, and ratios of seconds."""
-    vanilla = {result.batch: result for result in results if result.way == VANILLA}
+    vanilla = {result.batch: result for result in results if result.variant == VANILLA}
     return [
         {
             **_rounded(asdict(result)),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from pyramiddrop import Method
 from pyramiddrop.cost import PRESETS, DecoderShape, Prompt
-from pyramiddrop.hf.model_info import ModelInfo, anatomy
+from pyramiddrop.hf.model_info import ModelInfo, inspect_model
 from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import on_model
@@ -55,9 +55,9 @@ class Subject:
     masked: bool
 
     @property
-    def parts(self) -> ModelInfo:
+    def info(self) -> ModelInfo:
         """What is known of the model."""
-        return anatomy(self.model)
+        return inspect_model(self.model)
 
     @property
     def prompt(self) -> Prompt:
@@ -82,7 +82,7 @@ def checkpoint_subject(ready: PreparedRequest) -> Subject:
     model = ready.checkpoint.model
     inputs = on_model(model, ready.inputs)
     ids = inputs["input_ids"].cpu()
-    visual = torch.isin(ids, torch.tensor(anatomy(model).visual_ids))
+    visual = torch.isin(ids, torch.tensor(inspect_model(model).visual_ids))
     name = ready.request.model or "bundled"
     about = "the whole model, vision tower included, with weights of a checkpoint"
     return Subject(name, about, model, inputs, visual, _labels(ids, visual).to(model.device), masked=False)

@@ -21,7 +21,7 @@ LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 
 @dataclass(frozen=True)
-class TrainingWay:
+class TrainingVariant:
     """One way to train.
 
     Attributes:
@@ -30,14 +30,14 @@ class TrainingWay:
         checkpointing: whether layers are computed again in the backward pass, to save memory.
     """
 
-    way: MethodCost
+    variant: MethodCost
     logits: Logits
     checkpointing: bool
 
     @property
     def method(self) -> Method | None:
         """The method with these logits."""
-        return replace(self.way.method, logits=self.logits) if self.way.method else None
+        return replace(self.variant.method, logits=self.logits) if self.variant.method else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainingStep:
         predicted_flops: of the decoder's layers, the ranking and the head; a backward pass is two forwards.
     """
 
-    way: str
+    variant: str
     logits: str
     checkpointing: bool
     batch: int
@@ -75,19 +75,19 @@ class TrainingStep:
     predicted_flops: int
 
 
-def training_ways(ways: Sequence[MethodCost]) -> list[TrainingWay]:
+def training_variants(variants: Sequence[MethodCost]) -> list[TrainingVariant]:
     """Each way with full and (of a method) kept logits, without and with gradient checkpointing."""
     return [
-        TrainingWay(way, logits, checkpointing)
+        TrainingVariant(variant, logits, checkpointing)
         for checkpointing in (False, True)
-        for way in ways
-        for logits in (LOGITS if way.method else LOGITS[:1])
+        for variant in variants
+        for logits in (LOGITS if variant.method else LOGITS[:1])
     ]
 
 
 def measure_training(
     subject: Subject,
-    ways: Sequence[TrainingWay],
+    variants: Sequence[TrainingVariant],
     batch: int,
     repeats: int,
     clock: Clock,
@@ -102,31 +102,31 @@ def measure_training(
         optimizer: whether AdamW steps, too. Its learning rate is zero: every step starts from the same weights.
         tick: called after every step, also of the first round.
     """
-    times: list[list[StepTimes]] = [[] for _ in ways]
-    peaks = [0] * len(ways)
+    times: list[list[StepTimes]] = [[] for _ in variants]
+    peaks = [0] * len(variants)
     adam = _adam(subject.model) if optimizer else None
     with _training(subject.model):
-        for turn, (index, way) in in_turn(list(enumerate(ways)), repeats + 1):
+        for turn, (index, variant) in in_turn(list(enumerate(variants)), repeats + 1):
             if turn:
-                times[index].append(_step(subject, way, batch, adam, clock))
+                times[index].append(_step(subject, variant, batch, adam, clock))
             else:
                 with peak_memory(subject.model.device) as peak:
-                    _gradients(subject, way, batch, clock)
+                    _gradients(subject, variant, batch, clock)
                 peaks[index] = peak.bytes
                 _update(adam)
             subject.model.zero_grad(set_to_none=True)
             tick()
-    return [_summed(subject, *found, batch) for found in zip(ways, times, peaks, strict=True)]
+    return [_summed(subject, *found, batch) for found in zip(variants, times, peaks, strict=True)]
 
 
 def _summed(
-    subject: Subject, way: TrainingWay, times: Sequence[StepTimes], peak_bytes: int, batch: int
+    subject: Subject, variant: TrainingVariant, times: Sequence[StepTimes], peak_bytes: int, batch: int
 ) -> TrainingStep:
     updates = [one.optimizer for one in times if one.optimizer is not None]
     return TrainingStep(
-        way=way.way.label,
-        logits=way.logits,
-        checkpointing=way.checkpointing,
+        variant=variant.variant.label,
+        logits=variant.logits,
+        checkpointing=variant.checkpointing,
         batch=batch,
         forward=Spread.of([one.forward for one in times]),
         backward=Spread.of([one.backward for one in times]),
@@ -135,14 +135,14 @@ def _summed(
         whole=Spread.of([one.whole for one in times]),
         peak_bytes=peak_bytes,
         predicted_flops=predict_step(
-            way.way, subject.parts.shape, subject.prompt, batch, way.logits == "kept", way.checkpointing
+            variant.variant, subject.info.shape, subject.prompt, batch, variant.logits == "kept", variant.checkpointing
         ),
     )
 
 
-def _step(subject: Subject, way: TrainingWay, batch: int, adam: Any, clock: Clock) -> StepTimes:
+def _step(subject: Subject, variant: TrainingVariant, batch: int, adam: Any, clock: Clock) -> StepTimes:
     """One step: loss, gradients, and the optimizer's update where there is one."""
-    start, middle, end = _gradients(subject, way, batch, clock)
+    start, middle, end = _gradients(subject, variant, batch, clock)
     _update(adam)
     updated = clock.mark() if adam else end
     return StepTimes(
@@ -154,11 +154,11 @@ def _step(subject: Subject, way: TrainingWay, batch: int, adam: Any, clock: Cloc
     )
 
 
-def _gradients(subject: Subject, way: TrainingWay, batch: int, clock: Clock) -> tuple[Any, Any, Any]:
+def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Clock) -> tuple[Any, Any, Any]:
     """Marks before the forward, between forward and backward, and after."""
     inputs = subject.batch(batch)
     labels = torch.cat([subject.labels] * batch)
-    with subject.under(way.method), _checkpointing(subject.model, way.checkpointing):
+    with subject.under(variant.method), _checkpointing(subject.model, variant.checkpointing):
         start = clock.mark()
         loss = subject.model(**inputs, labels=labels, use_cache=False).loss
         middle = clock.mark()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.errors import InputError
 
 #: Names of the modules between a vision tower and a language model, and of vision towers, in Transformers.
@@ -77,7 +77,7 @@ def _with_lora(model: nn.Module) -> Any:
     """LoRA on every linear layer of the decoder; the projector is trained whole, as LLaVA's script does."""
     from peft import LoraConfig, get_peft_model
 
-    layers = anatomy(model).layers
+    layers = inspect_model(model).layers
     linear = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(
         r=LORA_RANK,

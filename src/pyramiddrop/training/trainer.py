@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
 from pyramiddrop.methods import Method
 from pyramiddrop.training.model_card import TrainingFacts
@@ -128,11 +128,11 @@ class DummyImage:
     """
 
     def __init__(self, model: nn.Module, pixels: dict[str, Tensor]) -> None:
-        parts = anatomy(model)
+        info = inspect_model(model)
         self.pixels = pixels
-        self.core: Any = next(module for module in reversed(parts.wrappers) if hasattr(module, "get_image_features"))
+        self.core: Any = next(module for module in reversed(info.wrappers) if hasattr(module, "get_image_features"))
         self._blank = False
-        embeddings: Any = parts.text.get_input_embeddings()
+        embeddings: Any = info.text.get_input_embeddings()
         self.core.register_forward_pre_hook(self._look, with_kwargs=True)
         embeddings.register_forward_hook(self._add_nothing)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from pyramiddrop.cost import BYTES, DecoderShape, Experts, ModelShape, Prompt, account
+from pyramiddrop.cost import BYTES, DecoderShape, Experts, ModelShape, Prompt, estimate_cost
 from pyramiddrop.methods import Method
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.vllm.names import KEY
@@ -24,7 +24,7 @@ class Savings:
         self._rules = rules
         self._shape = decoder_shape(vllm_config)
         settings = vllm_config.additional_config[KEY]
-        self._ranking: Callable[..., int] = Method.from_settings(settings, KEY).choosing_flops
+        self._ranking: Callable[..., int] = Method.from_settings(settings, KEY).ranking_flops
 
     def count(self, request: Any) -> None:
         """Count `request`, as vLLM's frontend hands it to the engine."""
@@ -49,7 +49,7 @@ class Savings:
     def _saved(self, schedule: Schedule, visual: int, text: int) -> tuple[int, int]:
         """FLOPs of the prefill, ranking counted, and bytes of the KV cache that dropping saves of one prompt."""
         shape, prompt = ModelShape(self._shape), Prompt(visual, text)
-        before, after = account(shape, prompt), account(shape, prompt, schedule, self._ranking)
+        before, after = estimate_cost(shape, prompt), estimate_cost(shape, prompt, schedule, self._ranking)
         return before.full.total - after.full.total, before.kv_bytes - after.kv_bytes
 
 

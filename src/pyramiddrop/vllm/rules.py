@@ -40,7 +40,7 @@ class Rules:
         return len(self.schedule.stages)
 
 
-def settle(vllm_config: Any) -> None:
+def configure(vllm_config: Any) -> None:
     """Read the method of an engine, check it, and leave its settings where every process of the engine finds them.
 
     Read from `hf_overrides`, from `additional_config`, from `pyramiddrop.json` beside the checkpoint, or, where none
@@ -56,7 +56,7 @@ def settle(vllm_config: Any) -> None:
 
 
 def rules_of(vllm_config: Any) -> Rules:
-    """The rules that `settle` left in the engine's configuration."""
+    """The rules that `configure` left in the engine's configuration."""
     method = Method.from_settings(vllm_config.additional_config[KEY], f"additional_config[{KEY!r}]")
     return Rules(
         schedule=method.schedule(_depth(vllm_config)),

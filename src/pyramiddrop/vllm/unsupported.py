@@ -10,7 +10,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pyramiddrop.vllm.names import KEY, LOGGER
-from pyramiddrop.vllm.rules import rules_of, settle
+from pyramiddrop.vllm.rules import configure, rules_of
 
 logger = logging.getLogger(LOGGER)
 
@@ -29,7 +29,7 @@ class StagedConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
         """
-        settle(vllm_config)
+        configure(vllm_config)
         refuse_unsupported(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         rules = rules_of(vllm_config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramiddrop.cost import PRESETS, Prompt, account
+from pyramiddrop.cost import PRESETS, Prompt, estimate_cost
 from pyramiddrop.schedule import Schedule, Stage, powers
 
 STAGES = 4  # of the paper's PyramidDrop, equal
@@ -64,5 +64,5 @@ def _figure(row: dict[str, str]) -> Figure:
     elif row["method"] == "fastv":
         schedule = Schedule((Stage(int(row["layer"]), float(row["keep"])),))
         method = f"FastV K={row['layer']} R={1 - float(row['keep']):.0%}"
-    flops = account(shape, Prompt(tokens), schedule).paper
+    flops = estimate_cost(shape, Prompt(tokens), schedule).paper
     return Figure(row["table"], row["preset"], tokens, method, row["tflops"], flops / 1e12)

@@ -59,7 +59,7 @@ class PaperRow:
         return self.settings["model"] + (f", patches: {patches}" if patches else "")
 
     @property
-    def way(self) -> str:
+    def variant(self) -> str:
         """How it was trained and asked."""
         told = self.settings
         if told.get("lambda", "vanilla") != "vanilla":

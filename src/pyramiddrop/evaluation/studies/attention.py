@@ -12,7 +12,7 @@ from torch import Tensor
 from pyramiddrop.evaluation.prefill_replay import Prefix
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prompt import build_inputs, on_model
@@ -33,7 +33,7 @@ def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[i
     Args:
         inputs: of a prompt, on the model's device.
     """
-    prefix, shares = Prefix(anatomy(model), layers), Prefix.can_share(anatomy(model))
+    prefix, shares = Prefix(inspect_model(model), layers), Prefix.can_share(inspect_model(model))
     if shares:
         with prefix.recorded():
             model(**inputs, use_cache=True)

@@ -31,14 +31,14 @@ def single_drop(layer: int, keep: float) -> PyramidDrop:
     return PyramidDrop(layers=[layer], keep=[keep])
 
 
-def make_grid(parts: ModelInfo, layers: Sequence[int] | None = None, keep: Sequence[float] | None = None) -> Grid:
+def make_grid(info: ModelInfo, layers: Sequence[int] | None = None, keep: Sequence[float] | None = None) -> Grid:
     """The grid for one model: what the user gave, or else `usual_layers` and a half down to a sixty-fourth.
 
     Raises:
         InputError: for a layer that the model does not have or at which it cannot drop, or a share that is not in
             (0, 1].
     """
-    allowed, depth = drop_layers(parts, "next", AttentionScorer()), len(parts.layers)
+    allowed, depth = drop_layers(info, "next", AttentionScorer()), len(info.layers)
     chosen = usual_layers(depth, allowed) if layers is None else tuple(sorted(set(layers)))
     shares = tuple(sorted(set(DEFAULT_KEEP if keep is None else keep), reverse=True))
     if not chosen or not shares:
@@ -48,7 +48,7 @@ def make_grid(parts: ModelInfo, layers: Sequence[int] | None = None, keep: Seque
             with user_input():
                 single_drop(layer, share).schedule(depth)
     with user_input():
-        check_layers(parts, chosen, "next", AttentionScorer())
+        check_layers(info, chosen, "next", AttentionScorer())
     return Grid(chosen, shares)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyramiddrop.hf import UnsupportedModelError, anatomy
+from pyramiddrop.hf import UnsupportedModelError, inspect_model
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 
@@ -36,7 +36,7 @@ class StudyModel:
         """
         checkpoint = load_checkpoint(self._place, device, dtype)
         with user_input(caught=(UnsupportedModelError,)):
-            anatomy(checkpoint.model)
+            inspect_model(checkpoint.model)
         return checkpoint
 
     @property

@@ -66,8 +66,8 @@ class MethodStudy:
     def record(self, progress: Progress = lambda step, count: None) -> dict[str, Any]:
         """Run the evaluation. The record is its own, with the labels and the settings."""
         found = evaluation_record(self.evaluator.run(progress))
-        vanilla, *ways = found["methods"]
-        labelled = [{**label, **way} for label, way in zip(self.labels, ways, strict=True)]
+        vanilla, *variants = found["methods"]
+        labelled = [{**label, **variant} for label, variant in zip(self.labels, variants, strict=True)]
         options = self.evaluator.options
         setting = {
             **found["task"],

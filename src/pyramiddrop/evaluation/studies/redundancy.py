@@ -29,7 +29,7 @@ from pyramiddrop.evaluation.studies.grid import DEFAULT_KEEP, Grid, make_grid, s
 from pyramiddrop.evaluation.studies.inputs import StudyModel
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
-from pyramiddrop.hf import anatomy
+from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.prefill_stats import batch_usage, known
 from pyramiddrop.inference.prompt import on_model
@@ -93,7 +93,7 @@ class Redundancy:
     def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Piece:
         """What a batch says without a drop and in every cell, and what it looks at: a value a sample."""
         inputs = self._inputs(samples)
-        prefix = Prefix(anatomy(self._model), self.grid.layers) if self.shared else None
+        prefix = Prefix(inspect_model(self._model), self.grid.layers) if self.shared else None
         with prefix.recorded() if prefix else nullcontext():
             full = self._generate(inputs)
         advance(1)
@@ -174,7 +174,7 @@ def run_redundancy(
     examples: list[AttentionExample] = []
     for number, model in enumerate(options.models):
         checkpoint = model.load(options.device, options.dtype)
-        grid = make_grid(anatomy(checkpoint.model), options.layers, options.keep)
+        grid = make_grid(inspect_model(checkpoint.model), options.layers, options.keep)
         answerer = Answerer(checkpoint, options.batch, options.max_new_tokens)
         study = Redundancy(model.name, model.source, answerer, task, grid)
         with user_input():

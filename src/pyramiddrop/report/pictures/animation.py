@@ -20,11 +20,11 @@ def step_through(stages: Sequence[Stage], path: Path) -> None:
     _save([_headed(stage.head, _stacked(stage.panels)) for stage in stages], STEP, path)
 
 
-def play(stages: Sequence[Stage], moments: Sequence[int | None], path: Path) -> None:
+def play(stages: Sequence[Stage], frame_ranges: Sequence[int | None], path: Path) -> None:
     """One frame a moment of the video: what each stage has of it, side by side. Stills stand below, all the time."""
     frames = []
-    for moment in sorted({moment for moment in moments if moment is not None}):
-        shown = [place for place, own in enumerate(moments) if own in (moment, None)]
+    for moment in sorted({moment for moment in frame_ranges if moment is not None}):
+        shown = [place for place, own in enumerate(frame_ranges) if own in (moment, None)]
         frames.append(
             _beside([_headed(stage.head, _stacked([stage.panels[place] for place in shown])) for stage in stages])
         )

@@ -24,7 +24,7 @@ Grid = list[list[float]]
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of one stage end, before `layer`: (N,) `values` in the order of the prompt, NaN where one was gone.
+    """The scores of one drop, before `layer`: (N,) `values` in the order of the prompt, NaN where one was gone.
 
     A few tokens get almost all attention, so colours go with the rank: half of the tokens are darker than the middle.
     """
@@ -59,7 +59,7 @@ class Scored:
         return self.values[~self.values.isnan()].double().sort().values
 
 
-def heat(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float]], tokens: int) -> Image.Image:
+def draw_heatmap(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float]], tokens: int) -> Image.Image:
     """`pixels` (of `overlay.seen_pixels`) under the colours of (rows, columns) `ranks`.
 
     Tokens with NaN were gone before the stage ranked, and are veiled as in a picture of what was kept.

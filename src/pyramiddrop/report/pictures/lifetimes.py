@@ -13,7 +13,7 @@ from pyramiddrop.trace import Trace
 
 
 @dataclass(frozen=True)
-class Span:
+class StageTokens:
     """The layers from `first` to `last` (0-based, both included) and the visual tokens that they compute on.
 
     Attributes:
@@ -36,9 +36,9 @@ class Span:
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
 
 
-def token_status(layers: Sequence[Span], number: int, view: View) -> list[int]:
+def token_status(layers: Sequence[StageTokens], number: int, view: View) -> list[int]:
     """For each cell of `view`, the one of this `number`, row by row: the last of `layers` in which it is alive."""
-    return [sum(cell in span.cells[number] for span in layers) - 1 for cell in view.grid]
+    return [sum(cell in stage.cells[number] for stage in layers) - 1 for cell in view.grid]
 
 
 def visual_columns(trace: Trace, sample: int) -> Tensor:
@@ -52,8 +52,8 @@ def visual_columns(trace: Trace, sample: int) -> Tensor:
     return trace.visual_columns[sample]
 
 
-def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
-    """The layers of a model cut at the drops of `trace`: the first span has every token, the last one the fewest.
+def stage_tokens(trace: Trace, views: Sequence[View], sample: int = 0) -> list[StageTokens]:
+    """The stages of a model, cut at the drops of `trace`: the first has every token, the last the fewest.
 
     Raises:
         ValueError: where the trace has no prefill, or `views` do not have as many tokens as its sample brought.
@@ -67,6 +67,6 @@ def spans(trace: Trace, views: Sequence[View], sample: int = 0) -> list[Span]:
     ends = [*(start - 1 for start in starts[1:]), len(trace.lengths) - 1]
     indices = [torch.searchsorted(columns, kept).tolist() for kept in alive]
     return [
-        Span(first, last, len(kept), cells_by_view(views, kept), unplaced_by_name(views, kept))
+        StageTokens(first, last, len(kept), cells_by_view(views, kept), unplaced_by_name(views, kept))
         for first, last, kept in zip(starts, ends, indices, strict=True)
     ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def render(visual: Visual) -> str:
     """The whole page as text; it needs no network."""
     data = {
-        "stages": [_stage(visual, number) for number in range(len(visual.spans))],
+        "stages": [_stage(visual, number) for number in range(len(visual.stages))],
         "views": [_view(visual, number) for number in range(len(visual.seen))],
         "ramp": ramp(),
         "opacity": 1 - SHOWS_THROUGH,
@@ -28,16 +28,22 @@ def render(visual: Visual) -> str:
 
 
 def _stage(visual: Visual, number: int) -> dict[str, Any]:
-    """A span of layers; and of the stage end behind it, where it ranked: its layer, its tokens, the outer scores."""
-    span, after = visual.spans[number], visual.spans[number + 1 : number + 2]
+    """A stage; and of the drop that ends it, if it ranked: its layer, its tokens, the outer scores."""
+    stage, after = visual.stages[number], visual.stages[number + 1 : number + 2]
     ranked = next((one for one in visual.scored if after and one.layer == after[0].first), None)
     scores = None
     if ranked is not None:
         low, high = (f"{score:.3g}" for score in ranked.at((0, 1)))
         scores = {"layer": ranked.layer, "tokens": ranked.tokens, "low": low, "high": high}
-    whole = visual.spans[0].unplaced
-    unplaced = ", ".join(f"{span.unplaced.get(name, 0)} of {count} {name}" for name, count in whole.items())
-    return {"layers": span.layers, "first": span.first, "tokens": span.tokens, "unplaced": unplaced, "scores": scores}
+    whole = visual.stages[0].unplaced
+    unplaced = ", ".join(f"{stage.unplaced.get(name, 0)} of {count} {name}" for name, count in whole.items())
+    return {
+        "layers": stage.layers,
+        "first": stage.first,
+        "tokens": stage.tokens,
+        "unplaced": unplaced,
+        "scores": scores,
+    }
 
 
 def _view(visual: Visual, number: int) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def _view(visual: Visual, number: int) -> dict[str, Any]:
         "height": pixels.height,
         "overlay": overlay_grey(pixels),
         "tokens": [numbers.get(cell) for cell in view.grid],
-        "status": token_status(visual.spans, number, view),
+        "status": token_status(visual.stages, number, view),
         "scores": [_flat(stage.scores[number], 4) for stage in visual.scored],
         "ranks": [_flat(stage.ranks[number], 0) for stage in visual.scored],
         "scored": [stage.layer for stage in visual.scored],

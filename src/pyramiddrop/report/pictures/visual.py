@@ -20,8 +20,8 @@ from pyramiddrop.methods import Downsample, Method
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures import page
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
-from pyramiddrop.report.pictures.heatmap import COLOURS, Scored, heat
-from pyramiddrop.report.pictures.lifetimes import Span, spans, visual_columns
+from pyramiddrop.report.pictures.heatmap import COLOURS, Scored, draw_heatmap
+from pyramiddrop.report.pictures.lifetimes import StageTokens, stage_tokens, visual_columns
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels, with_seams
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import CannotPlaceError, PlacedView, place_pictures
@@ -41,15 +41,15 @@ class Visual:
 
     Attributes:
         seen: the pictures and the views of them, in the order of the prompt.
-        spans: of layers, with the tokens alive in each.
-        scored: the stage ends that ranked.
+        stages: of layers, with the tokens alive in each.
+        scored: the drops that ranked.
         made_by: the model and the method, in words.
         cost: of the whole prefill against vanilla, where it is known.
         note: why the tokens are not drawn where they lie in the picture; empty where they are.
     """
 
     seen: list[PlacedView]
-    spans: list[Span]
+    stages: list[StageTokens]
     scored: list[Scored]
     question: str = ""
     answer: str = ""
@@ -73,14 +73,14 @@ class Visual:
             (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
 
     def draw(self) -> Figure:
-        """The tokens alive in each span of layers; places of dropped ones are veiled (the paper's Figure 5).
+        """The tokens alive in each stage; places of dropped ones are veiled (the paper's Figure 5).
 
-        One row a view and one column a span; of a video a contact sheet for each span.
+        One row a view and one column a stage; of a video a contact sheet for each stage.
         """
         return self._sheet(self._kept())
 
     def draw_scores(self) -> Figure:
-        """The scores at each stage end that ranked: light is high, tokens that were gone are veiled.
+        """The scores at each drop that ranked: light is high, tokens that were gone are veiled.
 
         Raises:
             ValueError: where no stage ranked a token.
@@ -98,19 +98,19 @@ class Visual:
         return f'<iframe srcdoc="{escape(self.html())}" style="{FRAME}"></iframe>'
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers: for each span of layers the visual tokens alive, how many of them in each view, and without a
+        """Plain numbers: for each stage the visual tokens alive, how many of them in each view, and without a
         place in any of them."""
         names = [one.view.name for one in self.seen]
         return {
             "views": [{"name": one.view.name, "tokens": one.view.tokens} for one in self.seen],
             "kept": [
                 {
-                    "layers": [span.first, span.last],
-                    "tokens": span.tokens,
-                    "placed": {name: len(cells) for name, cells in zip(names, span.cells, strict=True)},
-                    "unplaced": dict(span.unplaced),
+                    "layers": [stage.first, stage.last],
+                    "tokens": stage.tokens,
+                    "placed": {name: len(cells) for name, cells in zip(names, stage.cells, strict=True)},
+                    "unplaced": dict(stage.unplaced),
                 }
-                for span in self.spans
+                for stage in self.stages
             ],
             "note": self.note or None,
         }
@@ -134,18 +134,18 @@ class Visual:
     def _kept(self) -> list[Stage]:
         return [
             Stage(
-                f"{span.layers} · {span.tokens} tokens",
+                f"{stage.layers} · {stage.tokens} tokens",
                 [
                     with_seams(mask_dropped(part, one.view, cells), one.view)
-                    for part, one, cells in zip(self.pixels, self.seen, span.cells, strict=True)
+                    for part, one, cells in zip(self.pixels, self.seen, stage.cells, strict=True)
                 ],
             )
-            for span in self.spans
+            for stage in self.stages
         ]
 
     def _heat(self, stage: Scored) -> Stage:
         panels = [
-            with_seams(heat(part, one.view, ranks, stage.tokens), one.view)
+            with_seams(draw_heatmap(part, one.view, ranks, stage.tokens), one.view)
             for part, one, ranks in zip(self.pixels, self.seen, stage.ranks, strict=True)
         ]
         ticks = [f"{score:.2g}" for score in stage.at((0, 0.25, 0.5, 0.75, 1))]
@@ -199,7 +199,7 @@ def visualize(
     ranked = [(stage.layer, stage.scores) for stage in trace.stages]
     scored = [Scored(layer, views, scores[sample]) for layer, scores in ranked if scores is not None]
     cost = trace.cost() if trace.has_sizes else None
-    return Visual(seen, spans(trace, views, sample), scored, question, answer, made_by, cost, note)
+    return Visual(seen, stage_tokens(trace, views, sample), scored, question, answer, made_by, cost, note)
 
 
 def check_picture_path(path: Path, scores: bool = False) -> None:

@@ -37,7 +37,7 @@ def show_ablation(record: Record) -> Shown:
             f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures.",
             "The paper trains its models with each λ; here the same weights answer under each.",
         ],
-        numbers=[row for way in record["methods"] for row in way_numbers(way, {"lam": way.get("lam", "")})],
+        numbers=[row for variant in record["methods"] for row in way_numbers(variant, {"lam": variant.get("lam", "")})],
     )
 
 
@@ -54,14 +54,14 @@ def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
 
 def ablation_sheets(record: Record) -> list[Sheet]:
     """The tables: what each λ costs and scores, its scores by kind of question, and the paper's beside."""
-    ways = record["methods"]
-    vanilla, *points = ways
+    variants = record["methods"]
+    vanilla, *points = variants
     names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
     head = ("λ", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla", "visual tokens of a layer")
-    tokens = [f"{way['visual_tokens']['per_layer']:.1f}" for way in ways]
-    rows = [(name, *scored_cells(way), count) for name, way, count in zip(names, ways, tokens, strict=True)]
+    tokens = [f"{variant['visual_tokens']['per_layer']:.1f}" for variant in variants]
+    rows = [(name, *scored_cells(variant), count) for name, variant, count in zip(names, variants, tokens, strict=True)]
     beside = _beside_the_paper(record["model"], vanilla, points)
-    return [Sheet("as measured", head, rows), *kind_sheet(names, ways, record["kinds"]), beside]
+    return [Sheet("as measured", head, rows), *kind_sheet(names, variants, record["kinds"]), beside]
 
 
 def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:
@@ -118,18 +118,18 @@ def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str
     return figure
 
 
-def costs_of(way: Record, vanilla: Record) -> dict[str, float | None]:
+def costs_of(variant: Record, vanilla: Record) -> dict[str, float | None]:
     """Parts of vanilla's FLOPs, KV cache and visual tokens of a layer; None where the cost model does not know them."""
-    tokens = way["visual_tokens"]["per_layer"] / vanilla["visual_tokens"]["per_layer"]
-    return {"flops": way["flops_ratio"], "kv": way["kv_ratio"], "tokens": tokens}
+    tokens = variant["visual_tokens"]["per_layer"] / vanilla["visual_tokens"]["per_layer"]
+    return {"flops": variant["flops_ratio"], "kv": variant["kv_ratio"], "tokens": tokens}
 
 
-def _draw_scores(axis: Axes, places: Sequence[float], ways: Sequence[Record], kinds: Sequence[str]) -> None:
+def _draw_scores(axis: Axes, places: Sequence[float], variants: Sequence[Record], kinds: Sequence[str]) -> None:
     for number, kind in enumerate(kinds if len(kinds) > 1 else ()):
-        low, middle, high = bounds([way["scores"][kind] for way in ways])
+        low, middle, high = bounds([variant["scores"][kind] for variant in variants])
         band(axis, places, low, high, COLORS[number % len(COLORS)])
         axis.plot(places, middle, label=literal(kind), linewidth=0.8, **_style(number))
-    low, middle, high = bounds([way["scores"]["all"] for way in ways])
+    low, middle, high = bounds([variant["scores"]["all"] for variant in variants])
     band(axis, places, low, high, "black")
     axis.plot(places, middle, color="black", marker="o", linewidth=1.8, label="all")
 

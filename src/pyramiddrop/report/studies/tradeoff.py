@@ -36,7 +36,11 @@ def show_tradeoff(record: Record) -> Shown:
         plots=plots,
         sheets=tradeoff_sheets(record),
         remarks=[f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures."],
-        numbers=[row for way in record["methods"] for row in way_numbers(way, {"line": way.get("line", "vanilla")})],
+        numbers=[
+            row
+            for variant in record["methods"]
+            for row in way_numbers(variant, {"line": variant.get("line", "vanilla")})
+        ],
     )
 
 
@@ -59,42 +63,42 @@ def _best(points: Sequence[Record]) -> tuple[str, float]:
     return " or ".join(point["line"] for point in points if point["scores"]["all"]["mean"] == most), most
 
 
-def way_numbers(way: Record, about: Record) -> Iterator[dict[str, Any]]:
+def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
     """Rows of the CSV file for one way: one for each kind of question."""
-    costs = {name: way[name] for name in ("percent", "flops", "flops_ratio", "kv_bytes", "kv_ratio")}
-    tokens = way["visual_tokens"]["per_layer"]
-    for kind, score in way["scores"].items():
-        yield {**about, "method": way["name"], **costs, "tokens_per_layer": tokens, "kind": kind, **score}
+    costs = {name: variant[name] for name in ("percent", "flops", "flops_ratio", "kv_bytes", "kv_ratio")}
+    tokens = variant["visual_tokens"]["per_layer"]
+    for kind, score in variant["scores"].items():
+        yield {**about, "method": variant["name"], **costs, "tokens_per_layer": tokens, "kind": kind, **score}
 
 
-def kind_sheet(heads: Sequence[str], ways: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
+def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
     """Mean scores by kind of question, a row a way with its head; no table where there is one kind."""
     if len(kinds) < 2:
         return []
     rows = [
-        (head, *(f"{100 * way['scores'][kind]['mean']:.0f}" for kind in kinds))
-        for head, way in zip(heads, ways, strict=True)
+        (head, *(f"{100 * variant['scores'][kind]['mean']:.0f}" for kind in kinds))
+        for head, variant in zip(heads, variants, strict=True)
     ]
     return [Sheet("by kind of question (%; errors are in the CSV file)", ("", *kinds), rows)]
 
 
 def tradeoff_sheets(record: Record) -> list[Sheet]:
     """The tables: what each way costs and scores, and its scores by kind of question."""
-    ways = record["methods"]
+    variants = record["methods"]
     head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
     return [
-        Sheet("every point", head, [(way["name"], *scored_cells(way)) for way in ways]),
-        *kind_sheet([way["name"] for way in ways], ways, record["kinds"]),
+        Sheet("every point", head, [(variant["name"], *scored_cells(variant)) for variant in variants]),
+        *kind_sheet([variant["name"] for variant in variants], variants, record["kinds"]),
     ]
 
 
-def scored_cells(way: Record) -> tuple[str, ...]:
+def scored_cells(variant: Record) -> tuple[str, ...]:
     """FLOPs and KV cache of vanilla's, the score, and its difference to vanilla's."""
     return (
-        share_cell(way["flops_ratio"]),
-        share_cell(way["kv_ratio"]),
-        score_cell(way["scores"]["all"]),
-        difference_cell(way["differences"].get("to_vanilla")),
+        share_cell(variant["flops_ratio"]),
+        share_cell(variant["kv_ratio"]),
+        score_cell(variant["scores"]["all"]),
+        difference_cell(variant["differences"].get("to_vanilla")),
     )
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.cost import PRESETS, Account, Preset
+from pyramiddrop.cost import PRESETS, CostBreakdown, Preset
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import Plan, PublishedPlan
 from pyramiddrop.report import units
@@ -29,7 +29,7 @@ PUBLISHED_HEAD = ("average", "pyramid", "method", "visual tokens by stage", "dec
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
 
-def account_table(costs: Sequence[tuple[str, Account]]) -> Table:
+def cost_table(costs: Sequence[tuple[str, CostBreakdown]]) -> Table:
     """One column for each (label, cost), the first of which the others are compared with."""
     table = new_table("", *(label for label, _ in costs))
     accounts = [cost for _, cost in costs]
@@ -131,7 +131,7 @@ def _add(table: Table, name: str, values: Sequence[int], written: Callable[[floa
         table.add_row(name, *(written(value) + share for value, share in zip(values, ["", *shares], strict=True)))
 
 
-def _kv_by_stage(cost: Account) -> list[float]:
+def _kv_by_stage(cost: CostBreakdown) -> list[float]:
     """Bytes of a layer's cache, on average over the layers with equally many visual tokens: where some have windows or
     states, each has its own."""
     layers = zip(cost.visual_by_layer, cost.kv_by_layer, strict=True)

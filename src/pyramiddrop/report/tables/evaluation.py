@@ -45,12 +45,12 @@ def eval_notes(record: Record) -> list[str]:
 
 def eval_tables(record: Record) -> list[Table]:
     """The ways side by side, a few in each table."""
-    ways = record["methods"]
-    columns = [_column(record, way) for way in ways]
+    variants = record["methods"]
+    columns = [_column(record, variant) for variant in variants]
     tables = []
-    for start in range(0, len(ways), WIDE):
+    for start in range(0, len(variants), WIDE):
         part = slice(start, start + WIDE)
-        table = new_table("", *(folded(way["name"]) for way in ways[part]))
+        table = new_table("", *(folded(variant["name"]) for variant in variants[part]))
         for head in columns[0]:
             table.add_row(head, *(column[head] for column in columns[part]))
         tables.append(table)
@@ -59,51 +59,53 @@ def eval_tables(record: Record) -> list[Table]:
 
 def eval_markdown(record: Record) -> str:
     """The heading, the answers, those of finer kinds, and what they cost, in Markdown: a way a row."""
-    ways = record["methods"]
-    columns = [_column(record, way) for way in ways]
-    costs = list(_costs(record, ways[0]))
+    variants = record["methods"]
+    columns = [_column(record, variant) for variant in variants]
+    costs = list(_costs(record, variants[0]))
     scores = [head for head in columns[0] if head not in costs]
-    finer = [_finer(record, way) for way in ways]
+    finer = [_finer(record, variant) for variant in variants]
     tables = [(scores, columns), (list(finer[0]), finer), (costs, columns)]
-    return "\n\n".join(["  \n".join(eval_heading(record)), *(_table(ways, *table) for table in tables if table[0])])
+    return "\n\n".join(["  \n".join(eval_heading(record)), *(_table(variants, *table) for table in tables if table[0])])
 
 
-def _table(ways: Sequence[Record], heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
-    rows = [[way["name"], *(column[head] for head in heads)] for way, column in zip(ways, columns, strict=True)]
+def _table(variants: Sequence[Record], heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
+    rows = [
+        [variant["name"], *(column[head] for head in heads)] for variant, column in zip(variants, columns, strict=True)
+    ]
     return "\n".join(map(_line, [["method", *heads], ["---"] * (1 + len(heads)), *rows]))
 
 
-def budget_cell(way: Record) -> str:
+def budget_cell(variant: Record) -> str:
     """`60 %` or `192 tokens`: what the method was solved for; empty for vanilla."""
-    if way.get("average_tokens") is not None:
-        return f"{way['average_tokens']:g} tokens"
-    return "" if way["percent"] is None else f"{way['percent']:g} %"
+    if variant.get("average_tokens") is not None:
+        return f"{variant['average_tokens']:g} tokens"
+    return "" if variant["percent"] is None else f"{variant['percent']:g} %"
 
 
-def _finer(record: Record, way: Record) -> dict[str, str]:
+def _finer(record: Record, variant: Record) -> dict[str, str]:
     """Mean scores in percent of the finer kinds of question, by the heads of their columns."""
-    scores = {kind: way["subscores"][kind] for kind in record.get("subkinds", ())}
+    scores = {kind: variant["subscores"][kind] for kind in record.get("subkinds", ())}
     return {f"{kind} ({one['count']})": f"{100 * one['mean']:.0f}" for kind, one in scores.items()}
 
 
-def _column(record: Record, way: Record) -> dict[str, str]:
+def _column(record: Record, variant: Record) -> dict[str, str]:
     """What is said of one way, by the heads of the rows."""
-    scores = way["scores"]
+    scores = variant["scores"]
     return {
-        **_costs(record, way),
-        **({"budget": budget_cell(way)} if len({budget_cell(one) for one in record["methods"]}) > 2 else {}),
+        **_costs(record, variant),
+        **({"budget": budget_cell(variant)} if len({budget_cell(one) for one in record["methods"]}) > 2 else {}),
         f"all ({scores['all']['count']})": score_cell(scores["all"]),
-        **{head: difference_cell(way["differences"].get(name)) for name, head in _bases(record).items()},
+        **{head: difference_cell(variant["differences"].get(name)) for name, head in _bases(record).items()},
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
     }
 
 
-def _costs(record: Record, way: Record) -> dict[str, str]:
-    tokens, prefill, clock = way["visual_tokens"], way["prefill"], _clock(record)
+def _costs(record: Record, variant: Record) -> dict[str, str]:
+    tokens, prefill, clock = variant["visual_tokens"], variant["prefill"], _clock(record)
     timed = f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})" if prefill else ""
     return {
-        "decoder FLOPs": share_cell(way["flops_ratio"]),
-        "KV cache": share_cell(way["kv_ratio"]),
+        "decoder FLOPs": share_cell(variant["flops_ratio"]),
+        "KV cache": share_cell(variant["kv_ratio"]),
         "visual tokens": _schedule(tokens),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
         **({f"prefill, {CLOCKS[clock]}": timed} if _timed(record) else {}),
@@ -130,7 +132,7 @@ def folded(label: str) -> str:
 
 def _bases(record: Record) -> dict[str, str]:
     """What is subtracted from each score, and the head of its row."""
-    compared = {name for way in record["methods"] for name in way["differences"]}
+    compared = {name for variant in record["methods"] for name in variant["differences"]}
     heads = {"to_vanilla": "minus vanilla", "to_first": "minus the first method"}
     return {name: head for name, head in heads.items() if name in compared}
 

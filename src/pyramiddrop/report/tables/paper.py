@@ -90,7 +90,9 @@ def benchmarks_table(measured: Sequence[Measured]) -> Table:
 
 def _beside(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[Record]) -> Table:
     shown = new_table(
-        "", *(_head("paper", row.way) for row in rows), *(_head("measured", folded(one["name"])) for one in measured)
+        "",
+        *(_head("paper", row.variant) for row in rows),
+        *(_head("measured", folded(one["name"])) for one in measured),
     )
     for benchmark in table.benchmarks:
         column = benchmark.column
@@ -109,8 +111,8 @@ def _beside(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[Reco
     return shown
 
 
-def _head(source: str, way: str) -> str:
-    return f"{source}\n" + way.replace(", ", "\n")
+def _head(source: str, variant: str) -> str:
+    return f"{source}\n" + variant.replace(", ", "\n")
 
 
 def _written(value: float, error: float | None) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pyramiddrop.report.token_layout.calibration import Calibration, Crop, calibrate, calibrate_video
 from pyramiddrop.report.token_layout.geometry import Box, View, crop_order, reading_order
-from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Prompt, Size
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
 
 #: A crop that misses less than this share of each side shows the whole picture.
 _SLACK = 0.05
@@ -30,7 +30,9 @@ def calibrated_whole_view(prompt: Prompt, size: Size, class_token: bool) -> list
     return [View("picture", rows, columns, crop.box, reading_order(rows, columns, leading=int(class_token)))]
 
 
-def calibrated_moments(prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int) -> list[Moment]:
+def calibrated_frame_ranges(
+    prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int
+) -> list[FrameRange]:
     """The views of a video each frame of which is one crop.
 
     Args:
@@ -50,7 +52,7 @@ def calibrated_moments(prompt: Prompt, frames: Sequence[Image.Image], leading: i
     cells = reading_order(rows, columns, leading)
     view = View("", rows, columns, crop.box, cells)
     last = replace(view, cells=(*cells, *[None] * trailing))
-    return [Moment(number, number, last if number == count - 1 else view) for number in range(count)]
+    return [FrameRange(number, number, last if number == count - 1 else view) for number in range(count)]
 
 
 def crop_views(found: Calibration, size: tuple[int, int]) -> list[View]:

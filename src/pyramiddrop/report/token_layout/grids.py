@@ -10,7 +10,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.images import unpadded
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
-from pyramiddrop.report.token_layout.prompt import Moment, Prompt, Size
+from pyramiddrop.report.token_layout.prompt import FrameRange, Prompt, Size
 
 #: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.
 _TOLERANCE = 1.1
@@ -114,7 +114,7 @@ def pixel_sizes(prompt: Prompt) -> list[list[View]]:
     ]
 
 
-def patch_grids_in_time(prompt: Prompt) -> list[list[Moment]]:
+def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     """Qwen-VL and its kin: `video_grid_thw` tells the patches, each of which covers a few frames, one after another.
 
     Raises:
@@ -127,7 +127,7 @@ def patch_grids_in_time(prompt: Prompt) -> list[list[Moment]]:
             raise ValueError(f"the processor made {times} times {depth} frames of a video of {len(frames)}")
         view = View("", rows // merge, columns // merge, whole(frames[0]))
         firsts = range(0, len(frames), depth)
-        found.append([Moment(first, min(first + depth, len(frames)) - 1, view) for first in firsts])
+        found.append([FrameRange(first, min(first + depth, len(frames)) - 1, view) for first in firsts])
     return found
 
 
@@ -139,11 +139,11 @@ def placed_patches(prompt: Prompt) -> list[list[View]]:
     ]
 
 
-def placed_patches_in_time(prompt: Prompt) -> list[list[Moment]]:
+def placed_patches_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     """The same of each frame: `video_position_ids`."""
     places = iter(prompt.of_frames("video_position_ids"))
     return [
-        [Moment(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
+        [FrameRange(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
         for frames in prompt.videos
     ]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyramiddrop.report.token_layout.geometry import Box, View
-from pyramiddrop.report.token_layout.prompt import Moment, Prompt
+from pyramiddrop.report.token_layout.prompt import FrameRange, Prompt
 
 
 def molmo_views(prompt: Prompt) -> list[list[View]]:
@@ -24,12 +24,12 @@ def molmo_views(prompt: Prompt) -> list[list[View]]:
     ]
 
 
-def molmo_moments(prompt: Prompt) -> list[list[Moment]]:
+def molmo_frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
     """`video_grids` tells frames, rows and columns, `video_token_pooling` the patches of each token."""
     grids = prompt.of_videos("video_grids")
     windows = iter(_split(prompt, "video_token_pooling", [grid[1:] for grid in grids for _ in range(grid[0])]))
     return [
-        [Moment(number, number, _view("", frame, grid[1:], next(windows))) for number, frame in enumerate(frames)]
+        [FrameRange(number, number, _view("", frame, grid[1:], next(windows))) for number, frame in enumerate(frames)]
         for frames, grid in zip(prompt.videos, grids, strict=True)
     ]
 

@@ -63,7 +63,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Moment:
+class FrameRange:
     """What the visual tokens of one time of a video are made from: its frames from `first` to `last`, both from 0."""
 
     first: int

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.report.token_layout.crops import (
-    calibrated_moments,
+    calibrated_frame_ranges,
     calibrated_views,
     calibrated_whole_view,
     phi4_views,
@@ -23,14 +23,14 @@ from pyramiddrop.report.token_layout.grids import (
     placed_patches,
     placed_patches_in_time,
 )
-from pyramiddrop.report.token_layout.molmo import molmo_moments, molmo_views
-from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Moment, Prompt, Size
+from pyramiddrop.report.token_layout.molmo import molmo_frame_ranges, molmo_views
+from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
 
 #: The views of each picture of a prompt.
 Views = list[list[View]]
 
 #: How the tokens of pictures lie, and those of videos where it is known.
-Layout = tuple[Callable[[Prompt], Views], Callable[[Prompt], list[list[Moment]]] | None]
+Layout = tuple[Callable[[Prompt], Views], Callable[[Prompt], list[list[FrameRange]]] | None]
 
 #: Vision towers that cut a picture of one fixed size into a grid of patches.
 WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
@@ -47,7 +47,7 @@ def views(prompt: Prompt) -> Views:
     return layout(prompt) if prompt.pictures else []
 
 
-def moments(prompt: Prompt) -> list[list[Moment]]:
+def frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
     """The views of each video, in the order of the prompt. Raises as :func:`views` does."""
     if not prompt.videos:
         return []
@@ -94,8 +94,8 @@ def _of_one_crop(prompt: Prompt, has_class_token: bool = True) -> Views:
     return _each(partial(calibrated_whole_view, class_token=kept))(prompt)
 
 
-def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[list[Moment]]]:
-    return lambda prompt: [calibrated_moments(prompt, frames, leading, trailing) for frames in prompt.videos]
+def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[list[FrameRange]]]:
+    return lambda prompt: [calibrated_frame_ranges(prompt, frames, leading, trailing) for frames in prompt.videos]
 
 
 #: By the name that a record in `families.py` has for it.
@@ -111,6 +111,6 @@ LAYOUTS: dict[str, Layout] = {
     "newline grids": (newline_grids, None),
     "placed patches": (placed_patches, placed_patches_in_time),
     "pixel sizes": (pixel_sizes, None),
-    "molmo": (molmo_views, molmo_moments),
+    "molmo": (molmo_views, molmo_frame_ranges),
     "phi4": (phi4_views, None),
 }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pyramiddrop.report.token_layout.geometry import View
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError, Prompt
-from pyramiddrop.report.token_layout.registry import moments, views
+from pyramiddrop.report.token_layout.registry import frame_ranges, views
 
 __all__ = ["CannotPlaceError", "PlacedView", "place_pictures"]
 
@@ -65,6 +65,6 @@ def _frames(prompt: Prompt) -> list[PlacedView]:
             replace(moment.view, name=moment.name + (f" of video {number}" if several else "")),
             moment.first,
         )
-        for number, (frames, own) in enumerate(zip(prompt.videos, moments(prompt), strict=True), start=1)
+        for number, (frames, own) in enumerate(zip(prompt.videos, frame_ranges(prompt), strict=True), start=1)
         for moment in own
     ]

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyramiddrop.cost.flops import (
-    Choice,
-    Choosing,
-    by_attention,
+    DropCounts,
+    RankingCost,
+    attention_ranking_flops,
     head_flops,
     prefill_flops,
     projector_flops,
@@ -52,7 +52,7 @@ class Parts:
 
     Attributes:
         decoder: the decoder's layers.
-        ranking: of the tokens at the stage ends.
+        ranking: of the tokens at the drops.
         head: the language-model head over the last row.
         vision: the vision tower; 0 where its sizes are not known.
         projector: between the tower and the decoder.
@@ -71,7 +71,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Account:
+class CostBreakdown:
     """One prompt under one schedule.
 
     Attributes:
@@ -119,14 +119,17 @@ class Account:
         }
 
 
-def account(
-    model: ModelShape, prompt: Prompt, schedule: Schedule | None = None, choosing: Choosing = by_attention
-) -> Account:
+def estimate_cost(
+    model: ModelShape,
+    prompt: Prompt,
+    schedule: Schedule | None = None,
+    ranking_cost: RankingCost = attention_ranking_flops,
+) -> CostBreakdown:
     """Count what a prefill of `prompt` costs.
 
     Args:
         schedule: when tokens are dropped; None for vanilla.
-        choosing: what a choice at a stage end costs, by the method.
+        ranking_cost: FLOPs of one drop's ranking, by the method.
 
     Raises:
         ValueError: where the schedule lies beyond the decoder's layers.
@@ -136,11 +139,11 @@ def account(
         schedule.check_depth(shape.layers)
     visual = visual_by_layer(schedule, prompt.visual_tokens, shape.layers)
     rows = [tokens + prompt.text_tokens for tokens in visual]
-    return Account(
+    return CostBreakdown(
         visual_by_layer=tuple(visual),
         full=Parts(
             decoder=prefill_flops(shape, rows, visual=visual),
-            ranking=sum(choosing(shape, choice) for choice in choices(schedule, prompt)),
+            ranking=sum(ranking_cost(shape, drop) for drop in drop_counts(schedule, prompt)),
             head=head_flops(shape),
             vision=vision_flops(model.vision, prompt) if model.vision else 0,
             projector=projector_flops(model.vision, prompt) if model.vision else 0,
@@ -161,14 +164,14 @@ def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list
     return [counts[schedule.stage_of(layer)] for layer in range(layers)]
 
 
-def choices(schedule: Schedule | None, prompt: Prompt) -> list[Choice]:
-    """The stage ends of one sample at which something is dropped; the others choose nothing."""
+def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
+    """The drops of one sample at which something is dropped; the others choose nothing."""
     found, before = [], prompt.visual_tokens
     for stage in schedule.stages if schedule else ():
         kept = stage.count(prompt.visual_tokens)
         if kept < before:
             rows = before + prompt.text_tokens
-            found.append(Choice(stage.layer, rows, before, kept, instruction=prompt.asking))
+            found.append(DropCounts(stage.layer, rows, before, kept, instruction=prompt.asking))
         before = kept
     return found
 
