@@ -71,7 +71,9 @@ def _load_rows(loads: list[dict[str, Any]]) -> list[str]:
 
 def _median(loads: list[dict[str, Any]], variant: str, clients: int, name: str) -> float:
     """Over the rounds."""
-    return statistics.median(load[name] for load in loads if (load["way"], load["concurrency"]) == (variant, clients))
+    return statistics.median(
+        load[name] for load in loads if (load["variant"], load["concurrency"]) == (variant, clients)
+    )
 
 
 if __name__ == "__main__":

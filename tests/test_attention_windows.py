@@ -51,7 +51,7 @@ def test_each_sample_has_its_own_start_of_chunks() -> None:
     assert near[:, 0, 0].tolist() == [[False, True, True], [False, False, True]]
 
 
-@pytest.mark.parametrize("span", [FULL, AttentionScope("recurrent")])
+@pytest.mark.parametrize("scope", [FULL, AttentionScope("recurrent")])
 def test_other_kinds_reach_everything(scope: AttentionScope) -> None:
     assert not scope.windowed
     assert reached(scope, [0, 9], [0, 5, 9]) == [[1, 1, 1], [1, 1, 1]]

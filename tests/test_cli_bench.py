@@ -74,7 +74,7 @@ def test_json_of_random_weights() -> None:
         8,
     )
     assert "the decoder alone" in record["subject"]["about"]
-    assert [(row["way"], row["batch"]) for row in record["results"]] == [
+    assert [(row["variant"], row["batch"]) for row in record["results"]] == [
         (variant, batch) for batch in (1, 3) for variant in ("vanilla", "FastV(keep=0.25)")
     ]
     for row in record["results"]:

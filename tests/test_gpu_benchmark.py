@@ -52,7 +52,7 @@ def test_each_part_writes_its_file(records: dict[str, Any]) -> None:
             None,
         )
         assert record["subject"]["visual_tokens"] == 24
-        assert {row["way"] for row in record["results"]} == set(WAYS)
+        assert {row["variant"] for row in record["results"]} == set(WAYS)
         if part.kind != "graphs":
             assert {row["batch"] for row in record["results"]} == set(part.batches)
     assert {row["checkpointing"] for row in records["training-cpu"]["results"]} == {False, True}
@@ -106,7 +106,7 @@ def test_a_trial_does_not_write_among_the_results(capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_a_compiled_step_is_one_graph_for_all_runs(subject: Subject) -> None:
-    variants = choose_variants([], subject.parts.shape, subject.prompt)
+    variants = choose_variants([], subject.info.shape, subject.prompt)
     compilers = {"eager": eager, "one graph": partial(torch.compile, backend="eager", fullgraph=True)}
     ticks: list[None] = []
     found = measure_decoding(subject, variants, 2, 3, 2, CpuClock(), compilers, lambda: ticks.append(None))
@@ -121,7 +121,7 @@ def test_a_compiled_step_is_one_graph_for_all_runs(subject: Subject) -> None:
 
 
 def test_host_waits_are_counted_once_the_method_is_settled(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = choose_variants(["pyramiddrop"], subject.parts.shape, subject.prompt)[1]
+    variant = choose_variants(["pyramiddrop"], subject.info.shape, subject.prompt)[1]
     assert waits.count_waits(subject, variant) is None  # on a CPU
     modes: list[str] = []
     asked: list[int] = []

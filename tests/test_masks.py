@@ -152,7 +152,7 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
 
 
-@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize(("padded", "ragged"), OPTIONS)
 def test_the_models_own_mask_is_gathered(call: Any, scope: AttentionScope, padded: bool, ragged: bool) -> None:
     for seed in range(8):
@@ -164,7 +164,7 @@ def test_the_models_own_mask_is_gathered(call: Any, scope: AttentionScope, padde
             case.check(found)
 
 
-@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_without_a_mask_the_layers_rule_is_written_out(
@@ -210,7 +210,7 @@ def test_eager_attention_always_needs_a_mask() -> None:
     assert follow_mask(None, case.kept, case.slots, case.count, case.spec("eager", padded=False)) is not None
 
 
-@pytest.mark.parametrize("span", SCOPES, ids=lambda scope: scope.kind)
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.kind)
 @pytest.mark.parametrize(("padded", "ragged"), OPTIONS)
 def test_a_mask_that_counts_slots_is_not_believed(scope: AttentionScope, padded: bool, ragged: bool) -> None:
     """The model measured it by a cache from which tokens were dropped: too narrow, and wrong before this call."""

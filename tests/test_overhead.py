@@ -34,7 +34,7 @@ def subject() -> Subject:
 
 
 def variants(subject: Subject, *methods: str) -> list[MethodCost]:
-    return list(choose_variants(methods, subject.parts.shape, subject.prompt, print))
+    return list(choose_variants(methods, subject.info.shape, subject.prompt, print))
 
 
 def test_a_prefill_of_three_drops_gets_few_operations_more_and_a_step_none(subject: Subject) -> None:

@@ -48,7 +48,7 @@ def subject() -> Subject:
 
 
 def variants_for(subject: Subject, *methods: str) -> Any:
-    return choose_variants(methods, subject.parts.shape, subject.prompt)
+    return choose_variants(methods, subject.info.shape, subject.prompt)
 
 
 def test_each_round_has_all_ways_and_starts_with_another() -> None:
@@ -98,7 +98,7 @@ def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name
         assert (
             result.kv_bytes
             == result.predicted.kv_bytes
-            == predict(variant, subject.parts.shape, subject.prompt, batch).kv_bytes
+            == predict(variant, subject.info.shape, subject.prompt, batch).kv_bytes
         )
     assert len({result.kv_bytes for result in found}) == len(variants)
 
@@ -107,11 +107,11 @@ def test_a_trace_predicts_the_same_flops(subject: Subject) -> None:
     for variant in variants_for(subject, "pyramiddrop", "fastv", "pyramiddrop:score=instruction")[1:]:
         with subject.under(variant.method) as trace:
             subject.model(**subject.batch(2))
-        assert trace.cost().flops == predict(variant, subject.parts.shape, subject.prompt, 2).flops
+        assert trace.cost().flops == predict(variant, subject.info.shape, subject.prompt, 2).flops
 
 
 def test_causal_attention_skips_almost_half_of_the_pairs(subject: Subject) -> None:
-    shape, rows = subject.parts.shape, 40
+    shape, rows = subject.info.shape, 40
     vanilla = predict(variants_for(subject, "fastv")[0], shape, subject.prompt, 1)
     pairs = (vanilla.flops - vanilla.causal_flops) / (4 * shape.layers * shape.heads * shape.head_dim)
     assert pairs == rows * (rows - 1) / 2
@@ -121,7 +121,7 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
     variants, ticks = variants_for(subject, "pyramiddrop"), count()
     vanilla, pruned = generation.measure_generation(subject, variants, 1, 4, 3, Ticks(), lambda: next(ticks))
     assert next(ticks) == 2 * (1 + 3)  # the warm-up moves the bar, too
-    layers = subject.parts.shape.layers
+    layers = subject.info.shape.layers
     for result in (vanilla, pruned):
         # A pair of marks around each hook: of the wrapper, the text model before and after, and each layer.
         assert result.dropping == Spread.of([layers + 3.0] * 3)
@@ -141,7 +141,7 @@ def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
     monkeypatch.setattr(query_key, "_ways", WeakKeyDictionary())  # other tests have asked the same layers
     asked, agree = [], query_key._agree
     monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
-    watch = generation._PrefillWatch(subject.parts, Ticks())
+    watch = generation._PrefillWatch(subject.info, Ticks())
     watch.before_method()
     with subject.under(variants_for(subject, "pyramiddrop")[1].method), torch.inference_mode():
         watch.after_method()
@@ -221,7 +221,7 @@ def test_ratios_are_to_vanilla_of_the_same_batch(subject: Subject) -> None:
 def test_training_measures_every_way(subject: Subject) -> None:
     weights = [parameter.detach().clone() for parameter in subject.model.parameters()]
     variants = training_variants(variants_for(subject, "pyramiddrop"))
-    assert [(variant.variant.label, variant.logits, variant.checkpointing) for variant in variants] == [
+    assert [(variant.cost.label, variant.logits, variant.checkpointing) for variant in variants] == [
         (label, logits, checkpointing)
         for checkpointing in (False, True)
         for label, logits in (("vanilla", "full"), ("PyramidDrop", "full"), ("PyramidDrop", "kept"))
@@ -233,7 +233,7 @@ def test_training_measures_every_way(subject: Subject) -> None:
     assert vanilla.peak_bytes > full.peak_bytes > kept.peak_bytes
     assert vanilla.predicted_flops > full.predicted_flops > kept.predicted_flops
     records = training_records(found)
-    assert [record["ratios"]["flops"] for record in records if record["way"] == "vanilla"] == [1.0, 1.0]
+    assert [record["ratios"]["flops"] for record in records if record["variant"] == "vanilla"] == [1.0, 1.0]
     for before, after in zip(weights, subject.model.parameters(), strict=True):
         assert torch.equal(before, after)
 

@@ -25,7 +25,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
     So do the ends of intervals below ten pictures.
 
-    Each way has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
+    Each method has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
     method itself, "to_first" of the same budget.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
@@ -73,7 +73,7 @@ def _prefill(evaluation: Evaluation, number: int) -> dict[str, float] | None:
 
 
 def _bases(evaluation: Evaluation, outcome: Outcome) -> dict[str, Outcome]:
-    """What a way is compared with: vanilla, and the first method at the same budget."""
+    """What a method is compared with: vanilla, and the first method at the same budget."""
     vanilla, *methods = evaluation.outcomes
     if outcome is vanilla:
         return {}

@@ -77,7 +77,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one way to run.
+    """What came of one variant.
 
     Attributes:
         method: None for vanilla.
@@ -99,7 +99,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: vanilla first. `times` are of a prefill of the first batch, the ways in turn, or none."""
+    """A finished evaluation, vanilla first. `times` are of a prefill of the first batch, methods in turn, or none."""
 
     task: Task
     options: EvalOptions
@@ -135,7 +135,7 @@ class Evaluator:
 
     @property
     def total(self) -> int:
-        """How many questions are answered, over all ways."""
+        """How many questions are answered, over all methods."""
         return len(self.task.samples) * (1 + len(self.methods) * max(1, len(self.options.budgets)))
 
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:

@@ -28,7 +28,7 @@ class _Panel:
 
 
 def draw_speed(record: Record) -> Figure:
-    """One panel a quantity, one bar a way; predictions are scaled from vanilla of the same batch."""
+    """One panel a quantity, one bar a method; predictions are scaled from vanilla of the same batch."""
     results: Sequence[Record] = record["results"]
     panels = _training_panels() if record["kind"] == "training" else _generation_panels(results)
     width = 3.1 * len(panels) + 2.2
@@ -95,14 +95,14 @@ def _timed(title: str, name: str, ratio: str | None = None) -> _Panel:
 
 
 def _draw(axis: Axes, panel: _Panel, results: Sequence[Record]) -> None:
-    names = list(dict.fromkeys(result["way"] for result in results))
+    names = list(dict.fromkeys(result["variant"] for result in results))
     for place, result in enumerate(results):
         value = panel.value(result)
         error = None
         if panel.quartiles:
             low, high = panel.quartiles(result)
             error = [[value - low], [high - value]]
-        color = COLORS[names.index(result["way"]) % len(COLORS)]
+        color = COLORS[names.index(result["variant"]) % len(COLORS)]
         axis.barh(place, value, 0.72, xerr=error, color=color, error_kw={"elinewidth": 1, "capsize": 2})
         if panel.predicted and not _is_vanilla(result):
             vanilla = next(one for one in results if _is_vanilla(one) and _same_setting(one, result))
@@ -113,7 +113,7 @@ def _draw(axis: Axes, panel: _Panel, results: Sequence[Record]) -> None:
 
 
 def _is_vanilla(result: Record) -> bool:
-    return bool(result["way"] == "vanilla")
+    return bool(result["variant"] == "vanilla")
 
 
 def _same_setting(one: Record, other: Record) -> bool:

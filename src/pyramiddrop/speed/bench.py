@@ -78,7 +78,7 @@ class Bench:
         """Measure prefill, decoding, memory and KV cache of generating `new_tokens`.
 
         Args:
-            repeats: runs of each way that count.
+            repeats: runs of each method that count.
             tick: called after each of :meth:`runs` runs.
         """
         clock = clock_for(self.subject.model.device, self.threads)

@@ -32,7 +32,7 @@ reduce_overhead: Compiler = partial(torch.compile, mode="reduce-overhead", fullg
 
 @dataclass(frozen=True)
 class Decoding:
-    """One way to decode, summed up over its runs.
+    """Measurements of one variant, summed up over its runs.
 
     Attributes:
         compiled: how a step was compiled, by name.
@@ -59,9 +59,9 @@ def measure_decoding(
     compilers: Mapping[str, Compiler],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Decoding]:
-    """Decode `steps` tokens of `batch` equal samples in each of `ways`, by each of `compilers`, `repeats` times each.
+    """Decode `steps` tokens of `batch` equal samples for each of `variants` and `compilers`, `repeats` times each.
 
-    The prompt runs as it is. The ways come one after another, for a compiled step holds the hooks that it was compiled
+    The prompt runs as it is. Methods come one after another, for a compiled step holds the hooks that it was compiled
     with; all runs of one share a cache, whose place in memory a CUDA graph holds. A first run compiles, and does not
     count.
 

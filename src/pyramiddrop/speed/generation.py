@@ -41,7 +41,7 @@ class GenerationTimes:
 
 @dataclass(frozen=True)
 class Generation:
-    """One way to generate, summed up over its runs.
+    """Measurements of one variant, summed up over its runs.
 
     Attributes:
         first_token, decoder, dropping, step, whole: seconds, see :class:`GenerationTimes`.
@@ -71,7 +71,7 @@ def measure_generation(
     clock: Clock,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Generation]:
-    """Generate `new_tokens` for `batch` equal samples in each of `ways`, taken in turn, `repeats` times each.
+    """Generate `new_tokens` for `batch` equal samples for each of `variants`, taken in turn, `repeats` times each.
 
     A first round warms up and is watched for its memory; its times are not counted.
 

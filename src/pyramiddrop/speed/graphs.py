@@ -15,7 +15,7 @@ from pyramiddrop.speed.subject import Subject, resized
 
 @dataclass(frozen=True)
 class Graphs:
-    """One way to prefill.
+    """Graph counts of one variant.
 
     Attributes:
         graphs: with each layer compiled, how many there are after each of the pictures.
@@ -34,12 +34,12 @@ def count_graphs(
     backend: str,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Graphs]:
-    """Prefill one sample of each of `visual_tokens` in each of `ways`, without a cache. A graph that breaks raises.
+    """Prefill one sample of each of `visual_tokens` for each of `variants`, with no cache. A graph that breaks raises.
 
     Args:
         subject: of a shape.
         backend: of `torch.compile`.
-        tick: called after each way.
+        tick: called after each method.
     """
     found = []
     for variant in variants:

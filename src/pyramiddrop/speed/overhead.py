@@ -17,12 +17,12 @@ from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.subject import Subject
 
-PREFILLS, STEPS = 4, 16  # in each round, one of every way after the other
+PREFILLS, STEPS = 4, 16  # in each round, one of every method after the other
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """One way to run, summed up over its runs.
+    """Measurements of one variant, summed up over its runs.
 
     Attributes:
         prefill_ops, step_ops: ATen operations, on the device and on the host, of a prefill and of a decoding step.
@@ -58,15 +58,15 @@ def measure_overhead(
     clock: Clock,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Overhead]:
-    """Run a prefill and some steps of `batch` equal samples in each of `ways`, in turn; a first round warms up.
+    """Run a prefill and some steps of `batch` equal samples for each of `variants`, in turn; a first round warms up.
 
     Args:
-        tick: called once for each way after every round, also after the first one.
+        tick: called once for each method after every round, also after the first one.
     """
     names = [variant.label for variant in variants]
     prefills, steps = ({name: list[float]() for name in names} for _ in range(2))
     with torch.no_grad(), ExitStack() as stack:
-        # A model object for each way, on the same weights: so steps, too, take turns.
+        # A model object for each method, on the same weights: so steps, too, take turns.
         subjects = {name: replace(subject, model=shared_copy(subject.model)) for name in names}
         for variant in variants:
             stack.enter_context(subjects[variant.label].under(variant.method))

@@ -22,22 +22,22 @@ LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 @dataclass(frozen=True)
 class TrainingVariant:
-    """One way to train.
+    """A method, and how its training step runs.
 
     Attributes:
-        way: the method, or vanilla.
+        cost: of the method, or of vanilla.
         logits: "full": of every row; "kept": of the rows that are left, which only a method can do.
         checkpointing: whether layers are computed again in the backward pass, to save memory.
     """
 
-    variant: MethodCost
+    cost: MethodCost
     logits: Logits
     checkpointing: bool
 
     @property
     def method(self) -> Method | None:
         """The method with these logits."""
-        return replace(self.variant.method, logits=self.logits) if self.variant.method else None
+        return replace(self.cost.method, logits=self.logits) if self.cost.method else None
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One way to train, summed up over its steps.
+    """Measurements of one variant, summed up over its steps.
 
     Attributes:
         forward, backward, gradients, optimizer, whole: seconds, see :class:`StepTimes`.
         peak_bytes: the most memory during forward and backward, above the weights and the inputs: activations and
-            gradients. The optimizer's own state is the same in all ways and not in it.
+            gradients. The optimizer's own state is the same in all methods and not in it.
         predicted_flops: of the decoder's layers, the ranking and the head; a backward pass is two forwards.
     """
 
@@ -76,7 +76,7 @@ class TrainingStep:
 
 
 def training_variants(variants: Sequence[MethodCost]) -> list[TrainingVariant]:
-    """Each way with full and (of a method) kept logits, without and with gradient checkpointing."""
+    """Each method with full and (of a method) kept logits, without and with gradient checkpointing."""
     return [
         TrainingVariant(variant, logits, checkpointing)
         for checkpointing in (False, True)
@@ -94,7 +94,7 @@ def measure_training(
     optimizer: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> list[TrainingStep]:
-    """Train all weights for a step on `batch` equal samples in each of `ways`, taken in turn, `repeats` times each.
+    """Train all weights for a step on `batch` equal samples for each of `variants`, in turn, `repeats` times each.
 
     A first round warms up and is watched for its memory; its times are not counted.
 
@@ -124,7 +124,7 @@ def _summed(
 ) -> TrainingStep:
     updates = [one.optimizer for one in times if one.optimizer is not None]
     return TrainingStep(
-        variant=variant.variant.label,
+        variant=variant.cost.label,
         logits=variant.logits,
         checkpointing=variant.checkpointing,
         batch=batch,
@@ -135,7 +135,7 @@ def _summed(
         whole=Spread.of([one.whole for one in times]),
         peak_bytes=peak_bytes,
         predicted_flops=predict_step(
-            variant.variant, subject.info.shape, subject.prompt, batch, variant.logits == "kept", variant.checkpointing
+            variant.cost, subject.info.shape, subject.prompt, batch, variant.logits == "kept", variant.checkpointing
         ),
     )
 

@@ -98,8 +98,8 @@ def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str
     """Left the score, of all and of each kind of question, over λ; right the costs. Vanilla stands at λ = 1.
 
     Args:
-        vanilla: a way of an evaluation's record.
-        points: ways, each with its `lam`, ascending.
+        vanilla: a method of an evaluation's record.
+        points: methods, each with its `lam`, ascending.
     """
     places = [*(point["lam"] for point in points), VANILLA]
     with rc_context(styled()):

@@ -64,7 +64,7 @@ def _best(points: Sequence[Record]) -> tuple[str, float]:
 
 
 def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
-    """Rows of the CSV file for one way: one for each kind of question."""
+    """Rows of the CSV file for one method: one for each kind of question."""
     costs = {name: variant[name] for name in ("percent", "flops", "flops_ratio", "kv_bytes", "kv_ratio")}
     tokens = variant["visual_tokens"]["per_layer"]
     for kind, score in variant["scores"].items():
@@ -72,7 +72,7 @@ def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
 
 
 def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
-    """Mean scores by kind of question, a row a way with its head; no table where there is one kind."""
+    """Mean scores by kind of question, a row a method with its head; no table where there is one kind."""
     if len(kinds) < 2:
         return []
     rows = [
@@ -83,7 +83,7 @@ def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence
 
 
 def tradeoff_sheets(record: Record) -> list[Sheet]:
-    """The tables: what each way costs and scores, and its scores by kind of question."""
+    """The tables: what each method costs and scores, and its scores by kind of question."""
     variants = record["methods"]
     head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
     return [
@@ -112,8 +112,8 @@ def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
     """The score of all questions: one line a method through its `points`, and vanilla's score as a level.
 
     Args:
-        vanilla: a way of an evaluation's record.
-        points: ways, each with the name of its `line` beside.
+        vanilla: a method of an evaluation's record.
+        points: methods, each with the name of its `line` beside.
     """
     with rc_context(styled()):
         figure = Figure(figsize=(COLUMN, 2.75), layout="constrained")

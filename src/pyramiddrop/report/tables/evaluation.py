@@ -38,13 +38,13 @@ def eval_notes(record: Record) -> list[str]:
         "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
         "the 95 % interval of a bootstrap over pictures; the first method is that of the same budget. FLOPs: decoder "
         "layers and ranking, predicted, of vanilla's. "
-        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, ways in turn."
+        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, methods in turn."
         * _timed(record)
     ]
 
 
 def eval_tables(record: Record) -> list[Table]:
-    """The ways side by side, a few in each table."""
+    """The methods side by side, a few in each table."""
     variants = record["methods"]
     columns = [_column(record, variant) for variant in variants]
     tables = []
@@ -58,7 +58,7 @@ def eval_tables(record: Record) -> list[Table]:
 
 
 def eval_markdown(record: Record) -> str:
-    """The heading, the answers, those of finer kinds, and what they cost, in Markdown: a way a row."""
+    """The heading, the answers, those of finer kinds, and what they cost, in Markdown: a method a row."""
     variants = record["methods"]
     columns = [_column(record, variant) for variant in variants]
     costs = list(_costs(record, variants[0]))
@@ -89,7 +89,7 @@ def _finer(record: Record, variant: Record) -> dict[str, str]:
 
 
 def _column(record: Record, variant: Record) -> dict[str, str]:
-    """What is said of one way, by the heads of the rows."""
+    """What is said of one method, by the heads of the rows."""
     scores = variant["scores"]
     return {
         **_costs(record, variant),

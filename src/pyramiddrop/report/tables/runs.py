@@ -13,7 +13,7 @@ from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.style import new_table
 
-#: Of a number that each way to run has: that of vanilla, and that of the method.
+#: Of a number that each variant has: that of vanilla, and that of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]
 
 
@@ -63,7 +63,7 @@ def summary(demo: Demo) -> list[str]:
         f"Right answers: vanilla {plain} of {total}, PyramidDrop {pruned} of {total}. So few are no benchmark; "
         "`pyramiddrop eval --tasks reader` is one.",
         f"On one CPU thread the prefill of one prompt, vision tower included, takes {alone} of vanilla's CPU time, and "
-        f"that of {demo.batch.size} prompts at once {together}. Both ways take turns, and the {runs} "
+        f"that of {demo.batch.size} prompts at once {together}. Both take turns, and the {runs} "
         "counts, for other programs only add to it.",
         f"The decoder's FLOPs fall to {units.share(flops)}; the vision tower, about a quarter of vanilla's time here, "
         "is not made cheaper.",

@@ -39,8 +39,8 @@ def _how(kind: str, setting: Record) -> str:
         return f"graphs after each picture, each layer compiled (backend {setting['backend']}), no cache"
     runs = f"{setting['clock']}, median and quartiles of {setting['repeats']} run(s)"
     if kind == "decoding":
-        return f"{runs}, on a StaticCache, one way after another, each after a warm-up that compiles"
-    return f"{runs}, ways taken in turn after a warm-up"
+        return f"{runs}, on a StaticCache, one method after another, each after a warm-up that compiles"
+    return f"{runs}, methods taken in turn after a warm-up"
 
 
 def speed_notes(record: Record) -> list[str]:
@@ -82,8 +82,8 @@ def speed_markdown(record: Record) -> str:
 
 
 def speed_grids(record: Record) -> list[Grid]:
-    """The ways side by side, a grid for each batch size; of training also for each answer to checkpointing, of decoding
-    for each way to compile."""
+    """The methods side by side, a grid for each batch size; of training also with and without checkpointing, of
+    decoding for each way to compile."""
     column = _COLUMNS[record["kind"]]
     grids: list[Grid] = []
     for title, found in groupby(record["results"], _title):
@@ -96,7 +96,7 @@ def speed_grids(record: Record) -> list[Grid]:
 
 def way_label(result: Record) -> str:
     """The method, and whether it keeps the logits of kept rows alone."""
-    return f"{result['way']}, kept logits" if result.get("logits") == "kept" else str(result["way"])
+    return f"{result['variant']}, kept logits" if result.get("logits") == "kept" else str(result["variant"])
 
 
 def _title(result: Record) -> str:
