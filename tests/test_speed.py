@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -101,6 +101,23 @@ def test_the_cache_holds_what_is_predicted(monkeypatch: pytest.MonkeyPatch, name
             == predict(variant, subject.info.shape, subject.prompt, batch).kv_bytes
         )
     assert len({result.kv_bytes for result in found}) == len(variants)
+
+
+def test_a_padded_batch_of_several_pictures() -> None:
+    subject = shape_subject("tiny", CPU, visual=33, text=12, pictures=4, padded=True)
+    runs = [len(list(group)) for visual, group in groupby(subject.visual[0].tolist()) if visual]
+    assert (runs, subject.pictures) == ([8, 8, 8, 9], 4)
+    assert (subject.prompt.visual_tokens, subject.prompt.text_tokens, subject.prompt.instruction_tokens) == (33, 12, 6)
+    padding = (subject.batch(3)["attention_mask"] == 0).sum(1).tolist()
+    assert padding == [0, 1, 2]
+    assert not subject.batch(1)["attention_mask"].eq(0).any()
+    variants = variants_for(subject, "pyramiddrop:per_image=true")
+    vanilla, pruned = generation.measure_generation(subject, variants, 3, 2, 1, Ticks())
+    assert pruned.kv_bytes < vanilla.kv_bytes
+    with subject.under(variants[1].method) as trace, torch.no_grad():
+        subject.model(**subject.batch(3))
+    quota = [len(kept) for kept in trace.stages[0].kept]
+    assert quota == [4 * 4] * 3
 
 
 def test_a_trace_predicts_the_same_flops(subject: Subject) -> None:

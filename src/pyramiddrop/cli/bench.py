@@ -37,6 +37,16 @@ def bench(
     text_tokens: Annotated[
         int | None, typer.Option(min=4, help="Of a shape's prompt. (default: 64)", rich_help_panel=SUBJECT)
     ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a shape's prompt: so many share its visual tokens. (default: 1)", rich_help_panel=SUBJECT
+        ),
+    ] = None,
+    padded: Annotated[
+        bool,
+        typer.Option("--padded", help="Of a shape's batch: prompts of different lengths.", rich_help_panel=SUBJECT),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub name of a checkpoint.", rich_help_panel=SUBJECT)
     ] = None,
@@ -95,6 +105,8 @@ def bench(
         num_layers=num_layers,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
+        pictures=pictures,
+        padded=padded,
         model=model,
         images=tuple(image or ()),
         prompt=prompt,

@@ -44,7 +44,8 @@ class BenchOptions:
 
     Attributes:
         shape: a name in :data:`pyramiddrop.speed.subject.SHAPES`, for random weights.
-        num_layers, visual_tokens, text_tokens: of a shape: its depth and its prompt.
+        num_layers, visual_tokens, text_tokens, pictures, padded: of a shape: its depth and its prompt, see
+            :func:`pyramiddrop.speed.subject.shape_subject`.
         model, images, prompt: a checkpoint and what it is asked.
         methods: in words, e.g. `fastv:layer=3`.
         batches: sizes, each measured on its own.
@@ -55,6 +56,8 @@ class BenchOptions:
     num_layers: int | None = None
     visual_tokens: int | None = None
     text_tokens: int | None = None
+    pictures: int | None = None
+    padded: bool = False
     model: str | None = None
     images: Sequence[Path] = ()
     prompt: str | None = None
@@ -192,13 +195,20 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
     sizes, _ = sizes_of(shape, options.num_layers)
     choose_variants(options.methods, sizes, Prompt(1))  # before the weights are made
     return shape_subject(
-        shape, device, options.dtype, options.num_layers, options.visual_tokens, options.text_tokens or TEXT_TOKENS
+        shape,
+        device,
+        options.dtype,
+        options.num_layers,
+        options.visual_tokens,
+        options.text_tokens or TEXT_TOKENS,
+        options.pictures or 1,
+        options.padded,
     )
 
 
 def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:
-    for name in ("num_layers", "visual_tokens", "text_tokens"):
-        if getattr(options, name) is not None:
+    for name in ("num_layers", "visual_tokens", "text_tokens", "pictures", "padded"):
+        if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} belongs to random weights; name their --shape")
     source = options.model or str(reader_checkpoint())
     text = read_config(source).get_text_config(decoder=True)

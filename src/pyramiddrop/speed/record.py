@@ -55,6 +55,8 @@ def subject_record(subject: Subject) -> dict[str, Any]:
         "vocabulary": shape.vocabulary,
         "visual_tokens": subject.prompt.visual_tokens,
         "text_tokens": subject.prompt.text_tokens,
+        "pictures": subject.pictures,
+        "padded": subject.padded,
     }
 
 

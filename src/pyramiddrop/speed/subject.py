@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Subject:
         visual: (1, L) bool on the CPU, the visual tokens.
         labels: (1, L) long on the model's device, a made-up answer at the end; -100 elsewhere.
         masked: whether a method needs `visual` given, for the model is fed with embeddings.
+        padded: whether the samples of a batch are of different lengths; see :meth:`batch`.
     """
 
     name: str
@@ -53,11 +55,17 @@ class Subject:
     visual: Tensor
     labels: Tensor
     masked: bool
+    padded: bool = False
 
     @property
     def info(self) -> ModelInfo:
         """What is known of the model."""
         return inspect_model(self.model)
+
+    @property
+    def pictures(self) -> int:
+        """How many runs of visual tokens the prompt has."""
+        return int((self.visual[0, 1:] & ~self.visual[0, :-1]).sum()) + int(self.visual[0, 0])
 
     @property
     def prompt(self) -> Prompt:
@@ -67,8 +75,13 @@ class Subject:
         return Prompt(visual, length - visual, instruction_tokens=behind)
 
     def batch(self, count: int) -> dict[str, Tensor]:
-        """The inputs of `count` equal samples."""
-        return {name: torch.cat([value] * count) for name, value in self.inputs.items()}
+        """The inputs of `count` equal samples; padded ones have less and less text before their first picture."""
+        inputs = {name: torch.cat([value] * count) for name, value in self.inputs.items()}
+        if self.padded:
+            before = int(self.visual[0].nonzero().min())
+            for sample, mask in enumerate(inputs["attention_mask"]):
+                mask[: sample * before // count] = 0
+        return inputs
 
     def under(self, method: Method | None) -> AbstractContextManager[Any]:
         """The model under `method` for the time of a `with` block; None leaves it as it is."""
@@ -95,6 +108,8 @@ def shape_subject(
     depth: int | None = None,
     visual: int | None = None,
     text: int = 64,
+    pictures: int = 1,
+    padded: bool = False,
 ) -> Subject:
     """Random weights of a named shape; the decoder alone, fed with random embeddings.
 
@@ -102,19 +117,28 @@ def shape_subject(
         dtype: float32, float16 or bfloat16; None takes what suits the device.
         depth: run so many layers only; None runs all.
         visual: number of visual tokens; None takes those of the shape's usual picture.
-        text: number of text tokens, half of them before the visual ones.
+        text: number of text tokens, half of them before the last picture.
+        pictures: how many pictures the visual tokens are divided among, a text token between two.
+        padded: whether the samples of a batch are of different lengths.
 
     Raises:
-        InputError: for an unknown shape, a depth that it does not have, or one that does not fit into memory.
+        InputError: for an unknown shape, a depth that it does not have or that does not fit into memory, and for more
+            pictures than visual tokens or half of the text tokens.
     """
     shape, usual = sizes_of(name, depth)
     if dtype == "auto":
         raise InputError("dtype 'auto' means a checkpoint's own, and random weights have none")
     number = pick_dtype(device, dtype)
     assert isinstance(number, torch.dtype)
+    visual = visual or usual
+    if pictures > min(visual, text // 2):
+        raise InputError(
+            f"--pictures must be at most {min(visual, text // 2)} with {visual} visual and {text} text tokens: one "
+            f"stands between two pictures, and half of them behind the last one; got {pictures}"
+        )
     _check_fits(name, shape, number, device)
     model = _random_decoder(name, shape, number, device)
-    return _fed_with_embeddings(name, model, visual or usual, text)
+    return replace(_fed_with_embeddings(name, model, visual, text, pictures), padded=padded)
 
 
 def resized(subject: Subject, visual: int) -> Subject:
@@ -170,10 +194,12 @@ def _random_decoder(name: str, shape: DecoderShape, dtype: torch.dtype, device: 
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _fed_with_embeddings(name: str, model: Any, visual_tokens: int, text: int) -> Subject:
-    before, length = text // 2, visual_tokens + text
+def _fed_with_embeddings(name: str, model: Any, visual_tokens: int, text: int, pictures: int = 1) -> Subject:
+    before, length = text // 2 - (pictures - 1), visual_tokens + text
+    ends = [visual_tokens * number // pictures for number in range(pictures + 1)]
     visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, before : before + visual_tokens] = True
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        visual[:, before + begin + number : before + end + number] = True
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(1, length, model.config.hidden_size, generator=generator) * 0.02
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)

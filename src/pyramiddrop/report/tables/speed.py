@@ -22,6 +22,10 @@ def speed_heading(record: Record) -> list[str]:
     machine, subject, setting = record["machine"], record["subject"], record["setting"]
     visual = ", ".join(map(str, setting.get("visual_tokens", [subject["visual_tokens"]])))
     prompt = f"{visual} visual + {subject['text_tokens']} text tokens"
+    if subject.get("pictures", 1) > 1:
+        prompt += f", {subject['pictures']} pictures"
+    if subject.get("padded"):
+        prompt += ", padded"
     if "new_tokens" in setting:
         prompt += f", {setting['new_tokens']} new"
     where = "" if machine["device"] == "cpu" else f"{machine['device']}, {units.size(machine['device_bytes'])}; "
