@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyramiddrop.hf.versions import cache_argument, cache_of
-from reference import Rule, choose, quota
+from reference import Rule, choose, num_keep
 
 Call = dict[str, Any]
 
@@ -136,7 +136,7 @@ class Oracle:
         living = [column for column in group if alive[column]]
         protected = {column for column in group if self.prompt.protected[sample, column]}
         alive[living] = False
-        alive[choose(living, scores, quota(len(group), keep), protected)] = True
+        alive[choose(living, scores, num_keep(len(group), keep), protected)] = True
 
 
 AnyOracle = TypeVar("AnyOracle", bound=Oracle)

@@ -139,13 +139,13 @@ def drop(alive: Tensor, scores: list[Tensor], keep: float, per_image: bool, case
                 groups.setdefault(int(case.images[sample, c]), []).append(c)
         for group in groups.values():
             living = [c for c in group if alive[sample, c]]
-            kept = choose(living, scores[sample], quota(len(group), keep), protected)
+            kept = choose(living, scores[sample], num_keep(len(group), keep), protected)
             for c in living:
                 alive[sample, c] = c in kept
     return alive
 
 
-def quota(original: int, keep: float) -> int:
+def num_keep(original: int, keep: float) -> int:
     """The floor of the float product, at least 1."""
     return max(1, math.floor(original * keep))
 

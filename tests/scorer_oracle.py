@@ -38,7 +38,7 @@ class Look:
     def query(self) -> int:
         return self.case.turns[0].queries[self.sample][0]
 
-    def ordinal(self, column: int) -> int:
+    def token_index(self, column: int) -> int:
         """The number of a visual token among the original ones."""
         return int(self.case.visual[self.sample, :column].sum())
 
@@ -74,7 +74,7 @@ def looks(model: Any, method: Any, inputs: dict[str, Tensor]) -> list[tuple[Look
             there = [int(c) for c in columns if result.alive[stage.layer - 1][sample, c]]
             images = [int(case.images[sample, c]) if method.per_image else 0 for c in there]
             every = [int(case.images[sample, c]) if method.per_image else 0 for c in columns]
-            counts = {image: reference.quota(every.count(image), stage.keep) for image in set(every)}
+            counts = {image: reference.num_keep(every.count(image), stage.keep) for image in set(every)}
             look = Look(model, case, result, stage.layer, sample, there, images, counts)
             found.append((look, scores[~scores.isnan()], stage.kept[sample]))
     return found
@@ -118,7 +118,7 @@ def rope_free(look: Look) -> list[float]:
 
 def debiased(look: Look) -> list[float]:
     logarithms = np.log(attention(look))
-    numbers = np.array([look.ordinal(c) for c in look.columns], dtype=float)
+    numbers = np.array([look.token_index(c) for c in look.columns], dtype=float)
     scores = np.zeros(len(numbers))
     for image in set(look.images):
         mine = np.array(look.images) == image

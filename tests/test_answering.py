@@ -14,7 +14,7 @@ from checkpoints import save_checkpoint
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, VisionDrop
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.budgets import decoder_flops
-from pyramiddrop.evaluation.prefill_replay import Prefix
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.answer import ask
@@ -121,13 +121,13 @@ def test_layers_that_methods_share_run_once(
 
 
 def test_a_model_that_cannot_share_answers_each_method_alone(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    replaying = Prefix._replaying
+    replaying = PrefillReplay._replaying
 
-    def wrongly(self: Prefix, index: int, last: int, forward: Any) -> Any:
+    def wrongly(self: PrefillReplay, index: int, last: int, forward: Any) -> Any:
         replay = replaying(self, index, last, forward)
         return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
 
-    monkeypatch.setattr(Prefix, "_replaying", wrongly)
+    monkeypatch.setattr(PrefillReplay, "_replaying", wrongly)
     answerer = Answerer(tiny, batch=3, max_new_tokens=3)
     assert list(answerer.answers_by_method(SAMPLES, METHODS)) == [answerer.answers(SAMPLES, one) for one in METHODS]
 

@@ -76,7 +76,7 @@ def test_a_prefill_and_a_step_ask_for_no_value(
 def test_what_asks_for_a_value_would_be_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = TopHeadsScorer.__call__
     monkeypatch.setattr(
-        TopHeadsScorer, "__call__", lambda self, evidence: scores(self, evidence) * evidence.quota.max().item()
+        TopHeadsScorer, "__call__", lambda self, inputs: scores(self, inputs) * inputs.num_keep.max().item()
     )
     monkeypatch.setattr(ranking, "best", lambda scores, count: best(scores * scores.max().item(), count))
     for method in (PyramidDrop(score="top_heads"), PyramidDrop()):

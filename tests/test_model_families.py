@@ -182,7 +182,7 @@ def test_one_family_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "300")
     (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
     assert run("gemma3") == run(str(tmp_path))
-    assert all(limit.says in run("gemma3") for limit in FAMILIES["gemma3"].limits)
+    assert all(limit.description in run("gemma3") for limit in FAMILIES["gemma3"].limits)
     assert FAMILIES["mllama"].refused in run("mllama")
     assert json.loads(run("mllama", "--json"))["status"] == REFUSED
     assert "nothing is proven" in run("pp_chart2table")

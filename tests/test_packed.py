@@ -298,9 +298,9 @@ def test_a_document_does_not_ask_for_the_first_word_of_the_next() -> None:
 @torch.no_grad()
 def test_a_scorer_is_shown_documents_as_the_rows_of_a_batch() -> None:
     class Watching(UniformScorer):
-        def __call__(self, evidence: ScorerInputs) -> Tensor:
-            seen.append((evidence.visual.sum(1).tolist(), evidence.quota.sum(1).tolist(), evidence.keys().shape[0]))
-            return super().__call__(evidence)
+        def __call__(self, inputs: ScorerInputs) -> Tensor:
+            seen.append((inputs.visual.sum(1).tolist(), inputs.num_keep.sum(1).tolist(), inputs.keys().shape[0]))
+            return super().__call__(inputs)
 
     seen: list[tuple[list[int], list[int], int]] = []
     with PyramidDrop(layers=[2, 4], keep=[0.5, 0.25], score=Watching())(model()):

@@ -35,7 +35,7 @@ def plan(
 
 def test_counts_and_lengths_of_a_ragged_batch() -> None:
     made = plan(mask("xxxxxxxx..", "..xxxx....", ".........."), mask(*[".........x"] * 3))
-    assert [quota.flatten().tolist() for quota in made.quotas] == [[4, 2, 0], [2, 1, 0]]
+    assert [num_keep.flatten().tolist() for num_keep in made.num_keeps] == [[4, 2, 0], [2, 1, 0]]
     assert [drop.length for drop in made.drops] == [10, 10]  # the text-only row keeps the rectangle
     assert all(made.ragged)
     assert made.drops_any
@@ -45,20 +45,20 @@ def test_padding_counts_as_neither_row_nor_visual_token() -> None:
     valid = mask("..xxxxxxxx", "xxxxxxxxxx")
     made = plan(mask("xxxxxx....", "xxxxxx...."), mask(*[".........x"] * 2), valid=valid)
     assert made.visual.sum(1).tolist() == [4, 6]
-    assert [quota.flatten().tolist() for quota in made.quotas] == [[2, 3], [1, 1]]
+    assert [num_keep.flatten().tolist() for num_keep in made.num_keeps] == [[2, 3], [1, 1]]
     assert [drop.length for drop in made.drops] == [7, 5]
     assert list(made.ragged) == [True, False]
 
 
 def test_a_sample_that_asks_nothing_drops_nothing() -> None:
     made = plan(mask("xxxx..", "xxxx.."), mask(".....x", "......"))
-    assert [quota.flatten().tolist() for quota in made.quotas] == [[2, 4], [1, 4]]
+    assert [num_keep.flatten().tolist() for num_keep in made.num_keeps] == [[2, 4], [1, 4]]
 
 
 def test_protected_tokens_count_inside_the_quota_and_stretch_it_when_they_are_more() -> None:
     queries = mask("...x....")
     made = plan(mask("xxxx...."), queries, protected=mask("..xx...."))
-    assert [quota.item() for quota in made.quotas] == [2, 2]
+    assert [num_keep.item() for num_keep in made.num_keeps] == [2, 2]
 
 
 def test_full_keep_drops_nothing() -> None:
@@ -76,7 +76,7 @@ def test_query_columns_are_padded_with_no_weight() -> None:
 
 def test_visual_tokens_are_numbered_from_zero_in_each_sample() -> None:
     made = plan(mask("..xx.x..", "xx......"), mask(*[".......x"] * 2))
-    assert [row[eye].tolist() for row, eye in zip(made.ordinal, made.visual, strict=True)] == [[0, 1, 2], [0, 1]]
+    assert [row[eye].tolist() for row, eye in zip(made.token_index, made.visual, strict=True)] == [[0, 1, 2], [0, 1]]
 
 
 def test_one_query_is_one_column() -> None:
@@ -91,11 +91,11 @@ def test_reach_is_from_the_first_visual_to_the_last_query_token_where_that_is_mo
 
 def test_images_have_their_own_quota() -> None:
     made = plan(mask("xxxxxx..xx.", "..xx......."), mask(*["..........x"] * 2), lengths=[4, 2, 2, 2], per_image=True)
-    assert made.quotas[0].tolist() == [[2, 1, 1], [1, 0, 0]]
+    assert made.num_keeps[0].tolist() == [[2, 1, 1], [1, 0, 0]]
     assert made.groups[0][made.visual[0]].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     assert made.groups[1][made.visual[1]].tolist() == [0, 0]
 
 
 def test_runs_are_images_where_lengths_are_unknown() -> None:
     made = plan(mask("xxxx..xx.."), mask(".........x"), per_image=True)
-    assert made.quotas[0].tolist() == [[2, 1]]
+    assert made.num_keeps[0].tolist() == [[2, 1]]

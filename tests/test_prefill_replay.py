@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from checks import generated
 from pyramiddrop import PyramidDrop
-from pyramiddrop.evaluation.prefill_replay import Prefix
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.hf import drop_layers, inspect_model
 from pyramiddrop.scoring import AttentionScorer
 from tiny import make_batch, tiny_model
@@ -28,9 +28,9 @@ def same(one: Any, other: Any) -> bool:
 
 def check_cells(model: PreTrainedModel, inputs: dict[str, Tensor], layers: list[int]) -> None:
     """Every cell of (layers x shares) with the shared prefix is what it is without; recording changes nothing."""
-    prefix = Prefix(inspect_model(model), layers)
+    replay = PrefillReplay(inspect_model(model), layers)
     with torch.inference_mode():
-        with prefix.recorded():
+        with replay.recorded():
             vanilla = generated(model, inputs, STEPS)
         assert same(vanilla, generated(model, inputs, STEPS))
         for layer in layers:
@@ -38,7 +38,7 @@ def check_cells(model: PreTrainedModel, inputs: dict[str, Tensor], layers: list[
                 method = PyramidDrop(layers=[layer], keep=[keep])
                 with method(model) as trace:
                     plain, plainly_kept = generated(model, inputs, STEPS), trace.stages[0].kept
-                with method(model) as trace, prefix.replayed(layer):
+                with method(model) as trace, replay.replayed(layer):
                     shared = generated(model, inputs, STEPS)
                 assert same(plain, shared), (layer, keep)
                 assert [k.tolist() for k in trace.stages[0].kept] == [k.tolist() for k in plainly_kept]
@@ -55,17 +55,17 @@ def test_layers_before_the_drop_do_not_run_again() -> None:
     model = tiny_model(layers=4)
     inputs = make_batch(model, SPECS[:1])
     info = inspect_model(model)
-    prefix = Prefix(info, [2])
+    replay = PrefillReplay(info, [2])
     runs: list[str] = []
     for index, layer in enumerate(info.layers):
         layer.self_attn.register_forward_hook(lambda *_, name=f"layer {index}": runs.append(name))
     model.model.vision_tower.register_forward_hook(lambda *_: runs.append("vision"))
     with torch.inference_mode():
-        with prefix.recorded():
+        with replay.recorded():
             generated(model, inputs, 1)
         assert runs == ["vision", "layer 0", "layer 1", "layer 2", "layer 3"]
         runs.clear()
-        with PyramidDrop(layers=[2], keep=[0.5])(model), prefix.replayed(2):
+        with PyramidDrop(layers=[2], keep=[0.5])(model), replay.replayed(2):
             generated(model, inputs, 2)
     assert runs == ["layer 2", "layer 3", "layer 0", "layer 1", "layer 2", "layer 3"]  # a prefill, a step
 
@@ -74,12 +74,12 @@ def test_the_model_is_untouched_after_an_error() -> None:
     model = tiny_model(layers=4)
     inputs = make_batch(model, SPECS[:1])
     before = [dict(module.__dict__) for module in model.modules()]
-    prefix = Prefix(inspect_model(model), [2])
-    with pytest.raises(RuntimeError, match="broken"), prefix.recorded():
+    replay = PrefillReplay(inspect_model(model), [2])
+    with pytest.raises(RuntimeError, match="broken"), replay.recorded():
         raise RuntimeError("broken")
-    with torch.inference_mode(), prefix.recorded():
+    with torch.inference_mode(), replay.recorded():
         generated(model, inputs, 1)
-    with pytest.raises(RuntimeError, match="broken"), prefix.replayed(2):
+    with pytest.raises(RuntimeError, match="broken"), replay.replayed(2):
         raise RuntimeError("broken")
     assert all(
         before_names.keys() == module.__dict__.keys()
@@ -89,8 +89,8 @@ def test_the_model_is_untouched_after_an_error() -> None:
 
 def test_layers_that_share_keys_are_not_shared() -> None:
     zoo = pytest.importorskip("zoo")
-    assert not Prefix.can_share(inspect_model(zoo.MEMBERS["gemma4-edge"].build(0)))
-    assert Prefix.can_share(inspect_model(tiny_model(layers=2)))
+    assert not PrefillReplay.can_share(inspect_model(zoo.MEMBERS["gemma4-edge"].build(0)))
+    assert PrefillReplay.can_share(inspect_model(tiny_model(layers=2)))
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_every_family() -> None:
                 generated(model, inputs, 1)
         except ValueError:
             continue  # refused by name, which the conformance suite holds
-        if Prefix.can_share(info):
+        if PrefillReplay.can_share(info):
             check_cells(model, inputs, [layers[0], layers[-1]])
             checked += 1
     assert checked >= 60

@@ -16,7 +16,7 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.agreement import kl_divergence_to, top1_match
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.journal import Journal
-from pyramiddrop.evaluation.prefill_replay import Prefix
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.attention import (
     attention_by_layer,
@@ -161,13 +161,13 @@ def test_the_shared_prefix_changes_nothing(record: dict[str, Any], tmp_path: Pat
 def test_a_model_that_cannot_share_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = Grid((6,), (0.5,))
     plain = study(grid, share=False).run(tmp_path / "plain")
-    replaying = Prefix._replaying
+    replaying = PrefillReplay._replaying
 
-    def wrongly(self: Prefix, index: int, last: int, forward: Any) -> Any:
+    def wrongly(self: PrefillReplay, index: int, last: int, forward: Any) -> Any:
         replay = replaying(self, index, last, forward)
         return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
 
-    monkeypatch.setattr(Prefix, "_replaying", wrongly)
+    monkeypatch.setattr(PrefillReplay, "_replaying", wrongly)
     found = study(grid).run(tmp_path / "tried")
     assert not found["shared_prefix"]
     assert found == plain

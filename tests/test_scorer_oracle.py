@@ -108,7 +108,7 @@ def test_training_ranks_by_every_score_and_gradients_flow(score: str) -> None:
     inputs = make_batch(model, [[5, "image", 4, Answer(3), 2, Answer(2)], [2, "image", 3, Answer(4)]], labels=True)
     with staged(score=score, merge=True)(model) as trace:
         model(**inputs).loss.backward()
-    assert all(len(stage.kept[0]) == reference.quota(16, stage.keep) for stage in trace.stages)
+    assert all(len(stage.kept[0]) == reference.num_keep(16, stage.keep) for stage in trace.stages)
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 

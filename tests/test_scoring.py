@@ -29,8 +29,8 @@ from pyramiddrop.scoring import (
 from pyramiddrop.selection import select
 
 
-def evidence(
-    visual: list[list[int]], quota: list[list[int]], groups: list[list[int]] | None = None, **known: Any
+def scorer_inputs(
+    visual: list[list[int]], num_keep: list[list[int]], groups: list[list[int]] | None = None, **known: Any
 ) -> ScorerInputs:
     """What a scorer sees; `known` is what it may ask for."""
     mask = torch.tensor(visual).bool()
@@ -41,9 +41,9 @@ def evidence(
     return ScorerInputs(
         layer=known.pop("layer", 2),
         visual=mask,
-        ordinal=(mask.long().cumsum(1) - 1).clamp(min=0),
+        token_index=(mask.long().cumsum(1) - 1).clamp(min=0),
         groups=torch.zeros_like(mask, dtype=torch.long) if groups is None else torch.tensor(groups),
-        quota=torch.tensor(quota),
+        num_keep=torch.tensor(num_keep),
         **({"hidden": torch.zeros(*mask.shape, 2), "attention": nothing, "keys": nothing} | known),
     )
 
@@ -123,7 +123,7 @@ def test_scores_are_float32_for_half_precision_models() -> None:
 
 @pytest.mark.parametrize(("tokens", "kept"), [(8, 4), (7, 3), (9, 1), (5, 5), (64, 13)])
 def test_uniform_keeps_evenly_spaced_tokens(tokens: int, kept: int) -> None:
-    scores = UniformScorer()(evidence([[0, *[1] * tokens, 0]], [[kept]]))[0, 1:-1]
+    scores = UniformScorer()(scorer_inputs([[0, *[1] * tokens, 0]], [[kept]]))[0, 1:-1]
     chosen = scores.nonzero()[:, 0]
     gaps = chosen.diff()
     assert len(chosen) == kept
@@ -131,30 +131,30 @@ def test_uniform_keeps_evenly_spaced_tokens(tokens: int, kept: int) -> None:
 
 
 def test_uniform_spaces_each_group_on_its_own() -> None:
-    case = evidence([[1, 1, 1, 1, 0, 1, 1]], [[2, 1]], groups=[[0, 0, 0, 0, 0, 1, 1]])
+    case = scorer_inputs([[1, 1, 1, 1, 0, 1, 1]], [[2, 1]], groups=[[0, 0, 0, 0, 0, 1, 1]])
     scores = UniformScorer()(case) * case.visual
     assert scores.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
 
 
 def test_random_is_reproducible_and_does_not_depend_on_the_batch() -> None:
-    alone = RandomScorer(3)(evidence([[1, 1, 1, 1]], [[2]]))
-    padded = RandomScorer(3)(evidence([[0, 0, 1, 1, 1, 1], [1] * 6], [[2], [3]]))
+    alone = RandomScorer(3)(scorer_inputs([[1, 1, 1, 1]], [[2]]))
+    padded = RandomScorer(3)(scorer_inputs([[0, 0, 1, 1, 1, 1], [1] * 6], [[2], [3]]))
     assert torch.equal(alone[0], padded[0, 2:])
-    assert not torch.equal(alone, RandomScorer(4)(evidence([[1, 1, 1, 1]], [[2]])))
+    assert not torch.equal(alone, RandomScorer(4)(scorer_inputs([[1, 1, 1, 1]], [[2]])))
 
 
 def test_random_without_a_seed_draws_anew() -> None:
-    case = evidence([[1] * 32], [[2]])
+    case = scorer_inputs([[1] * 32], [[2]])
     assert not torch.equal(RandomScorer(None)(case), RandomScorer(None)(case))
 
 
 def test_a_seed_draws_the_same_tokens_in_every_release() -> None:
-    drawn = {seed: chosen(RandomScorer(seed)(evidence([[1] * 16], [[4]])), 4) for seed in (0, 1, 7)}
+    drawn = {seed: chosen(RandomScorer(seed)(scorer_inputs([[1] * 16], [[4]])), 4) for seed in (0, 1, 7)}
     assert drawn == {0: [1, 3, 8, 11], 1: [0, 2, 5, 11], 7: [3, 4, 13, 14]}
 
 
 def test_random_is_uniform_over_seeds() -> None:
-    case = evidence([[1] * 16], [[4]])
+    case = scorer_inputs([[1] * 16], [[4]])
     chosen = torch.stack([RandomScorer(seed)(case)[0].topk(4).indices for seed in range(2000)])
     share = torch.bincount(chosen.flatten(), minlength=16) / 2000
     assert (share - 0.25).abs().max() < 0.05
@@ -169,7 +169,7 @@ def looking(heads: list[list[float]]) -> Any:
 
 
 def test_attention_is_the_mean_over_heads() -> None:
-    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.2, 0.6], [0.3, 0.4, 0.0]]))
+    case = scorer_inputs([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.2, 0.6], [0.3, 0.4, 0.0]]))
     torch.testing.assert_close(AttentionScorer()(case), torch.tensor([[0.2, 0.3, 0.3]]))
 
 
@@ -180,7 +180,7 @@ def test_who_asks_and_how_is_the_scorers_choice() -> None:
         asked.append(options)
         return torch.zeros(1, 1, 2)
 
-    case = evidence([[1, 1]], [[1]], attention=attention)
+    case = scorer_inputs([[1, 1]], [[1]], attention=attention)
     for scorer in (AttentionScorer(), InstructionScorer(), RopeFreeScorer()):
         scorer(case)
     assert asked == [{}, {"instruction": True}, {"rotated": False}]
@@ -189,7 +189,7 @@ def test_who_asks_and_how_is_the_scorers_choice() -> None:
 def test_top_heads_are_those_that_look_at_the_picture() -> None:
     """Of four heads one: the second, which gives the two visual tokens 0.9; the first gives most of its to the text."""
     heads = [[0.9, 0.1, 0.0], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3], [0.8, 0.1, 0.1]]
-    case = evidence([[0, 1, 1]], [[1]], attention=looking(heads))
+    case = scorer_inputs([[0, 1, 1]], [[1]], attention=looking(heads))
     torch.testing.assert_close(TopHeadsScorer()(case)[0, 1:], torch.tensor([0.2, 0.7]))
     two = TopHeadsScorer(share=0.5)(case)[0, 1:]
     torch.testing.assert_close(two, torch.tensor([0.3, 0.5]))
@@ -202,31 +202,33 @@ def test_top_heads_are_those_that_look_at_the_picture() -> None:
 def test_an_exponential_trend_is_taken_out() -> None:
     """Attention that doubles from token to token says nothing; one token that has three times its due does."""
     doubling = [0.01 * 2**place for place in range(6)]
-    case = evidence([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
+    case = scorer_inputs([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
     torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 6), atol=1e-5, rtol=0)
     doubling[1] *= 3
-    raised = evidence([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
+    raised = scorer_inputs([[1] * 6], [[3]], attention=looking([doubling]), hidden=torch.ones(1, 6, 2))
     assert DebiasedScorer()(raised).argmax() == 1
     assert AttentionScorer()(raised).argmax() == 5
 
 
 def test_text_is_no_part_of_a_trend() -> None:
     attention = looking([[0.9, 0.01, 0.02, 0.04, 0.08, 0.7]])
-    case = evidence([[0, 1, 1, 1, 1, 0]], [[2]], attention=attention, hidden=torch.ones(1, 6, 2))
+    case = scorer_inputs([[0, 1, 1, 1, 1, 0]], [[2]], attention=attention, hidden=torch.ones(1, 6, 2))
     torch.testing.assert_close(DebiasedScorer()(case)[:, 1:-1], torch.zeros(1, 4), atol=1e-5, rtol=0)
 
 
 def test_each_group_has_a_trend_of_its_own_and_one_token_none() -> None:
     attention = looking([[0.1, 0.2, 0.4, 0.8, 0.8, 0.4, 0.2, 0.1, 0.7]])
     groups = [[0, 0, 0, 0, 1, 1, 1, 1, 2]]
-    case = evidence([[1] * 9], [[1, 1, 1]], groups, attention=attention, hidden=torch.ones(1, 9, 2))
+    case = scorer_inputs([[1] * 9], [[1, 1, 1]], groups, attention=attention, hidden=torch.ones(1, 9, 2))
     torch.testing.assert_close(DebiasedScorer()(case), torch.zeros(1, 9), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("weights", [[0.1, 0.2], [0.3, 0.2], [0.2, 0.1, 0.3], [0.3, 0.1, 0.2]])
 def test_two_or_three_tokens_have_no_trend_and_are_ranked_by_attention(weights: list[float]) -> None:
     """A line leaves nothing of two, and of three the same to the first and the last: rounding would choose."""
-    case = evidence([[1] * len(weights)], [[1]], attention=looking([weights]), hidden=torch.ones(1, len(weights), 2))
+    case = scorer_inputs(
+        [[1] * len(weights)], [[1]], attention=looking([weights]), hidden=torch.ones(1, len(weights), 2)
+    )
     logarithms = torch.tensor([weights]).log()
     torch.testing.assert_close(DebiasedScorer()(case), logarithms - logarithms.mean())
 
@@ -234,7 +236,7 @@ def test_two_or_three_tokens_have_no_trend_and_are_ranked_by_attention(weights: 
 def test_a_sink_goes_first_whatever_attention_it_gets() -> None:
     hidden = torch.ones(1, 3, 500)
     hidden[0, 1, 7] = 100.0  # 21.8 times the root mean square of its row
-    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
+    case = scorer_inputs([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
     assert DebiasedScorer()(case).argmin() == 1
     assert DebiasedScorer(sink=50.0)(case).argmax() == 1
 
@@ -242,7 +244,7 @@ def test_a_sink_goes_first_whatever_attention_it_gets() -> None:
 def test_a_large_negative_activation_is_a_sink_too() -> None:
     hidden = torch.ones(1, 3, 500)
     hidden[0, 1, 7] = -100.0
-    case = evidence([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
+    case = scorer_inputs([[1, 1, 1]], [[1]], attention=looking([[0.1, 0.8, 0.1]]), hidden=hidden)
     assert DebiasedScorer()(case).argmin() == 1
 
 
@@ -251,13 +253,13 @@ def test_a_sink_has_at_least_its_share() -> None:
     hidden = torch.zeros(1, 2, 400)
     hidden[0, 0, 3] = 20.0
     hidden[0, 1] = 1.0
-    case = evidence([[1, 1]], [[1]], attention=looking([[0.9, 0.1]]), hidden=hidden)
+    case = scorer_inputs([[1, 1]], [[1]], attention=looking([[0.9, 0.1]]), hidden=hidden)
     assert DebiasedScorer(sink=20.0)(case).argmin() == 0
 
 
 def test_a_token_without_any_attention_spoils_no_trend() -> None:
     """Its logarithm would be minus infinity, and the line through it no number."""
-    case = evidence([[1] * 5], [[3]], attention=looking([[0.1, 0.2, 0.0, 0.3, 0.4]]), hidden=torch.ones(1, 5, 2))
+    case = scorer_inputs([[1] * 5], [[3]], attention=looking([[0.1, 0.2, 0.0, 0.3, 0.4]]), hidden=torch.ones(1, 5, 2))
     scores = DebiasedScorer()(case)
     assert scores.isfinite().all()
     assert scores.argmin() == 2
@@ -265,20 +267,20 @@ def test_a_token_without_any_attention_spoils_no_trend() -> None:
 
 def test_short_keys_stay() -> None:
     keys = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 2.0]]]])  # (1, 2 heads, 2 tokens, 2)
-    case = evidence([[1, 1]], [[1]], keys=lambda: keys)
+    case = scorer_inputs([[1, 1]], [[1]], keys=lambda: keys)
     torch.testing.assert_close(KeyNormScorer()(case), torch.tensor([[-3.0, -1.5]]))
 
 
 def test_what_a_layer_changed_stays() -> None:
     hidden, previous = torch.tensor([[[3.0, 4.0], [1.0, 1.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
-    case = evidence([[1, 1]], [[1]], hidden=hidden, previous=previous)
+    case = scorer_inputs([[1, 1]], [[1]], hidden=hidden, previous=previous)
     torch.testing.assert_close(VariationScorer()(case), torch.tensor([[5.0, 1.0]]))
 
 
 def test_a_change_is_measured_in_float32() -> None:
     """511 is no bfloat16 number."""
     hidden, previous = torch.tensor([[[512.0]]]).bfloat16(), torch.tensor([[[1.0]]]).bfloat16()
-    assert VariationScorer()(evidence([[1]], [[1]], hidden=hidden, previous=previous)).item() == 511
+    assert VariationScorer()(scorer_inputs([[1]], [[1]], hidden=hidden, previous=previous)).item() == 511
 
 
 def directions(*degrees: float) -> Tensor:
@@ -293,29 +295,29 @@ def chosen(scores: Tensor, count: int) -> list[int]:
 def test_diversity_takes_the_farthest_from_those_it_has() -> None:
     """Degrees, whose mean points to about 42: first goes 100, then 0, and then, of 5, 12 and 92, which are
     5, 12 and 8 from the nearest, 12."""
-    case = evidence([[1] * 5], [[3]], hidden=directions(0, 5, 12, 92, 100))
+    case = scorer_inputs([[1] * 5], [[3]], hidden=directions(0, 5, 12, 92, 100))
     scores = DiversityScorer()(case)
     assert scores[0].tolist() == [2, 0, 1, 0, 3]
 
 
 def test_diversity_among_equal_tokens_takes_as_many_as_asked_for() -> None:
-    case = evidence([[1] * 4], [[3]], hidden=directions(30, 30, 30, 30))
+    case = scorer_inputs([[1] * 4], [[3]], hidden=directions(30, 30, 30, 30))
     assert int((DiversityScorer()(case) > 0).sum()) == 3
 
 
 def test_diversity_looks_at_the_mean_for_the_first_token_alone() -> None:
     """160 and 10 go first; then, of 30, 90 and 110, which are 20, 70 and 50 from the nearest of them, 90: no matter
     that the mean is at 83."""
-    case = evidence([[1] * 5], [[3]], hidden=directions(10, 30, 90, 110, 160))
+    case = scorer_inputs([[1] * 5], [[3]], hidden=directions(10, 30, 90, 110, 160))
     assert chosen(DiversityScorer()(case), 3) == [0, 2, 4]
 
 
 def test_diversity_of_a_group_does_not_depend_on_other_groups() -> None:
     hidden = directions(0, 50, 90, 0, 2, 80, 90)
-    together = evidence([[1] * 7], [[2, 3]], [[0, 0, 0, 1, 1, 1, 1]], hidden=hidden)
+    together = scorer_inputs([[1] * 7], [[2, 3]], [[0, 0, 0, 1, 1, 1, 1]], hidden=hidden)
     scores = DiversityScorer()(together)
-    first = DiversityScorer()(evidence([[1] * 3], [[2]], hidden=hidden[:, :3]))
-    second = DiversityScorer()(evidence([[1] * 4], [[3]], hidden=hidden[:, 3:]))
+    first = DiversityScorer()(scorer_inputs([[1] * 3], [[2]], hidden=hidden[:, :3]))
+    second = DiversityScorer()(scorer_inputs([[1] * 4], [[3]], hidden=hidden[:, 3:]))
     assert chosen(scores[:, :3], 2) == chosen(first, 2)
     assert chosen(scores[:, 3:], 3) == chosen(second, 3)
 
@@ -323,28 +325,28 @@ def test_diversity_of_a_group_does_not_depend_on_other_groups() -> None:
 def test_a_reserve_is_evenly_spaced_and_the_rest_are_the_best() -> None:
     """Six of twelve stay, half of them on a grid: every fourth; then the three best of the others."""
     attention = [float(place in (0, 1, 2, 3)) + place / 100 for place in range(12)]
-    case = evidence([[1] * 12], [[6]], attention=looking([attention]))
+    case = scorer_inputs([[1] * 12], [[6]], attention=looking([attention]))
     assert chosen(GridReserveScorer(AttentionScorer(), 0.5)(case), 6) == sorted([3, 7, 11, 2, 1, 0])
     assert chosen(GridReserveScorer(AttentionScorer(), 1.0)(case), 6) == [1, 3, 5, 7, 9, 11]
 
 
 def test_a_reserved_token_gives_way_to_one_that_must_stay() -> None:
     """The grid of two in eight is 3 and 7; 5 and 6 must stay, as tokens that predict a label do."""
-    case = evidence([[1] * 8], [[2]], attention=looking([[0.1] * 8]))
+    case = scorer_inputs([[1] * 8], [[2]], attention=looking([[0.1] * 8]))
     scores = GridReserveScorer(AttentionScorer(), 1.0)(case)
     assert scores[0].topk(2).indices.sort().values.tolist() == [3, 7]
     scores[0, [5, 6]] = float("inf")
-    assert select(scores, case.visual, case.groups, case.quota)[0].nonzero()[:, 0].tolist() == [5, 6]
+    assert select(scores, case.visual, case.groups, case.num_keep)[0].nonzero()[:, 0].tolist() == [5, 6]
 
 
 def test_a_reserve_of_less_than_a_token_is_none() -> None:
-    case = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.1, 0.1]]))
+    case = scorer_inputs([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.1, 0.1]]))
     assert chosen(GridReserveScorer(AttentionScorer(), 0.9)(case), 1) == [0]
 
 
 def test_chance_takes_over_at_a_layer() -> None:
-    early = evidence([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.2, 0.1]]))
-    late = evidence([[1] * 4], [[1]], layer=5)  # and asks for no attention
+    early = scorer_inputs([[1] * 4], [[1]], attention=looking([[0.4, 0.1, 0.2, 0.1]]))
+    late = scorer_inputs([[1] * 4], [[1]], layer=5)  # and asks for no attention
     scorer = RandomAfterScorer(AttentionScorer(), 5)
     assert torch.equal(scorer(early), AttentionScorer()(early))
     assert torch.equal(scorer(late), RandomScorer()(late))

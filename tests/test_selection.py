@@ -8,13 +8,13 @@ from torch import Tensor
 from pyramiddrop.selection import compact, select
 
 
-def slow_select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) -> Tensor:
+def slow_select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor) -> Tensor:
     stays = torch.zeros_like(candidates)
     for b in range(len(scores)):
-        for g in range(quota.shape[1]):
+        for g in range(num_keep.shape[1]):
             members = [n for n in range(scores.shape[1]) if candidates[b, n] and groups[b, n] == g]
             members.sort(key=lambda n: (-scores[b, n].item(), n))
-            for n in members[: int(quota[b, g])]:
+            for n in members[: int(num_keep[b, g])]:
                 stays[b, n] = True
     return stays
 
@@ -26,8 +26,10 @@ def test_select_agrees_with_the_loop() -> None:
         scores = torch.randint(0, 5, (3, 12), generator=generator).float()  # many ties
         candidates = torch.rand(3, 12, generator=generator) > 0.4
         groups = torch.randint(0, num_groups, (3, 12), generator=generator).sort(1).values
-        quota = torch.randint(0, 5, (3, num_groups), generator=generator)
-        assert torch.equal(select(scores, candidates, groups, quota), slow_select(scores, candidates, groups, quota))
+        num_keep = torch.randint(0, 5, (3, num_groups), generator=generator)
+        assert torch.equal(
+            select(scores, candidates, groups, num_keep), slow_select(scores, candidates, groups, num_keep)
+        )
 
 
 def test_infinite_scores_win_and_nan_loses() -> None:

@@ -116,8 +116,8 @@ def test_a_padded_batch_of_several_pictures() -> None:
     assert pruned.kv_bytes < vanilla.kv_bytes
     with subject.under(variants[1].method) as trace, torch.no_grad():
         subject.model(**subject.batch(3))
-    quota = [len(kept) for kept in trace.stages[0].kept]
-    assert quota == [4 * 4] * 3
+    num_keep = [len(kept) for kept in trace.stages[0].kept]
+    assert num_keep == [4 * 4] * 3
 
 
 def test_a_trace_predicts_the_same_flops(subject: Subject) -> None:

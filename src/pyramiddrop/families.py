@@ -11,11 +11,11 @@ class Limit:
 
     Attributes:
         name: for a table.
-        says: in a sentence.
+        description: in a sentence.
     """
 
     name: str
-    says: str
+    description: str
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,6 @@ def merge(
 def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> Tensor:
     """(B, N) which of the n rows that stay is most like each row, among those of its group that `takes` (B, n)."""
     unit = normalize(hidden.float(), dim=-1)
-    likeness = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
+    similarity = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
     same = groups[:, :, None] == groups.gather(1, local)[:, None]
-    return likeness.masked_fill(~(same & takes[:, None]), float("-inf")).argmax(-1)
+    return similarity.masked_fill(~(same & takes[:, None]), float("-inf")).argmax(-1)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) -> Tensor:
-    """Mark the best `quota` candidates of every group; equal scores go to the lower column.
+def select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor) -> Tensor:
+    """Mark the best `num_keep` candidates of every group; equal scores go to the lower column.
 
     Args:
         scores: (B, N) float.
         candidates: (B, N) bool, the tokens that compete.
         groups: (B, N) long in [0, G), the group of each candidate.
-        quota: (B, G) long.
+        num_keep: (B, G) long.
 
     Returns:
         (B, N) bool, True at the candidates that stay.
@@ -21,17 +21,17 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, quota: Tensor) ->
     # An infinite score stays infinite: it is that of tokens that must stay, above every number that a scorer can give.
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf")).masked_fill(~candidates, float("-inf"))
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    # Stable again, by group; those who do not compete form a last group of their own, with no quota.
-    num_groups = quota.shape[1]
+    # Stable again, by group; those who do not compete form a last group of their own, of which none is kept.
+    num_groups = num_keep.shape[1]
     owner = groups.masked_fill(~candidates, num_groups).gather(1, order)
     owner, by_group = owner.sort(dim=1, stable=True)
     order = order.gather(1, by_group)
 
-    sizes = torch.zeros(len(quota), num_groups + 1, dtype=torch.long, device=quota.device)
+    sizes = torch.zeros(len(num_keep), num_groups + 1, dtype=torch.long, device=num_keep.device)
     sizes = sizes.scatter_add(1, owner, torch.ones_like(owner))
     first = sizes.cumsum(1) - sizes
     rank = torch.arange(order.shape[1], device=order.device) - first.gather(1, owner)
-    stays = rank < torch.nn.functional.pad(quota, (0, 1)).gather(1, owner)
+    stays = rank < torch.nn.functional.pad(num_keep, (0, 1)).gather(1, owner)
     return torch.zeros_like(candidates).scatter(1, order, stays)
 
 

@@ -32,14 +32,14 @@ def test_counts_are_those_of_the_schedule() -> None:
     prompt = read_prompt([feature(3, 10), feature(20, 5)], 30, rules())
     assert prompt is not None
     assert prompt.columns.tolist() == [*range(3, 13), *range(20, 25)]
-    assert prompt.quota == ((7,), (3,))  # the floor of 15 / 2 and of 15 / 4
+    assert prompt.num_keep == ((7,), (3,))  # the floor of 15 / 2 and of 15 / 4
     assert prompt.dropped == (0, 8, 12)
 
 
 def test_each_image_has_its_own_quota_where_that_is_asked_for() -> None:
     prompt = read_prompt([feature(3, 10), feature(20, 5)], 30, rules(per_image=True))
     assert prompt is not None
-    assert prompt.quota == ((5, 2), (2, 1))
+    assert prompt.num_keep == ((5, 2), (2, 1))
     assert prompt.groups.tolist() == [0] * 10 + [1] * 5
     assert prompt.dropped == (0, 8, 12)
 

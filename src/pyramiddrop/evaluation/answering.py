@@ -9,7 +9,7 @@ from typing import Any
 
 from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.budgets import drop_layers
-from pyramiddrop.evaluation.prefill_replay import Prefix, first_layer_seen, replays_exactly
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay, first_layer_seen, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
@@ -69,12 +69,12 @@ class Answerer:
         model = self.checkpoint.model
         inputs = on_model(model, self.inputs(samples))
         starts = [None if one is None else first_layer_seen(one, drop_layers(model, one)) for one in methods]
-        prefix = self._shared_prefill(samples[0], inputs, methods, starts)
+        replay = self._shared_prefill(samples[0], inputs, methods, starts)
         for method, start in zip(methods, starts, strict=True):
-            if prefix is None or (method is not None and start is None):
+            if replay is None or (method is not None and start is None):
                 shared: AbstractContextManager[None] = nullcontext()
             else:
-                shared = prefix.recorded() if start is None else prefix.replayed(start)
+                shared = replay.recorded() if start is None else replay.replayed(start)
             with self._applied(method) as trace, shared:
                 replies = self._answer(inputs, method, trace)
             yield replies
@@ -100,7 +100,7 @@ class Answerer:
 
     def _shared_prefill(
         self, sample: Sample, inputs: Any, methods: Sequence[Method | None], starts: Sequence[int | None]
-    ) -> Prefix | None:
+    ) -> PrefillReplay | None:
         """What the untouched prefill of `inputs` leaves; None if nothing is saved by it, or the numbers would differ.
 
         It is still empty if the first of `methods` is the model as it is: its prefill is the one to record.
@@ -109,11 +109,11 @@ class Answerer:
         shared = {start: method for method, start in zip(methods, starts, strict=True) if start is not None and method}
         if sum(start is not None for start in starts) + vanilla < 2 or not self._replays(sample, shared):
             return None
-        prefix = Prefix(inspect_model(model), shared)
+        replay = PrefillReplay(inspect_model(model), shared)
         if not vanilla:
-            with prefix.recorded():
+            with replay.recorded():
                 answer_greedily(self.checkpoint, inputs, max_new_tokens=1)
-        return prefix
+        return replay
 
     def _replays(self, sample: Sample, methods: Mapping[int, Method]) -> bool:
         """Whether replayed prefills are exact in this model: tried once, on one sample with one of `methods`."""

@@ -22,13 +22,13 @@ _FEATURES = "get_image_features"
 Forward = Callable[..., Any]
 
 
-class Prefix:
+class PrefillReplay:
     """What the first layers of one untouched prefill left, for prefills of the same call that drop tokens later.
 
-    >>> prefix = Prefix(anatomy(model), layers=[8, 16])
-    >>> with prefix.recorded():
+    >>> replay = PrefillReplay(inspect_model(model), layers=[8, 16])
+    >>> with replay.recorded():
     ...     model.generate(**inputs)
-    >>> with PyramidDrop(layers=[16], keep=[0.5])(model), prefix.replayed(16):
+    >>> with PyramidDrop(layers=[16], keep=[0.5])(model), replay.replayed(16):
     ...     model.generate(**inputs)                    # layers 0..15 and the vision tower do not run again
 
     The numbers are those of a prefill that computes everything, to the bit: hidden states and caches are copies. A
@@ -36,7 +36,7 @@ class Prefix:
     with it.
 
     Args:
-        parts: of the model.
+        info: of the model.
         layers: 0-based layers before which prefills will drop; each one's input is held in memory.
     """
 
@@ -133,14 +133,14 @@ def replays_exactly(
 ) -> bool:
     """Whether `method` answers `inputs` alike, to the bit, when its prefill starts from a recorded one at `layer`."""
     model = checkpoint.model
-    if not Prefix.can_share(inspect_model(model)):
+    if not PrefillReplay.can_share(inspect_model(model)):
         return False
-    prefix = Prefix(inspect_model(model), [layer])
-    with prefix.recorded():
+    replay = PrefillReplay(inspect_model(model), [layer])
+    with replay.recorded():
         generate_with_logits(checkpoint, inputs, max_new_tokens)
     with method(model):
         whole = generate_with_logits(checkpoint, inputs, max_new_tokens)
-    with method(model), prefix.replayed(layer):
+    with method(model), replay.replayed(layer):
         short = generate_with_logits(checkpoint, inputs, max_new_tokens)
     return torch.equal(whole.logits, short.logits) and whole.texts == short.texts
 

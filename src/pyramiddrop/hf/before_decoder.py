@@ -242,9 +242,9 @@ class _Prompt(Forward):
             ScorerInputs(
                 layer=0,
                 visual=plan.visual,
-                ordinal=plan.ordinal,
+                token_index=plan.token_index,
                 groups=plan.groups,
-                quota=plan.quotas[0],
+                num_keep=plan.num_keeps[0],
                 hidden=hidden,
                 attention=_nobody_asks,
                 keys=_nobody_asks,

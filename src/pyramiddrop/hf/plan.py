@@ -153,12 +153,12 @@ class GeneralPlan(Plan):
         visual: (B, L) bool, visual tokens.
         protected: (B, L) bool, those of them that always stay.
         valid: (B, L) bool, False at padding; None if there is none.
-        ordinal: (B, L) long, the number of each visual token in its sample, or in its document.
+        token_index: (B, L) long, the number of each visual token in its sample, or in its document.
         groups: (B, L) long, the group of each visual token.
         queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
         weights: (B, Q) float, 1 at a query token, 0 at padding.
         instruction, instruction_weights: the same of the instruction's tokens.
-        quotas: of each drop (B, G) long, visual tokens of each group that stay.
+        num_keeps: of each drop (B, G) long, visual tokens of each group that stay.
         ragged: of each drop, whether some sample has fewer valid rows than the rectangle.
         packing: the documents of packed rows; None if no row is packed.
         bounds: of each stage those of its documents; empty if no row is packed.
@@ -168,13 +168,13 @@ class GeneralPlan(Plan):
     visual: Tensor
     protected: Tensor
     valid: Tensor | None
-    ordinal: Tensor
+    token_index: Tensor
     groups: Tensor
     queries: Tensor
     weights: Tensor
     instruction: Tensor
     instruction_weights: Tensor
-    quotas: tuple[Tensor, ...]
+    num_keeps: tuple[Tensor, ...]
     ragged: tuple[bool, ...]
     packing: Packing | None = None
     bounds: tuple[Bounds, ...] = ()
@@ -195,9 +195,11 @@ class GeneralPlan(Plan):
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        quotas = tuple(quota.to(device) for quota in self.quotas)
+        num_keeps = tuple(num_keep.to(device) for num_keep in self.num_keeps)
         bounds = tuple(bound.to(device) for bound in self.bounds)
-        return replace(self, **moved, quotas=quotas, packing=self.packing and self.packing.to(device), bounds=bounds)
+        return replace(
+            self, **moved, num_keeps=num_keeps, packing=self.packing and self.packing.to(device), bounds=bounds
+        )
 
 
 def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
@@ -213,10 +215,10 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
     instruction = torch.where(instructed, masks.instruction, queries)
     instruction_columns, instruction_weights = _query_columns(instruction)
     packing = None if documents is None else _packing(documents, valid, visual, groups, queries, instruction)
-    quotas = _quotas(schedule, tokens, held, asks > 0)
+    num_keeps = _num_keeps(schedule, tokens, held, asks > 0)
     rows = torch.full((batch,), length) if valid is None else valid.sum(1)
-    drops, ragged = _drops(schedule, tokens, quotas, rows, length)
-    dropped = [torch.zeros_like(tokens), *(tokens - quota for quota in quotas)]
+    drops, ragged = _drops(schedule, tokens, num_keeps, rows, length)
+    dropped = [torch.zeros_like(tokens), *(tokens - num_keep for num_keep in num_keeps)]
     return GeneralPlan(
         batch=batch,
         length=length,
@@ -228,13 +230,13 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
         visual=visual,
         protected=protected,
         valid=valid,
-        ordinal=_ordinal(visual, documents),
+        token_index=_token_index(visual, documents),
         groups=groups,
         queries=columns,
         weights=weights,
         instruction=instruction_columns,
         instruction_weights=instruction_weights,
-        quotas=quotas,
+        num_keeps=num_keeps,
         ragged=ragged,
         packing=packing,
         bounds=() if packing is None else tuple(_bounds(packing, gone) for gone in dropped),
@@ -251,7 +253,7 @@ def _reach(visual: Tensor, queries: Tensor, documents: Tensor | None) -> int:
     return max(0, int((last_column(queries, documents) - first).max()) + 1)
 
 
-def _ordinal(visual: Tensor, documents: Tensor | None) -> Tensor:
+def _token_index(visual: Tensor, documents: Tensor | None) -> Tensor:
     """(B, L) long, the number of each visual token in its document."""
     number = visual.long().cumsum(1) - 1
     if documents is not None:
@@ -288,29 +290,29 @@ def _packing(
     )
 
 
-def _quotas(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
+def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
     """(B, G) of each drop: of the groups' visual `tokens`, those that stay; `held` of them are protected."""
-    quotas = []
+    num_keeps = []
     for stage in schedule.stages:
         counts = torch.tensor([[stage.count(n) for n in sample] for sample in tokens.tolist()]).view_as(tokens)
-        quotas.append(torch.where(asks, torch.maximum(counts, held), tokens))
-    return tuple(quotas)
+        num_keeps.append(torch.where(asks, torch.maximum(counts, held), tokens))
+    return tuple(num_keeps)
 
 
 def _drops(
-    schedule: Schedule, tokens: Tensor, quotas: tuple[Tensor, ...], rows: Tensor, length: int
+    schedule: Schedule, tokens: Tensor, num_keeps: tuple[Tensor, ...], rows: Tensor, length: int
 ) -> tuple[tuple[Drop, ...], tuple[bool, ...]]:
     """The drops in samples of `rows` (B,) rows in a rectangle of `length`, and whether each leaves a ragged one."""
     drops, ragged, before = [], [], tokens
     left = rows
-    for stage, quota in zip(schedule.stages, quotas, strict=True):
-        happens = bool((quota < before).any())
+    for stage, num_keep in zip(schedule.stages, num_keeps, strict=True):
+        happens = bool((num_keep < before).any())
         if happens:
-            left = rows - tokens.sum(1) + quota.sum(1)
+            left = rows - tokens.sum(1) + num_keep.sum(1)
             length = int(left.max())
         ragged.append(bool((left != length).any()))
-        drops.append(Drop(stage.layer, stage.keep, int(quota.sum(1).max()), length, happens))
-        before = quota
+        drops.append(Drop(stage.layer, stage.keep, int(num_keep.sum(1).max()), length, happens))
+        before = num_keep
     return tuple(drops), tuple(ragged)
 
 

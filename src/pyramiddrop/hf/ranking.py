@@ -148,20 +148,20 @@ class GeneralRanking(Ranking):
         documents = self._documents(drop, rows, alive)
         device, stage = call.hidden.device, self.schedule.stage_of(call.index)
         ranking_layer = RankingLayer(plan, self.inputs, stage, self.earlier, kept, rows, alive, call, documents)
-        evidence = ScorerInputs(
+        scorer_inputs = ScorerInputs(
             layer=plan.drops[drop].layer,
             visual=visual.to(device),
-            ordinal=plan.ordinal.gather(1, rows).to(device),
+            token_index=plan.token_index.gather(1, rows).to(device),
             groups=plan.groups.gather(1, rows).to(device),
-            quota=plan.quotas[drop].to(device),
+            num_keep=plan.num_keeps[drop].to(device),
             hidden=_first_stream(call.hidden),
             attention=ranking_layer.attention,
             keys=ranking_layer.keys,
             previous=None if previous is None else _first_stream(previous).to(device),
         )
         if plan.packing is None or documents is None:
-            return self.scorer(evidence)
-        return documents.put(self.scorer(_by_document(evidence, plan.packing, documents)))
+            return self.scorer(scorer_inputs)
+        return documents.put(self.scorer(_by_document(scorer_inputs, plan.packing, documents)))
 
     def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
         """The documents of packed rows in the rows of `stage`, or None if no row is packed."""
@@ -192,18 +192,18 @@ class GeneralRanking(Ranking):
         trace.record(planned.layer, planned.keep, rows, visual, self.plan.past, ranked)
 
 
-def _by_document(evidence: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
+def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
     """What a scorer is shown of packed rows: each document as a row of a batch."""
     own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
-    own, valid = own.to(evidence.visual.device), documents.valid.to(evidence.visual.device)
-    previous = evidence.previous
+    own, valid = own.to(scorer_inputs.visual.device), documents.valid.to(scorer_inputs.visual.device)
+    previous = scorer_inputs.previous
     return replace(
-        evidence,
-        visual=documents.take(evidence.visual) & valid,
-        ordinal=documents.take(evidence.ordinal),
-        groups=documents.take(evidence.groups),
-        quota=evidence.quota[packing.rows.to(own.device)] * own,
-        hidden=documents.take(evidence.hidden),
+        scorer_inputs,
+        visual=documents.take(scorer_inputs.visual) & valid,
+        token_index=documents.take(scorer_inputs.token_index),
+        groups=documents.take(scorer_inputs.groups),
+        num_keep=scorer_inputs.num_keep[packing.rows.to(own.device)] * own,
+        hidden=documents.take(scorer_inputs.hidden),
         previous=None if previous is None else documents.take(previous),
     )
 
@@ -230,7 +230,7 @@ def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor
     """The rows that `drop` leaves of the active ones `before` it, by their `scores` (B, N)."""
     rows, alive, visual = before
     scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
-    stays = select(scores, visual, plan.groups.gather(1, rows), plan.quotas[drop]) | (alive & ~visual)
+    stays = select(scores, visual, plan.groups.gather(1, rows), plan.num_keeps[drop]) | (alive & ~visual)
     index, valid = compact(stays, plan.drops[drop].length, plan.ragged[drop])
     return Selection(rows.gather(1, index), index, valid)
 

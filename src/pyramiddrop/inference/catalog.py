@@ -117,7 +117,7 @@ class FamilyEntry:
     @property
     def limits(self) -> list[str]:
         """In sentences: why it is refused, or what does not go on it."""
-        return [self.family.refused] if self.family.refused else [limit.says for limit in self.family.limits]
+        return [self.family.refused] if self.family.refused else [limit.description for limit in self.family.limits]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -9,7 +9,7 @@ from pyramiddrop.scoring.attention import (
     attention_received,
 )
 from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer, VisionScorer
-from pyramiddrop.scoring.evidence import Attention, Scorer, ScorerInputs
+from pyramiddrop.scoring.scorer import Attention, Scorer, ScorerInputs
 from pyramiddrop.scoring.wrappers import GridReserveScorer, RandomAfterScorer, RandomScorer, UniformScorer
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.

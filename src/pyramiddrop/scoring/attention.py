@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import DecoderShape, DropCounts, ranking_flops
-from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
+from pyramiddrop.scoring.scorer import LARGEST, Scorer, ScorerInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,8 @@ class AttentionScorer(_Attending):
 
     source: ClassVar[str] = "arXiv 2410.17247, 2403.06764"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return evidence.attention().mean(1)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return inputs.attention().mean(1)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class InstructionScorer(_Attending):
 
     source: ClassVar[str] = "after SparseVLM, arXiv 2410.04417"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return evidence.attention(instruction=True).mean(1)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return inputs.attention(instruction=True).mean(1)
 
     def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
         return ranking_flops(shape, drop.rows, drop.instruction)
@@ -52,8 +52,8 @@ class RopeFreeScorer(_Attending):
 
     source: ClassVar[str] = "FEATHER, arXiv 2412.13180"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return evidence.attention(rotated=False).mean(1)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return inputs.attention(rotated=False).mean(1)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class DebiasedScorer(_Attending):
     sink: float = 20.0
     source: ClassVar[str] = "arXiv 2508.17807; sinks: 2503.03321"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        logarithm = evidence.attention().mean(1).clamp(min=_SMALLEST).log()
-        scores = logarithm - _line(evidence, evidence.ordinal.float(), logarithm)
-        hidden = evidence.hidden.float()
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        logarithm = inputs.attention().mean(1).clamp(min=_SMALLEST).log()
+        scores = logarithm - _line(inputs, inputs.token_index.float(), logarithm)
+        hidden = inputs.hidden.float()
         peak = hidden.abs().amax(-1) / hidden.pow(2).mean(-1).sqrt()
         return scores.masked_fill(peak >= self.sink, -LARGEST)
 
@@ -92,25 +92,25 @@ class TopHeadsScorer(_Attending):
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1]; got {self.share!r}")
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        heads = evidence.attention()
-        looking = heads.masked_fill(~evidence.visual[:, None], 0).sum(-1)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        heads = inputs.attention()
+        looking = heads.masked_fill(~inputs.visual[:, None], 0).sum(-1)
         top = looking.topk(max(1, int(heads.shape[1] * self.share)), dim=1).indices
         return heads.gather(1, top[..., None].expand(-1, -1, heads.shape[2])).mean(1)
 
 
-def _line(evidence: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
+def _line(inputs: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
     """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean of fewer than four points.
 
     What a line leaves of two points is nothing, and of three, one number times what their places say: ties, and
     rounding would choose.
     """
-    count = evidence.per_group(evidence.visual.float()).clamp(min=1)
-    mean_x, mean_y = (evidence.per_token(evidence.per_group(values) / count) for values in (x, y))
+    count = inputs.per_group(inputs.visual.float()).clamp(min=1)
+    mean_x, mean_y = (inputs.per_token(inputs.per_group(values) / count) for values in (x, y))
     offset = x - mean_x
-    variance = evidence.per_group(offset * offset)
-    slope = evidence.per_group(offset * (y - mean_y)) / variance.masked_fill(count <= 3, float("inf"))
-    return mean_y + evidence.per_token(slope) * offset
+    variance = inputs.per_group(offset * offset)
+    slope = inputs.per_group(offset * (y - mean_y)) / variance.masked_fill(count <= 3, float("inf"))
+    return mean_y + inputs.per_token(slope) * offset
 
 
 def attention_by_head(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import DecoderShape, DropCounts, projecting_flops
-from pyramiddrop.scoring.evidence import Scorer, ScorerInputs
+from pyramiddrop.scoring.scorer import Scorer, ScorerInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,8 @@ class KeyNormScorer(Scorer):
     needs_attention: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2406.11430"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return -evidence.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-any-return]
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return -inputs.keys().float().norm(dim=-1).mean(1)  # type: ignore[no-any-return]
 
     def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
         return projecting_flops(shape, drop.rows, drop.queries)
@@ -33,9 +33,9 @@ class VariationScorer(Scorer):
     needs_previous_hidden: ClassVar[bool] = True
     source: ClassVar[str] = "V2Drop, arXiv 2509.01552"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        assert evidence.previous is not None, "the scorer needs the previous hidden states"
-        changed: Tensor = (evidence.hidden.float() - evidence.previous.float()).norm(dim=-1)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        assert inputs.previous is not None, "the scorer needs the previous hidden states"
+        changed: Tensor = (inputs.hidden.float() - inputs.previous.float()).norm(dim=-1)
         return changed
 
 
@@ -49,17 +49,17 @@ class DiversityScorer(Scorer):
 
     source: ClassVar[str] = "max-min diversity (DivPrune, arXiv 2503.02175); own implementation"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        visual, groups, quota = evidence.visual, evidence.groups, evidence.quota
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        visual, groups, num_keep = inputs.visual, inputs.groups, inputs.num_keep
         import torch
 
-        unit = _normalized(evidence.hidden.float())
+        unit = _normalized(inputs.hidden.float())
         distance = 1 - unit @ unit.transpose(1, 2)
         # Nothing is chosen yet: 2 is as far as it can be, and before it go those far from the mean.
-        nearest = 2 + 1 - (unit * _group_means(evidence, unit)).sum(-1)
+        nearest = 2 + 1 - (unit * _group_means(inputs, unit)).sum(-1)
         nearest = nearest.masked_fill(~visual, float("-inf"))
-        scores, left = torch.zeros_like(nearest), quota.clone()
-        samples, steps = torch.arange(len(quota), device=quota.device), int(quota.sum(1).max())
+        scores, left = torch.zeros_like(nearest), num_keep.clone()
+        samples, steps = torch.arange(len(num_keep), device=num_keep.device), int(num_keep.sum(1).max())
         for step in range(steps):
             open_group = left.gather(1, groups) > 0
             chosen = nearest.masked_fill(~open_group, float("-inf")).argmax(1)
@@ -75,11 +75,11 @@ class DiversityScorer(Scorer):
         return 2 * drop.rows * drop.rows * shape.hidden
 
 
-def _group_means(evidence: ScorerInputs, unit: Tensor) -> Tensor:
+def _group_means(inputs: ScorerInputs, unit: Tensor) -> Tensor:
     """(B, N, D): for each row the direction of its group's mean of `unit` (B, N, D)."""
-    groups = evidence.groups[..., None].expand_as(unit)
-    sums = unit.new_zeros(*evidence.quota.shape, unit.shape[-1])
-    sums = sums.scatter_add(1, groups, unit.masked_fill(~evidence.visual[..., None], 0))
+    groups = inputs.groups[..., None].expand_as(unit)
+    sums = unit.new_zeros(*inputs.num_keep.shape, unit.shape[-1])
+    sums = sums.scatter_add(1, groups, unit.masked_fill(~inputs.visual[..., None], 0))
     return _normalized(sums).gather(1, groups)
 
 
@@ -100,6 +100,6 @@ class VisionScorer(Scorer):
     needs_vision_attention: ClassVar[bool] = True
     source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        assert evidence.vision is not None, "the score is known before the decoder alone"
-        return evidence.vision
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        assert inputs.vision is not None, "the score is known before the decoder alone"
+        return inputs.vision

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyramiddrop.cost import DecoderShape, DropCounts
-from pyramiddrop.scoring.evidence import LARGEST, Scorer, ScorerInputs
+from pyramiddrop.scoring.scorer import LARGEST, Scorer, ScorerInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,9 @@ class GridReserveScorer(_Around):
     share: float
     source: ClassVar[str] = "FEATHER's uniform sampling, arXiv 2412.13180"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        grid = UniformScorer()(replace(evidence, quota=(evidence.quota * self.share).long()))
-        return self.inner(evidence).masked_fill(grid.bool(), LARGEST)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        grid = UniformScorer()(replace(inputs, num_keep=(inputs.num_keep * self.share).long()))
+        return self.inner(inputs).masked_fill(grid.bool(), LARGEST)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class RandomAfterScorer(_Around):
     layer: int
     source: ClassVar[str] = "arXiv 2512.07580"
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        return RandomScorer()(evidence) if evidence.layer >= self.layer else self.inner(evidence)
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return RandomScorer()(inputs) if inputs.layer >= self.layer else self.inner(inputs)
 
     def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
         return 0 if drop.layer >= self.layer else self.inner.flops(shape, drop)
@@ -60,30 +60,30 @@ class RandomAfterScorer(_Around):
 class RandomScorer(Scorer):
     """Which tokens stay is drawn at random, one draw a token, so that the stages are nested.
 
-    The draw depends on `seed` and on the token's ordinal alone, so that a sample's result does not depend on its
+    The draw depends on `seed` and on the token's index alone, so that a sample's result does not depend on its
     batch. With `seed=None` each call draws anew.
     """
 
     seed: int | None = 0
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
         seed = self.seed
         if seed is None:
             import torch
 
             seed = int(torch.randint(2**31, ()))
-        return _hashed(evidence.ordinal + (seed + 1) * 0x9E3779B9)
+        return _hashed(inputs.token_index + (seed + 1) * 0x9E3779B9)
 
 
 @dataclass(frozen=True)
 class UniformScorer(Scorer):
     """The tokens that stay are evenly spaced among those that are still there, in each group."""
 
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
-        present = evidence.per_group(evidence.visual.long())
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        present = inputs.per_group(inputs.visual.long())
         before = present.cumsum(1) - present
-        rank = evidence.visual.long().cumsum(1) - 1 - evidence.per_token(before)
-        tokens, kept = evidence.per_token(present).clamp(min=1), evidence.per_token(evidence.quota)
+        rank = inputs.visual.long().cumsum(1) - 1 - inputs.per_token(before)
+        tokens, kept = inputs.per_token(present).clamp(min=1), inputs.per_token(inputs.num_keep)
         # Of n tokens, c stay: those at which floor(rank * c / n) steps up. That is exactly c, as even as integers go.
         return ((rank + 1) * kept // tokens > rank * kept // tokens).float()
 

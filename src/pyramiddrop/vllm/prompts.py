@@ -26,14 +26,14 @@ class VisualPrompt:
         length: its tokens.
         columns: (N,) long, ascending, where its visual tokens stand.
         groups: (N,) long, the group that each belongs to: all one, or one an image.
-        quota: for each drop the number of tokens of each group that stay.
+        num_keep: for each drop the number of tokens of each group that stay.
         dropped: for each stage, stage 0 too, the tokens that its layers miss.
     """
 
     length: int
     columns: Tensor
     groups: Tensor
-    quota: tuple[tuple[int, ...], ...]
+    num_keep: tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...]
 
 
@@ -47,15 +47,15 @@ def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> Vi
     """
     spans = _spans(features)
     sizes = [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
-    quota = tuple(tuple(stage.count(size) for size in sizes) for stage in rules.schedule.stages)
-    dropped = (0, *(sum(sizes) - sum(kept) for kept in quota))
+    num_keep = tuple(tuple(stage.count(size) for size in sizes) for stage in rules.schedule.stages)
+    dropped = (0, *(sum(sizes) - sum(kept) for kept in num_keep))
     if not any(dropped):
         return None
     columns = torch.cat(spans)
     owners = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([len(span) for span in spans]))
     columns, order = columns.sort()
     groups = owners[order] if rules.per_image else torch.zeros_like(columns)
-    return VisualPrompt(length, columns, groups, quota, dropped)
+    return VisualPrompt(length, columns, groups, num_keep, dropped)
 
 
 def _spans(features: Sequence[Any] | None) -> list[Tensor]:

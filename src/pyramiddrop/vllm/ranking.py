@@ -31,7 +31,7 @@ class Survivors:
         self._visual[0, columns] = True
         self._groups = torch.zeros(1, length, dtype=torch.long, device=device)
         self._groups[0, columns] = prompt.groups.to(device, non_blocking=True)
-        self._ordinal = (self._visual.long().cumsum(1) - 1).clamp(min=0)
+        self._token_index = (self._visual.long().cumsum(1) - 1).clamp(min=0)
 
     def drops(self, stage: int) -> bool:
         """Whether the end before `stage` drops anything."""
@@ -49,9 +49,9 @@ class Survivors:
             ScorerInputs(
                 layer=self._rules.schedule.layers[stage - 1],
                 visual=self._visual,
-                ordinal=self._ordinal,
+                token_index=self._token_index,
                 groups=self._groups,
-                quota=self._quota(stage),
+                num_keep=self._num_keep(stage),
                 hidden=hidden[None],
                 attention=lambda **_: attention_from(layer, hidden, positions, self.asking),
                 keys=_not_served,
@@ -63,18 +63,18 @@ class Survivors:
         protected = torch.zeros_like(self._visual)
         protected[0, self.asking] = True
         scores = scores.masked_fill(protected, float("inf"))
-        stays = select(scores, self._visual, self._groups, self._quota(stage)) | ~self._visual
+        stays = select(scores, self._visual, self._groups, self._num_keep(stage)) | ~self._visual
         gone = self._prompt.dropped[stage] - self._prompt.dropped[stage - 1]
         self._length -= gone
         self.asking -= gone  # all visual tokens of a prompt stand before its last token, or are it
         rows, _ = compact(stays, self._length, ragged=False)
-        self._visual, self._groups, self._ordinal = (
-            state.gather(1, rows) for state in (self._visual, self._groups, self._ordinal)
+        self._visual, self._groups, self._token_index = (
+            state.gather(1, rows) for state in (self._visual, self._groups, self._token_index)
         )
         return rows[0]
 
-    def _quota(self, stage: int) -> Tensor:
-        return torch.tensor([self._prompt.quota[stage - 1]]).to(self._visual.device, non_blocking=True)
+    def _num_keep(self, stage: int) -> Tensor:
+        return torch.tensor([self._prompt.num_keep[stage - 1]]).to(self._visual.device, non_blocking=True)
 
 
 def _not_served() -> Tensor:

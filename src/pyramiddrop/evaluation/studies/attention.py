@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramiddrop.evaluation.prefill_replay import Prefix
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.grid import single_drop
 from pyramiddrop.hf import inspect_model
@@ -33,15 +33,15 @@ def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[i
     Args:
         inputs: of a prompt, on the model's device.
     """
-    prefix, shares = Prefix(inspect_model(model), layers), Prefix.can_share(inspect_model(model))
+    replay, shares = PrefillReplay(inspect_model(model), layers), PrefillReplay.can_share(inspect_model(model))
     if shares:
-        with prefix.recorded():
+        with replay.recorded():
             model(**inputs, use_cache=True)
     found = {}
     for layer in layers:
         with single_drop(layer, 0.5)(model) as trace:
             if shares:
-                with prefix.replayed(layer):
+                with replay.replayed(layer):
                     model(**inputs, use_cache=True)
             else:
                 model(**inputs)

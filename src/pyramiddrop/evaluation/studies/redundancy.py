@@ -15,7 +15,7 @@ from torch import Tensor
 from pyramiddrop.evaluation.agreement import Generation, generate_with_logits
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.journal import Journal
-from pyramiddrop.evaluation.prefill_replay import Prefix, replays_exactly
+from pyramiddrop.evaluation.prefill_replay import PrefillReplay, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.store import Store
 from pyramiddrop.evaluation.studies.attention import (
@@ -36,7 +36,7 @@ from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.speed.record import machine
 from pyramiddrop.trace import Trace
 
-Piece = dict[str, Any]
+BatchRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ class Redundancy:
         method = single_drop(layer, keep)
         return self.share and replays_exactly(self.answerer.checkpoint, inputs, method, layer, tokens)
 
-    def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Piece:
+    def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> BatchRecord:
         """What a batch says without a drop and in every cell, and what it looks at: a value a sample."""
         inputs = self._inputs(samples)
-        prefix = Prefix(inspect_model(self._model), self.grid.layers) if self.shared else None
-        with prefix.recorded() if prefix else nullcontext():
+        replay = PrefillReplay(inspect_model(self._model), self.grid.layers) if self.shared else None
+        with replay.recorded() if replay else nullcontext():
             full = self._generate(inputs)
         advance(1)
-        cells: list[Piece] = []
+        cells: list[dict[str, Any]] = []
         looks: dict[int, list[Tensor] | None] = {}
         for layer, keep in self.grid.cells:
-            generation, trace = self._generate_cell(inputs, layer, keep, prefix)
+            generation, trace = self._generate_cell(inputs, layer, keep, replay)
             used = batch_usage(self._model, inputs, single_drop(layer, keep), trace)
             flops = [known(one.flops) for one in used]
             cells.append({"answers": generation.texts, "flops": flops, **generation.next_token(full)})
@@ -134,11 +134,11 @@ class Redundancy:
         return generate_with_logits(self.answerer.checkpoint, inputs, self.answerer.max_new_tokens)
 
     def _generate_cell(
-        self, inputs: Mapping[str, Any], layer: int, keep: float, prefix: Prefix | None
+        self, inputs: Mapping[str, Any], layer: int, keep: float, replay: PrefillReplay | None
     ) -> tuple[Generation, Trace]:
         """What the model says with one drop, and the trace of its prefill."""
-        replay = prefix.replayed(layer) if prefix else nullcontext()
-        with single_drop(layer, keep)(self._model) as trace, replay:
+        replayed = replay.replayed(layer) if replay else nullcontext()
+        with single_drop(layer, keep)(self._model) as trace, replayed:
             return self._generate(inputs), trace
 
 

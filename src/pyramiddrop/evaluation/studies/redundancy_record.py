@@ -15,21 +15,21 @@ from pyramiddrop.evaluation.scores import Score, score, score_by_kind
 from pyramiddrop.evaluation.studies.grid import Grid
 from pyramiddrop.evaluation.tasks import Task
 
-Piece = Mapping[str, Any]
+BatchRecord = Mapping[str, Any]
 
 
-def redundancy_record(task: Task, grid: Grid, pieces: Sequence[Piece]) -> dict[str, Any]:
+def redundancy_record(task: Task, grid: Grid, batches: Sequence[BatchRecord]) -> dict[str, Any]:
     """The scores of the full model and of every cell, and the attention by layer.
 
     Args:
         pieces: of `Redundancy`, a batch each, in the order of the samples.
     """
-    means, full = Means(task.samples), _joined(pieces, "answers")
+    means, full = Means(task.samples), _joined(batches, "answers")
     right = _right(task, full)
-    vanilla_flops = _joined(pieces, "flops")
+    vanilla_flops = _joined(batches, "flops")
     cells = []
     for place, (layer, keep) in enumerate(grid.cells):
-        parts = [piece["cells"][place] for piece in pieces]
+        parts = [piece["cells"][place] for piece in batches]
         answers = _joined(parts, "answers")
         accuracy = _right(task, answers)
         agreement = [float(one == other) for one, other in zip(answers, full, strict=True)]
@@ -46,11 +46,11 @@ def redundancy_record(task: Task, grid: Grid, pieces: Sequence[Piece]) -> dict[s
         )
     return {
         "samples": len(task.samples),
-        "visual_tokens": float(np.mean(_joined(pieces, "visual_tokens"))),
-        "shared_prefix": all(piece["shared"] for piece in pieces),
+        "visual_tokens": float(np.mean(_joined(batches, "visual_tokens"))),
+        "shared_prefix": all(piece["shared"] for piece in batches),
         "vanilla": {"accuracy": means.score(right), "by_kind": means.by_kind(right)},
         "cells": cells,
-        "attention": _attention(means, [piece["attention"] for piece in pieces]),
+        "attention": _attention(means, [piece["attention"] for piece in batches]),
     }
 
 
@@ -60,17 +60,17 @@ def _right(task: Task, answers: Sequence[str]) -> list[float | None]:
     return [match(answer, sample.answers) if sample.answers else None for answer, sample in pairs]
 
 
-def _attention(means: Means, pieces: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:
+def _attention(means: Means, batches: Sequence[Sequence[BatchRecord]]) -> list[dict[str, Any]]:
     """By layer; nothing where the prompts of some piece had too spread_layers visual tokens for any ranking."""
-    layers = zip(*pieces, strict=True) if all(pieces) else ()
+    layers = zip(*batches, strict=True) if all(batches) else ()
     return [
         {"layer": looks[0]["layer"], **{name: means.score(_joined(looks, name)) for name in ("picture", "crowd")}}
         for looks in layers
     ]
 
 
-def _joined(pieces: Sequence[Piece], name: str) -> list[Any]:
-    return [value for piece in pieces for value in piece[name]]
+def _joined(batches: Sequence[BatchRecord], name: str) -> list[Any]:
+    return [value for piece in batches for value in piece[name]]
 
 
 #: A value a sample; None where there is nothing to score.

@@ -111,7 +111,7 @@ def _legend(entries: Sequence[FamilyEntry]) -> list[str]:
     """What the short names of limits mean; a name may stand for several sentences, of which one holds for a family."""
     meanings: dict[str, dict[str, None]] = {}
     for limit in (limit for entry in entries for limit in entry.family.limits):
-        meanings.setdefault(limit.name, {})[limit.says] = None
+        meanings.setdefault(limit.name, {})[limit.description] = None
     lines = [f"- **{name}**: {'; or: '.join(says)}." for name, says in sorted(meanings.items())]
     return [
         "## Limits",

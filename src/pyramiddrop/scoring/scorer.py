@@ -41,9 +41,9 @@ class ScorerInputs:
     Attributes:
         layer: the 0-based layer before which tokens are dropped.
         visual: (B, N) bool, the visual tokens that are still there.
-        ordinal: (B, N) long, the number of each visual token among the ORIGINAL ones of its sample, from 0.
+        token_index: (B, N) long, the number of each visual token among the ORIGINAL ones of its sample, from 0.
         groups: (B, N) long, the group of each visual token, ascending along the row.
-        quota: (B, G) long, how many tokens of each group will stay.
+        num_keep: (B, G) long, how many tokens of each group will stay.
         hidden: (B, N, D), the hidden states that the ranking layer receives.
         attention: computes what the ranking layer attends to.
         keys: computes (B, Hkv, N, d), the ranking layer's keys.
@@ -55,9 +55,9 @@ class ScorerInputs:
 
     layer: int
     visual: Tensor
-    ordinal: Tensor
+    token_index: Tensor
     groups: Tensor
-    quota: Tensor
+    num_keep: Tensor
     hidden: Tensor
     attention: Attention
     keys: Callable[[], Tensor]
@@ -70,7 +70,7 @@ class ScorerInputs:
 
     def per_group(self, per_token: Tensor) -> Tensor:
         """(B, G): for each group the sum over its visual tokens of `per_token` (B, N)."""
-        zeros = per_token.new_zeros(self.quota.shape)
+        zeros = per_token.new_zeros(self.num_keep.shape)
         return zeros.scatter_add(1, self.groups, per_token.masked_fill(~self.visual, 0))
 
 
@@ -90,7 +90,7 @@ class Scorer(ABC):
     source: ClassVar[str] = ""
 
     @abstractmethod
-    def __call__(self, evidence: ScorerInputs) -> Tensor:
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
         """(B, N) float32; what rows other than visual ones get is ignored. Ties are broken by the lower column."""
 
     def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
