@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 from browser import act, needs_browser
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference.demo import pick_questions
+from pyramiddrop.report.demo import README_ONLINE, readme_link
+
+ROOT = Path(__file__).parents[1]
 
 #: What a person does: hold the third stage, and point at the first patch of the second row.
 TOUCH = """
@@ -78,10 +81,17 @@ def test_the_page_needs_no_network(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "index.html").read_text(encoding="utf-8")
     links = re.findall(r'<a href="([^"]+)"', page)
     assert "https://arxiv.org/abs/2410.17247" in links
-    assert (demo[0] / links[0]).resolve().name == "README.md"
+    assert links[0] == readme_link(demo[0])
     loaded = re.sub(r'<a href="[^"]+"', "<a", page)
     assert not re.search(r"https?://|//cdn|@import|<link|<iframe", loaded)
     assert set(re.findall(r'(?:src|href)="([^"]{5})', loaded)) == {"data:", "#pict"}
+
+
+def test_the_page_links_the_readme_here_or_online(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    assert readme_link(tmp_path / "demo", tmp_path) == "../README.md"
+    assert readme_link(tmp_path, tmp_path / "installed without its source") == README_ONLINE
+    assert f'Homepage = "{README_ONLINE.removesuffix("#readme")}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_page_says_each_number_once(demo: tuple[Path, str]) -> None:

@@ -18,6 +18,8 @@ from pyramiddrop.report.token_layout.geometry import Cell, View
 from pyramiddrop.report.token_layout.views import PlacedView
 from pyramiddrop.report.units import template
 
+README_ONLINE = "https://github.com/pyramiddrop/pyramiddrop#readme"
+
 
 @dataclass(frozen=True)
 class Written:
@@ -36,7 +38,7 @@ def write_demo(demo: Demo, folder: Path) -> Written:
         visual.save(overlays[-1])
     cards = [Card(asked, visual.seen, visual.stages) for asked, visual in zip(demo.asked, visuals, strict=True)]
     page = folder / "index.html"
-    page.write_text(render_page(demo, cards, _readme(folder)), encoding="utf-8")
+    page.write_text(render_page(demo, cards, readme_link(folder)), encoding="utf-8")
     return Written(page, overlays)
 
 
@@ -85,13 +87,13 @@ class Card:
         return token_status(self.stages, 0, self.view)
 
 
-def _readme(folder: Path) -> str | None:
-    """The way from `folder` to the README, None if the library is installed without its source tree."""
-    readme = Path(__file__).parents[3] / "README.md"
-    return os.path.relpath(readme, folder) if readme.is_file() else None
+def readme_link(folder: Path, source: Path = Path(__file__).parents[3]) -> str:
+    """The link from a page in `folder` to the README: in the source tree, or the project's page if there is none."""
+    readme = source / "README.md"
+    return os.path.relpath(readme, folder) if readme.is_file() else README_ONLINE
 
 
-def render_page(demo: Demo, cards: Sequence[Card], readme: str | None = None) -> str:
+def render_page(demo: Demo, cards: Sequence[Card], readme: str) -> str:
     """The whole page as text; `readme` is where its link to the README leads."""
     return template("demo").render(
         demo=demo,
