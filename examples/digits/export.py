@@ -6,6 +6,7 @@ python examples/digits/export.py runs/digits/state.pt src/pyramiddrop/assets/dig
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -153,6 +154,17 @@ def largest_difference(model: PackedLlava, exported: LlavaForConditionalGenerati
     return (ours - theirs).abs().max().item()
 
 
+def save_in_half(model: LlavaForConditionalGeneration, out: Path) -> None:
+    """Write half-precision weights; a model loaded from them computes in single precision, as it was trained."""
+    model.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    config = out / "config.json"
+    words = json.loads(config.read_text("utf-8"))
+    for part in (words, words["text_config"], words["vision_config"]):
+        part["dtype"] = "float32"
+    config.write_text(json.dumps(words, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
 def load_trained(path: Path) -> PackedLlava:
     """The model of a training state."""
     state = torch.load(path, weights_only=True)
@@ -173,7 +185,7 @@ def main() -> None:
     difference = largest_difference(model, exported)
     if difference > 1e-3:
         raise SystemExit(f"the exported model disagrees with the trained one: logits differ by {difference:.2g}")
-    exported.save_pretrained(arguments.out)
+    save_in_half(exported, arguments.out)
     make_processor(model.config).save_pretrained(arguments.out)
     size = sum(file.stat().st_size for file in arguments.out.iterdir()) / 1e6
     print(f"{arguments.out}: {size:.1f} MB, logits agree within {difference:.1g}")

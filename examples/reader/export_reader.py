@@ -14,7 +14,7 @@ from reader_model import ReaderLlava
 from reader_text import reader_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shared import ModelConfig, largest_difference, make_processor, to_hugging_face
+from shared import ModelConfig, largest_difference, make_processor, save_in_half, to_hugging_face
 
 
 def load_weights(path: Path) -> ReaderLlava:
@@ -31,19 +31,9 @@ def export(weights: Path, out: Path) -> float:
     model = load_weights(weights)
     exported = to_hugging_face(model)
     difference = largest_difference(model, exported)
-    exported.half().save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    save_in_half(exported, out)
     make_processor(model.config, reader_tokenizer()).save_pretrained(out)
-    compute_in_fp32(out / "config.json")
     return difference
-
-
-def compute_in_fp32(config: Path) -> None:
-    """The file holds half-precision weights; a model loaded from it computes in single precision, as it was trained."""
-    words = json.loads(config.read_text("utf-8"))
-    for part in (words, words["text_config"], words["vision_config"]):
-        part["dtype"] = "float32"
-    config.write_text(json.dumps(words, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def main() -> None:

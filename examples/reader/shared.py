@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "digits"))
 
-from export import largest_difference, make_processor, to_hugging_face
+from export import largest_difference, make_processor, save_in_half, to_hugging_face
 from model import DecoderLayer, ModelConfig, PackedLlava, Packing, VisionLayer, VisionTower, rotary_table
 from optimizer import make_optimizers, set_rate
 from text import ASSISTANT, BOS, EOS, FILLERS, IGNORE, MARKS, PAD, USER, make_tokenizer
@@ -30,6 +30,7 @@ __all__ = [
     "make_processor",
     "make_tokenizer",
     "rotary_table",
+    "save_in_half",
     "set_rate",
     "to_hugging_face",
 ]
