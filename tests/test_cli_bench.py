@@ -123,7 +123,7 @@ def test_threads_are_given_back() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "huge"], "shape 'huge' is not one of tiny, small, mid"),
+        (["--shape", "huge"], "shape 'huge' is not one of tiny, small, small-16k, mid"),
         (["--shape", "tiny", "--num-layers", "9"], "--num-layers must be in 1..8 for the shape tiny; got 9"),
         (["--shape", "tiny", "--num-layers", "2"], "stages"),
         (["--shape", "tiny", "--model", "x"], "--model belongs to a checkpoint"),

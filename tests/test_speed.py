@@ -289,7 +289,7 @@ def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "llava"}, "shape 'llava' is not one of tiny, small, mid, deep, llava-1.5-7b"),
+        ({"name": "llava"}, "shape 'llava' is not one of tiny, small, small-16k, mid, deep, llava-1.5-7b"),
         ({"name": "tiny", "depth": 9}, "--num-layers must be in 1..8"),
         ({"name": "tiny", "dtype": "auto"}, "a checkpoint's own"),
         ({"name": "tiny", "dtype": "int8"}, "dtype 'int8' is not one of"),

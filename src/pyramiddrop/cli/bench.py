@@ -24,7 +24,7 @@ def bench(
         str | None,
         typer.Option(
             help="Random weights of a shape, the decoder alone: llava-1.5-7b, qwen2.5-vl-7b, internvl3-8b, ..., or "
-            "mid, small, tiny, deep. (default: the bundled model)",
+            "mid, small, small-16k, tiny, deep. (default: the bundled model)",
             rich_help_panel=SUBJECT,
         ),
     ] = None,

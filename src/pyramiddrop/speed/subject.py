@@ -20,10 +20,11 @@ from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory
 
-#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models four small ones.
+#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models five small ones.
 SHAPES: dict[str, tuple[DecoderShape, int]] = {
     "tiny": (DecoderShape(8, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "small": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=1000), 576),
+    "small-16k": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=16_000), 2880),  # logits weigh as of a real head
     "mid": (DecoderShape(24, 1024, 2816, 16, 16, 64, vocabulary=1000), 2880),
     "deep": (DecoderShape(32, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     **{
