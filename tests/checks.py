@@ -15,6 +15,7 @@ HALVES = Rule([2, 4, 6], [0.5, 0.25, 0.125])
 COMPACT = Rule([2, 4, 6], [0.5, 0.25, 0.125], positions="compact")
 UNEVEN = Rule([1, 2, 7], [0.7, 0.3, 0.3])  # neighbouring layers, the first and the last possible one, an idle stage
 LAST = Rule([2, 4, 6], [0.5, 0.25, 0.125], rank_layer="last")
+EXIT = Rule([2, 4, 6], [0.5, 0.25, 0.0])  # from layer 6 on no visual token is left
 KEEP_ALL = Rule([2, 4, 6], [1.0, 1.0, 1.0])
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -146,8 +146,8 @@ def drop(alive: Tensor, scores: list[Tensor], keep: float, per_image: bool, case
 
 
 def num_keep(original: int, keep: float) -> int:
-    """The floor of the float product, at least 1."""
-    return max(1, math.floor(original * keep))
+    """The floor of the float product, at least 1 of a keep ratio that is not 0."""
+    return max(1, math.floor(original * keep)) if keep else 0
 
 
 def choose(living: list[int], scores: Tensor, count: int, protected: set[int]) -> list[int]:

@@ -16,6 +16,7 @@ import reference
 from checks import (
     CLOSE,
     COMPACT,
+    EXIT,
     HALVES,
     LAST,
     UNEVEN,
@@ -38,7 +39,7 @@ ONE_EACH = [[5, "image", 7], [3, "image", 3], [9]]
 WITH_IMAGES = [[5, "image", 7], [3, "image", 2, "image", 4]]
 # Transformers before 5.11 fails without an end; this one never comes.
 LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1, "eos_token_id": 1000}
-RULES = {"original": HALVES, "compact": COMPACT, "uneven": UNEVEN, "last": LAST}
+RULES = {"original": HALVES, "compact": COMPACT, "uneven": UNEVEN, "last": LAST, "exit": EXIT}
 
 
 def check_prefill(model: PreTrainedModel, rule: Rule, inputs: dict[str, Tensor], **options: Any) -> None:
@@ -292,7 +293,7 @@ def test_greedy_on_other_text_models(family: str) -> None:
 
 
 @pytest.mark.fast_cases(4)
-@pytest.mark.parametrize("rule", ["original", "compact", "uneven", "last"])
+@pytest.mark.parametrize("rule", ["original", "compact", "uneven", "last", "exit"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_greedy_without_a_cache(attention: str, rule: str) -> None:
     model = tiny_model("llava", attention)
@@ -300,7 +301,7 @@ def test_greedy_without_a_cache(attention: str, rule: str) -> None:
 
 
 @pytest.mark.fast_cases(2)
-@pytest.mark.parametrize("rule", ["original", "compact", "uneven"])
+@pytest.mark.parametrize("rule", ["original", "compact", "uneven", "exit"])
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_greedy_on_a_static_cache(attention: str, rule: str) -> None:
     model = tiny_model("llava-gqa", attention)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from checks import method_of
+from checks import EXIT, method_of
 from pyramiddrop import FastV, Method, PyramidDrop
 from pyramiddrop.hf import dispatch
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan, make_plan, plan_last_token
@@ -50,14 +50,15 @@ ratios = st.lists(st.sampled_from([1.0, 0.7, 0.5, 0.29, 0.1]), min_size=1, max_s
 
 
 @FEW
-@given(visual_masks(), ratios, st.integers(0, 1000))
-def test_both_paths_keep_the_same_rows(visual: Tensor, keep: list[float], seed: int) -> None:
-    """With scores of few values, infinities and NaN, so that ties decide."""
-    schedule = Schedule.of(range(1, len(keep) + 1), sorted(keep, reverse=True))
+@given(visual_masks(), ratios, st.booleans(), st.integers(0, 1000))
+def test_both_paths_keep_the_same_rows(visual: Tensor, keep: list[float], leaves: bool, seed: int) -> None:
+    """With scores of few values, infinities and NaN, so that ties decide; some schedules end in an early exit."""
+    shares = [*sorted(keep, reverse=True)[:-1], 0.0 if leaves else min(keep)]
+    schedule = Schedule.of(range(1, len(keep) + 1), shares)
     prompt = prompt_of(visual)
     short, whole = plan_last_token(prompt, schedule), general(prompt, schedule)
     assert short is not None
-    assert (short.drops, short.choices, short.reach) == (whole.drops, whole.choices, whole.reach)
+    assert (short.drops, short.drop_counts, short.reach) == (whole.drops, whole.drop_counts, whole.reach)
     assert [own.tolist() for own in short.visual_columns] == [own.tolist() for own in whole.visual_columns]
     ranking, kept = LastTokenRanking(short, None), None  # type: ignore[arg-type]
     values = torch.tensor([0.0, 1.0, 2.0, float("inf"), float("-inf"), float("nan")])
@@ -123,6 +124,7 @@ METHODS: list[Method] = [
     method_of(Rule([2, 4, 6], [0.5, 0.25, 0.125], "original", "last", False)),
     method_of(Rule([2, 4, 6], [1.0, 0.5, 0.5])),
     FastV(layer=2, keep=0.3),
+    method_of(EXIT),
 ]
 SPECS: list[list[list[Any]]] = [
     [[3, "image", 6]],

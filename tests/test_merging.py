@@ -51,6 +51,16 @@ def test_a_row_of_some_size_that_takes_nothing_in_keeps_its_bits() -> None:
     assert torch.equal(sizes, torch.full((1, 64), 3.0))
 
 
+def test_a_group_of_which_nothing_stays_goes_into_none() -> None:
+    hidden, sizes = merged([0, 5])
+    assert hidden == [[9, 9], [7, 7]]
+    assert sizes == [1, 1]
+    groups = torch.tensor([[0, 0, 0, 1, 1, 0]])  # of the second one, token 3 stays
+    hidden, sizes = merged([0, 3, 5], groups=groups)
+    assert hidden == [[9, 9], [2, 3], [7, 7]]
+    assert sizes == [1, 2, 1]
+
+
 def test_text_takes_nothing_in_and_rows_that_take_nothing_are_untouched() -> None:
     """Token 2 is at 45 degrees to text and at 90 to token 3: it goes into the visual one."""
     hidden, sizes = merged([0, 1, 3, 4, 5])

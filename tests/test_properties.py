@@ -80,6 +80,8 @@ def model_of(family: str, attention: str) -> PreTrainedModel:
 def rules(draw: st.DrawFn) -> Rule:
     layers = sorted(draw(st.sets(st.integers(1, DEPTH - 1), min_size=1, max_size=3)))
     keep = sorted(draw(st.lists(st.sampled_from(RATIOS), min_size=len(layers), max_size=len(layers))), reverse=True)
+    if draw(st.booleans()):
+        keep[-1] = draw(st.sampled_from([keep[-1], 0.0]))  # early exit
     positions, rank_layer = draw(st.sampled_from(["original", "compact"])), draw(st.sampled_from(["next", "last"]))
     return Rule(layers, keep, positions, rank_layer, draw(st.booleans()))
 

@@ -18,6 +18,8 @@ from pyramiddrop.schedule import Schedule, Stage, equal_stage_layers, powers
         (3, 0.125, 1),  # never none
         (1, 0.01, 1),
         (0, 0.5, 0),
+        (576, 0.0, 0),  # early exit
+        (576, 1e-9, 1),
     ],
 )
 def test_count_is_the_floor_of_the_float_product_and_at_least_one(tokens: int, keep: float, count: int) -> None:
@@ -68,7 +70,8 @@ def test_stage_of_counts_the_drops_behind_a_layer() -> None:
         ([2.0], [0.5], "layers"),
         ([True], [0.5], "layers"),
         ([2, 4], [0.25, 0.5], "keep"),
-        ([2], [0.0], "keep"),
+        ([2, 4], [0.0, 0.0], r"must be the last; got \[0.0, 0.0\]. Leave out the 1 drops behind it: keep=\[0.0\]"),
+        ([2, 4, 6], [0.5, 0, 0], r"keep=\[0.5, 0\], and the first 2 of the layers"),
         ([2], [1.5], "keep"),
         ([2], [-0.5], "keep"),
         ([2], [float("nan")], "keep"),

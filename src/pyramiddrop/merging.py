@@ -13,7 +13,8 @@ def merge(
     """The rows that stay, with those visual tokens averaged into them that go.
 
     A token goes into the kept visual token of its group whose hidden state is nearest by cosine, and counts there as
-    often as tokens have gone into it before (as in ToMe, arXiv 2210.09461). Rows into which none goes are untouched.
+    often as tokens have gone into it before (as in ToMe, arXiv 2210.09461). Rows into which none goes are untouched;
+    tokens of a group of which nothing stays go into none.
 
     Args:
         hidden: (B, N, D).
@@ -28,7 +29,8 @@ def merge(
     """
     alive = torch.ones_like(local, dtype=torch.bool) if valid is None else valid
     goes = visual & ~torch.zeros_like(visual).scatter(1, local, alive)
-    nearest = _nearest(hidden, groups, local, visual.gather(1, local) & alive)
+    nearest, found = _nearest(hidden, groups, local, visual.gather(1, local) & alive)
+    goes = goes & found
     wide = local[..., None].expand(-1, -1, hidden.shape[-1])
     kept, own = hidden.gather(1, wide), sizes.gather(1, local)
     more = (hidden.float() * sizes[..., None]).masked_fill(~goes[..., None], 0)
@@ -39,9 +41,11 @@ def merge(
 
 
 @torch.no_grad()
-def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> Tensor:
-    """(B, N) which of the n rows that stay is most like each row, among those of its group that `takes` (B, n)."""
+def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N) which of the n rows that stay is most like each row, among those of its group that `takes` (B, n); and
+    whether there is one."""
     unit = normalize(hidden.float(), dim=-1)
     similarity = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
     same = groups[:, :, None] == groups.gather(1, local)[:, None]
-    return similarity.masked_fill(~(same & takes[:, None]), float("-inf")).argmax(-1)
+    best = similarity.masked_fill(~(same & takes[:, None]), float("-inf")).max(-1)
+    return best.indices, best.values > float("-inf")

@@ -96,7 +96,10 @@ class Method:
         raise NotImplementedError
 
     def ranking_flops(self, shape: DecoderShape, drop: DropCounts) -> int:
-        """What ranking (and merging) costs at one drop of one sample in a decoder of this `shape`."""
+        """What ranking (and merging) costs at one drop of one sample in a decoder of this `shape`; nothing if none of
+        the visual tokens stays."""
+        if not drop.kept:
+            return 0
         return self.scorer().flops(shape, drop) + (merging_flops(shape, drop) if self.merge else 0)
 
     def attach(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
@@ -260,7 +263,8 @@ class StagedMethod(Method):
         stages: number of equal stages of the model's layers, at least 2; if the model cannot drop before every layer,
             the nearest layers before which it can. Not used if `layers` or `keep` is given.
         layers: 0-based layers before which tokens are dropped, ascending; None: those of equal stages.
-        keep: the share of the ORIGINAL visual tokens that each drop keeps, not ascending; None: λ, λ², λ³, ...
+        keep: the share of the ORIGINAL visual tokens that each drop keeps, not ascending; None: λ, λ², λ³, ... A last
+            share of 0 leaves no visual token to the layers behind it (early exit); any other leaves at least one.
     """
 
     lam: float = 0.5

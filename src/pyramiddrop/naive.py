@@ -6,8 +6,8 @@ file, and this file to numbers of the official code.
 
 The rules (arXiv 2410.17247; where the paper's text and its official code differ, the code's, unless noted):
 
-* Drop: before a decoder layer, the share `keep` of the ORIGINAL visual tokens stays: of N tokens floor(N * keep), at
-  least 1. It is a float product: 100 tokens at 0.29 leave 28. The paper keeps 0.5, 0.25, 0.125 before layers 8, 16, 24.
+* Drop: before a decoder layer, floor(N * keep) of the N ORIGINAL visual tokens stay, at least 1; of a last `keep` of 0
+  none. A float product: 100 tokens at 0.29 leave 28. The paper keeps 0.5, 0.25, 0.125 before layers 8, 16, 24.
 * Score: the attention that a visual token receives from the query token; softmax over ALL keys that the query sees, in
   fp32, mean over the heads, no gradient. It is the attention of the layer before which tokens are dropped, on hidden
   states from before the drop (`rank_layer="next"`), or of the layer before that one (`"last"`, FastV's rule).
@@ -131,7 +131,7 @@ def drop(alive: Tensor, scores: Tensor, visual: Tensor, query: Tensor, predicts:
         for image in images:
             original = visual[sample] == image
             safe = original & (query[sample] | predicts[sample])
-            count = max(1, math.floor(int(original.sum()) * keep), int(safe.sum()))
+            count = max(int(keep > 0), math.floor(int(original.sum()) * keep), int(safe.sum()))
             ranked = scores[sample].masked_fill(safe, float("inf")).masked_fill(~(original & alive[sample]), -1)
             alive[sample] &= ~original
             alive[sample, ranked.argsort(descending=True, stable=True)[:count]] = True

@@ -10,17 +10,21 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Stage:
-    """One drop: before the 0-based decoder layer `layer`, the share `keep` of the ORIGINAL visual tokens stays."""
+    """One drop: before the 0-based decoder layer `layer`, the share `keep` of the ORIGINAL visual tokens stays.
+
+    A share of 0 leaves no visual token to that layer and the later ones (early exit).
+    """
 
     layer: int
     keep: float
 
     def count(self, tokens: int) -> int:
-        """How many of `tokens` original visual tokens stay: the floor of the float product, at least one.
+        """How many of `tokens` original visual tokens stay: the floor of the float product, at least one; at a keep of
+        0, none.
 
         The product is taken in floating point, as the official code does: 100 tokens at keep 0.29 leave 28.
         """
-        return min(tokens, max(1, math.floor(tokens * self.keep)))
+        return min(tokens, max(int(self.keep > 0), math.floor(tokens * self.keep)))
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Schedule:
     """The stages of one model, shallow to deep. Layers increase strictly, and no stage keeps more than the one before.
 
     Raises:
-        ValueError: for no stage, a layer below 1, layers that do not increase, a keep ratio outside (0, 1] or
-            larger than the stage before.
+        ValueError: for no stage, a layer below 1, layers that do not increase, a keep ratio outside [0, 1] or
+            larger than the stage before, or a keep ratio of 0 that is not the last.
     """
 
     stages: tuple[Stage, ...]
@@ -90,7 +94,13 @@ class PreLLMSchedule(Schedule):
         return cls((Stage(0, keep),))
 
     def __post_init__(self) -> None:
-        _check_keep([stage.keep for stage in self.stages])
+        keep = [stage.keep for stage in self.stages]
+        _check_keep(keep)
+        if keep[0] == 0:
+            raise ValueError(
+                f"keep must be above 0 before the decoder, for no picture would be left to answer from; got {keep[0]}. "
+                "A keep of 0 is allowed at the last drop inside it (PyramidDrop, FastV)"
+            )
 
 
 def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | None = None) -> list[int]:
@@ -160,7 +170,13 @@ def _check_layers(layers: list[int]) -> None:
 
 
 def _check_keep(keep: list[float]) -> None:
-    if any(isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1 for ratio in keep):
-        raise ValueError(f"keep ratios must be in (0, 1]; got {keep}")
+    if any(isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1 for ratio in keep):
+        raise ValueError(f"keep ratios must be in [0, 1]; got {keep}")
     if any(after > before for before, after in pairwise(keep)):
         raise ValueError(f"keep ratios are shares of the original count and must not increase; got {keep}")
+    if 0 in keep[:-1]:
+        last = keep.index(0) + 1
+        raise ValueError(
+            f"a keep ratio of 0 leaves no visual token to drop later, so it must be the last; got {keep}. Leave out "
+            f"the {len(keep) - last} drops behind it: keep={keep[:last]}, and the first {last} of the layers"
+        )

@@ -44,8 +44,8 @@ class StageTrace:
     def scores(self) -> list[Tensor] | None:
         """For each sample float32 on the CPU: the score of each visual token, in the order of `visual_columns`.
 
-        NaN at tokens that were gone before this stage ranked; None where it ranked nothing, for nothing was to be
-        dropped.
+        NaN at tokens that were gone before this stage ranked; None where it ranked nothing, for nothing or everything
+        was to be dropped.
         """
         if self._ranked is None:
             return None

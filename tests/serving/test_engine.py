@@ -21,6 +21,7 @@ from pyramiddrop.vllm.prefix_rows import Rows
 
 HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
 UNEVEN = PyramidDrop(layers=[1, 2, 7], keep=[0.7, 0.3, 0.3])  # neighbours, the last layer, an end that drops nothing
+EXIT = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.0])  # from layer 6 on the cache holds text alone
 ASKED = questions()
 # A model of 192 tokens at most: 6 blocks of 32 in each of 4 groups.
 FEW_BLOCKS = {"max_model_len": 192, "num_gpu_blocks_override": 26}
@@ -130,6 +131,7 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
         (PyramidDrop(lam=0.4, score="top_heads", random_from=4, per_image=True), {}),
         (FastV(layer=3, keep=0.4, score="diversity"), {"max_num_batched_tokens": 24}),
         (PyramidDrop(lam=0.4, score="debiased"), {"max_num_batched_tokens": 40}),
+        (EXIT, {"max_num_batched_tokens": 40}),
     ],
     ids=[
         "uneven",
@@ -141,6 +143,7 @@ def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
         "top heads, then chance",
         "diversity",
         "debiased, the last stage from two tokens",
+        "no visual token in the last stage",
     ],
 )
 def test_methods(llava: Path, method: Method, options: dict[str, Any]) -> None:
@@ -182,9 +185,9 @@ def test_keep_all_is_plain_vllm(llava: Path, vanilla: list[list[int]]) -> None:
 def test_an_image_that_ends_the_prompt_asks_for_itself(llava: Path) -> None:
     """The query is a visual token then: it stays, for the answer is read off its row."""
     asked = [Question(f"w5 w{number} <image>", (picture(number),), 6) for number in range(20, 26)]
-    method = PyramidDrop(lam=0.3)
-    with engine(llava, method, max_num_batched_tokens=15) as llm:
-        assert answers(llm, asked, every=1) == expected(llava, asked, method)
+    for method in (PyramidDrop(lam=0.3), EXIT):
+        with engine(llava, method, max_num_batched_tokens=15) as llm:
+            assert answers(llm, asked, every=1) == expected(llava, asked, method)
 
 
 def test_pictures_that_do_not_fit_into_the_encoder_s_cache_together(llava: Path) -> None:

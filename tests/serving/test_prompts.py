@@ -44,6 +44,17 @@ def test_each_image_has_its_own_quota_where_that_is_asked_for() -> None:
     assert prompt.dropped == (0, 8, 12)
 
 
+def test_an_exit_keeps_no_visual_token_but_one_that_asks() -> None:
+    prompt = read_prompt([feature(3, 10), feature(20, 5)], 30, rules((0.5, 0.0)))
+    assert prompt is not None
+    assert prompt.num_keep == ((7,), (0,))
+    assert prompt.dropped == (0, 8, 15)
+    prompt = read_prompt([feature(3, 10), feature(20, 5)], 25, rules((0.5, 0.0), per_image=True))
+    assert prompt is not None
+    assert prompt.num_keep == ((5, 2), (0, 1))
+    assert prompt.dropped == (0, 8, 14)
+
+
 def test_separators_within_an_image_are_text() -> None:
     prompt = read_prompt([feature(1, 5, [True, True, False, True, True])], 8, rules())
     assert prompt is not None

@@ -165,11 +165,11 @@ def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list
 
 
 def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
-    """The drops of one sample at which something is dropped; the others choose nothing."""
+    """The drops of one sample that rank; those that drop nothing, or everything, choose nothing."""
     found, before = [], prompt.visual_tokens
     for stage in schedule.stages if schedule else ():
         kept = stage.count(prompt.visual_tokens)
-        if kept < before:
+        if 0 < kept < before:
             rows = before + prompt.text_tokens
             found.append(DropCounts(stage.layer, rows, before, kept, instruction=prompt.asking))
         before = kept

@@ -134,6 +134,8 @@ def _scaled(method: Method, option: str) -> Callable[[float], Method]:
     keep = getattr(method, "keep", None)
     if isinstance(keep, Sequence):
         most = max(keep)
+        if not most:
+            raise InputError(f"{method_label(method)} keeps no visual token: there is no share to solve for {option}")
         return lambda share: replace(settings, keep=[ratio / most * share for ratio in keep])
     name = "lam" if keep is None else "keep"
     if not hasattr(method, name):

@@ -24,6 +24,7 @@ class Drop:
         kept: visual tokens that stay, in the sample that keeps most.
         length: rows of the rectangle that is left.
         happens: whether it drops anything that the drop before had left.
+        ranks: whether it has to choose: it has not where all visual tokens go, or all but those that are protected.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class Drop:
     kept: int
     length: int
     happens: bool
+    ranks: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Plan:
         """What the drops choose from, in the sample where that is most."""
         found, rows, before = [], self.length, self.visual_tokens
         for drop in self.drops:
-            if drop.happens:
+            if drop.ranks:
                 found.append(DropCounts(drop.layer, rows, before, drop.kept, *self.asking))
             rows, before = drop.length, drop.kept
         return found
@@ -138,7 +140,7 @@ def plan_last_token(prompt: Prompt, schedule: Schedule) -> LastTokenPlan | None:
     drops, before = [], visual
     for stage in schedule.stages:
         kept = stage.count(visual)
-        drops.append(Drop(stage.layer, stage.keep, kept, length - visual + kept, kept < before))
+        drops.append(Drop(stage.layer, stage.keep, kept, length - visual + kept, kept < before, 0 < kept < before))
         before = kept
     reach = length - min(columns[:, length - visual].tolist())
     instruction = length - 1 - min(columns[:, -1].tolist())
@@ -217,7 +219,7 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
     packing = None if documents is None else _packing(documents, valid, visual, groups, queries, instruction)
     num_keeps = _num_keeps(schedule, tokens, held, asks > 0)
     rows = torch.full((batch,), length) if valid is None else valid.sum(1)
-    drops, ragged = _drops(schedule, tokens, num_keeps, rows, length)
+    drops, ragged = _drops(schedule, tokens, held, num_keeps, rows, length)
     dropped = [torch.zeros_like(tokens), *(tokens - num_keep for num_keep in num_keeps)]
     return GeneralPlan(
         batch=batch,
@@ -300,7 +302,7 @@ def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -
 
 
 def _drops(
-    schedule: Schedule, tokens: Tensor, num_keeps: tuple[Tensor, ...], rows: Tensor, length: int
+    schedule: Schedule, tokens: Tensor, held: Tensor, num_keeps: tuple[Tensor, ...], rows: Tensor, length: int
 ) -> tuple[tuple[Drop, ...], tuple[bool, ...]]:
     """The drops in samples of `rows` (B,) rows in a rectangle of `length`, and whether each leaves a ragged one."""
     drops, ragged, before = [], [], tokens
@@ -311,7 +313,8 @@ def _drops(
             left = rows - tokens.sum(1) + num_keep.sum(1)
             length = int(left.max())
         ragged.append(bool((left != length).any()))
-        drops.append(Drop(stage.layer, stage.keep, int(num_keep.sum(1).max()), length, happens))
+        ranks = bool(((held < num_keep) & (num_keep < before)).any())
+        drops.append(Drop(stage.layer, stage.keep, int(num_keep.sum(1).max()), length, happens, ranks))
         before = num_keep
     return tuple(drops), tuple(ragged)
 

@@ -117,7 +117,7 @@ class Prefill(StagedForward):
         kept = before
         if self._ranking.plan.drops[drop].happens:
             scores = self._scores.pop(drop, None)
-            if scores is None:
+            if scores is None and self._ranking.plan.drops[drop].ranks:
                 scores = self._ranking.score(drop, before, call, self._previous)
             kept = self._ranking.choose(drop, before, scores)
         self._kept[drop + 1] = kept
@@ -131,7 +131,7 @@ class Prefill(StagedForward):
     @torch.no_grad()
     def _rank_ahead(self, drop: int, call: LayerCall) -> None:
         """Score for `drop`, which is before the next layer, by the layer that is called."""
-        if drop + 1 in self._kept or not self._ranking.plan.drops[drop].happens:
+        if drop + 1 in self._kept or not self._ranking.plan.drops[drop].ranks:
             return
         kept, previous = self._kept[drop], self._previous
         if previous is not None and kept is not None and previous.shape[-2] != call.hidden.shape[-2]:

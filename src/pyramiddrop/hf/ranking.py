@@ -57,14 +57,14 @@ class Ranking:
         if self.device != device:
             self.plan = self.plan.to(device)
 
-    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
-        """The rows that `drop` leaves of those `before` it, by what `score` gave."""
+    def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
+        """The rows that `drop` leaves of those `before` it, by what `score` gave; None if there is nothing to rank."""
         raise NotImplementedError
 
     def record(
         self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
     ) -> None:
-        """Tell the trace of a drop; `scores` is None if it did not happen."""
+        """Tell the trace of a drop; `scores` is None if it ranked nothing."""
         raise NotImplementedError
 
     def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
@@ -101,8 +101,10 @@ class LastTokenRanking(Ranking):
         rows = columns if kept is None else torch.searchsorted(kept.rows, columns)
         return scores.gather(1, rows.to(scores.device))
 
-    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
-        columns = self.visual(drop).gather(1, best(scores, self.plan.drops[drop].kept)).sort().values
+    def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
+        columns = self.visual(drop)
+        chosen = columns[:, :0] if scores is None else best(scores, self.plan.drops[drop].kept)
+        columns = columns.gather(1, chosen).sort().values
         self._left[drop + 1] = columns
         rows = torch.cat([self.plan.text, columns], 1).sort().values
         return Selection(rows, rows if before is None else torch.searchsorted(before.rows, rows), None)
@@ -171,7 +173,7 @@ class GeneralRanking(Ranking):
         numbers = packing.documents.gather(1, rows).masked_fill(~alive, packing.count)
         return Unpacked(numbers, packing.count, bounds.longest)
 
-    def choose(self, drop: int, before: Selection | None, scores: Tensor) -> Selection:
+    def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
         return select_rows(self.plan, drop, self.active_rows(before), scores)
 
     def active_rows(self, kept: Selection | None) -> ActiveRows:
@@ -226,9 +228,10 @@ def active_rows(plan: GeneralPlan, kept: Selection | None) -> ActiveRows:
     return rows, alive, plan.visual.gather(1, rows) & alive
 
 
-def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor) -> Selection:
+def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor | None) -> Selection:
     """The rows that `drop` leaves of the active ones `before` it, by their `scores` (B, N)."""
     rows, alive, visual = before
+    scores = torch.zeros(rows.shape, device=rows.device) if scores is None else scores
     scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
     stays = select(scores, visual, plan.groups.gather(1, rows), plan.num_keeps[drop]) | (alive & ~visual)
     index, valid = compact(stays, plan.drops[drop].length, plan.ragged[drop])

@@ -105,7 +105,10 @@ class TrainingFacts:
     def _dropping(self) -> str:
         if self.method is None:
             return "None: the model was trained with all of them."
-        drops = ", ".join(f"{stage.keep:.4g} of them from layer {stage.layer} on" for stage in self.stages)
+        shares = [f"{stage.keep:.4g}" if stage.keep else "none" for stage in self.stages]
+        drops = ", ".join(
+            f"{share} of them from layer {stage.layer} on" for share, stage in zip(shares, self.stages, strict=True)
+        )
         first = "all at first, " if self.stages[0].layer else ""
         source = f" ({self.method.source})" if self.method.source else ""
         return (

@@ -56,7 +56,7 @@ class _Visit:
                 assert self._earlier.ranking is not None
                 hidden = torch.cat([self._earlier.ranking, hidden])
                 positions = torch.cat([self._earlier.positions, positions], -1)
-        if self._survivors is not None and self._survivors.drops(stage):
+        if self._survivors is not None and self._survivors.ranks(stage):
             self._scores = self._survivors.scores(stage, layer, hidden, positions)
 
     def end_stage(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,9 @@ class _Visit:
             return hidden[:0], positions[..., :0]
         if not survivors.drops(stage):
             return hidden, positions
-        scores = self._scores if self._scores is not None else survivors.scores(stage, layer, hidden, positions)
-        self._scores = None
+        scores, self._scores = self._scores, None
+        if scores is None and survivors.ranks(stage):
+            scores = survivors.scores(stage, layer, hidden, positions)
         stays = survivors.choose(stage, scores)
         return hidden[stays], positions[..., stays]
 

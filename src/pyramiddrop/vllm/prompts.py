@@ -47,7 +47,12 @@ def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> Vi
     """
     spans = _spans(features)
     sizes = [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
-    num_keep = tuple(tuple(stage.count(size) for size in sizes) for stage in rules.schedule.stages)
+    # A picture that ends the prompt asks for itself: its last token stays, also where no other does.
+    asking = (
+        [int(length - 1 in span) for span in spans] if rules.per_image else [int(any(length - 1 in s for s in spans))]
+    )
+    held = list(zip(sizes, asking, strict=True))
+    num_keep = tuple(tuple(max(stage.count(size), own) for size, own in held) for stage in rules.schedule.stages)
     dropped = (0, *(sum(sizes) - sum(kept) for kept in num_keep))
     if not any(dropped):
         return None

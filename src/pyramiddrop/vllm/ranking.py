@@ -37,6 +37,10 @@ class Survivors:
         """Whether the end before `stage` drops anything."""
         return self._prompt.dropped[stage] > self._prompt.dropped[stage - 1]
 
+    def ranks(self, stage: int) -> bool:
+        """Whether the end before `stage` has to choose: it drops some visual tokens and keeps others."""
+        return self.drops(stage) and any(self._prompt.num_keep[stage - 1])
+
     def scores(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
         """(1, N) float32 for the end before `stage`.
 
@@ -58,8 +62,10 @@ class Survivors:
             )
         )
 
-    def choose(self, stage: int, scores: Tensor) -> Tensor:
-        """(n,) long, ascending: the rows that stay; from now on they are the rows that are there."""
+    def choose(self, stage: int, scores: Tensor | None) -> Tensor:
+        """(n,) long, ascending: the rows that stay; from now on they are the rows that are there. No scores: none has
+        to be chosen."""
+        scores = torch.zeros(self._visual.shape, device=self._visual.device) if scores is None else scores
         protected = torch.zeros_like(self._visual)
         protected[0, self.asking] = True
         scores = scores.masked_fill(protected, float("inf"))
