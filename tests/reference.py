@@ -45,7 +45,8 @@ class Turn:
 
 @dataclass
 class Case:
-    """One batch as the text model sees it. `protected`: visual columns that must stay whatever their score."""
+    """One batch as the text model sees it. `protected`: visual columns that must stay whatever their score; `gone`:
+    those that were dropped before the decoder."""
 
     embeds: Tensor  # (B, L, D)
     valid: Tensor  # (B, L) bool
@@ -53,6 +54,7 @@ class Case:
     turns: list[Turn]
     images: Tensor | None = None  # (B, L) the number of the image that a visual column belongs to
     protected: Tensor | None = None  # (B, L) bool
+    gone: Tensor | None = None  # (B, L) bool
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Result:
 def run(model: PreTrainedModel, rule: Rule, case: Case, forced: list[list[Tensor]] | None = None) -> Result:
     """The text model layer by layer. `forced` gives the kept columns per stage and sample instead of a ranking."""
     text = model.model.language_model
-    alive = case.valid.clone()
+    alive = case.valid.clone() if case.gone is None else case.valid & ~case.gone
     hidden = case.embeds
     result = Result(logits=hidden)
     attention = torch.empty(0)  # of the layer before
@@ -295,6 +297,8 @@ class Talk:
         self.case.valid = torch.cat([self.case.valid, more], dim=1)
         self.case.visual = torch.cat([self.case.visual, ~more if visual is None else visual], dim=1)
         self.case.images = image_numbers(self.case.visual)
+        if self.case.gone is not None:
+            self.case.gone = torch.cat([self.case.gone, ~more], dim=1)
 
 
 def greedy(model: PreTrainedModel, rule: Rule, inputs: dict[str, Any], steps: int) -> Talk:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from pyramiddrop import Downsample, Method, PyramidDrop, UniformDrop, VisionDrop
-from pyramiddrop.hf.cache_state import memory_of
+from pyramiddrop.hf.cache_state import CacheState
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
 from tiny import make_batch, tiny_model
 
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "vision": VisionDrop(keep=0.25),
     "vision compact": VisionDrop(keep=0.25, positions="compact"),
     "downsample": Downsample(keep=0.25),
+    "composed": VisionDrop(keep=0.5) | PyramidDrop(layers=[2, 4], keep=[0.5, 0.25]),
 }
 
 
@@ -171,9 +172,9 @@ def test_a_cache_that_is_emptied_is_as_new(model: PreTrainedModel) -> None:
         kinds = [type(layer) for layer in cache.layers]
         with METHODS["original"](model):
             model(**inputs, past_key_values=cache)
-            assert memory_of(cache) is not None
+            assert CacheState.of(cache) is not None
             cache.reset()
-        assert memory_of(cache) is None
+        assert CacheState.of(cache) is None
         assert [type(layer) for layer in cache.layers] == kinds
         if kind == "static":
             wanted = model(**inputs).logits
@@ -184,7 +185,7 @@ def test_nothing_is_left_where_nothing_was_dropped(model: PreTrainedModel) -> No
     inputs = make_batch(model, SPECS[:1])
     with PyramidDrop(layers=[2, 4, 6], keep=[1.0] * 3)(model):
         cache = cache_in(model(**inputs, use_cache=True))
-    assert memory_of(cache) is None
+    assert CacheState.of(cache) is None
     assert {type(layer) for layer in cache.layers} == {
         type(layer) for layer in DynamicCache(config=model.config.text_config).layers
     }
@@ -228,9 +229,9 @@ def test_the_bare_model_refuses_a_pruned_cache(name: str, attention: str) -> Non
 def test_another_kind_of_method_refuses_a_pruned_cache(model: PreTrainedModel) -> None:
     inputs = make_batch(model, SPECS[:2])
     for first, second, message in (
-        ("original", "vision", "pruned by another method"),
-        ("vision", "original", "pruned before the decoder"),
-        ("vision", "vision compact", "pruned by another method"),
+        ("original", "vision", r"cannot be continued by a method that drops before layers \[0\]"),
+        ("vision", "original", r"was pruned before layers \[0\]"),
+        ("vision", "vision compact", "with positions='compact'"),
     ):
         with METHODS[first](model):
             cache = cache_in(model(**inputs, use_cache=True))
@@ -249,9 +250,9 @@ def test_a_crop_into_the_prompt_is_refused_before_the_decoder(model: PreTrainedM
     inputs = make_batch(model, SPECS[:1])
     with METHODS["vision"](model):
         cache = cache_in(model(**inputs, use_cache=True))
-        cache.crop(-2)
-        with pytest.raises(ValueError, match="cropped into that prompt"):
-            step(model, cache, torch.tensor([[11]]), inputs["attention_mask"][:, :-1])
+        cache.crop(-9)
+        with pytest.raises(ValueError, match="cropped by 9 tokens, into visual tokens of which some were dropped"):
+            step(model, cache, torch.tensor([[11]]), inputs["attention_mask"][:, :-8])
 
 
 def test_keys_that_something_else_removed_are_noticed(model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ RULES = {
 }
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @torch.no_grad()
@@ -47,6 +48,7 @@ def test_prefill(attention: str, rule: str) -> None:
         assert trace.stages[-1].scores is None
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_mates(rule: str) -> None:
@@ -59,7 +61,7 @@ def test_a_sample_does_not_depend_on_its_mates(rule: str) -> None:
     torch.testing.assert_close(together, alone, **CLOSE)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
@@ -85,6 +87,7 @@ def test_the_cache_holds_text_alone_behind_the_exit() -> None:
     assert [layer.keys.shape[-2] for layer in output_cache(output).layers] == [length + 1 for length in trace.lengths]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("rule", ["exit", "alone"])
 @torch.no_grad()
 def test_a_further_picture_on_top_of_the_cache(rule: str) -> None:
@@ -104,6 +107,7 @@ def test_a_further_picture_on_top_of_the_cache(rule: str) -> None:
     assert new_tokens(output, further) == stacked(talk.tokens[-3:])
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("logits", ["full", "kept"])
 @pytest.mark.parametrize("rule", RULES)
 def test_training(rule: str, logits: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, VisionDrop
 from pyramiddrop.cli.options import MethodOptions
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, resolve_method
@@ -28,6 +28,13 @@ from pyramiddrop.inference.resolve import parse_method, resolve_method
             PyramidDrop(layers=[2, 4], keep=[0.5, 0.25]),
         ),
         (None, {"positions": "compact"}, "pyramiddrop:positions=compact", PyramidDrop(positions="compact")),
+        (
+            "vision:keep=0.4 | pyramiddrop",
+            {"lam": "0.6", "positions": "compact"},
+            "vision:keep=0.4:positions=compact | pyramiddrop:lam=0.6,positions=compact",
+            VisionDrop(keep=0.4, positions="compact") | PyramidDrop(lam=0.6, positions="compact"),
+        ),
+        ("Downsample|FastV:layer=3", {}, "Downsample|FastV:layer=3", Downsample() | FastV(layer=3)),
     ],
 )
 def test_options_beside_a_method_are_words_of_it(

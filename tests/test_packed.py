@@ -42,6 +42,8 @@ METHODS: dict[str, Method] = {
     "random": RandomDrop(**LAYERS),
     "uniform": UniformDrop(**LAYERS),
     "fastv": FastV(layer=2, keep=0.4),
+    "vision": VisionDrop(keep=0.5),
+    "composed": VisionDrop(keep=0.5) | PyramidDrop(layers=[2, 4], keep=[0.5, 0.25]),
     **{
         score: PyramidDrop(**LAYERS, score=score)
         for score in ("instruction", "top_heads", "debiased", "rope_free", "key_norm", "variation", "diversity")
@@ -239,8 +241,6 @@ def test_what_cannot_be_followed_is_refused() -> None:
         bounds = packed(documents(), labels=True, bounds=True)["cu_seq_lens_q"]
         with pytest.raises(ValueError, match="cu_seq_lens_q must describe one row"):
             model()(**twice, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False)
-    with torch.no_grad(), VisionDrop(keep=0.5)(model()), pytest.raises(ValueError, match="packed rows"):
-        model()(**inputs, use_cache=False)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyramiddrop.hf import UnsupportedModelError as UnsupportedModelError
     from pyramiddrop.inference.checkpoint import load as load
     from pyramiddrop.methods import METHODS as METHODS
+    from pyramiddrop.methods import Compose as Compose
     from pyramiddrop.methods import Downsample as Downsample
     from pyramiddrop.methods import FastV as FastV
     from pyramiddrop.methods import Method as Method
@@ -31,6 +32,7 @@ __version__ = version("pyramiddrop")
 # Loaded when first asked for: Transformers takes seconds to import, and `pyramiddrop --help` needs none of it.
 _HOMES = {
     "METHODS": "pyramiddrop.methods",
+    "Compose": "pyramiddrop.methods",
     "Downsample": "pyramiddrop.methods",
     "FastV": "pyramiddrop.methods",
     "Method": "pyramiddrop.methods",

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pyramiddrop.methods import (
     METHODS,
+    SHARED,
     Downsample,
     FastV,
     Method,
@@ -32,6 +34,8 @@ NAMES: dict[str, type[Method]] = {
     "vision": VisionDrop,
     "downsample": Downsample,
 }
+#: Stands between a method before the decoder and one inside it.
+BAR = "|"
 #: An option that the other one makes meaningless.
 OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
 
@@ -42,13 +46,16 @@ def parse_method_spec(text: str) -> Method | None:
     >>> parse_method_spec("pyramiddrop:lam=0.6,stages=4")
     >>> parse_method_spec("FastV:layer=2,keep=0.4")
     >>> parse_method_spec("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
+    >>> parse_method_spec("vision:keep=0.5 | pyramiddrop:lam=0.5")
 
     Every argument of the method's class is an option. Between options stand commas or colons, in lists slashes or
-    commas.
+    commas; between a method before the decoder and one inside it a bar.
 
     Raises:
         ValueError: for an unknown method, an option that the method does not have, or a bad value.
     """
+    if BAR in text:
+        return _compose(text)
     name, given = _split(text)
     if name == VANILLA:
         if given:
@@ -64,25 +71,58 @@ def parse_method_spec(text: str) -> Method | None:
         raise ValueError(f"method {text!r}: {error}") from error
 
 
+def _compose(text: str) -> Method:
+    parts = [parse_method_spec(part) for part in _parts(text)]
+    methods = [part for part in parts if part is not None]
+    if len(methods) < len(parts):
+        raise ValueError(f"{VANILLA} drops no tokens and cannot be a part of a composition; got {text!r}")
+    try:
+        return reduce(or_, methods)
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {error}") from error
+
+
 def with_defaults(text: str, options: Mapping[str, str]) -> tuple[str, set[str]]:
     """`text` with those of `options` that it does not give itself and that its method has; and the names of the latter.
 
     Raises:
         ValueError: for an unknown method.
     """
-    name, given = _split(text)
-    known = set() if name == VANILLA else option_names(_kind(name)) & options.keys()
-    return with_options(text, {name: options[name] for name in options if name in known - given.keys()}), known
+    full, known = [], set[str]()
+    for part, own in _shared_out(text, options):
+        name, given = _split(part)
+        knows = set() if name == VANILLA else option_names(_kind(name)) & own.keys()
+        full.append(_with_options(part, {name: own[name] for name in own if name in knows - given.keys()}))
+        known |= knows
+    return f" {BAR} ".join(full), known
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
-    """`text` with `options` behind it."""
+    """`text` with `options` behind it. In a composition they are for the method inside the decoder; what holds for a
+    whole forward is for both."""
+    joined = f" {BAR} ".join(_with_options(part, own) for part, own in _shared_out(text, options))
+    return joined if options else text
+
+
+def _shared_out(text: str, options: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
+    """The parts of a composition, each with those of `options` that are for it."""
+    *before, last = _parts(text)
+    shared = {name: value for name, value in options.items() if name in SHARED}
+    return [*((part, shared) for part in before), (last, options)]
+
+
+def _with_options(text: str, options: Mapping[str, str]) -> str:
     return f"{text}:{','.join(f'{name}={value}' for name, value in options.items())}" if options else text
+
+
+def _parts(text: str) -> list[str]:
+    """A method in words, or those that a composition joins by bars."""
+    return [part.strip() for part in text.split(BAR)]
 
 
 def method_label(method: Method) -> str:
     """What a table calls the method: its `repr`, without brackets that hold nothing."""
-    return repr(method).removesuffix("()")
+    return repr(method).replace("()", "")
 
 
 def option_names(kind: type[Method]) -> set[str]:

@@ -13,20 +13,22 @@ from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 from pyramiddrop.cost import DecoderShape, DropCounts, merging_flops
 from pyramiddrop.saving import install_save_hook, remove_save_hook
 from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, powers
 from pyramiddrop.scoring import (
-    SCORERS,
     AttentionScorer,
+    ComposedScorer,
     GridReserveScorer,
     RandomAfterScorer,
     RandomScorer,
     Scorer,
     UniformScorer,
     VisionScorer,
+    scorer_of,
+    scorer_settings,
 )
 from pyramiddrop.trace import Trace
 
@@ -78,9 +80,8 @@ class Method:
         _check_choice("positions", self.positions, get_args(Positions))
         _check_choice("rank_layer", self.rank_layer, get_args(RankLayer))
         _check_choice("logits", self.logits, get_args(Logits))
-        _check_choice("per_image", self.per_image, (False, True))
-        _check_choice("per_frame", self.per_frame, (False, True))
-        _check_choice("merge", self.merge, (False, True))
+        for name in ("per_image", "per_frame", "merge"):
+            _check_choice(name, getattr(self, name), (False, True))
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
         """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit.
@@ -107,6 +108,10 @@ class Method:
         from pyramiddrop.hf import Attachment
 
         return Attachment(info, rules, given)
+
+    def __or__(self, inside: Method) -> Compose:
+        """This method before the decoder, then `inside` in it: `VisionDrop(keep=0.5) | PyramidDrop()`."""
+        return Compose(before=self, inside=inside) if isinstance(inside, Method) else NotImplemented
 
     def __call__(
         self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
@@ -239,7 +244,7 @@ class ScoredMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "score", _scorer(self.score))
+        object.__setattr__(self, "score", scorer_of(self.score))
         reserve, layer = self.reserve, self.random_from
         if isinstance(reserve, bool) or not isinstance(reserve, int | float) or not 0 <= reserve <= 1:
             raise ValueError(f"reserve must be a number in [0, 1]; got {reserve!r}")
@@ -408,7 +413,7 @@ class VisionDrop(PreLLMMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorer = _scorer(self.score)
+        scorer = scorer_of(self.score)
         if scorer.needs_attention or scorer.needs_previous_hidden:
             raise ValueError(
                 f"score must be one that needs no layer of the decoder (vision, diversity, random, uniform); got "
@@ -427,17 +432,74 @@ class Downsample(PreLLMMethod):
     the share `keep`, and position embeddings interpolated to it. Its tokens take the places that they cover."""
 
     def scorer(self) -> Scorer:
-        return UniformScorer()
+        return BY_VISION  # the encoder tells which tokens stand for the smaller picture's
 
 
-METHODS: dict[str, type[Method]] = {
-    "PyramidDrop": PyramidDrop,
-    "FastV": FastV,
-    "RandomDrop": RandomDrop,
-    "UniformDrop": UniformDrop,
-    "VisionDrop": VisionDrop,
-    "Downsample": Downsample,
-}
+@dataclass(frozen=True, kw_only=True)
+class Compose(Method):
+    """Two methods in turn: one drop before the decoder, then drops inside it. `before | inside` makes it.
+
+    What holds for a whole forward (`positions`, `per_image`, `per_frame`, `logits`) has to be the same in both.
+
+    Attributes:
+        before: the method before the decoder: VisionDrop or Downsample.
+        inside: the method inside it; its shares are those of what `before` leaves.
+    """
+
+    source: ClassVar[str] = "after DUET-VLM, arXiv 2602.18846"
+
+    before: Method | Mapping[str, Any] = field(default_factory=VisionDrop)
+    inside: Method | Mapping[str, Any] = field(default_factory=PyramidDrop)
+    positions: Positions = field(default="original", init=False)
+    rank_layer: RankLayer = field(default="next", init=False)
+    per_image: bool = field(default=False, init=False)
+    per_frame: bool = field(default=False, init=False)
+    merge: bool = field(default=False, init=False)
+    logits: Logits = field(default="auto", init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("before", "inside"):
+            value = getattr(self, name)
+            if not isinstance(value, Method):
+                object.__setattr__(self, name, Method.from_settings(value, name))
+        _check_places(*self.parts)
+        for name in SHARED:
+            if len({getattr(part, name) for part in self.parts}) > 1:
+                raise ValueError(f"{self}: {name} holds for a whole forward; give both methods the same")
+        for name in (*SHARED, "rank_layer", "merge"):
+            object.__setattr__(self, name, getattr(self.parts[1], name))
+
+    @property
+    def parts(self) -> tuple[Method, Method]:
+        """The method before the decoder, and the one inside it."""
+        return cast("tuple[Method, Method]", (self.before, self.inside))
+
+    def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
+        before, inside = (part.schedule(num_layers, allowed) for part in self.parts)
+        return PreLLMSchedule(before.stages).inside(inside)
+
+    def scorer(self) -> Scorer:
+        return ComposedScorer(*(part.scorer() for part in self.parts))
+
+    def ranking_flops(self, shape: DecoderShape, drop: DropCounts) -> int:
+        return self.parts[drop.layer > 0].ranking_flops(shape, drop)
+
+    def attach(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
+        return self.parts[0].attach(info, rules, given)
+
+    def settings(self) -> dict[str, Any]:
+        before, inside = self.parts
+        return {"method": type(self).__name__, "before": before.settings(), "inside": inside.settings()}
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))
+
+
+#: Settings that hold for a whole forward.
+SHARED = ("positions", "per_image", "per_frame", "logits")
+
+_KINDS: tuple[type[Method], ...] = (PyramidDrop, FastV, RandomDrop, UniformDrop, VisionDrop, Downsample, Compose)
+METHODS = {kind.__name__: kind for kind in _KINDS}
 
 
 def _with_arguments(kind: type[Method]) -> str:
@@ -586,29 +648,9 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
     return attachment
 
 
-def _scorer(score: Any) -> Scorer:
-    """The scorer that `score` names or is."""
-    if isinstance(score, Scorer):
-        return score
-    settings = dict(score) if isinstance(score, Mapping) else {"name": score}
-    name = settings.pop("name", None)
-    if name not in SCORERS:
-        raise ValueError(f"score must be one of {', '.join(SCORERS)}, or a Scorer; got {score!r}")
-    try:
-        return SCORERS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"score {name!r}: {error}") from error
-
-
 def _in_words(value: Any) -> Any:
     """A setting as JSON can hold it: a registered scorer by its name."""
-    if not isinstance(value, Scorer):
-        return value
-    names = [name for name, kind in SCORERS.items() if type(value) is kind]
-    if not names:
-        raise ValueError(f"{type(value).__name__} is not in SCORERS: JSON cannot hold it by name")
-    settings = {entry.name: getattr(value, entry.name) for entry in fields(value) if entry.init}  # type: ignore[arg-type]
-    return names[0] if value == SCORERS[names[0]]() else {"name": names[0], **settings}
+    return scorer_settings(value) if isinstance(value, Scorer) else value
 
 
 def _shown(value: Any) -> str:
@@ -616,6 +658,21 @@ def _shown(value: Any) -> str:
     with suppress(ValueError):
         return repr(_in_words(value))
     return repr(value)
+
+
+def _check_places(before: Method, inside: Method) -> None:
+    """Raise ValueError where the first of two methods does not drop before the decoder, or the second one does."""
+    places = [isinstance(part, PreLLMMethod) for part in (before, inside)]
+    if isinstance(before, Compose) or isinstance(inside, Compose):
+        why = "a composition has two methods, one before the decoder and one inside it, and one of these has both"
+    elif all(places):
+        why = "both drop before the decoder: use one of them, and behind it a method that drops inside"
+    elif not any(places):
+        why = "both drop inside the decoder: give all layers to one, as PyramidDrop(layers=[2, 8], keep=[0.5, 0.25])"
+    else:
+        why = f"the one that drops before the decoder comes first: {inside} | {before}"
+    if places != [True, False] or isinstance(inside, Compose):
+        raise ValueError(f"{before} | {inside}: {why}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -86,12 +86,22 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PreLLMSchedule(Schedule):
-    """One drop before the decoder: its first layer, 0, sees the share `keep` already."""
+    """A drop before the decoder, whose first layer, 0, sees the share `keep` already; and maybe drops inside it."""
 
     @classmethod
     def keeping(cls, keep: float) -> PreLLMSchedule:
         """The schedule that keeps the share `keep`."""
         return cls((Stage(0, keep),))
+
+    def starting_with(self, keep: float) -> PreLLMSchedule:
+        """The schedule whose first drop keeps the share `keep`, and the later ones as much of that as before."""
+        first = self.stages[0].keep
+        return PreLLMSchedule((Stage(0, keep), *(Stage(s.layer, keep * (s.keep / first)) for s in self.stages[1:])))
+
+    def inside(self, schedule: Schedule) -> PreLLMSchedule:
+        """This drop, and those of `schedule` inside the decoder, whose shares are those of what it leaves."""
+        first = self.stages[0].keep
+        return PreLLMSchedule((*self.stages, *(Stage(s.layer, first * s.keep) for s in schedule.stages)))
 
     def __post_init__(self) -> None:
         keep = [stage.keep for stage in self.stages]

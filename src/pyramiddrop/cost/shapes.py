@@ -125,7 +125,9 @@ class DecoderShape:
         """
         possible = self._possible(rank_layer, attends)
         for layer in layers:
-            if layer and layer not in possible:  # 0 is before the decoder, whatever its layers
+            if not layer:  # before the decoder, whatever its layers
+                continue
+            if layer not in possible:
                 raise ValueError(f"this model cannot drop before layer {layer}; allowed are layers {possible}")
             ranking = _ranking(layer, rank_layer)
             window = self.mixer(ranking).window if attends else 0

@@ -14,7 +14,7 @@ from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
 from pyramiddrop.method_spec import VANILLA, method_label
-from pyramiddrop.methods import Method
+from pyramiddrop.methods import Compose, Method
 from pyramiddrop.planning.solve import largest, shortest
 from pyramiddrop.speed.predicted import PUBLISHED
 
@@ -129,8 +129,11 @@ def decoder_flops(
 
 
 def _scaled(method: Method, option: str) -> Callable[[float], Method]:
-    """The method at a share in (0, 1]: 1 keeps all that it can keep."""
+    """The method at a share in (0, 1], where 1 keeps all that it can keep; a composition inside the decoder alone."""
     settings: Any = method
+    if isinstance(method, Compose):
+        inside = _scaled(method.parts[1], option)
+        return lambda share: replace(settings, inside=inside(share))
     keep = getattr(method, "keep", None)
     if isinstance(keep, Sequence):
         most = max(keep)

@@ -79,16 +79,20 @@ class Attachment:
     def _check(self) -> None:
         """Raise UnsupportedModelError if this model does not allow the rules."""
         info, rules = self.info, self.rules
-        check_signatures(info)
-        if rules.positions == "compact":
-            check_compact_positions(info)
+        self._check_call()
         if rules.scorer.needs_vision_attention:
             raise UnsupportedModelError(
                 "what a patch receives in the vision tower ranks before the decoder alone; use VisionDrop"
             )
         check_layers(info, rules.schedule.layers, rules.rank_layer, rules.scorer)
         check_attention(info, rules.schedule.layers[0])
-        check_grouping(info, rules.grouping)
+
+    def _check_call(self) -> None:
+        """Raise UnsupportedModelError if the rules need of a call what this model does not have, wherever it drops."""
+        check_signatures(self.info)
+        if self.rules.positions == "compact":
+            check_compact_positions(self.info)
+        check_grouping(self.info, self.rules.grouping)
 
     def _make_dispatcher(self) -> Dispatcher:
         return Dispatcher(self.info, self.rules, self.given, self.trace, self._reads_shift_labels)

@@ -9,33 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-
-from pyramiddrop.hf.versions import cache_of
 
 _MEMORY = "pyramiddrop_memory"
 
 
-class RowMemory:
-    """What is remembered of a batch of prompts in a KV cache, one row a sample.
-
-    Attributes:
-        called: whether a model with a method on it has opened a forward with this cache that has added no keys yet.
-    """
-
-    called = False
-
-    def select(self, pick: Callable[[Tensor], Tensor]) -> RowMemory:
-        """The same of the rows that `pick` takes of each (B, ...) tensor."""
-        raise NotImplementedError
-
-
 @memoized
 def _carrying(base: type) -> Any:
-    """The class of a cache layer that carries a memory, made of the class that the layer has."""
+    """The class of a cache layer that carries a memory, made of the class that the layer has.
+
+    It is the layer by which Transformers counts the columns so far: those that were dropped before it count, too.
+    """
 
     class CarryingLayer(base):  # type: ignore[misc]
         _layer_type = None  # Transformers registers subclasses that have one
+        _cropping = False
+
+        def get_seq_length(self) -> Any:
+            return super().get_seq_length() + (0 if self._cropping else getattr(self, _MEMORY).first_missing)
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            self._cropping = True  # slots are cut, not columns
+            try:
+                super().crop(*args, **kwargs)
+            finally:
+                del self._cropping
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
@@ -68,7 +65,7 @@ def _carrying(base: type) -> Any:
     return CarryingLayer
 
 
-def _check_called(memory: RowMemory) -> None:
+def _check_called(memory: CacheState) -> None:
     """Raise ValueError where keys come from a model that has no method on it; a compiled one is not seen."""
     if not memory.called:
         raise ValueError(
@@ -95,12 +92,7 @@ def _first(cache: Any) -> Any:
     return next((layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")), None)
 
 
-def memory_of(cache: Any) -> Any:
-    """What is remembered of a cache, or None."""
-    return getattr(_first(cache), _MEMORY, None)
-
-
-def remember(cache: Any, memory: RowMemory) -> None:
+def remember(cache: Any, memory: CacheState) -> None:
     """Put a memory on a cache that has been filled."""
     layer = _first(cache)
     if not hasattr(layer, _MEMORY):
@@ -209,13 +201,6 @@ class CacheIndex:
         return CacheIndex(torch.cat([before.columns, added.columns], 1), both, added.length)
 
 
-def cache_made(output: Any) -> Any:
-    """The KV cache in the output of a model that was given none, or None."""
-    if isinstance(output, tuple):
-        return next((value for value in output if isinstance(value, Cache)), None)
-    return cache_of(output)
-
-
 def past_length(cache: Any) -> int:
     """Columns that a cache holds; 0 without one.
 
@@ -243,7 +228,7 @@ def _cache_layer(cache: Any, index: int) -> Any:
 
 
 @dataclass
-class CacheState(RowMemory):
+class CacheState:
     """Lives in the cache, so that it is copied, passed on and forgotten with it, and follows its rows.
 
     Attributes:
@@ -253,6 +238,7 @@ class CacheState(RowMemory):
         wide: the same for a static cache's whole width, where it is one.
         shift: stage number -> (B, 1) how far positions were renumbered (`positions="compact"` only).
         plain: whether the last step of decoding has changed no layer's arguments, and had no mask.
+        called: whether a model with a method on it has opened a forward with this cache that has added no keys yet.
     """
 
     layers: tuple[int, ...]
@@ -261,22 +247,14 @@ class CacheState(RowMemory):
     wide: dict[int, CacheIndex] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
     plain: bool = False
+    called: bool = False
     _ahead: dict[int, CacheIndex] = field(default_factory=dict)
 
     @staticmethod
     def of(cache: Any) -> CacheState | None:
-        """The memory of a cache, or None where nothing was ever dropped from it.
-
-        Raises:
-            ValueError: where its tokens were dropped before the decoder.
-        """
-        memory = memory_of(cache)
-        if memory is None or isinstance(memory, CacheState):
-            return memory
-        raise ValueError(
-            "this KV cache was pruned before the decoder, and cannot be continued by a method that drops inside it; go "
-            "on with the method that filled it, or start without this cache"
-        )
+        """The memory of a cache, or None where nothing was ever dropped from it."""
+        memory: CacheState | None = getattr(_first(cache), _MEMORY, None)
+        return memory
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
         """The memory of the rows that `pick` takes of a (B, ...) tensor."""
@@ -324,6 +302,11 @@ class CacheState(RowMemory):
             self.slots = {stage: slots.resized(min(length, slots.length)) for stage, slots in self.slots.items()}
             self._ahead.clear()
 
+    @property
+    def first_missing(self) -> int:
+        """How many columns the cache of layer 0 holds no slot for: those that were dropped before the decoder."""
+        return self.missing(1) if self.layers[0] == 0 else 0
+
     def missing(self, stage: int) -> int:
         """How many columns the cache of a stage holds no slot for."""
         slots = self.slots.get(stage)
@@ -345,7 +328,10 @@ def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: C
         layer = _cache_layer(cache, index)
         if not hasattr(layer, "get_seq_length"):
             continue
-        held, expected = layer.get_seq_length(), columns - (memory.missing(stage) if memory else 0)
+        # The layer that carries the memory counts the columns that were dropped before it.
+        carried: CacheState | None = getattr(layer, _MEMORY, None)
+        held = layer.get_seq_length() - (carried.first_missing if carried else 0)
+        expected = columns - (memory.missing(stage) if memory else 0)
         if held != expected:
             raise ValueError(
                 f"layer {index} of this KV cache holds {held} tokens, where {expected} are remembered: something else "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pyramiddrop.hf.forward import DecodeStep, Forward, Rules
 from pyramiddrop.hf.generation import Generation, generations
 from pyramiddrop.hf.layer_inputs import Kwargs
 from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError, check_further_image, check_static_cache
-from pyramiddrop.hf.plan import Plan, make_plan, plan_last_token
+from pyramiddrop.hf.plan import GeneralPlan, Plan, make_plan, plan_last_token
 from pyramiddrop.hf.prefill import Prefill
 from pyramiddrop.hf.prompt_masks import (
     IGNORED_LABEL,
@@ -27,10 +28,21 @@ from pyramiddrop.hf.prompt_masks import (
     read_prompt_masks,
     remark,
 )
+from pyramiddrop.hf.ranking import VisionScores
 from pyramiddrop.hf.versions import cache_of
 from pyramiddrop.trace import Trace
 
 Shape = tuple[int, int]
+
+
+class TowerScores(Protocol):
+    """What the vision tower tells of the patches of a call's pictures."""
+
+    @property
+    def received(self) -> Tensor | None:
+        """(pictures, patches) of the last pictures that this thread has shown to the tower, or (1, patches) of any
+        picture; None if it has shown none."""
+        ...
 
 
 class Dispatcher:
@@ -43,13 +55,20 @@ class Dispatcher:
         trace: the attachment's, which shows the last prefill.
         reads_shift_labels: whether the loss is known to be taken by `shift_labels`, so that `logits="auto"` may shorten
             logits.
+        tower: what the vision tower tells to a drop before the decoder, or None.
     """
 
     def __init__(
-        self, info: ModelInfo, rules: Rules, given: GivenMasks, trace: Trace, reads_shift_labels: bool
+        self,
+        info: ModelInfo,
+        rules: Rules,
+        given: GivenMasks,
+        trace: Trace,
+        reads_shift_labels: bool,
+        tower: TowerScores | None = None,
     ) -> None:
         self.info, self.rules, self.given, self.trace = info, rules, given, trace
-        self.reads_shift_labels = reads_shift_labels
+        self.reads_shift_labels, self.tower = reads_shift_labels, tower
         self._said: set[str] = set()
         # Of each stage the first layer with keys of its own: looked at in each call, whether its cache is as it was.
         first = {rules.schedule.stage_of(index): index for index in reversed(info.caching)}
@@ -75,9 +94,10 @@ class Dispatcher:
         if memory is not None:
             memory.crop(past)
         generation = self._generation()
+        vision = self._vision(call, generation)
         plan, trace = self._plan(call, shape, past, generation)
         if plan is not None and plan.drops_any:
-            return self._prefill(call, past, plan, memory, trace)
+            return self._prefill(call, past, plan, memory, trace, vision)
         if memory is None:
             return None
         self._check_length(past + shape[1])
@@ -87,7 +107,15 @@ class Dispatcher:
             return None
         return DecodeStep(self.info, self.rules, past, shape[1], memory, _padding(mask, shape, past))
 
-    def _prefill(self, call: Kwargs, past: int, plan: Plan, memory: CacheState | None, trace: Trace | None) -> Prefill:
+    def _prefill(
+        self,
+        call: Kwargs,
+        past: int,
+        plan: Plan,
+        memory: CacheState | None,
+        trace: Trace | None,
+        vision: VisionScores | None,
+    ) -> Prefill:
         self._check_length(past + plan.length)
         if past:
             check_further_image(self.info, self.rules.schedule.layers[0])
@@ -95,7 +123,27 @@ class Dispatcher:
         plan = plan.to(tokens_of(call).device)
         self.ignore_labels(call, plan)
         padding = _padding(call.get("attention_mask"), (plan.batch, plan.length), past)
-        return Prefill(self.info, self.rules, past, plan, memory, self.labels_to_shorten(call), trace, padding)
+        labels = self.labels_to_shorten(call)
+        return Prefill(self.info, self.rules, past, plan, memory, labels, trace, padding, vision)
+
+    def _vision(self, call: Kwargs, generation: Generation | None) -> VisionScores | None:
+        """What tells a drop before the decoder of the vision tower; called before the forward is planned.
+
+        A generation's prompt is told what the tower saw at its start, for it may have looked at other pictures since.
+        """
+        tower = self.tower
+        if tower is None:
+            return None
+        own = generation is not None and (not generation.started or generation.continues(call))
+
+        def scores(plan: GeneralPlan) -> Tensor:
+            if generation is None or not own:
+                return scores_by_patch(plan.visual, tower.received)
+            if generation.vision is None:
+                generation.vision = tower.received
+            return scores_by_patch(plan.visual, generation.vision)
+
+        return scores
 
     def _generation(self) -> Generation | None:
         """The call of `generate` that this forward is part of."""
@@ -229,6 +277,22 @@ def tokens_of(call: Kwargs) -> Tensor:
     """The ids or embeddings of a call."""
     tokens: Tensor = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
     return tokens
+
+
+def scores_by_patch(visual: Tensor, received: Tensor | None) -> Tensor:
+    """(B, L) float for the `visual` tokens (B, L), of values (pictures, patches), or (1, patches) of all pictures.
+
+    Raises:
+        UnsupportedModelError: where the visual tokens are not those patches.
+    """
+    total = int(visual.sum())
+    if received is None or total % received.shape[1] or len(received) not in (1, total // received.shape[1]):
+        raise UnsupportedModelError(
+            f"the {total} visual tokens of this call are not the patches that its vision tower has seen (beams and "
+            "images given as embeddings cannot be told apart here); leave beams out"
+        )
+    flat = received.expand(total // received.shape[1], -1).flatten().to(visual.device).float()
+    return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, flat)
 
 
 def _padding(mask: object, shape: Shape, past: int) -> Tensor | None:

@@ -37,8 +37,8 @@ class Rules:
 
     @property
     def ranking_layers(self) -> list[int]:
-        """For each drop the layer that ranks."""
-        return [layer - (self.rank_layer == "last") for layer in self.schedule.layers]
+        """For each drop the layer that ranks; before the decoder none does, and layer 0 tells what it receives."""
+        return [max(0, layer - (self.rank_layer == "last")) for layer in self.schedule.layers]
 
 
 class Forward:

@@ -120,7 +120,8 @@ class LayerInputs:
 
     def counts_columns(self, index: int) -> bool:
         """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
-        return not self.past or self.info.first_of_kind[self.info.scopes[index]] < self.first
+        # Layer 0 tells all columns, also those that were dropped before it: see `CarryingLayer`.
+        return not self.past or self.info.first_of_kind[self.info.scopes[index]] < max(self.first, 1)
 
     def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` if asked for."""

@@ -344,7 +344,7 @@ def check_grouping(info: ModelInfo, grouping: str) -> None:
 def check_further_image(info: ModelInfo, first: int) -> None:
     """Raise ValueError where a further image comes on top of a cache by whose pruned layer the model counts the columns
     of the image's two-way mask."""
-    late = [index for index in info.first_of_kind.values() if index >= first]
+    late = [index for index in info.first_of_kind.values() if index >= max(first, 1)]
     if late and info.family.two_way:
         raise ValueError(
             f"a further image on top of a pruned cache is not supported where tokens are dropped before layer {first}: "

@@ -13,7 +13,7 @@ from pyramiddrop.hf.forward import Rules, StagedForward
 from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerCall, LayerInputs
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
-from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking
+from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, VisionScores
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
 from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.merging import merge
@@ -32,6 +32,7 @@ class Prefill(StagedForward):
         labels: (B, length), if the caller wants a loss on the rows that are left.
         trace: to be filled, or None.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
+        vision: tells what the vision tower knows of each visual token, to a drop before the decoder; or None.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Prefill(StagedForward):
         labels: Tensor | None = None,
         trace: Trace | None = None,
         padding: Tensor | None = None,
+        vision: VisionScores | None = None,
     ) -> None:
         shift = dict(memory.shift) if memory else {}
         inputs = LayerInputs(info, rules.positions, past, plan.length, shift, rules.schedule.layers[0], padding, plan)
@@ -52,7 +54,7 @@ class Prefill(StagedForward):
         self._cache: Any = None  # if this call leaves something to remember
         # What the cache held before this call; `memory` grows while the call runs.
         self._earlier: dict[int, CacheIndex] = dict(memory.slots) if memory else {}
-        self._ranking = self._ranking_by(plan)
+        self._ranking = self._ranking_by(plan, vision)
         self._deepstack: DeepStack | None = None
         self._drop_at = {drop.layer: number for number, drop in enumerate(plan.drops)}
         ahead = enumerate(rules.ranking_layers)
@@ -65,11 +67,11 @@ class Prefill(StagedForward):
         if labels is not None:
             self.shift_labels = labels.new_full((len(labels), plan.drops[-1].length), -100)
 
-    def _ranking_by(self, plan: Plan) -> Ranking:
+    def _ranking_by(self, plan: Plan, vision: VisionScores | None) -> Ranking:
         if isinstance(plan, LastTokenPlan):
             return LastTokenRanking(plan, self.inputs)
         assert isinstance(plan, GeneralPlan)
-        return GeneralRanking(plan, self.rules.schedule, self.rules.scorer, self.inputs, self._earlier)
+        return GeneralRanking(plan, self.rules.schedule, self.rules.scorer, self.inputs, self._earlier, vision)
 
     def before_text(self, kwargs: Kwargs) -> Kwargs:
         """`kwargs` without the visual features that the text model would add to layers after a drop: those are added
@@ -107,7 +109,8 @@ class Prefill(StagedForward):
         kept = self._kept[drop + 1]
         if kept is None or not self._ranking.plan.drops[drop].happens:
             return call.hidden
-        return self._merged(drop, kept, call.hidden) if self.rules.merge else take_hidden(call.hidden, kept.index)
+        merges = self.rules.merge and call.index > 0  # before the decoder nothing is merged
+        return self._merged(drop, kept, call.hidden) if merges else take_hidden(call.hidden, kept.index)
 
     @torch.no_grad()
     def _decide(self, drop: int, call: LayerCall) -> None:
@@ -223,8 +226,8 @@ class Prefill(StagedForward):
 
     def _full_hidden(self, index: int, hidden: Tensor | None) -> Tensor | None:
         kept = self._kept.get(self.rules.schedule.stage_of(index))
-        if hidden is None or kept is None:
-            return hidden
+        if hidden is None or kept is None or hidden.shape[-2] != kept.rows.shape[1]:
+            return hidden  # what the text model was fed with has its full length, whatever was dropped before layer 0
         return scatter_rows(hidden, kept.rows, kept.valid, self.length)
 
     def _full_attention(self, index: int, weights: Tensor | None) -> Tensor | None:

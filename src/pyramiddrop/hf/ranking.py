@@ -24,6 +24,9 @@ from pyramiddrop.scoring.attention import attention_by_head, attention_received
 from pyramiddrop.selection import best, compact, select
 from pyramiddrop.trace import Ranked, Trace
 
+#: (B, L) float for the visual tokens of a plan: what the vision tower knows of each.
+VisionScores = Callable[[GeneralPlan], Tensor]
+
 
 class Ranking:
     """The decisions of one prefill: scores at each drop, the rows that stay, and what the trace is told of them.
@@ -126,6 +129,7 @@ class GeneralRanking(Ranking):
         scorer: of the method.
         inputs: positions of the rows.
         earlier: stage -> what earlier calls left in the stage's cache.
+        vision: for a drop before the decoder that asks it, or None.
     """
 
     def __init__(
@@ -135,9 +139,11 @@ class GeneralRanking(Ranking):
         scorer: Scorer,
         inputs: LayerInputs,
         earlier: Mapping[int, CacheIndex],
+        vision: VisionScores | None = None,
     ) -> None:
         self.plan: GeneralPlan = plan
         self.schedule, self.scorer, self.inputs, self.earlier = schedule, scorer, inputs, earlier
+        self.vision = vision
         self._active: dict[Selection | None, ActiveRows] = {}
 
     @property
@@ -160,6 +166,7 @@ class GeneralRanking(Ranking):
             attention=ranking_layer.attention,
             keys=ranking_layer.keys,
             previous=None if previous is None else _first_stream(previous).to(device),
+            vision=self.vision(plan).to(device) if self.vision and not plan.drops[drop].layer else None,
         )
         if plan.packing is None or documents is None:
             return self.scorer(scorer_inputs)
@@ -198,7 +205,7 @@ def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpac
     """What a scorer is shown of packed rows: each document as a row of a batch."""
     own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
     own, valid = own.to(scorer_inputs.visual.device), documents.valid.to(scorer_inputs.visual.device)
-    previous = scorer_inputs.previous
+    previous, vision = scorer_inputs.previous, scorer_inputs.vision
     return replace(
         scorer_inputs,
         visual=documents.take(scorer_inputs.visual) & valid,
@@ -207,6 +214,7 @@ def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpac
         num_keep=scorer_inputs.num_keep[packing.rows.to(own.device)] * own,
         hidden=documents.take(scorer_inputs.hidden),
         previous=None if previous is None else documents.take(previous),
+        vision=None if vision is None else documents.take(vision),
     )
 
 

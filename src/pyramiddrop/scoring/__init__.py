@@ -1,5 +1,11 @@
 """Which tokens matter: one small class per scorer, and the registry of their names."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
 from pyramiddrop.scoring.attention import (
     AttentionScorer,
     DebiasedScorer,
@@ -10,7 +16,13 @@ from pyramiddrop.scoring.attention import (
 )
 from pyramiddrop.scoring.content import DiversityScorer, KeyNormScorer, VariationScorer, VisionScorer
 from pyramiddrop.scoring.scorer import Attention, Scorer, ScorerInputs
-from pyramiddrop.scoring.wrappers import GridReserveScorer, RandomAfterScorer, RandomScorer, UniformScorer
+from pyramiddrop.scoring.wrappers import (
+    ComposedScorer,
+    GridReserveScorer,
+    RandomAfterScorer,
+    RandomScorer,
+    UniformScorer,
+)
 
 #: What `score=` of a method may name. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {
@@ -27,10 +39,43 @@ SCORERS: dict[str, type[Scorer]] = {
     "uniform": UniformScorer,
 }
 
+
+def scorer_of(score: Any) -> Scorer:
+    """The scorer that `score` is, names, or describes as {"name": ..., **settings}.
+
+    Raises:
+        ValueError: for a name that is not in SCORERS, or settings that its scorer does not take.
+    """
+    if isinstance(score, Scorer):
+        return score
+    settings = dict(score) if isinstance(score, Mapping) else {"name": score}
+    name = settings.pop("name", None)
+    if name not in SCORERS:
+        raise ValueError(f"score must be one of {', '.join(SCORERS)}, or a Scorer; got {score!r}")
+    try:
+        return SCORERS[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"score {name!r}: {error}") from error
+
+
+def scorer_settings(scorer: Any) -> Any:
+    """A registered scorer as JSON can hold it: its name, or {"name": ..., **settings} if it has settings of its own.
+
+    Raises:
+        ValueError: for a scorer that is not in SCORERS.
+    """
+    names = [name for name, kind in SCORERS.items() if type(scorer) is kind]
+    if not names:
+        raise ValueError(f"{type(scorer).__name__} is not in SCORERS: JSON cannot hold it by name")
+    settings = {entry.name: getattr(scorer, entry.name) for entry in fields(scorer) if entry.init}
+    return names[0] if scorer == SCORERS[names[0]]() else {"name": names[0], **settings}
+
+
 __all__ = [
     "SCORERS",
     "Attention",
     "AttentionScorer",
+    "ComposedScorer",
     "DebiasedScorer",
     "DiversityScorer",
     "GridReserveScorer",
@@ -46,4 +91,6 @@ __all__ = [
     "VariationScorer",
     "VisionScorer",
     "attention_received",
+    "scorer_of",
+    "scorer_settings",
 ]

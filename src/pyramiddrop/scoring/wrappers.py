@@ -57,6 +57,29 @@ class RandomAfterScorer(_Around):
 
 
 @dataclass(frozen=True)
+class ComposedScorer(Scorer):
+    """One scorer at the drop before the decoder, and another at the drops inside it."""
+
+    before: Scorer
+    inside: Scorer
+
+    @property
+    def needs_attention(self) -> bool:  # type: ignore[override]
+        return self.inside.needs_attention
+
+    @property
+    def needs_previous_hidden(self) -> bool:  # type: ignore[override]
+        return self.inside.needs_previous_hidden
+
+    @property
+    def needs_vision_attention(self) -> bool:  # type: ignore[override]
+        return self.before.needs_vision_attention
+
+    def __call__(self, inputs: ScorerInputs) -> Tensor:
+        return self.inside(inputs) if inputs.layer else self.before(inputs)
+
+
+@dataclass(frozen=True)
 class RandomScorer(Scorer):
     """Which tokens stay is drawn at random, one draw a token, so that the stages are nested.
 

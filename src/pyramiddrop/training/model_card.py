@@ -122,5 +122,5 @@ class TrainingFacts:
         return (
             f'`pyramiddrop.load` applies the method of `pyramiddrop.json`; `pyramiddrop.load("{name}", None)` and '
             "Transformers alone load the model without dropping. On a model that is loaded already:\n\n"
-            f"```python\npyramiddrop.apply(model, pyramiddrop.{self.method!r})\n```"
+            f"```python\nfrom pyramiddrop import *\n\napply(model, {self.method!r})\n```"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyramiddrop.methods import FILE_NAME, Method, PreLLMMethod, PyramidDrop, RandomDrop
+from pyramiddrop.methods import FILE_NAME, Compose, Method, PreLLMMethod, PyramidDrop, RandomDrop
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import (
     SCORERS,
@@ -100,8 +100,9 @@ def _check(method: Method) -> None:
             f"positions={method.positions!r} cannot be served: vLLM counts the positions of decoding itself; "
             'use positions="original"'
         )
-    if isinstance(method, PreLLMMethod):
-        raise ValueError(f"{type(method).__name__} cannot be served: it drops before the decoder")
+    if isinstance(method, PreLLMMethod | Compose):
+        inside = f"; {method.parts[1]} alone can be" if isinstance(method, Compose) else ""
+        raise ValueError(f"{method} cannot be served: it drops before the decoder{inside}")
     if method.merge:
         raise ValueError("merge=True cannot be served: vLLM's later stages hold copies of rows; leave merge=False")
     _check_scorer(method.scorer())

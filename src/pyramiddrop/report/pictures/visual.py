@@ -16,7 +16,7 @@ from PIL import Image
 from pyramiddrop.cost import Cost
 from pyramiddrop.inference.request import Run
 from pyramiddrop.method_spec import method_label, parse_method_spec
-from pyramiddrop.methods import Downsample, Method
+from pyramiddrop.methods import Compose, Downsample, Method
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures import page
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
@@ -220,7 +220,8 @@ def check_drawn_method(method: Method | str | None) -> None:
         method = parse_method_spec(method)
     if method is None:
         raise ValueError("vanilla keeps every token: there is nothing to draw")
-    if isinstance(method, Downsample):
+    before = method.parts[0] if isinstance(method, Compose) else method
+    if isinstance(before, Downsample):
         raise ValueError("downsample shows the model a smaller picture: its tokens are no patches of this one")
 
 
