@@ -12,7 +12,7 @@ import pytest
 from transformers import Qwen3_5Config
 from typer.testing import CliRunner, Result
 
-from pyramiddrop import PyramidDrop
+from pyramiddrop import PyramidDrop, VisionDrop
 from pyramiddrop.cli.main import app
 from pyramiddrop.cost import PRESETS, Prompt
 from pyramiddrop.planning import Profile, published_plans
@@ -88,6 +88,17 @@ def test_the_json_makes_the_method() -> None:
     assert eval(answer["python"], {"PyramidDrop": PyramidDrop}) == PyramidDrop(**answer["arguments"])
 
 
+def test_a_plan_behind_a_drop_before_the_decoder() -> None:
+    result = run("--average-tokens", "64", "--before", "vision:keep=0.4")
+    assert result.stdout.startswith(
+        "from pyramiddrop import PyramidDrop, VisionDrop\n\nmethod = VisionDrop(keep=0.4) | "
+    )
+    told = json.loads(run("--average-tokens", "64", "--before", "vision:keep=0.4", "--json").stdout)
+    assert told["stages"][0] == {"layer": 0, "keep": 0.4, "tokens": 230}
+    method = eval(told["python"], {"PyramidDrop": PyramidDrop, "VisionDrop": VisionDrop})
+    assert method.schedule(32).layers == (0, *(stage["layer"] for stage in told["stages"][1:]))
+
+
 def test_lambda_or_stages_may_be_fixed() -> None:
     assert found("--average-tokens", "300", "--stages", "8")["arguments"]["stages"] == 8
     assert found("--average-tokens", "300", "--lam", "0.7")["arguments"]["lam"] == 0.7
@@ -141,6 +152,8 @@ def test_a_checkpoint_needs_no_weights(llava_folder: Path, tmp_path: Path) -> No
         (["--percent", "50", "--pyramid", "flat"], "pyramid='flat' is not one of equal, concave, single"),
         (["--published", "--percent", "50"], "--published has budgets of its own"),
         (["--published", "--visual-tokens", "100"], "budgets of 576 and 2880 visual tokens, and this prompt has 100"),
+        (["--percent", "50", "--before", "fastv"], "--before takes a method that drops before the decoder, vision or"),
+        (["--published", "--before", "vision"], "--published has budgets of its own"),
         (["--percent", "4"], "% of vanilla's FLOPs (full), by PyramidDrop(lam="),
         (["--kv-bytes", "1e6", "--lam", "0.5"], "bytes of KV cache is out of reach of equal stages with lam=0.5"),
     ],

@@ -13,14 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from pyramiddrop import PyramidDrop
-from pyramiddrop.cost import PRESETS, DecoderShape, Experts, ModelShape, Prompt, estimate_cost, grouped_attention
+from pyramiddrop import PyramidDrop, VisionDrop
+from pyramiddrop.cost import (
+    PRESETS,
+    DecoderShape,
+    DropCounts,
+    Experts,
+    ModelShape,
+    Prompt,
+    estimate_cost,
+    grouped_attention,
+)
 from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.hf.versions import output_cache
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.layer_profiler import LayerProfiler
-from pyramiddrop.planning import PYRAMIDS, Budget, InfeasibleBudgetError, Profile, plan
-from pyramiddrop.schedule import Schedule, powers
+from pyramiddrop.planning import PYRAMIDS, Before, Budget, InfeasibleBudgetError, Plan, Profile, plan
+from pyramiddrop.schedule import PreLLMSchedule, Schedule, powers
 from tiny import make_batch, tiny_model
 
 SHAPE = ModelShape(DecoderShape(layers=8, hidden=64, intermediate=176, heads=4, kv_heads=2, head_dim=16))
@@ -219,6 +228,54 @@ def test_each_pyramid_is_the_best_of_all_lambdas(kind: str, pyramid: str) -> Non
     raise AssertionError(f"{found.line} drops before other layers than {layers}")
 
 
+HALF = VisionDrop(keep=0.5)
+BEFORE = Before(PreLLMSchedule.keeping(0.5), repr(HALF), HALF.ranking_flops)
+
+
+@pytest.mark.parametrize(
+    "fixed", [{}, {"stages": 4}, {"lam": 0.5}, {"pyramid": "concave"}, {"pyramid": "single"}], ids=str
+)
+@pytest.mark.parametrize("budget", [Budget(tokens=100), Budget(kv_bytes=9e7), Budget(tflops=2.5)], ids=str)
+def test_behind_a_drop_before_the_decoder_it_is_the_plan_of_what_that_leaves(budget: Budget, fixed: Any) -> None:
+    """Half of 576 tokens, and 288 tokens: the same picture for the tower, the same layers, the same budget."""
+    behind = outcome(Prompt(576, 64, crops=1), budget, before=BEFORE, **fixed)
+    alone = outcome(Prompt(288, 64, crops=1), budget, **fixed)
+    assert behind.arguments == alone.arguments
+    assert behind.cost == alone.cost
+    assert behind.line == f"VisionDrop() | {alone.line}"
+    inside = PyramidDrop(**alone.arguments)
+    assert (HALF | inside).schedule(32) == behind.schedule
+
+
+def outcome(prompt: Prompt, budget: Budget, **given: Any) -> Plan:
+    """The plan, or the nearest one where the budget is out of reach."""
+    try:
+        return plan(LLAVA, prompt, budget, **given)
+    except InfeasibleBudgetError as error:
+        return error.nearest
+
+
+def test_what_ranks_before_the_decoder_is_part_of_the_budget() -> None:
+    """Diversity compares all rows with each other: a budget that random tokens spend exactly is then too small."""
+    prompt, dear = Prompt(576, 64), VisionDrop(score="diversity")
+    behind = {
+        name: Before(PreLLMSchedule.keeping(0.5), repr(method), method.ranking_flops)
+        for name, method in {"dear": dear, "cheap": VisionDrop(score="random")}.items()
+    }
+    budget = Budget(percent=plan(LLAVA, prompt, Budget(percent=30), before=behind["cheap"], stages=4).spent)
+    lams = {name: plan(LLAVA, prompt, budget, before=one, stages=4) for name, one in behind.items()}
+    assert lams["dear"].arguments["lam"] < lams["cheap"].arguments["lam"]
+    cost = lams["dear"].cost
+    drop = DropCounts(0, 640, 576, 288, instruction=64)
+    assert cost.full.ranking == dear.ranking_flops(LLAVA.decoder, drop) + lams_inside(lams["dear"])
+
+
+def lams_inside(found: Plan) -> int:
+    """What ranking inside the decoder costs."""
+    schedule = PyramidDrop(**found.arguments).schedule(32)
+    return estimate_cost(LLAVA, Prompt(288, 64), schedule).full.ranking
+
+
 def test_a_budget_for_everything_drops_nothing() -> None:
     assert plan(SHAPE, PROMPT, Budget(percent=100)).arguments == {"lam": 1.0, "stages": 4}
     costly = {"num_layers": 8, "cells": [{"layer": 2, "keep": 0.5, "agreement": 0.9}]}
@@ -357,6 +414,7 @@ def test_bad_budgets(arguments: dict[str, Any], message: str) -> None:
         ({"stages": 1}, "stages"),
         ({"stages": 9}, "stages"),
         ({"profile": Profile.from_dict(PROFILE | {"num_layers": 9})}, "9 layers; this one has 8"),
+        ({"profile": Profile.from_dict(PROFILE), "before": BEFORE}, "give before or profile, not both"),
     ],
 )
 def test_bad_questions(arguments: dict[str, Any], message: str) -> None:

@@ -61,6 +61,14 @@ def plan(
         Path | None,
         typer.Option(help="A redundancy profile (JSON): choose layers and shares.", rich_help_panel=SOLVE),
     ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            help="A method before the decoder, whose tokens are dropped on inside it: vision:keep=0.5.",
+            metavar="METHOD",
+            rich_help_panel=SOLVE,
+        ),
+    ] = None,
     published: Annotated[
         bool,
         typer.Option(
@@ -81,7 +89,7 @@ def plan(
 
     sizes = size_options.sizes()
     options = BudgetOptions(
-        average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, pyramid, profile
+        average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, pyramid, profile, before
     )
     if published:
         _show_published(options, sizes, as_json)
@@ -123,11 +131,12 @@ def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
     from pyramiddrop.report.tables.cost import cost_table, stages_table
 
     console = stdout()
-    console.print("from pyramiddrop import PyramidDrop\n")
+    names = [part.partition("(")[0] for part in found.line.split(" | ")]
+    console.print(f"from pyramiddrop import {', '.join(sorted(names))}\n")
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
     console.print(f"\n{sizes.about}\n", soft_wrap=True)
-    console.print(cost_table([(VANILLA, found.vanilla), ("PyramidDrop", found.cost)]))
+    console.print(cost_table([(VANILLA, found.vanilla), (" | ".join(names), found.cost)]))
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
     if found.pyramid == "concave" and not asked:

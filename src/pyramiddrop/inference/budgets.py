@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference.resolve import parse_method
 from pyramiddrop.inference.sizes import Sizes
-from pyramiddrop.planning import Budget, Plan, Profile, plan
+from pyramiddrop.methods import PreLLMMethod
+from pyramiddrop.planning import Before, Budget, Plan, Profile, plan
+from pyramiddrop.schedule import PreLLMSchedule
 
 #: The command line's words for a budget, and the library's.
 KINDS = {
@@ -33,6 +36,7 @@ class BudgetOptions:
     lam: float | None = None
     pyramid: str | None = None
     profile: Path | None = None
+    before: str | None = None
 
 
 def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
@@ -55,7 +59,19 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
             stages=options.stages,
             pyramid=options.pyramid,
             profile=profile,
+            before=_before(options.before, sizes),
         )
+
+
+def _before(spec: str | None, sizes: Sizes) -> Before | None:
+    """The drop before the decoder that `spec` names."""
+    if spec is None:
+        return None
+    method = parse_method(spec)
+    if not isinstance(method, PreLLMMethod):
+        raise InputError(f"--before takes a method that drops before the decoder, vision or downsample; got {spec!r}")
+    schedule = PreLLMSchedule(method.schedule(sizes.shape.decoder.layers).stages)
+    return Before(schedule, repr(method), method.ranking_flops)
 
 
 def _budget(options: BudgetOptions, sizes: Sizes) -> Budget:

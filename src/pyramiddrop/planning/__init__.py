@@ -3,10 +3,11 @@
 from pyramiddrop.planning.budget import Budget, Clock
 from pyramiddrop.planning.profile import Profile
 from pyramiddrop.planning.published import PublishedPlan, published_plans
-from pyramiddrop.planning.solve import PYRAMIDS, InfeasibleBudgetError, Plan, plan
+from pyramiddrop.planning.solve import PYRAMIDS, Before, InfeasibleBudgetError, Plan, plan
 
 __all__ = [
     "PYRAMIDS",
+    "Before",
     "Budget",
     "Clock",
     "InfeasibleBudgetError",

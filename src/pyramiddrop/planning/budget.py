@@ -121,7 +121,8 @@ class Meter:
         """What `schedule` (None for vanilla) spends, in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
         layers = sum(self.layer(layer, count, visual[self.sources[layer]]) for layer, count in enumerate(visual))
-        ranked = sum(self.ranking(drop.visual) for drop in drop_counts(schedule, Prompt(self.tokens)))
+        drops = drop_counts(schedule, Prompt(self.tokens))
+        ranked = sum(self.ranking(drop.visual) for drop in drops if drop.layer)  # before the decoder no layer ranks
         return self.in_units(layers + ranked)
 
     def in_units(self, amount: float) -> float:
@@ -129,8 +130,8 @@ class Meter:
         return self.units * (self.fixed + amount) / self.whole
 
 
-def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
-    """The meter of `budget` for a prefill of `prompt`."""
+def meter(budget: Budget, model: ModelShape, prompt: Prompt, ranking_before: int = 0) -> Meter:
+    """The meter of `budget` for a prefill of `prompt`; `ranking_before` the decoder takes so many FLOPs."""
     shape, text = model.decoder, prompt.text_tokens
     made = partial(Meter, sources=shape.sources, tokens=prompt.visual_tokens)
     if budget.clock is not None:
@@ -152,7 +153,7 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt) -> Meter:
     return counted(
         lambda layer, n, keys: layer_flops(shape, n + text, layer, keys + text, n),
         lambda n: ranking_flops(shape, n + text),
-        fixed=vanilla.full.total - vanilla.full.decoder,
+        fixed=vanilla.full.total - vanilla.full.decoder + ranking_before,
     )
 
 

@@ -9,11 +9,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pyramiddrop.cost import CONVENTIONS, CostBreakdown, ModelShape, Prompt, estimate_cost
+from pyramiddrop.cost import (
+    CONVENTIONS,
+    CostBreakdown,
+    DecoderShape,
+    DropCounts,
+    ModelShape,
+    Prompt,
+    RankingCost,
+    attention_ranking_flops,
+    estimate_cost,
+)
+from pyramiddrop.cost.estimate import drop_counts
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.schedule import Schedule, concave_layers, equal_stage_layers, nearest_layers, powers
+from pyramiddrop.schedule import PreLLMSchedule, Schedule, concave_layers, equal_stage_layers, nearest_layers, powers
 
 PAPER_STAGES = 4
 #: The smallest λ that the paper tried (its Table 4).
@@ -27,15 +38,36 @@ SINGLE_LAYER = 2
 
 
 @dataclass(frozen=True)
+class Before:
+    """A drop before the decoder, behind which a plan is solved.
+
+    Attributes:
+        schedule: of that drop.
+        line: the Python expression that makes its method.
+        ranking_flops: of the method.
+    """
+
+    schedule: PreLLMSchedule
+    line: str
+    ranking_flops: RankingCost
+
+    def ranking_cost(self, shape: DecoderShape, drop: DropCounts) -> int:
+        """FLOPs of ranking at any drop of the composition."""
+        return attention_ranking_flops(shape, drop) if drop.layer else self.ranking_flops(shape, drop)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule and what it costs.
 
     Attributes:
         arguments: of `PyramidDrop`, which make this schedule for this depth.
+        schedule: all drops, also one before the decoder.
         spent, vanilla_spent: what it spends, and what vanilla would, in the budget's unit.
         cost, vanilla: every measure, with and without dropping.
         pyramid: "equal", "concave", "single" or "profile": where its drops lie.
         loss: what a redundancy profile predicts it to lose; None without a profile.
+        before: the drop before the decoder, behind which it was solved; None for none.
     """
 
     arguments: dict[str, Any]
@@ -48,11 +80,13 @@ class Plan:
     cost: CostBreakdown
     vanilla: CostBreakdown
     loss: float | None = None
+    before: Before | None = None
 
     @property
     def line(self) -> str:
         """The Python expression that makes the method."""
-        return f"PyramidDrop({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+        inside = f"PyramidDrop({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+        return f"{self.before.line} | {inside}" if self.before else inside
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
@@ -101,6 +135,7 @@ def plan(
     stages: int | None = None,
     pyramid: str | None = None,
     profile: Profile | None = None,
+    before: Before | None = None,
 ) -> Plan:
     """The schedule that spends most of `budget`, and never more.
 
@@ -110,7 +145,8 @@ def plan(
     the depth of the one before) or "single" (one drop before layer 2). With none of them: equal stages where they leave
     λ at 0.4 or above, else the concave pyramid. With `profile`, layers and shares are chosen from its grid so that the
     predicted loss is least: the sum over the drops of what a single drop at that layer loses by going from the share
-    before to the share after.
+    before to the share after. With `before`, what it leaves before the decoder is dropped on inside it, and the budget
+    is that of both; it goes with all of them but `profile`.
 
     Raises:
         InfeasibleBudgetError: where no such schedule is within the budget; its `nearest` is the cheapest.
@@ -122,7 +158,11 @@ def plan(
         raise ValueError(f"give at most one of {', '.join(asked)}, for the rest is solved; got {', '.join(given)}")
     if pyramid is not None and pyramid not in PYRAMIDS:
         raise ValueError(f"pyramid={pyramid!r} is not one of {', '.join(PYRAMIDS)}")
-    solver = _Solver(model, prompt, budget, meter(budget, model, prompt))
+    if before is not None and profile is not None:
+        raise ValueError("a profile is of all visual tokens of a prompt: give before or profile, not both")
+    first = drop_counts(before.schedule, prompt) if before else []
+    ranking = sum(before.ranking_flops(model.decoder, drop) for drop in first) if before else 0
+    solver = _Solver(model, prompt, budget, meter(budget, model, prompt, ranking), before)
     if profile is not None:
         return solver.by_profile(profile)
     if lam is not None:
@@ -144,6 +184,7 @@ class _Solver:
     prompt: Prompt
     budget: Budget
     meter: Meter
+    before: Before | None = None
 
     @property
     def depth(self) -> int:
@@ -158,6 +199,11 @@ class _Solver:
     def most_stages(self) -> int:
         return len(self.allowed) + 1
 
+    def falling(self, layers: Sequence[int], lam: float) -> Schedule:
+        """λ, λ², λ³, ... before these layers, of what is left before the decoder."""
+        schedule = Schedule.of(layers, powers(lam, len(layers)))
+        return self.before.schedule.inside(schedule) if self.before else schedule
+
     def lam_for(self, stages: int) -> Plan:
         layers = equal_stage_layers(self.depth, stages, self.allowed)
         return self._solved(layers, {"stages": stages}, "equal", f"{stages} equal stages")
@@ -166,10 +212,10 @@ class _Solver:
         layers = {
             stages: equal_stage_layers(self.depth, stages, self.allowed) for stages in range(2, self.most_stages + 1)
         }
-        spent = {stages: self.meter.spent(_falling(layers[stages], lam)) for stages in layers}
+        spent = {stages: self.meter.spent(self.falling(layers[stages], lam)) for stages in layers}
         feasible = [stages for stages, value in spent.items() if value <= self.budget.limit]
         chosen = max(feasible, key=lambda stages: spent[stages]) if feasible else min(spent, key=lambda one: spent[one])
-        found = self._planned({"lam": lam, "stages": chosen}, _falling(layers[chosen], lam), "equal")
+        found = self._planned({"lam": lam, "stages": chosen}, self.falling(layers[chosen], lam), "equal")
         return self._judged(found, bool(feasible), f"equal stages with lam={lam:g}")
 
     def best(self) -> Plan:
@@ -224,13 +270,13 @@ class _Solver:
     def _solved(self, layers: Sequence[int], given: dict[str, Any], pyramid: str, kind: str) -> Plan:
         """The plan with the largest λ for drops before `layers`."""
         lam, feasible = self._largest_lam(layers)
-        return self._judged(self._planned({"lam": lam, **given}, _falling(layers, lam), pyramid), feasible, kind)
+        return self._judged(self._planned({"lam": lam, **given}, self.falling(layers, lam), pyramid), feasible, kind)
 
     def _largest_lam(self, layers: Sequence[int]) -> tuple[float, bool]:
         """The largest λ within the budget, and True; or the smallest λ of use, and False."""
 
         def fits(lam: float) -> bool:
-            return self.meter.spent(_falling(layers, lam)) <= self.budget.limit
+            return self.meter.spent(self.falling(layers, lam)) <= self.budget.limit
 
         # Below this λ one token stays after the first drop; its powers must not become 0 in floating point.
         smallest = max(1 / self.prompt.visual_tokens, 10 ** (-300 / len(layers)))
@@ -244,12 +290,13 @@ class _Solver:
         """The shortest decimal up to λ that keeps as many tokens."""
 
         def counts(lam: float) -> list[int]:
-            return _falling(layers, lam).counts(self.prompt.visual_tokens)
+            return self.falling(layers, lam).counts(self.prompt.visual_tokens)
 
         wanted = counts(lam)
         return shortest(lam, lambda short: counts(short) == wanted)
 
     def _planned(self, arguments: dict[str, Any], schedule: Schedule, pyramid: str, loss: float | None = None) -> Plan:
+        ranking_cost = self.before.ranking_cost if self.before else attention_ranking_flops
         return Plan(
             arguments=arguments,
             schedule=schedule,
@@ -258,15 +305,11 @@ class _Solver:
             spent=self.meter.spent(schedule),
             vanilla_spent=self.meter.spent(None),
             prompt=self.prompt,
-            cost=estimate_cost(self.model, self.prompt, schedule),
+            cost=estimate_cost(self.model, self.prompt, schedule, ranking_cost),
             vanilla=estimate_cost(self.model, self.prompt),
             loss=loss,
+            before=self.before,
         )
-
-
-def _falling(layers: Sequence[int], lam: float) -> Schedule:
-    """λ, λ², λ³, ... before these layers."""
-    return Schedule.of(layers, powers(lam, len(layers)))
 
 
 def largest(fits: Callable[[float], bool], low: float, high: float) -> float:

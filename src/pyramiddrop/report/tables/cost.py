@@ -52,7 +52,8 @@ def stages_table(plan: Plan) -> Table:
     """One row a stage of a plan."""
     table = new_table("before layer", "keep", "visual tokens")
     counts = plan.schedule.counts(plan.prompt.visual_tokens)
-    table.add_row("0", "1", str(plan.prompt.visual_tokens))
+    if plan.before is None:
+        table.add_row("0", "1", str(plan.prompt.visual_tokens))
     for stage, count in zip(plan.schedule.stages, counts, strict=True):
         table.add_row(str(stage.layer), f"{stage.keep:.4g}", str(count))
     return table
