@@ -140,6 +140,15 @@ def test_what_is_trained_is_in_full_precision(recipe: str, options: TrainOptions
             ["PyramidDrop (arXiv 2410.17247)", "0.6 of them from layer 2 on", "PyramidDrop(logits='kept', lam=0.6)"],
             ["None"],
         ),
+        (
+            "vision:keep=0.5 | pyramiddrop:lam=0.6",
+            [
+                "VisionDrop (after VisionZip, arXiv 2412.04467), then PyramidDrop (arXiv 2410.17247)",
+                "keeps 0.5 of them from layer 0 on, 0.3 of them from layer 2 on",
+                "apply(model, VisionDrop(logits='kept') | PyramidDrop(logits='kept', lam=0.6))",
+            ],
+            ["None"],
+        ),
         ("vanilla", ["trained with all of them", "Transformers alone loads it"], ["PyramidDrop("]),
     ],
 )

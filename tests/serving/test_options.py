@@ -95,6 +95,11 @@ def test_what_is_settled_reaches_the_other_processes_as_plain_values() -> None:
         (PyramidDrop(merge=True).settings(), None, "merge=True cannot be served"),
         (PyramidDrop(per_frame=True).settings(), None, "per_frame=True cannot be served; use per_image=True"),
         (VisionDrop().settings(), None, "VisionDrop cannot be served: it drops before the decoder"),
+        (
+            (VisionDrop() | PyramidDrop(lam=0.4)).settings(),
+            None,
+            r"Compose cannot be served: it drops before the decoder; PyramidDrop\(lam=0.4\) alone can be",
+        ),
         (Downsample().settings(), None, "Downsample cannot be served: it drops before the decoder"),
         (None, {"pyramiddrop": PyramidDrop(merge=True).settings()}, "merge=True cannot be served"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.method_spec import parse_method_spec
-from pyramiddrop.methods import FILE_NAME, Method, PyramidDrop
+from pyramiddrop.methods import FILE_NAME, Compose, Method, PyramidDrop
 
 
 def resolve_method(spec: str | None, source: str | Path, num_layers: int) -> Method | None:
@@ -30,6 +32,16 @@ def parse_method(spec: str) -> Method | None:
     """`parse_method_spec` of what a user gave: its errors are InputErrors."""
     with user_input():
         return parse_method_spec(spec)
+
+
+def with_logits(method: Method, logits: str) -> Method:
+    """The same method with other `logits`: "auto", "full" or "kept"; a composition with them in both of its methods."""
+    changes: dict[str, Any] = {"logits": logits}
+    if isinstance(method, Compose):
+        changes = {
+            name: replace(part, **changes) for name, part in zip(("before", "inside"), method.parts, strict=True)
+        }
+    return replace(method, **changes)
 
 
 def saved_method(source: str | Path) -> Method | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.resolve import with_logits
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.methods import Logits, Method
 from pyramiddrop.speed.memory import peak_memory
@@ -37,7 +38,7 @@ class TrainingVariant:
     @property
     def method(self) -> Method | None:
         """The method with these logits."""
-        return replace(self.cost.method, logits=self.logits) if self.cost.method else None
+        return with_logits(self.cost.method, self.logits) if self.cost.method else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import trl
 from huggingface_hub import ModelCard, ModelCardData
 
 from pyramiddrop import __version__
-from pyramiddrop.methods import Method
+from pyramiddrop.methods import Compose, Method
 from pyramiddrop.schedule import Stage
 
 TRAINED = {
@@ -110,9 +110,10 @@ class TrainingFacts:
             f"{share} of them from layer {stage.layer} on" for share, stage in zip(shares, self.stages, strict=True)
         )
         first = "all at first, " if self.stages[0].layer else ""
-        source = f" ({self.method.source})" if self.method.source else ""
+        parts = self.method.parts if isinstance(self.method, Compose) else (self.method,)
+        names = [f"{type(part).__name__}{f' ({part.source})' if part.source else ''}" for part in parts]
         return (
-            f"The model was trained with {type(self.method).__name__}{source}: of an image's visual tokens the decoder "
+            f"The model was trained with {', then '.join(names)}: of an image's visual tokens the decoder "
             f"keeps {first}{drops} (layers count from 0). The same is done when `pyramiddrop.load` has loaded it."
         )
 

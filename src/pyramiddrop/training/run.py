@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pyramiddrop.hf import UnsupportedModelError, attachment_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.inference.resolve import resolve_method
+from pyramiddrop.inference.resolve import resolve_method, with_logits
 from pyramiddrop.methods import Logits, Method, apply
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
@@ -149,7 +149,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     set_seed(options.seed)
     model = prepare_weights(_load_weights(options, recipe), recipe)
     if method is not None:
-        method = replace(method, logits=options.logits)
+        method = with_logits(method, options.logits)
         with user_input(caught=(UnsupportedModelError,)):
             apply(model, method)
     if arguments.world_size > 1:

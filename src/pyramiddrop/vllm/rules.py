@@ -101,8 +101,8 @@ def _check(method: Method) -> None:
             'use positions="original"'
         )
     if isinstance(method, PreLLMMethod | Compose):
-        inside = f"; {method.parts[1]} alone can be" if isinstance(method, Compose) else ""
-        raise ValueError(f"{method} cannot be served: it drops before the decoder{inside}")
+        alone = f"; {method.parts[1]} alone can be" if isinstance(method, Compose) else ""
+        raise ValueError(f"{type(method).__name__} cannot be served: it drops before the decoder{alone}")
     if method.merge:
         raise ValueError("merge=True cannot be served: vLLM's later stages hold copies of rows; leave merge=False")
     _check_scorer(method.scorer())
