@@ -19,7 +19,7 @@ from pyramiddrop.planning import Profile, published_plans
 from pyramiddrop.report.tables.cost import published_markdown
 
 DOCS = (Path(__file__).parents[1] / "docs" / "cost.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^pyramiddrop plan (.*?) +# (PyramidDrop.+)$", DOCS, flags=re.MULTILINE)
+EXAMPLES = re.findall(r"^pyramiddrop plan (.*?) +# ((?:PyramidDrop|VisionDrop).+)$", DOCS, flags=re.MULTILINE)
 CELLS = [
     {"layer": layer, "keep": keep, "accuracy": 0.8 - (1 - keep) / layer} for layer in (4, 8, 16) for keep in (0.5, 0.1)
 ]
@@ -149,7 +149,7 @@ def test_a_checkpoint_needs_no_weights(llava_folder: Path, tmp_path: Path) -> No
         (["--percent", "50", "--shape", "mine"], "shape 'mine' is not one of"),
         (["--average-tokens", "64", "--stages", "4"], "the nearest within reach is an average of 144.75 visual tokens"),
         (["--average-tokens", "10"], "the nearest within reach is an average of 18.9688 visual tokens"),
-        (["--percent", "50", "--pyramid", "flat"], "pyramid='flat' is not one of equal, concave, single"),
+        (["--percent", "50", "--pyramid", "flat"], "pyramid='flat' is not one of equal, concave, single, hidrop"),
         (["--published", "--percent", "50"], "--published has budgets of its own"),
         (["--published", "--visual-tokens", "100"], "budgets of 576 and 2880 visual tokens, and this prompt has 100"),
         (["--percent", "50", "--before", "fastv"], "--before takes a method that drops before the decoder, vision or"),
@@ -204,7 +204,7 @@ def test_drops_that_begin_earlier_than_asked_are_remarked_on() -> None:
 
 
 def test_the_page_has_examples_and_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
     (profile,) = re.findall(r"```json\n(.*?)```", DOCS, flags=re.DOTALL)
     assert Profile.from_dict(json.loads(profile)).layers == (8, 16)
     (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)

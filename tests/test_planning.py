@@ -216,9 +216,16 @@ def test_the_tightest_begin_before_the_second_layer() -> None:
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_pyramid_is_the_best_of_all_lambdas(kind: str, pyramid: str) -> None:
-    layers = {"equal": [[2, 4, 6], [1, 3, 4, 6]], "concave": [[1, 2, 4]], "single": [[2]]}[pyramid]
+    layers = {
+        "equal": [[2, 4, 6], [1, 3, 4, 6]],
+        "concave": [[1, 2, 4]],
+        "single": [[2]],
+        "hidrop": [[1, 2, 3, 4, 6]],
+    }[pyramid]
     for drops in layers:
-        ways = (Schedule.of(drops, powers(lam, len(drops))) for lam in all_lams(len(drops) + 1))
+        exits = [0.0] if pyramid == "hidrop" else []
+        falling = len(drops) - len(exits)
+        ways = (Schedule.of(drops, [*powers(lam, falling), *exits]) for lam in all_lams(falling + 1))
         spent = [budgets_of(way)[kind] for way in ways]
         limit = (min(spent) + budgets_of(None)[kind]) / 2
         found = plan(SHAPE, PROMPT, budget_of(kind, limit), pyramid=pyramid)
@@ -228,12 +235,33 @@ def test_each_pyramid_is_the_best_of_all_lambdas(kind: str, pyramid: str) -> Non
     raise AssertionError(f"{found.line} drops before other layers than {layers}")
 
 
+def test_the_layers_of_hidrop_are_those_of_the_paper_and_scale_with_the_depth() -> None:
+    found = plan(LLAVA, Prompt(576, 64), Budget(tokens=240), pyramid="hidrop")
+    assert found.schedule.layers == (10, 14, 16, 18, 25)
+    assert found.schedule.keep[-1] == 0
+    assert found.cost.visual_by_layer[25:] == (0,) * 7
+    assert all(len(str(ratio)) <= 7 for ratio in found.schedule.keep)
+    qwen = PRESETS["qwen2.5-vl-7b"]  # 28 layers
+    assert plan(qwen.shape, Prompt(1296, 64), Budget(tokens=600), pyramid="hidrop").schedule.layers == (
+        9,
+        12,
+        14,
+        16,
+        22,
+    )
+    shallow = ModelShape(replace(SHAPE.decoder, layers=5))
+    with pytest.raises(ValueError, match=r"HiDrop's 5 drops need as many layers; this model allows \[1, 2, 3, 4\]"):
+        plan(shallow, PROMPT, Budget(percent=50), pyramid="hidrop")
+
+
 HALF = VisionDrop(keep=0.5)
 BEFORE = Before(PreLLMSchedule.keeping(0.5), repr(HALF), HALF.ranking_flops)
 
 
 @pytest.mark.parametrize(
-    "fixed", [{}, {"stages": 4}, {"lam": 0.5}, {"pyramid": "concave"}, {"pyramid": "single"}], ids=str
+    "fixed",
+    [{}, {"stages": 4}, {"lam": 0.5}, {"pyramid": "concave"}, {"pyramid": "single"}, {"pyramid": "hidrop"}],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", [Budget(tokens=100), Budget(kv_bytes=9e7), Budget(tflops=2.5)], ids=str)
 def test_behind_a_drop_before_the_decoder_it_is_the_plan_of_what_that_leaves(budget: Budget, fixed: Any) -> None:

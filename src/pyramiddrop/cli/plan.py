@@ -53,7 +53,8 @@ def plan(
     pyramid: Annotated[
         str | None,
         typer.Option(
-            help="Where the drops lie: equal (stages), concave (each at twice the depth of the one before) or single.",
+            help="Where the drops lie: equal (stages), concave (each at twice the depth of the one before), single, or "
+            "hidrop (HiDrop's layers, and none left from its exit on).",
             rich_help_panel=SOLVE,
         ),
     ] = None,

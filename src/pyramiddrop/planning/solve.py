@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from pyramiddrop.cost import (
@@ -24,17 +25,27 @@ from pyramiddrop.cost.estimate import drop_counts
 from pyramiddrop.planning.budget import Budget, Meter, meter
 from pyramiddrop.planning.frontier import frontier
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.schedule import PreLLMSchedule, Schedule, concave_layers, equal_stage_layers, nearest_layers, powers
+from pyramiddrop.schedule import (
+    PreLLMSchedule,
+    Schedule,
+    Stage,
+    concave_layers,
+    equal_stage_layers,
+    nearest_layers,
+    powers,
+)
 
 PAPER_STAGES = 4
 #: The smallest λ that the paper tried (its Table 4).
 SMALLEST_PAPER_LAM = 0.4
 #: More of them nobody runs: each is a ranking, and moves rows.
 MOST_DROPS = 4
-#: Where the drops lie: between equal stages, each at twice the depth of the one before, or one drop alone.
-PYRAMIDS = ("equal", "concave", "single")
+#: Where the drops lie: between equal stages, each at twice the depth of the one before, one drop, or as in HiDrop.
+PYRAMIDS = ("equal", "concave", "single", "hidrop")
 #: FastV's layer, the earliest at which attention tells much.
 SINGLE_LAYER = 2
+#: HiDrop's drops of LLaVA-1.5-7B, and the layer from which on no visual token is left (arXiv 2602.23699), of 32 layers.
+HIDROP_LAYERS, HIDROP_EXIT, HIDROP_DEPTH = (10, 14, 16, 18), 25, 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Plan:
         schedule: all drops, also one before the decoder.
         spent, vanilla_spent: what it spends, and what vanilla would, in the budget's unit.
         cost, vanilla: every measure, with and without dropping.
-        pyramid: "equal", "concave", "single" or "profile": where its drops lie.
+        pyramid: "equal", "concave", "single", "hidrop" or "profile": where its drops lie.
         loss: what a redundancy profile predicts it to lose; None without a profile.
         before: the drop before the decoder, behind which it was solved; None for none.
     """
@@ -142,11 +153,12 @@ def plan(
     With `stages`, λ is solved for so many equal stages; with `lam`, the number of equal stages. With `pyramid`, λ is
     solved for that shape: "equal" (the fewest stages, from the paper's 4 on and with four drops at most, that leave λ
     at 0.4, the smallest that the paper tried, or above; else the largest λ), "concave" (up to four drops, each at twice
-    the depth of the one before) or "single" (one drop before layer 2). With none of them: equal stages where they leave
-    λ at 0.4 or above, else the concave pyramid. With `profile`, layers and shares are chosen from its grid so that the
-    predicted loss is least: the sum over the drops of what a single drop at that layer loses by going from the share
-    before to the share after. With `before`, what it leaves before the decoder is dropped on inside it, and the budget
-    is that of both; it goes with all of them but `profile`.
+    the depth of the one before), "single" (one drop before layer 2) or "hidrop" (before layers 10, 14, 16 and 18 of 32,
+    and none left from layer 25 on: arXiv 2602.23699, without its late entry of the visual tokens). With none of them:
+    equal stages where they leave λ at 0.4 or above, else the concave pyramid. With `profile`, layers and shares are
+    chosen from its grid so that the predicted loss is least: the sum over the drops of what a single drop at that layer
+    loses by going from the share before to the share after. With `before`, what it leaves before the decoder is dropped
+    on inside it, and the budget is that of both; it goes with all of them but `profile`.
 
     Raises:
         InfeasibleBudgetError: where no such schedule is within the budget; its `nearest` is the cheapest.
@@ -173,6 +185,7 @@ def plan(
         "equal": solver.equal,
         "concave": solver.concave,
         "single": solver.single,
+        "hidrop": solver.hidrop,
         None: solver.best,
     }
     return solve[pyramid]()
@@ -201,7 +214,10 @@ class _Solver:
 
     def falling(self, layers: Sequence[int], lam: float) -> Schedule:
         """λ, λ², λ³, ... before these layers, of what is left before the decoder."""
-        schedule = Schedule.of(layers, powers(lam, len(layers)))
+        return self.behind(Schedule.of(layers, powers(lam, len(layers))))
+
+    def behind(self, schedule: Schedule) -> Schedule:
+        """`schedule` behind the drop before the decoder, if there is one."""
         return self.before.schedule.inside(schedule) if self.before else schedule
 
     def lam_for(self, stages: int) -> Plan:
@@ -251,6 +267,19 @@ class _Solver:
         layers = nearest_layers([SINGLE_LAYER], self.allowed)
         return self._solved(layers, {"layers": layers}, "single", f"one drop before layer {layers[0]}")
 
+    def hidrop(self) -> Plan:
+        wanted = [round(self.depth * layer / HIDROP_DEPTH) for layer in (*HIDROP_LAYERS, HIDROP_EXIT)]
+        if len(self.allowed) < len(wanted):
+            raise ValueError(
+                f"HiDrop's {len(wanted)} drops need as many layers; this model allows {list(self.allowed)}"
+            )
+        *layers, leaves = nearest_layers(wanted, self.allowed)
+        lam, feasible = self._largest_lam(layers, leaves)
+        keep = [*self._rounded(layers, powers(lam, len(layers))), 0.0]
+        schedule = self.behind(Schedule.of([*layers, leaves], keep))
+        found = self._planned({"layers": [*layers, leaves], "keep": keep}, schedule, "hidrop")
+        return self._judged(found, feasible, f"drops before layers {layers} and none left from layer {leaves} on")
+
     def by_profile(self, profile: Profile) -> Plan:
         if profile.num_layers != self.depth:
             raise ValueError(f"the profile is of a model with {profile.num_layers} layers; this one has {self.depth}")
@@ -272,11 +301,15 @@ class _Solver:
         lam, feasible = self._largest_lam(layers)
         return self._judged(self._planned({"lam": lam, **given}, self.falling(layers, lam), pyramid), feasible, kind)
 
-    def _largest_lam(self, layers: Sequence[int]) -> tuple[float, bool]:
-        """The largest λ within the budget, and True; or the smallest λ of use, and False."""
+    def _largest_lam(self, layers: Sequence[int], leaves: int | None = None) -> tuple[float, bool]:
+        """The largest λ within the budget, and True; or the smallest λ of use, and False. From layer `leaves` on, if
+        given, no visual token is left."""
 
         def fits(lam: float) -> bool:
-            return self.meter.spent(self.falling(layers, lam)) <= self.budget.limit
+            schedule = self.falling(layers, lam)
+            if leaves is not None:
+                schedule = type(schedule)((*schedule.stages, Stage(leaves, 0.0)))
+            return self.meter.spent(schedule) <= self.budget.limit
 
         # Below this λ one token stays after the first drop; its powers must not become 0 in floating point.
         smallest = max(1 / self.prompt.visual_tokens, 10 ** (-300 / len(layers)))
@@ -294,6 +327,18 @@ class _Solver:
 
         wanted = counts(lam)
         return shortest(lam, lambda short: counts(short) == wanted)
+
+    def _rounded(self, layers: Sequence[int], keep: Sequence[float]) -> list[float]:
+        """The shortest decimals up to `keep` that keep as many tokens."""
+
+        def count(layer: int, ratio: float) -> int:
+            return self.behind(Schedule.of([layer], [ratio])).counts(self.prompt.visual_tokens)[-1]
+
+        def short(layer: int, ratio: float) -> float:
+            return shortest(ratio, lambda other: count(layer, other) == count(layer, ratio))
+
+        found = [short(layer, ratio) for layer, ratio in zip(layers, keep, strict=True)]
+        return list(accumulate(found, min))  # one that is shortened less than the one before it keeps as many
 
     def _planned(self, arguments: dict[str, Any], schedule: Schedule, pyramid: str, loss: float | None = None) -> Plan:
         ranking_cost = self.before.ranking_cost if self.before else attention_ranking_flops
