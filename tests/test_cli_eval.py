@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pyramiddrop import FastV, PyramidDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, UnsupportedModelError
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cli.main import app
+from pyramiddrop.evaluation import run as run_module
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.reader import KINDS
 from pyramiddrop.evaluation.samples import read_samples
@@ -85,6 +86,53 @@ def test_below_ten_pictures_no_interval_is_drawn() -> None:
         words = ["--limit", str(limit), "--rounds", "0", "--method", "fastv:layer=1,keep=0.2"]
         (_, fastv) = run_json(*words)["methods"]
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
+
+
+def test_controls_answer_beside_the_methods_at_their_budget() -> None:
+    """Agreement, the questions that downsampling gets wrong, and draws by chance, all counted by hand."""
+    words = ["--limit", "5", "--rounds", "0", "--percent", "60", "--controls"]
+    record = run_json(*words, "--method", "pyramiddrop:positions=compact")
+    variants = record["methods"]
+    kinds = [variant["method"]["method"] for variant in variants[1:]]
+    assert kinds == ["PyramidDrop", *["RandomDrop"] * 3, "UniformDrop", *["VisionDrop"] * 3, "Downsample"]
+    assert all(variant["method"]["positions"] == "compact" for variant in variants[1:])
+    assert all(100 * variant["flops_ratio"] <= 60 for variant in variants[1:])
+    samples = digits_task("test", 0, limit=5).samples
+    answerer = Answerer(load_checkpoint(digits_checkpoint(), "cpu"))
+    methods = [None, *(Method.from_settings(variant["method"], "record") for variant in variants[1:])]
+    said = [[reply.text for reply in answerer.answers(samples, method)] for method in methods]
+    right = [[text == sample.answers[0] for text, sample in zip(one, samples, strict=True)] for one in said]
+    wrong = [number for number, one in enumerate(right[-1]) if not one]
+    for variant, texts, points in zip(variants, said, right, strict=True):
+        same = [own == plain for own, plain in zip(texts, said[0], strict=True)]
+        assert variant["agreement"]["mean"] == pytest.approx(sum(same) / 5)
+        assert variant["group_a"]["count"] == len(wrong) > 0
+        assert variant["group_a"]["mean"] == pytest.approx(sum(points[number] for number in wrong) / len(wrong))
+    assert variants[-1]["group_a"]["mean"] == 0
+    means = [sum(points) / 5 for points in right]
+    inside, before = record["draws"]
+    assert (inside["name"], before["name"]) == ("RandomDrop", "VisionDrop")
+    for draws, own in ((inside, means[2:5]), (before, means[6:9])):
+        assert (draws["count"], draws["percent"]) == (3, 60)
+        assert (draws["low"], draws["high"]) == pytest.approx((min(own), max(own)))
+        assert draws["mean"] == pytest.approx(sum(own) / 3)
+
+
+def test_controls_that_a_model_cannot_have_are_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = run_module.drop_layers
+
+    def refused(model: Any, method: Method) -> Any:
+        if isinstance(method, Downsample):
+            raise UnsupportedModelError("no smaller picture here")
+        return own(model, method)
+
+    monkeypatch.setattr(run_module, "drop_layers", refused)
+    words = ["--limit", "2", "--rounds", "0", "--percent", "60", "--controls", "--method", "fastv:layer=2"]
+    record = run_json(*words)
+    assert record["left_out"] == {"Downsample": "no smaller picture here"}
+    assert len(record["methods"]) == 1 + 1 + 7
+    assert all(variant["group_a"] is None for variant in record["methods"])
+    assert "Downsample is left out: no smaller picture here" in run(*words).stdout
 
 
 @pytest.mark.slow

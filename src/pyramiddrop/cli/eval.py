@@ -37,7 +37,7 @@ SUITES = (PAPER, "budgets")
 OFFLINE, LMMS = "--tasks digits or reader", "tasks of lmms-eval"
 #: The options of each way to use the verb, beside --output and --json.
 RUN = {"--limit", "--model", "--method", "--batch", "--device"}
-OWN = RUN | {"--percent", "--average-tokens", "--rounds", "--max-new-tokens", "--dtype"}
+OWN = RUN | {"--percent", "--average-tokens", "--controls", "--rounds", "--max-new-tokens", "--dtype"}
 MODES = {
     "--suite": {"--suite", "--results"},
     "--data": OWN | {"--data", "--images", "--metric"},
@@ -77,6 +77,15 @@ def evaluate(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Beside them, at the same budget: random inside and before the decoder (three draws each), uniform, a "
+            "smaller picture.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
     answering: AnswerOptions,
     rounds: Annotated[
         int | None,
@@ -102,6 +111,7 @@ def evaluate(
         "method": method,
         "percent": percent,
         "average_tokens": average_tokens,
+        "controls": controls or None,
         "rounds": rounds,
         **asdict(questions),
         **asdict(answering),
@@ -121,6 +131,7 @@ def evaluate(
             percents=tuple(percent or ()),
             average_tokens=tuple(average_tokens or ()),
             rounds=ROUNDS if rounds is None else rounds,
+            controls=controls,
             model=model,
             output=output,
             **answering.given,

@@ -14,9 +14,21 @@ from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
 from pyramiddrop.method_spec import VANILLA, method_label
-from pyramiddrop.methods import Compose, Method
+from pyramiddrop.methods import (
+    Compose,
+    Downsample,
+    Method,
+    PyramidDrop,
+    RandomDrop,
+    StagedMethod,
+    UniformDrop,
+    VisionDrop,
+)
 from pyramiddrop.planning.solve import largest, shortest
 from pyramiddrop.speed.predicted import PUBLISHED
+
+#: Seeds of random controls: one draw is no baseline.
+DRAWS = (0, 1, 2)
 
 
 def at_budget(
@@ -165,6 +177,18 @@ def choose_methods(words: Sequence[str], source: str) -> list[Method]:
         if labels.count(label) > 1:
             raise InputError(f"{label} is named twice")
     return methods
+
+
+def control_methods(methods: Sequence[Method]) -> list[Method]:
+    """What `methods` have to be ahead of: tokens by chance inside and before the decoder, three draws each, evenly
+    spaced ones, and a smaller picture. Those inside drop where the first staged method does."""
+    inside = [method.parts[1] if isinstance(method, Compose) else method for method in methods]
+    staged = next((method for method in inside if isinstance(method, StagedMethod)), PyramidDrop())
+    shared: dict[str, Any] = {name: getattr(staged, name) for name in ("positions", "layers", "stages", "keep")}
+    chance = [RandomDrop(seed=seed, **shared) for seed in DRAWS]
+    before = [VisionDrop(score={"name": "random", "seed": seed}, positions=staged.positions) for seed in DRAWS]
+    controls = [*chance, UniformDrop(**shared), *before, Downsample(positions=staged.positions)]
+    return [control for control in controls if control not in methods]
 
 
 def drop_layers(model: Any, method: Method) -> tuple[int, ...]:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from pyramiddrop.evaluation.answering import Reply
-from pyramiddrop.evaluation.run import SOLVERS, Evaluation, Outcome
-from pyramiddrop.evaluation.scores import Difference, Score, difference, score_by_kind
+from pyramiddrop.evaluation.run import SOLVERS, Budget, Evaluation, Outcome
+from pyramiddrop.evaluation.scores import Difference, Score, difference, score, score_by_kind
 from pyramiddrop.inference.prefill_stats import known
 from pyramiddrop.inference.timing import PrefillTime
+from pyramiddrop.methods import Downsample
+from pyramiddrop.scoring import RandomScorer
 from pyramiddrop.speed.record import machine
 
 #: Pictures below which a bootstrap over pictures says nothing: differences have no interval.
@@ -26,7 +28,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     So do the ends of intervals below ten pictures.
 
     Each method has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
-    method itself, "to_first" of the same budget.
+    method itself, "to_first" of the same budget. "agreement" is the share of answers that are vanilla's, letter by
+    letter. "group_a" are the scores of the questions that downsampling at the same budget gets wrong (VTC-Bench's group
+    A), if it is among the methods; None if it is not, or gets all of them right. "draws" are the means of methods that
+    drop by chance, over their seeds: the mean, the lowest and the highest.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
     clusters = [sample.cluster for sample in task.samples]
@@ -39,6 +44,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": options.batch,
         "machine": machine(model.device, torch.get_num_threads()),
+        "left_out": dict(evaluation.left_out),
+        "draws": _draws(evaluation),
         "methods": [_variant(evaluation, number) for number in range(len(evaluation.outcomes))],
     }
 
@@ -48,20 +55,59 @@ def _variant(evaluation: Evaluation, number: int) -> dict[str, Any]:
     clusters = [sample.cluster for sample in samples]
     scores = score_by_kind(outcome.points, clusters, [sample.kind for sample in samples])
     finer = score_by_kind(outcome.points, clusters, [sample.subkind for sample in samples])
-    budget = outcome.budget
     return {
         "name": outcome.label,
         "method": outcome.method.settings() if outcome.method else None,
-        **{kind: budget.limit if budget and budget.kind == kind else None for kind in SOLVERS},
+        **_budget(outcome.budget),
         "scores": {kind: _plain(scores[kind]) for kind in ("all", *evaluation.task.kinds)},
         "subscores": {kind: _plain(finer[kind]) for kind in evaluation.task.subkinds},
         "differences": {
             name: _difference(difference(outcome.points, base.points, clusters), len(set(clusters)))
             for name, base in _bases(evaluation, outcome).items()
         },
+        "agreement": _plain(score(_same(outcome, vanilla), clusters)),
+        "group_a": _group_a(evaluation, outcome, clusters),
         **_cost(outcome.replies, vanilla.replies, evaluation.checkpoint.num_layers),
         "prefill": _prefill(evaluation, number),
     }
+
+
+def _draws(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Of each method by chance at each budget, with two seeds or more."""
+    found: dict[tuple[str, Budget | None], list[float]] = {}
+    for outcome in evaluation.outcomes:
+        if outcome.method is not None and isinstance(outcome.method.scorer(), RandomScorer):
+            found.setdefault((type(outcome.method).__name__, outcome.budget), []).append(float(outcome.points.mean()))
+    return [
+        {
+            "name": name,
+            **_budget(budget),
+            "count": len(means),
+            "mean": float(np.mean(means)),
+            "low": min(means),
+            "high": max(means),
+        }
+        for (name, budget), means in found.items()
+        if len(means) > 1
+    ]
+
+
+def _budget(budget: Budget | None) -> dict[str, float | None]:
+    return {kind: budget.limit if budget and budget.kind == kind else None for kind in SOLVERS}
+
+
+def _same(outcome: Outcome, vanilla: Outcome) -> list[float]:
+    """(N,) 1 where a reply is vanilla's."""
+    return [float(own.text == plain.text) for own, plain in zip(outcome.replies, vanilla.replies, strict=True)]
+
+
+def _group_a(evaluation: Evaluation, outcome: Outcome, clusters: Sequence[str]) -> dict[str, Any] | None:
+    smaller = [one for one in evaluation.outcomes if isinstance(one.method, Downsample)]
+    own = [one for one in smaller if one.budget == outcome.budget] or smaller
+    if not own or bool((own[0].points == 1).all()):
+        return None
+    wrong = own[0].points < 1
+    return _plain(score(outcome.points[wrong], np.asarray(clusters)[wrong]))
 
 
 def _prefill(evaluation: Evaluation, number: int) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pyramiddrop.evaluation.budgets import (
     check_average_tokens,
     check_percent,
     choose_methods,
+    control_methods,
     drop_layers,
 )
 from pyramiddrop.evaluation.matching import MATCHES
@@ -56,6 +57,7 @@ class EvalOptions:
             average. Every method is solved for each of them; for none, the methods stay as they are.
         rounds: how often a prefill is timed under each method; 0 for never.
         output: where replies and times are kept, and looked for.
+        controls: whether the controls of `control_methods` answer, too; needs a budget.
     """
 
     methods: tuple[str, ...] = ()
@@ -68,6 +70,7 @@ class EvalOptions:
     output: Path | None = None
     average_tokens: tuple[float, ...] = ()
     rounds: int = ROUNDS
+    controls: bool = False
 
     @property
     def budgets(self) -> list[Budget]:
@@ -99,13 +102,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation, vanilla first. `times` are of a prefill of the first batch, methods in turn, or none."""
+    """A finished evaluation, vanilla first. `times` are of a prefill of the first batch, methods in turn, or none;
+    `left_out` are controls that this model cannot have, and why."""
 
     task: Task
     options: EvalOptions
     checkpoint: Checkpoint
     outcomes: Sequence[Outcome]
     times: Times | None
+    left_out: Mapping[str, str]
 
 
 class Evaluator:
@@ -127,11 +132,27 @@ class Evaluator:
         with user_input(caught=(UnsupportedModelError, ValueError)):
             self._info = inspect_model(self.checkpoint.model)
             self._layers = [drop_layers(self.checkpoint.model, method) for method in self.methods]
+        self._left_out: dict[str, str] = {}
+        if options.controls:
+            self._add_controls()
         if options.budgets and self._info.sizes is None:
             option = "--percent" if options.percents else "--average-tokens"
             raise InputError(f"{option} needs a text model that the cost model knows, and it does not know this one")
         self.answerer = Answerer(self.checkpoint, options.batch, options.max_new_tokens)
         self._store = Store(options.output, self.answerer, task.samples) if options.output else None
+
+    def _add_controls(self) -> None:
+        """Let the controls answer, too, that this model can have."""
+        if not self.options.budgets:
+            raise InputError(
+                "--controls need a budget, --percent or --average-tokens: without one each costs something else"
+            )
+        for control in control_methods(self.methods):
+            try:
+                self._layers.append(drop_layers(self.checkpoint.model, control))
+                self.methods.append(control)
+            except (UnsupportedModelError, ValueError) as error:
+                self._left_out[method_label(control)] = str(error)
 
     @property
     def total(self) -> int:
@@ -147,7 +168,7 @@ class Evaluator:
         if self.options.rounds:
             progress("timing prefills", 0)
             times = self._times([outcome.method for outcome in outcomes])
-        return Evaluation(self.task, self.options, self.checkpoint, outcomes, times)
+        return Evaluation(self.task, self.options, self.checkpoint, outcomes, times, self._left_out)
 
     def _solved(self, progress: Progress) -> list[tuple[Method, Budget | None]]:
         """The methods, at each budget for what is asked. A budget out of reach is found here, before any answer."""

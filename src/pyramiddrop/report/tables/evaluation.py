@@ -35,12 +35,22 @@ def eval_heading(record: Record) -> list[str]:
 def eval_notes(record: Record) -> list[str]:
     """How the numbers are to be read."""
     return [
+        *(_draws_line(one) for one in record.get("draws", ())),
+        *(f"{name} is left out: {why}" for name, why in record.get("left_out", {}).items()),
         "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
         "the 95 % interval of a bootstrap over pictures; the first method is that of the same budget. FLOPs: decoder "
         "layers and ranking, predicted, of vanilla's. "
-        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, methods in turn."
-        * _timed(record)
+        + "Group A: the questions, so many, that downsampling at the same budget gets wrong (VTC-Bench). "
+        * any(one.get("group_a") for one in record["methods"])
+        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, methods in turn." * _timed(record),
     ]
+
+
+def _draws_line(draws: Record) -> str:
+    """`RandomDrop at 60 %: 70.3 over 3 draws (69.1 to 71.2)`"""
+    mean, low, high = (f"{100 * draws[name]:.1f}" for name in ("mean", "low", "high"))
+    at = f" at {budget_cell(draws)}" if budget_cell(draws) else ""
+    return f"{draws['name']}{at}: {mean} over {draws['count']} draws ({low} to {high})"
 
 
 def eval_tables(record: Record) -> list[Table]:
@@ -96,8 +106,20 @@ def _column(record: Record, variant: Record) -> dict[str, str]:
         **({"budget": budget_cell(variant)} if len({budget_cell(one) for one in record["methods"]}) > 2 else {}),
         f"all ({scores['all']['count']})": score_cell(scores["all"]),
         **{head: difference_cell(variant["differences"].get(name)) for name, head in _bases(record).items()},
+        **_agreement(record, variant),
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
     }
+
+
+def _agreement(record: Record, variant: Record) -> dict[str, str]:
+    """Agreement with vanilla, and the questions that downsampling gets wrong; earlier versions recorded neither."""
+    rows = {}
+    if "agreement" in variant:
+        rows["the same answer as vanilla"] = score_cell(variant["agreement"])
+    if any(one.get("group_a") for one in record["methods"]):
+        group = variant["group_a"]
+        rows["group A"] = f"{score_cell(group)} ({group['count']})" if group else ""
+    return rows
 
 
 def _costs(record: Record, variant: Record) -> dict[str, str]:
