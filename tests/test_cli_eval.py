@@ -88,6 +88,7 @@ def test_below_ten_pictures_no_interval_is_drawn() -> None:
         assert (fastv["differences"]["to_vanilla"]["low"] is not None) == drawn
 
 
+@pytest.mark.slow
 def test_controls_answer_beside_the_methods_at_their_budget() -> None:
     """Agreement, the questions that downsampling gets wrong, and draws by chance, all counted by hand."""
     words = ["--limit", "5", "--rounds", "0", "--percent", "60", "--controls"]

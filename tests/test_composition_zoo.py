@@ -47,7 +47,7 @@ class UniformFirst(Oracle):
         alive[[c for n, c in enumerate(group) if (n + 1) * count // len(group) > n * count // len(group)]] = True
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in MEMBERS])
 @torch.no_grad()
 def test_forward_and_generation(name: str) -> None:
