@@ -117,7 +117,7 @@ def check_trace(trace: Any, method: Method, case: Case, expected: reference.Resu
 # --- One forward ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast_cases(5)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_keep_one_in_one_is_the_other_alone() -> None:
 # --- Generation and caches --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()

@@ -30,7 +30,7 @@ RULES = {
 }
 
 
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_a_sample_does_not_depend_on_its_mates(rule: str) -> None:
     torch.testing.assert_close(together, alone, **CLOSE)
 
 
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
