@@ -62,6 +62,7 @@ class TrainingFacts:
         batch: conversations of a step, over all devices.
         learning_rate: the peak.
         method: what dropped tokens, or None.
+        first_lam: λ at the first step, where it changed over the steps.
         stages: its drops on this model.
     """
 
@@ -74,6 +75,7 @@ class TrainingFacts:
     seed: int
     method: Method | None
     stages: Sequence[Stage]
+    first_lam: float | None = None
 
     def card(self, name: str, steps: int) -> ModelCard:
         """The card of the model `name` after `steps` steps. Its licence is the user's to say."""
@@ -108,9 +110,11 @@ class TrainingFacts:
         drops = ", ".join(f"{stage.keep:.4g} of them from layer {stage.layer} on" for stage in self.stages)
         first = "all at first, " if self.stages[0].layer else ""
         source = f" ({self.method.source})" if self.method.source else ""
+        changed = f" λ began at {self.first_lam:g} and went to this over the steps." if self.first_lam else ""
         return (
             f"The model was trained with {type(self.method).__name__}{source}: of an image's visual tokens the decoder "
-            f"keeps {first}{drops} (layers count from 0). The same is done when `pyramiddrop.load` has loaded it."
+            f"keeps {first}{drops} (layers count from 0).{changed} The same is done when `pyramiddrop.load` has loaded "
+            "it."
         )
 
     def _loading(self, name: str) -> str:

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
 from pyramiddrop.methods import Method
+from pyramiddrop.training.curriculum import LamCurriculum
 from pyramiddrop.training.model_card import TrainingFacts
 
 
@@ -50,9 +51,23 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
 
     Attributes:
         facts: what the model card says; TRL's own, where None, knows of no pictures and no method.
+        curriculum: what changes λ over the steps, see `follow`.
     """
 
     facts: TrainingFacts | None = None
+    curriculum: LamCurriculum | None = None
+
+    def follow(self, curriculum: LamCurriculum) -> None:
+        """Train with a λ that changes; every evaluation drops with the last one, so that losses can be compared."""
+        self.curriculum = curriculum
+        self.add_callback(curriculum)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with the method that the trained model will have."""
+        if self.curriculum is not None:
+            self.curriculum.finish()
+        figures: dict[str, float] = super().evaluate(*args, **kwargs)
+        return figures
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the model card into the output folder; called with each checkpoint, and by `push_to_hub`."""
@@ -68,6 +83,15 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.is_fsdp_enabled or not holds_whole_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint at the end of training, by the names on disk: see `_load_from_checkpoint`."""
+        best = self.state.best_model_checkpoint
+        if best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or not holds_whole_model(best):
+            super()._load_best_model()
+        else:
+            loaded = type(self.model).from_pretrained(best, dtype=torch.float32)
+            self.model.load_state_dict(loaded.state_dict())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

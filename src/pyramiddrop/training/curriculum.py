@@ -1,0 +1,65 @@
+"""Change λ over the steps of a training: `LamCurriculum`, a callback of any Hugging Face trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.methods import Method, StagedMethod, apply, current_method, remove
+
+
+class LamCurriculum(TrainerCallback):  # type: ignore[misc]
+    """Takes λ in a straight line from `first` at the first step to the method's own at the last.
+
+    λ is rounded to hundredths, so that the method is put on anew at most a hundred times. From the end of training on,
+    and after a call of `finish`, the model has the method with its own λ.
+
+    Args:
+        model: has the method on it (`apply`).
+        method: with the λ of the last step.
+        first: λ of the first step, in (0, 1]; 1 drops nothing.
+    """
+
+    def __init__(self, model: nn.Module, method: StagedMethod, first: float) -> None:
+        check_first_lam(method, first)
+        self.model, self.method, self.first = model, method, first
+
+    def lam(self, step: int, steps: int) -> float:
+        """λ of the 0-based `step` of `steps`."""
+        share = step / (steps - 1) if steps > 1 else 1.0
+        return round(self.first + share * (self.method.lam - self.first), 2) if share < 1 else self.method.lam
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the method on with the λ of the step that begins."""
+        self._use(replace(self.method, lam=self.lam(state.global_step, state.max_steps)))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the model with the method's own λ, with which it is saved."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Put the method on with its own λ, to evaluate or to save; the next step changes it back."""
+        self._use(self.method)
+
+    def _use(self, method: Method) -> None:
+        if current_method(self.model) != method:
+            remove(self.model)
+            apply(self.model, method)
+
+
+def check_first_lam(method: Method | None, first: float | None) -> None:
+    """InputError where λ cannot change from `first` to that of `method`; None changes nothing."""
+    if first is None:
+        return
+    if not isinstance(method, StagedMethod) or method.keep is not None:
+        name = "vanilla" if method is None else repr(method)
+        raise InputError(
+            f"--lam {first:g}:... changes λ over the steps, and {name} has no λ; give a pyramiddrop, random or uniform "
+            "method without --keep"
+        )
+    if not 0 < first <= 1:
+        raise InputError(f"λ of the first step must be in (0, 1]; got {first:g}")
