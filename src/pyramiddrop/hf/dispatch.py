@@ -108,7 +108,7 @@ class Dispatcher:
         """Take the labels out of `call` that nothing is left to predict: they would be scored on zero vectors."""
         if plan.ignored is None:
             return
-        ignored, columns = plan.ignored.to(call["labels"].device), labelled_columns(call, tuple(plan.ignored.shape))
+        ignored, columns = plan.ignored.to(call["labels"].device), labelled_columns(call, (plan.batch, plan.length))
         if columns is not None:
             ignored = pad(ignored[:, columns.to(ignored.device)], (1, 0))
         call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)

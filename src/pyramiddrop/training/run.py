@@ -22,8 +22,8 @@ from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pic
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.methods import Logits, Method, StagedMethod, apply
+from pyramiddrop.training.callbacks import LamCurriculum, check_first_lam
 from pyramiddrop.training.collate import AnswerCollator
-from pyramiddrop.training.curriculum import LamCurriculum, check_first_lam
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import LORA_RANK, Recipe, find_recipe, prepare_weights

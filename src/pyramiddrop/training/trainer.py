@@ -10,33 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
-from pyramiddrop.methods import Method
-from pyramiddrop.training.curriculum import LamCurriculum
+from pyramiddrop.training.callbacks import LamCurriculum, MethodCallback
 from pyramiddrop.training.model_card import TrainingFacts
-
-
-class MethodCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
-
-    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
-    that were put around it later, and sharded weights.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the method beside the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def holds_whole_model(checkpoint: str | Path) -> bool:

@@ -1,15 +1,33 @@
-"""Change λ over the steps of a training: `LamCurriculum`, a callback of any Hugging Face trainer."""
+"""Callbacks of any Hugging Face trainer: save the method with each checkpoint, change λ over the steps."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.methods import Method, StagedMethod, apply, current_method, remove
+
+
+class MethodCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
+
+    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
+    that were put around it later, and sharded weights.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the method beside the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class LamCurriculum(TrainerCallback):  # type: ignore[misc]
