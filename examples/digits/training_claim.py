@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from evaluate import clusters_and_kinds, replace_between
 from export import load_trained, make_processor, to_hugging_face
-from train import Recipe, Trainer, run
+from train import Recipe, Trainer
+from train import run as run_training
 from training_study import StepTimes, with_seeds, write_data
 from transformers import TrainerCallback
 
@@ -32,7 +33,7 @@ from pyramiddrop import remove
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
-from pyramiddrop.evaluation.scores import Array, Score
+from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.method_spec import parse_method_spec
 from pyramiddrop.training.run import TrainOptions, prepare_training
@@ -94,7 +95,7 @@ def start_checkpoint(folder: Path) -> Path:
         trainer = Trainer(Recipe())
         if (folder / "state.pt").exists():
             trainer.load(folder / "state.pt")
-        run(trainer, folder, START_STEPS, 40)
+        run_training(trainer, folder, START_STEPS, 40)
         model = load_trained(folder / "state.pt")
         to_hugging_face(model).save_pretrained(checkpoint)
         make_processor(model.config).save_pretrained(checkpoint)
@@ -161,7 +162,11 @@ def one_run(name: str, seed: int, start: Path, data: Path, samples: Sequence[Sam
             job.trainer.add_callback(callback)
         job.trainer.train()
     losses = [entry["loss"] for entry in job.trainer.state.log_history if "loss" in entry]
-    return {**curve.record, "step_seconds": round(median(times.seconds), 4), "losses": [round(one, 4) for one in losses]}
+    return {
+        **curve.record,
+        "step_seconds": round(median(times.seconds), 4),
+        "losses": [round(one, 4) for one in losses],
+    }
 
 
 class Curve(TrainerCallback):
@@ -223,8 +228,115 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+# --- The tables -----------------------------------------------------------------------------------------------------
+
+
 def write_document(record: dict[str, Any]) -> None:
     """The tables of docs/training.md."""
+    scenes, kinds = clusters_and_kinds(test_samples(record["setting"]["scenes"]))
+    replace_between(PAGE, "claim", claim_lines(record, np.array(scenes)))
+    replace_between(PAGE, "claim-kinds", claim_kind_lines(record, np.array(kinds)))
+    replace_between(PAGE, "claim-curves", curve_lines(record))
+
+
+def runs_of(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The runs of an arm, by seed."""
+    return [record["runs"][f"{name}/{seed}"] for seed in SEEDS if f"{name}/{seed}" in record["runs"]]
+
+
+def measured(record: dict[str, Any]) -> list[str]:
+    """The arms that have a run for every seed that vanilla has."""
+    return [name for name in ARMS if len(runs_of(record, name)) == len(runs_of(record, VANILLA)) > 0]
+
+
+def step_seconds(record: dict[str, Any], name: str) -> float:
+    """CPU seconds of a step of an arm: the median over its seeds, for a busy machine disturbs single runs."""
+    return median(run["step_seconds"] for run in runs_of(record, name))
+
+
+def steps_in(record: dict[str, Any], name: str, seconds: float) -> float:
+    """How many steps an arm makes in so many CPU seconds; those after `drop_until` cost what vanilla's do."""
+    arm, own = ARMS[name], step_seconds(record, name)
+    until = seconds / own if arm.drop_until is None else min(seconds / own, arm.drop_until)
+    return until + (seconds - until * own) / step_seconds(record, VANILLA)
+
+
+def ends(record: dict[str, Any], name: str) -> tuple[float, float]:
+    """The steps at which an arm is compared with the end of vanilla's training: as many, and those of as much time."""
+    seconds = EQUAL_STEPS * step_seconds(record, VANILLA)
+    return EQUAL_STEPS, min(steps_in(record, name, seconds), ARMS[name].steps)
+
+
+def right_at(record: dict[str, Any], name: str, inference: str, step: float) -> Array | None:
+    """(seeds, questions) of an arm after `step` steps, in a straight line between two points of the curve.
+
+    None where the arm was not asked in this way.
+    """
+    seeds = []
+    for run in runs_of(record, name):
+        pairs = zip(run["steps"], run["right"], strict=True)
+        points = [(at, unpacked(right[inference])) for at, right in pairs if inference in right]
+        if not points:
+            return None
+        before = max((point for point in points if point[0] <= step), default=points[0], key=lambda point: point[0])
+        after = min((point for point in points if point[0] >= step), default=points[-1], key=lambda point: point[0])
+        share = (step - before[0]) / (after[0] - before[0]) if after[0] > before[0] else 0.0
+        seeds.append(before[1] + share * (after[1] - before[1]))
+    return np.array(seeds)
+
+
+def claim_lines(record: dict[str, Any], scenes: Array) -> list[str]:
+    """Each arm at vanilla's number of steps and at vanilla's CPU time, asked in each way."""
+    heads = ["trained with", "a step (CPU s)", "ratio", "inference", "at equal steps", "minus vanilla"]
+    heads += ["steps in equal time", "at equal time", "minus vanilla"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, bits in record["start"].items():
+        lines.append(f"| not at all | | | {name} | {with_seeds(unpacked(bits)[None], scenes)} | | | | |")
+    for name in measured(record):
+        own, (equal, timed) = step_seconds(record, name), ends(record, name)
+        for inference in inferences(name, ARMS[name].steps):
+            cells = [name, f"{own:.3f}", f"{own / step_seconds(record, VANILLA):.2f}", inference]
+            cells += compared(record, name, inference, equal, scenes)
+            cells += [f"{timed:.0f}", *compared(record, name, inference, timed, scenes)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def compared(record: dict[str, Any], name: str, inference: str, step: float, scenes: Array) -> list[str]:
+    """The accuracy of an arm after `step` steps, and its paired difference to vanilla's at its end, asked alike."""
+    right, base = (right_at(record, *where) for where in ((name, inference, step), (VANILLA, inference, EQUAL_STEPS)))
+    assert right is not None
+    difference = "" if base is None or name == VANILLA else with_seeds(right - base, scenes).signed()
+    return [str(with_seeds(right, scenes)), difference]
+
+
+def claim_kind_lines(record: dict[str, Any], kinds: Array) -> list[str]:
+    """By group of question, at equal time: one that asks for several places at once, and all others."""
+    rows = kinds == "read_row"
+    lines = ["| trained with | inference | read_row | the five other kinds |", "|---|---|---|---|"]
+    for name in measured(record):
+        for inference in inferences(name, ARMS[name].steps):
+            right = right_at(record, name, inference, ends(record, name)[1])
+            assert right is not None
+            parts = f"{100 * right[:, rows].mean():.1f} | {100 * right[:, ~rows].mean():.1f}"
+            lines.append(f"| {name} | {inference} | {parts} |")
+    return lines
+
+
+def curve_lines(record: dict[str, Any]) -> list[str]:
+    """Learning curves: accuracy without dropping and as trained, means over seeds."""
+    points = range(EVERY, MORE_STEPS + 1, EVERY)
+    lines = ["| trained with | inference | " + " | ".join(f"{step} steps" for step in points) + " |"]
+    lines.append("|---" * (len(points) + 2) + "|")
+    for name in measured(record):
+        own = name if name in inferences(name, ARMS[name].steps) else "λ = 0.5"
+        for inference in dict.fromkeys([VANILLA, own]):
+            cells = []
+            for step in points:
+                right = right_at(record, name, inference, step) if step <= ARMS[name].steps else None
+                cells.append("" if right is None else f"{100 * right.mean():.1f}")
+            lines.append(f"| {name} | {inference} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":
