@@ -95,10 +95,8 @@ def bench(
         raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
     if plot and overhead:
         raise InputError("--plot draws seconds and memory, of which --overhead measures none; leave one of them out")
-    if not train and not optimizer:
-        raise InputError("--no-optimizer belongs to --train")
-    if not train and lora_rank is not None:
-        raise InputError("--lora-rank belongs to --train")
+    if not train:
+        _check_training_alone(optimizer, lora_rank)
     if plot:
         with user_input():
             check_plot_path(plot)
@@ -143,6 +141,15 @@ def _batches(text: str) -> tuple[int, ...]:
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise InputError(f"--batch must be different whole numbers from 1 on, with commas between them; got {text!r}")
     return sizes
+
+
+def _check_training_alone(optimizer: bool, lora_rank: int | None) -> None:
+    from pyramiddrop.inference.errors import InputError
+
+    if not optimizer:
+        raise InputError("--no-optimizer belongs to --train")
+    if lora_rank is not None:
+        raise InputError("--lora-rank belongs to --train")
 
 
 def _draw(record: dict[str, Any], path: Path) -> None:
