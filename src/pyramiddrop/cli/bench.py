@@ -89,14 +89,9 @@ def bench(
     from pyramiddrop.report.speed_plot import check_plot_path
     from pyramiddrop.speed.bench import BenchOptions, prepare_bench
 
-    if train and overhead:
-        raise InputError("--train and --overhead measure different things; give one of them")
-    if (train or overhead) and new_tokens is not None:
-        raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
+    _check_kind(train, overhead, optimizer, lora_rank, new_tokens)
     if plot and overhead:
         raise InputError("--plot draws seconds and memory, of which --overhead measures none; leave one of them out")
-    if not train:
-        _check_training_alone(optimizer, lora_rank)
     if plot:
         with user_input():
             check_plot_path(plot)
@@ -143,12 +138,17 @@ def _batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _check_training_alone(optimizer: bool, lora_rank: int | None) -> None:
+def _check_kind(train: bool, overhead: bool, optimizer: bool, lora_rank: int | None, new_tokens: int | None) -> None:
+    """InputError for options that belong to another kind of measurement."""
     from pyramiddrop.inference.errors import InputError
 
-    if not optimizer:
+    if train and overhead:
+        raise InputError("--train and --overhead measure different things; give one of them")
+    if (train or overhead) and new_tokens is not None:
+        raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
+    if not train and not optimizer:
         raise InputError("--no-optimizer belongs to --train")
-    if lora_rank is not None:
+    if not train and lora_rank is not None:
         raise InputError("--lora-rank belongs to --train")
 
 
