@@ -36,6 +36,7 @@ NOT_RUN = {
     r"^git clone": "downloads",
     r"^\.ci/|^\.venv/|pre-commit": "makes an environment of its own",
     r"^lmms-eval|--tasks mme": "needs lmms-eval, which has its own environment (.ci/lmms), and downloads",
+    r"^swift ": "needs ms-swift, which has an environment of its own (.ci/swift)",
     r"^vllm serve|pyramiddrop serve": "needs vLLM, which has an environment of its own (.ci/vllm), and never ends",
     r"Qwen/": "downloads a checkpoint; a video needs torchvision as well",
     r"bench --shape (llava|mid|small|qwen)": "takes minutes to hours and up to 30 GB of memory",

@@ -16,12 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("script", ["vllm", "lmms"])
+@pytest.mark.parametrize("script", ["vllm", "lmms", "swift"])
 @pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
 def test_an_environment_that_cannot_be_made_is_skipped_and_in_ci_fails(
     script: str, ci: str, code: int, tmp_path: Path
 ) -> None:
-    unmade = {"PYTHON": "false", "VLLM_ENV": str(tmp_path / "none"), "LMMS_ENV": str(tmp_path / "none"), "CI": ci}
+    nowhere = dict.fromkeys(("VLLM_ENV", "LMMS_ENV", "SWIFT_ENV"), str(tmp_path / "none"))
+    unmade = {"PYTHON": "false", "CI": ci} | nowhere
     done = subprocess.run([ROOT / ".ci" / script], env=os.environ | unmade, capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr.startswith("SKIPPED: ")

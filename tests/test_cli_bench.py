@@ -143,6 +143,7 @@ def test_threads_are_given_back() -> None:
         (["--method", "vanilla"], "vanilla is always measured"),
         (["--train", "--new-tokens", "3"], "--new-tokens means nothing with --train"),
         (["--no-optimizer"], "--no-optimizer belongs to --train"),
+        (["--lora-rank", "4"], "--lora-rank belongs to --train"),
         (["--plot", "speed.xyz"], "a plot must be one of"),
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
         (["--device", "mps"], "mps"),

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from checks import HALVES, method_of
+import reference
+from checks import HALVES, method_of, same_gradients
 from pyramiddrop import PyramidDrop, VisionDrop
 from pyramiddrop.assets import demo_images, digits_checkpoint
 from tiny import Answer, collate, make_batch, make_rows, tiny_model
@@ -307,6 +309,83 @@ def test_labels_that_are_no_tokens_labels_ask_nothing() -> None:
     del inputs["attention_mask"]
     with said("it has no labels"), method_of(HALVES)(model):
         model(**inputs, labels=torch.tensor([1]))
+
+
+# --- Labels of some columns alone -----------------------------------------------------------------------------------
+
+
+def cut_to_the_last(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As ms-swift does: the columns from the one that predicts the first answer on."""
+    labels = inputs["labels"]
+    count = labels.shape[1] - int((labels != -100).int().argmax(-1).min()) + 1
+    return inputs | {"labels": labels[:, -count:], "logits_to_keep": count}
+
+
+def cut_to_a_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As ms-swift does with one sample: the columns that predict an answer, and the last one."""
+    scored = inputs["labels"][0] != -100
+    kept = torch.cat([scored[1:], torch.tensor([True])])
+    return inputs | {"labels": pad(inputs["labels"][:, scored], (1, 0), value=-100), "logits_to_keep": kept}
+
+
+def cut_to_indices(inputs: dict[str, Any]) -> dict[str, Any]:
+    cut = cut_to_a_mask(inputs)
+    return cut | {"logits_to_keep": cut["logits_to_keep"].nonzero()[:, 0]}
+
+
+CUTS: list[Any] = [
+    (cut_to_the_last, [TURNS, [2, "image", 1, "image", 2, Answer(4)], [4, Answer(2)]]),
+    (cut_to_a_mask, [TURNS]),
+    (cut_to_indices, [TURNS]),
+]
+
+
+@pytest.mark.fast_cases(3)
+@pytest.mark.parametrize("logits", ["auto", "full", "kept"])
+@pytest.mark.parametrize(("cut", "specs"), CUTS)
+def test_labels_of_some_columns_alone_give_the_loss_of_all(cut: Any, specs: list[Any], logits: str) -> None:
+    """Against the reference with the labels of all tokens; the logits are those that were asked for."""
+    expected_model, inputs = tiny_model().train(), labelled(*specs)
+    expected = reference.train(expected_model, HALVES, inputs)
+    expected.loss.backward()
+    model, short = tiny_model().train(), cut(inputs)
+    with said(), method_of(HALVES, logits=logits)(model) as trace:
+        output = model(**short)
+        output.loss.backward()
+    assert max(trace.lengths) > min(trace.lengths)
+    assert output.logits.shape[:2] == short["labels"].shape
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    same_gradients(
+        {name: one.grad for name, one in model.named_parameters() if one.grad is not None},
+        {name: one.grad for name, one in expected_model.named_parameters() if one.grad is not None},
+    )
+
+
+@pytest.mark.parametrize("cut", [cut_to_the_last, cut_to_a_mask])
+def test_labels_of_some_columns_at_keep_one(cut: Any) -> None:
+    model, inputs = tiny_model().train(), cut(labelled(TURNS))
+    vanilla = model(**inputs)
+    with PyramidDrop(layers=[2, 4], keep=[1.0, 1.0])(model):
+        output = model(**inputs)
+    assert torch.equal(output.loss, vanilla.loss)
+    assert torch.equal(output.logits, vanilla.logits)
+
+
+def test_labels_of_visual_tokens_are_ignored_in_some_columns_alone() -> None:
+    """The last ten visual tokens and the text behind them are supervised, as if a collator had not masked them."""
+    inputs = labelled(TURNS)
+    clean = outcome(tiny_model(), cut_to_a_mask(inputs))
+    inputs["labels"][0, VISUAL.stop - 10 : VISUAL.stop] = inputs["input_ids"][0, VISUAL.stop - 10 : VISUAL.stop]
+    for cut in (cut_to_the_last, cut_to_a_mask):
+        loss, kept = outcome(tiny_model(), cut(inputs))
+        assert (loss.item(), kept) == (pytest.approx(clean[0].item(), rel=1e-6), clean[1])
+
+
+def test_labels_that_do_not_fit_the_columns_ask_nothing() -> None:
+    model, inputs = tiny_model().train(), labelled(TURNS)
+    short = inputs | {"labels": inputs["labels"][:, -6:], "logits_to_keep": 5}
+    with said("it has no labels"), method_of(HALVES)(model), pytest.raises(ValueError, match="batch"):
+        model(**short)
 
 
 # --- TRL's own collator ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.timing import Clock, CpuClock, Spread, WallClock, clock_for, in_turn
 from pyramiddrop.speed import generation, training
 from pyramiddrop.speed.memory import peak_memory
-from pyramiddrop.speed.predicted import choose_variants, predict
+from pyramiddrop.speed.predicted import choose_variants, predict, predict_step
 from pyramiddrop.speed.record import generation_records, training_records
 from pyramiddrop.speed.subject import SHAPES, Subject, shape_subject
 from pyramiddrop.speed.training import measure_training, training_variants
@@ -262,16 +262,41 @@ def test_training_without_an_optimizer(subject: Subject) -> None:
     assert result.whole == result.gradients
 
 
+def test_training_adapters_leaves_the_model_as_it_was(subject: Subject) -> None:
+    """Less memory than all weights take, fewer FLOPs, and neither adapters nor frozen weights afterwards."""
+    pytest.importorskip("peft")
+    before = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
+    variants = training_variants(variants_for(subject, "pyramiddrop"))[:2]
+    whole = measure_training(subject, variants, 1, 1, Ticks())
+    adapted = measure_training(subject, variants, 1, 1, Ticks(), lora_rank=2)
+    for one, other in zip(whole, adapted, strict=True):
+        assert 0 < other.peak_bytes < one.peak_bytes
+        assert one.predicted_flops / 2 < other.predicted_flops < one.predicted_flops
+    assert {name for name, _ in subject.model.named_parameters()} == before.keys()
+    for name, parameter in subject.model.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+
+
 @pytest.mark.slow
 def test_training_flops_against_the_counter_of_pytorch() -> None:
     subject = shape_subject("tiny", CPU, visual=30, text=10)
     subject.model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
     subject.inputs["inputs_embeds"].requires_grad_()  # as behind a projector that is trained
     for variant in training_variants(variants_for(subject, "pyramiddrop")):
+        measure_training(subject, [variant], 1, 1, Ticks(), optimizer=False)  # a first ranking checks itself
         with training._training(subject.model), FlopCounterMode(display=False) as counter:
             training._gradients(subject, variant, 1, Ticks())
         (result,) = measure_training(subject, [variant], 1, 1, Ticks(), optimizer=False)
         assert result.predicted_flops == pytest.approx(counter.get_total_flops(), rel=0.01), variant
+        with pytest.MonkeyPatch.context() as patch:  # what LoRA leaves of it, without the adapters
+            for parameter in subject.model.parameters():
+                patch.setattr(parameter, "requires_grad", False)
+            with training._training(subject.model), FlopCounterMode(display=False) as counter:
+                training._gradients(subject, variant, 1, Ticks())
+        kept, shape = variant.logits == "kept", subject.info.shape
+        frozen = predict_step(variant.cost, shape, subject.prompt, 1, kept, variant.checkpointing, frozen=True)
+        assert frozen == pytest.approx(counter.get_total_flops(), rel=0.01), variant
 
 
 def test_random_weights_are_made_the_same_each_time_and_leave_the_random_state_alone() -> None:

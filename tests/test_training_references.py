@@ -39,7 +39,7 @@ def rows(**columns: Any) -> Any:
 def arguments(kind: type, folder: Path, **changes: Any) -> Any:
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     small = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False}
-    return kind(str(folder), gradient_checkpointing=False, **quiet, **small, **changes)
+    return kind(str(folder), **({"gradient_checkpointing": False} | quiet | small | changes))
 
 
 def dpo(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
@@ -154,3 +154,101 @@ def test_other_trainings_hear_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs, labels=labels)
+
+
+# --- GRPO -----------------------------------------------------------------------------------------------------------
+
+
+Row = tuple[int, ...]  # the tokens of a prompt and its completion, without padding
+
+
+class Scored:
+    """What GRPOTrainer generates and scores, by row: the kept columns, and the log-probability of each new token."""
+
+    def __init__(self, model: Any, trainer: Any, trace: Any, reference: Any) -> None:
+        self.generated: dict[Row, Any] = {}
+        self.trained: dict[Row, Any] = {}
+        self.reference: dict[Row, Any] = {}
+        generate, score = model.generate, trainer._get_per_token_logps_and_entropies
+        padding = model.config.pad_token_id
+
+        def note(found: dict[Row, Any], columns: Any, ids: Any, logps: Any) -> None:
+            for number, row in enumerate(ids.tolist()):
+                tokens = tuple(token for token in row if token != padding)
+                new = len([token for token in row[-logps.shape[1] :] if token != padding])
+                found[tokens] = ([stage[number] for stage in columns], logps[number, :new].detach())
+
+        def generating(generation_config: Any, **inputs: Any) -> Any:
+            generation_config.output_logits = generation_config.return_dict_in_generate = True
+            output = generate(**inputs, generation_config=generation_config)
+            tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+            logits = torch.stack(output.logits, 1).log_softmax(-1)
+            note(self.generated, kept(trace), output.sequences, logits.gather(-1, tokens[..., None])[..., 0])
+            return output.sequences
+
+        def scoring(scorer: Any, ids: Any, *rest: Any, **others: Any) -> Any:
+            result = score(scorer, ids, *rest, **others)
+            if scorer is trainer.ref_model:
+                note(self.reference, kept(reference), ids, result[0])
+            else:
+                note(self.trained, kept(trace), ids, result[0])
+            return result
+
+        model.generate, trainer._get_per_token_logps_and_entropies = generating, scoring
+
+
+def kept(trace: Any) -> list[list[list[int]]]:
+    """The picture's tokens that each stage keeps, counted from the picture's first."""
+    firsts = [int(columns[0]) for columns in trace.visual_columns]
+    return [
+        [(columns - first).tolist() for columns, first in zip(stage.kept, firsts, strict=True)]
+        for stage in trace.stages
+    ]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_grpo_generates_and_trains_with_the_same_rows(alike: bool, tmp_path: Path) -> None:
+    """Log-probabilities of training are those of generation, and at the first step, to the bit, the reference's; not so
+    for a reference that drops otherwise. Prompts of two lengths; the reward function sees the pictures."""
+    model, seen = new_model(), []
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.model.language_model.norm.weight *= 0.3  # flatter: completions of several tokens
+    model.save_pretrained(tmp_path / "start")
+    model.config._name_or_path = str(tmp_path / "start")
+    trace = apply(model, PyramidDrop())
+
+    def reward(completions: Any, images: Any, **_: Any) -> list[float]:
+        seen.extend(images)
+        return [float(number) for number in range(len(completions))]
+
+    other = [{"role": "user", "content": "Which digit is red, and at which row?"}]
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=reward,
+        args=arguments(
+            trl.GRPOConfig,
+            tmp_path,
+            num_generations=2,
+            max_completion_length=6,
+            beta=0.1,
+            per_device_train_batch_size=4,
+        ),
+        train_dataset=datasets.concatenate_datasets([rows(), rows().map(lambda row: {"prompt": other})]),
+        processing_class=load_processor(digits_checkpoint()),
+    )
+    reference = apply(trainer.ref_model, PyramidDrop(lam=0.5 if alike else 0.3))
+    found = Scored(model, trainer, trace, reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    assert len(seen) == 4
+    assert all(isinstance(pictures[0], Image.Image) for pictures in seen)
+    assert found.generated.keys() == found.trained.keys() == found.reference.keys()
+    assert max(len(logps) for _, logps in found.generated.values()) > 1
+    for row, (columns, logps) in found.trained.items():
+        generated, by_reference = found.generated[row], found.reference[row]
+        assert columns == generated[0]
+        assert torch.allclose(logps, generated[1], atol=1e-5)
+        assert (columns == by_reference[0]) == alike
+        assert torch.equal(logps, by_reference[1]) == alike

@@ -314,6 +314,109 @@ def test_the_command_survives_a_kill(options: TrainOptions, tmp_path: Path) -> N
     assert len(curves[0]) == 24
 
 
+# --- Evaluated while training ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_answers(data: Path) -> Path:
+    """The same questions with other answers: what is learned from `data` makes their loss grow."""
+    records = json.loads(data.read_text())
+    for number, record in enumerate(records):
+        record["conversations"][1]["value"] = f"w{60 + number} w{61 + number}"
+    path = data.with_name("eval.json")
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.mark.fast_cases(2)
+@pytest.mark.parametrize("recipe", ["all", "projector"])
+def test_the_best_weights_are_those_at_the_end(
+    recipe: str, options: TrainOptions, other_answers: Path, tmp_path: Path
+) -> None:
+    """They are, to the bit, those of a training that ends at the best step."""
+    options = replace(options, recipe=recipe, lr_schedule="constant", warmup=0, learning_rate=0.02, steps=5)
+    job = prepare_training(replace(options, eval_data=str(other_answers), eval_every=1))
+    figures = job.run()
+    losses = {e["step"]: e["eval_loss"] for e in job.trainer.state.log_history if "eval_loss" in e}
+    best = min(losses, key=lambda step: losses[step])
+    assert (len(losses), figures["best_step"], figures["best_eval_loss"]) == (5, best, losses[best])
+    assert best < 5  # or nothing would show that they are loaded
+    assert [path.name for path in options.output.glob("checkpoint-*")] == [f"checkpoint-{best}"]
+    short = prepare_training(replace(options, output=tmp_path / "short", steps=best))
+    short.run()
+    one, two = (pyramiddrop.load(folder, None).state_dict() for folder in (options.output, tmp_path / "short"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert short.trainer.evaluate(short.trainer.train_dataset)["eval_loss"] != pytest.approx(losses[best], rel=0.01)
+    assert short.trainer.evaluate(job.trainer.eval_dataset)["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_the_best_adapters_are_those_at_the_end(options: TrainOptions, other_answers: Path, start: Path) -> None:
+    from peft import PeftModel
+
+    job = prepare_training(
+        replace(
+            options,
+            recipe="lora",
+            lora_rank=4,
+            eval_data=str(other_answers),
+            eval_every=1,
+            learning_rate=0.05,
+            lr_schedule="constant",
+            weight_decay=0.1,
+            steps=4,
+        )
+    )
+    best = job.run()["best_step"]
+    assert best < 4
+    base = AutoModelForImageTextToText.from_pretrained(start)
+    expected = PeftModel.from_pretrained(base, options.output / f"checkpoint-{best}").merge_and_unload().state_dict()
+    found = pyramiddrop.load(options.output, None).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    settings = json.loads((options.output / f"checkpoint-{best}" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8)
+    assert (job.trainer.args.weight_decay, job.trainer.optimizer.param_groups[0]["weight_decay"]) == (0.1, 0.1)
+
+
+# --- λ that changes over the steps ----------------------------------------------------------------------------------
+
+
+class Kept(TrainerCallback):
+    """Notes λ and how many rows the last layer got in each step; asks nothing in evaluations."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.lams, self.counts = model, [], []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.lams.append(pyramiddrop.current_method(self.model).lam)
+        self.counts.append([int(one.numel()) for one in pyramiddrop.trace_of(self.model).stages[-1].kept])
+
+
+def test_lam_changes_over_the_steps(options: TrainOptions, other_answers: Path) -> None:
+    """By the rule, in what is dropped, and what is evaluated and saved has the last one."""
+    options = replace(options, method="pyramiddrop:lam=0.5", first_lam=1.0, epochs=2, batch=2)
+    job = prepare_training(replace(options, eval_data=str(other_answers), eval_every=5))
+    model, evaluated = job.trainer.model, []
+    kept = Kept(model)
+    job.trainer.add_callback(kept)
+    evaluating = job.trainer.prediction_step
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        evaluated.append(pyramiddrop.current_method(model).lam)
+        return evaluating(*args, **kwargs)
+
+    job.trainer.prediction_step = noting
+    job.run()
+    assert kept.lams == [round(1 - 0.5 * step / 11, 2) for step in range(12)]
+    for lam, counts in zip(kept.lams, kept.counts, strict=True):
+        assert all(count in {0, int(16 * lam**3), int(32 * lam**3)} for count in counts)
+    assert max(kept.counts[0]) >= 16 > max(kept.counts[-1]) > 0
+    assert set(evaluated) == {0.5}
+    saved = [Method.from_pretrained(folder) for folder in (options.output, *options.output.glob("checkpoint-*"))]
+    assert len(saved) > 1
+    assert set(saved) == {PyramidDrop(lam=0.5, logits="kept")}
+    assert "λ began at 1 and went to this" in ModelCard.load(options.output / "README.md").text
+
+
 # --- What is refused, and what is said ------------------------------------------------------------------------------
 
 
@@ -328,6 +431,14 @@ def test_the_command_survives_a_kill(options: TrainOptions, tmp_path: Path) -> N
         ({"model": "./nowhere"}, "no such folder"),
         ({"resume": True}, "nothing to resume"),
         ({"chat_template": Path("missing.jinja")}, "cannot read missing.jinja"),
+        ({"eval_data": "a.json"}, "--eval-data and --eval-every go together"),
+        ({"eval_data": "a.json", "eval_every": 2, "save_every": 4}, "--save-every 4 must be --eval-every 2"),
+        ({"eval_data": "gone.json", "eval_every": 2}, "no such file: gone.json"),
+        ({"report_to": ["papers"]}, "--report-to papers is not installed"),
+        ({"lr_schedule": "steep"}, "--lr-schedule 'steep' is not one of linear, cosine"),
+        ({"first_lam": 0.9}, r"--lam 0.9:... changes λ over the steps, and PyramidDrop\(layers="),
+        ({"first_lam": 1.5, "method": "random"}, r"λ of the first step must be in \(0, 1\]; got 1.5"),
+        ({"first_lam": 1.0, "method": "fastv"}, r"and FastV\(\) has no λ; give a pyramiddrop, random or uniform"),
         ({"max_length": 10}, r"train\.json\[1\]: .* more than --max-length 10"),
     ],
 )

@@ -18,6 +18,7 @@ from tiny import Answer, collate, make_rows, tiny_model
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+accelerate = pytest.importorskip("accelerate")
 
 TURNS = [3, "image", 4, Answer(3), 5, Answer(2)]
 SPECS: list[list[Any]] = [
@@ -107,6 +108,26 @@ def by_loop(model: PreTrainedModel, rows: Rows, folder: Path, **changes: Any) ->
     return losses
 
 
+def by_accelerate(model: PreTrainedModel, rows: Rows, folder: Path, **changes: Any) -> list[float]:
+    """accelerate's loop, as its documentation writes it, with its accumulation."""
+    if changes.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True)
+    loader = torch.utils.data.DataLoader(rows.table, batch_size=BATCH, collate_fn=rows.collate)
+    prepared, optimizer, batches = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE), loader)
+    counts, losses, total = [(step["labels"][:, 1:] != -100).sum() for step in rows.steps()], [], 0.0
+    for number, batch in enumerate(batches):
+        with accelerator.accumulate(prepared):
+            loss = prepared(**batch, num_items_in_batch=counts[number // ACCUMULATED]).loss
+            accelerator.backward(loss * ACCUMULATED)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item()
+        if number % ACCUMULATED == ACCUMULATED - 1:
+            losses, total = [*losses, total], 0.0
+    return losses
+
+
 def by_trainer(model: PreTrainedModel, rows: Rows, folder: Path, **changes: Any) -> list[float]:
     trainer = Trainer(
         model, arguments(TrainingArguments, folder, **changes), data_collator=rows.collate, train_dataset=rows.table
@@ -145,7 +166,7 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("logits", ["full", "kept"])
-@pytest.mark.parametrize("run", [by_loop, by_trainer])
+@pytest.mark.parametrize("run", [by_loop, by_accelerate, by_trainer])
 def test_loops_and_trainers(
     run: Callable[..., list[float]], logits: str, checkpointing: bool, expected: Any, tmp_path: Path
 ) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pyramiddrop.cli.options import HOW, OUTPUT, WHAT, AsJson, Device, Dtype, Images, Methods
 from pyramiddrop.cli.terminal import progress, spinner, stderr, stdout
-
-if TYPE_CHECKING:
-    from pyramiddrop.speed.bench import Bench
 
 SUBJECT = "What is measured"
 NEW_TOKENS = 32
@@ -69,6 +65,10 @@ def bench(
     optimizer: Annotated[
         bool, typer.Option("--optimizer/--no-optimizer", help="Of --train: AdamW steps, too.", rich_help_panel=HOW)
     ] = True,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --train: LoRA of this rank. (default: all weights)", rich_help_panel=HOW),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, e.g. 1,4.", rich_help_panel=HOW)] = "1",
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to generate. (default: 32)", rich_help_panel=HOW)
@@ -89,14 +89,9 @@ def bench(
     from pyramiddrop.report.speed_plot import check_plot_path
     from pyramiddrop.speed.bench import BenchOptions, prepare_bench
 
-    if train and overhead:
-        raise InputError("--train and --overhead measure different things; give one of them")
-    if (train or overhead) and new_tokens is not None:
-        raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
+    _check_kind(train, overhead, optimizer, lora_rank, new_tokens)
     if plot and overhead:
         raise InputError("--plot draws seconds and memory, of which --overhead measures none; leave one of them out")
-    if not train and not optimizer:
-        raise InputError("--no-optimizer belongs to --train")
     if plot:
         with user_input():
             check_plot_path(plot)
@@ -120,7 +115,12 @@ def bench(
         ready = prepare_bench(options, lambda reason: stderr().print(reason, soft_wrap=True))
     with progress() as begin:
         tick = begin("measuring", ready.runs(repeats, train))
-        record = _measure(ready, train, overhead, optimizer, new_tokens or NEW_TOKENS, repeats, tick)
+        if train:
+            record = ready.training(repeats, optimizer, tick, lora_rank)
+        elif overhead:
+            record = ready.overhead(repeats, tick)
+        else:
+            record = ready.generation(new_tokens or NEW_TOKENS, repeats, tick)
     if plot:
         _draw(record, plot)
     if as_json:
@@ -138,20 +138,18 @@ def _batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _measure(
-    ready: Bench,
-    train: bool,
-    overhead: bool,
-    optimizer: bool,
-    new_tokens: int,
-    repeats: int,
-    tick: Callable[[], None],
-) -> dict[str, Any]:
-    if train:
-        return ready.training(repeats, optimizer, tick)
-    if overhead:
-        return ready.overhead(repeats, tick)
-    return ready.generation(new_tokens, repeats, tick)
+def _check_kind(train: bool, overhead: bool, optimizer: bool, lora_rank: int | None, new_tokens: int | None) -> None:
+    """InputError for options that belong to another kind of measurement."""
+    from pyramiddrop.inference.errors import InputError
+
+    if train and overhead:
+        raise InputError("--train and --overhead measure different things; give one of them")
+    if (train or overhead) and new_tokens is not None:
+        raise InputError(f"--new-tokens means nothing with --{'train' if train else 'overhead'}, which generates none")
+    if not train and not optimizer:
+        raise InputError("--no-optimizer belongs to --train")
+    if not train and lora_rank is not None:
+        raise InputError("--lora-rank belongs to --train")
 
 
 def _draw(record: dict[str, Any], path: Path) -> None:

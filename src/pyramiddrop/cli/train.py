@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli.options import HOW, OUTPUT, AsJson, MethodOptions, OneMethod, with_groups
+from pyramiddrop.cli.options import HOW, OUTPUT, AsJson, MethodOptions, OneMethod, numbers, with_groups
 from pyramiddrop.cli.terminal import stderr, stdout
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def train(
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file instead of the checkpoint's.", rich_help_panel=DATA)
     ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(help="Evaluate with these samples; the best checkpoint is the result.", rich_help_panel=DATA),
+    ] = None,
     method: OneMethod = None,
     dropping: MethodOptions,
     recipe: Annotated[
@@ -67,6 +72,17 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(min=0, help="The peak. (default: the recipe's)", rich_help_panel=HOW)
     ] = None,
+    lr_schedule: Annotated[
+        str, typer.Option(help="cosine, linear, constant_with_warmup, ...", rich_help_panel=HOW)
+    ] = "cosine",
+    warmup: Annotated[
+        float | None,
+        typer.Option(min=0, help="Steps until the peak; below 1 a share of all. (default: 0.03)", rich_help_panel=HOW),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.", rich_help_panel=HOW)] = 0.0,
+    lora_rank: Annotated[
+        int, typer.Option(min=1, help="Of the recipe lora; its alpha is twice as much.", rich_help_panel=HOW)
+    ] = 128,
     checkpointing: Annotated[
         bool, typer.Option(help="Compute layers again in the backward pass to save memory.", rich_help_panel=HOW)
     ] = True,
@@ -78,6 +94,12 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=OUTPUT)
     ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations with --eval-data.", rich_help_panel=OUTPUT)
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="tensorboard, wandb, ... with commas between them; or none.", rich_help_panel=OUTPUT)
+    ] = "tensorboard",
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.", rich_help_panel=OUTPUT)] = 10,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint.", rich_help_panel=OUTPUT)
@@ -86,6 +108,8 @@ def train(
 ) -> None:
     """Train on conversations about pictures, answers alone supervised, with tokens dropped as in inference.
 
+    `--lam 1.0:0.5` takes λ in a straight line from 1 at the first step to 0.5 at the last.
+
     One process: `pyramiddrop train ...`; many: `accelerate launch --config_file FILE -m pyramiddrop train ...`.
     """
     from pyramiddrop.inference.errors import user_input
@@ -93,6 +117,7 @@ def train(
     with user_input("training needs more packages, pip install 'pyramiddrop[train]'", (ImportError,)):
         from pyramiddrop.training.run import TrainOptions
 
+    first_lam, dropping = _curriculum(dropping)
     options = TrainOptions(
         model=model,
         data=data,
@@ -100,11 +125,19 @@ def train(
         images=images,
         recipe=recipe,
         method=dropping.spec(method),
+        first_lam=first_lam,
         epochs=epochs,
         steps=steps,
         batch=batch,
         device_batch=device_batch,
         learning_rate=learning_rate,
+        lr_schedule=lr_schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        lora_rank=lora_rank,
+        eval_data=eval_data,
+        eval_every=eval_every,
+        report_to=report_to.split(","),
         max_length=max_length,
         checkpointing=checkpointing,
         skip_broken=skip_broken,
@@ -120,6 +153,14 @@ def train(
     figures = job.run()
     if _speaks():
         _show(job, figures, as_json)
+
+
+def _curriculum(dropping: MethodOptions) -> tuple[float | None, MethodOptions]:
+    """λ of the first step, of `--lam FIRST:LAST`, and the options with the last one; None for a constant λ."""
+    first, colon, last = (dropping.lam or "").partition(":")
+    if not colon:
+        return None, dropping
+    return numbers("lam", first, float)[0], replace(dropping, lam=last)
 
 
 def _prepare(options: TrainOptions) -> TrainingJob:
@@ -147,6 +188,9 @@ def _show(job: TrainingJob, figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"output": str(job.options.output), **figures}, indent=2))
     else:
+        if "best_step" in figures:
+            best = f"of step {figures['best_step']}, with the lowest evaluation loss, {figures['best_eval_loss']:.4g}"
+            stdout().print(f"the weights are those {best}", soft_wrap=True)
         stdout().print(f"trained model: {job.options.output}", soft_wrap=True)
 
 

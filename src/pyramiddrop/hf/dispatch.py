@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyramiddrop.hf.cache_state import CacheState, check_lengths, forget, past_length
 from pyramiddrop.hf.compatibility import calling_trainer
@@ -23,7 +24,9 @@ from pyramiddrop.hf.prompt_masks import (
     GivenMasks,
     Prompt,
     PromptMasks,
+    call_shape,
     extend_prompt_masks,
+    labelled_columns,
     read_prompt,
     read_prompt_masks,
     remark,
@@ -151,12 +154,21 @@ class Dispatcher:
 
     def ignore_labels(self, call: Kwargs, plan: Plan) -> None:
         """Take the labels out of `call` that nothing is left to predict: they would be scored on zero vectors."""
-        if plan.ignored is not None:
-            call["labels"] = call["labels"].masked_fill(plan.ignored.to(call["labels"].device), IGNORED_LABEL)
+        if plan.ignored is None:
+            return
+        ignored, columns = plan.ignored.to(call["labels"].device), labelled_columns(call, (plan.batch, plan.length))
+        if columns is not None:
+            ignored = pad(ignored[:, columns.to(ignored.device)], (1, 0))
+        call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)
 
     def labels_to_shorten(self, call: Kwargs) -> Tensor | None:
-        """The labels, if the loss is taken on the rows that are left alone, and logits are computed for no others."""
+        """The labels, if the loss is taken on the rows that are left alone, and logits are computed for no others.
+
+        Labels of some columns alone (`logits_to_keep`) are not: their caller wants the logits of just these columns.
+        """
         labels: Tensor | None = call.get("labels")
+        if labels is not None and labels.shape != call_shape(call):
+            return None
         if self.rules.logits == "auto":
             # Whoever evaluates reads logits beside the labels; whoever trains reads the loss, but for preferences.
             trains = labels is not None and self.info.text.training and torch.is_grad_enabled()

@@ -220,10 +220,37 @@ def _prompt_columns(shape: tuple[int, int], candidates: int) -> Tensor:
 def _supervised(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
     """(B, L) bool, the tokens with a label; None without labels, and if they are not those of tokens."""
     labels = call.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != shape:
+    if not isinstance(labels, Tensor):
         return None
-    supervised: Tensor = labels.cpu() != IGNORED_LABEL
+    if labels.shape == shape:
+        return labels.cpu() != IGNORED_LABEL
+    columns = labelled_columns(call, shape)
+    if columns is None:
+        return None
+    supervised = torch.zeros(shape, dtype=torch.bool)
+    supervised[:, columns] = labels[:, 1:].cpu() != IGNORED_LABEL
     return supervised
+
+
+def labelled_columns(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """(N - 1,) long, the columns of the tokens that (B, N) labels name beside their first, which is never scored.
+
+    A trainer that wants the logits of N columns alone (`logits_to_keep`: the last N, or those that a mask or indices
+    name) gives as many labels. The loss shifts them by one, so that the k-th of these columns predicts label k + 1;
+    the token of that label is the one behind the column.
+
+    Returns:
+        None if the labels are as many as the tokens, and if they do not fit `logits_to_keep`.
+    """
+    labels, keep = call.get("labels"), call.get("logits_to_keep", 0)
+    if not isinstance(labels, Tensor) or labels.shape == shape:
+        return None
+    columns = torch.arange(shape[1])
+    columns = columns[keep.cpu()] if isinstance(keep, Tensor) else columns[-keep or 0 :]
+    behind = columns[:-1] + 1
+    if labels.shape != (shape[0], len(columns)) or bool((behind >= shape[1]).any()):
+        return None
+    return behind
 
 
 def _ignored(labels: Tensor, droppable: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor | None:

@@ -94,17 +94,31 @@ class Bench:
         setting = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock.name}
         return self._record("generation", setting, generation_records(results))
 
-    def training(self, repeats: int, optimizer: bool, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Measure training steps, with AdamW's update where `optimizer`; see :meth:`generation`."""
+    def training(
+        self,
+        repeats: int,
+        optimizer: bool,
+        tick: Callable[[], None] = lambda: None,
+        lora_rank: int | None = None,
+    ) -> dict[str, Any]:
+        """Measure training steps, with AdamW's update where `optimizer`; see :meth:`generation`.
+
+        Args:
+            lora_rank: of the adapters that are trained; None: all weights are.
+        """
         clock = clock_for(self.subject.model.device, self.threads)
         variants = training_variants(self.variants)
         with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
             results = [
                 result
                 for batch in self.batches
-                for result in measure_training(self.subject, variants, batch, repeats, clock, optimizer, tick)
+                for result in measure_training(
+                    self.subject, variants, batch, repeats, clock, optimizer, tick, lora_rank
+                )
             ]
         setting = {"optimizer": "AdamW" if optimizer else None, "repeats": repeats, "clock": clock.name}
+        if lora_rank is not None:
+            setting["lora_rank"] = lora_rank
         return self._record("training", setting, training_records(results))
 
     def decoding(

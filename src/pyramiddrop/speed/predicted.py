@@ -69,21 +69,37 @@ def _skipped(mixer: Mixer, rows: int) -> int:
 
 
 def predict_step(
-    variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int, kept_logits: bool, checkpointing: bool
+    variant: MethodCost,
+    shape: DecoderShape,
+    prompt: Prompt,
+    batch: int,
+    kept_logits: bool,
+    checkpointing: bool,
+    frozen: bool = False,
 ) -> int:
     """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
+
+    Where the weights are `frozen`, the backward of a matrix is one forward, the gradient of its input; that of
+    attention stays two. Adapters around frozen weights, which are few, are not counted.
 
     Checkpointing computes the layers' forward twice, but for the MLP's last product, of which the backward needs but
     the factors; the ranking and the head it does not.
     """
     rows = rows_by_layer(variant, prompt)
-    decoder = 3 * variant.cost.full.decoder
+    spared = _attention(shape, rows) - variant.cost.full.decoder if frozen else 0
+    decoder = 3 * variant.cost.full.decoder + spared
     if checkpointing:
         visual = variant.cost.visual_by_layer
         last = sum(2 * shape.hidden * shape.mlp_values(layer, rows[layer], visual[layer]) for layer in range(len(rows)))
         decoder += variant.cost.full.decoder - last
-    head = 3 * head_flops(shape, rows[-1] if kept_logits else rows[0])
+    head = (2 if frozen else 3) * head_flops(shape, rows[-1] if kept_logits else rows[0])
     return batch * (decoder + variant.cost.full.ranking + head)
+
+
+def _attention(shape: DecoderShape, rows: Sequence[int]) -> int:
+    """FLOPs of the products of queries with keys and of weights with values, over all pairs of rows."""
+    mixers = (shape.mixer(layer) for layer in range(len(rows)))
+    return sum(2 * n * n * (one.query_width + one.value_width) for one, n in zip(mixers, rows, strict=True))
 
 
 def rows_by_layer(variant: MethodCost, prompt: Prompt) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.resolve import with_logits
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
@@ -94,19 +95,21 @@ def measure_training(
     clock: Clock,
     optimizer: bool = True,
     tick: Callable[[], None] = lambda: None,
+    lora_rank: int | None = None,
 ) -> list[TrainingStep]:
-    """Train all weights for a step on `batch` equal samples for each of `variants`, in turn, `repeats` times each.
+    """Train for a step on `batch` equal samples for each of `variants`, in turn, `repeats` times each.
 
     A first round warms up and is watched for its memory; its times are not counted.
 
     Args:
         optimizer: whether AdamW steps, too. Its learning rate is zero: every step starts from the same weights.
         tick: called after every step, also of the first round.
+        lora_rank: of adapters on every linear layer of the decoder, which are trained; None: all weights are.
     """
     times: list[list[StepTimes]] = [[] for _ in variants]
     peaks = [0] * len(variants)
-    adam = _adam(subject.model) if optimizer else None
-    with _training(subject.model):
+    with _training(subject.model), _adapted(subject, lora_rank):
+        adam = _adam(subject.model) if optimizer else None
         for turn, (index, variant) in in_turn(list(enumerate(variants)), repeats + 1):
             if turn:
                 times[index].append(_step(subject, variant, batch, adam, clock))
@@ -117,11 +120,17 @@ def measure_training(
                 _update(adam)
             subject.model.zero_grad(set_to_none=True)
             tick()
-    return [_summed(subject, *found, batch) for found in zip(variants, times, peaks, strict=True)]
+    frozen = lora_rank is not None
+    return [_summed(subject, *found, batch, frozen) for found in zip(variants, times, peaks, strict=True)]
 
 
 def _summed(
-    subject: Subject, variant: TrainingVariant, times: Sequence[StepTimes], peak_bytes: int, batch: int
+    subject: Subject,
+    variant: TrainingVariant,
+    times: Sequence[StepTimes],
+    peak_bytes: int,
+    batch: int,
+    frozen: bool,
 ) -> TrainingStep:
     updates = [one.optimizer for one in times if one.optimizer is not None]
     return TrainingStep(
@@ -136,7 +145,13 @@ def _summed(
         whole=Spread.of([one.whole for one in times]),
         peak_bytes=peak_bytes,
         predicted_flops=predict_step(
-            variant.cost, subject.info.shape, subject.prompt, batch, variant.logits == "kept", variant.checkpointing
+            variant.cost,
+            subject.info.shape,
+            subject.prompt,
+            batch,
+            variant.logits == "kept",
+            variant.checkpointing,
+            frozen,
         ),
     )
 
@@ -169,7 +184,8 @@ def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Cl
 
 def _adam(model: Any) -> torch.optim.AdamW:
     """On a GPU fused: else it takes memory of the weights' size once more, and 7B would not fit where they could."""
-    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=model.device.type == "cuda")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, fused=model.device.type == "cuda")
 
 
 def _update(adam: Any) -> None:
@@ -184,6 +200,26 @@ def _training(model: Any) -> Iterator[None]:
         yield
     finally:
         model.eval()
+
+
+@contextmanager
+def _adapted(subject: Subject, rank: int | None) -> Iterator[None]:
+    """Adapters of this rank around the decoder's linear layers, and all other weights frozen; None changes nothing."""
+    if rank is None:
+        yield
+        return
+    with user_input("LoRA needs PEFT, pip install 'pyramiddrop[train]'", (ImportError,)):
+        from peft import LoraConfig, get_peft_model
+    linear = {id(module) for module in subject.info.layers.modules() if isinstance(module, torch.nn.Linear)}
+    names = [name for name, module in subject.model.named_modules() if id(module) in linear]
+    frozen_before = {name: one.requires_grad for name, one in subject.model.named_parameters()}
+    adapted = get_peft_model(subject.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+    try:
+        yield
+    finally:
+        adapted.unload()
+        for name, one in subject.model.named_parameters():
+            one.requires_grad_(frozen_before[name])
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class TrainingFacts:
         batch: conversations of a step, over all devices.
         learning_rate: the peak.
         method: what dropped tokens, or None.
+        first_lam: λ at the first step, where it changed over the steps.
         stages: its drops on this model.
     """
 
@@ -74,6 +75,7 @@ class TrainingFacts:
     seed: int
     method: Method | None
     stages: Sequence[Stage]
+    first_lam: float | None = None
 
     def card(self, name: str, steps: int) -> ModelCard:
         """The card of the model `name` after `steps` steps. Its licence is the user's to say."""
@@ -112,9 +114,11 @@ class TrainingFacts:
         first = "all at first, " if self.stages[0].layer else ""
         parts = self.method.parts if isinstance(self.method, Compose) else (self.method,)
         names = [f"{type(part).__name__}{f' ({part.source})' if part.source else ''}" for part in parts]
+        changed = f" λ began at {self.first_lam:g} and went to this over the steps." if self.first_lam else ""
         return (
             f"The model was trained with {', then '.join(names)}: of an image's visual tokens the decoder "
-            f"keeps {first}{drops} (layers count from 0). The same is done when `pyramiddrop.load` has loaded it."
+            f"keeps {first}{drops} (layers count from 0).{changed} The same is done when `pyramiddrop.load` has loaded "
+            "it."
         )
 
     def _loading(self, name: str) -> str:

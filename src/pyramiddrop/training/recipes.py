@@ -38,7 +38,7 @@ RECIPES: dict[str, Recipe] = {
     "all": Recipe("all", learning_rate=2e-5, batch=128),
     "lora": Recipe("lora", learning_rate=2e-4, batch=128),
 }
-LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 128, 256, 0.05
+LORA_RANK, LORA_DROPOUT = 128, 0.05
 
 
 def find_recipe(name: str) -> Recipe:
@@ -48,8 +48,11 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def prepare_weights(model: nn.Module, recipe: Recipe) -> Any:
+def prepare_weights(model: nn.Module, recipe: Recipe, lora_rank: int = LORA_RANK) -> Any:
     """Freeze what `recipe` does not train, and hold what it trains in float32: steps get lost in half precision.
+
+    Args:
+        lora_rank: the width of the adapters where the recipe is LoRA; their α is twice as much, as LLaVA's is.
 
     Returns the model, wrapped by PEFT where the recipe is LoRA.
 
@@ -62,7 +65,7 @@ def prepare_weights(model: nn.Module, recipe: Recipe) -> Any:
     for name, parameter in model.named_parameters():
         vision = _within(name, VISION_TOWERS) and name not in projector
         parameter.requires_grad_(name in projector or (recipe.language == "all" and not vision))
-    prepared = _with_lora(model) if recipe.language == "lora" else model
+    prepared = _with_lora(model, lora_rank) if recipe.language == "lora" else model
     for parameter in prepared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,15 +76,15 @@ def _within(name: str, modules: Collection[str]) -> bool:
     return any(part in modules for part in name.split("."))
 
 
-def _with_lora(model: nn.Module) -> Any:
+def _with_lora(model: nn.Module, rank: int) -> Any:
     """LoRA on every linear layer of the decoder; the projector is trained whole, as LLaVA's script does."""
     from peft import LoraConfig, get_peft_model
 
     layers = inspect_model(model).layers
     linear = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=LORA_DROPOUT,
         target_modules=[name for name, module in model.named_modules() if id(module) in linear],
         modules_to_save=[name for name in PROJECTORS if any(_within(n, [name]) for n, _ in model.named_modules())],

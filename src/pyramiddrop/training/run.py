@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from pyramiddrop.hf import UnsupportedModelError, attachment_of
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method, with_logits
-from pyramiddrop.methods import Logits, Method, apply
+from pyramiddrop.methods import Logits, Method, StagedMethod, apply
+from pyramiddrop.training.callbacks import LamCurriculum, check_first_lam
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
-from pyramiddrop.training.recipes import Recipe, find_recipe, prepare_weights
+from pyramiddrop.training.recipes import LORA_RANK, Recipe, find_recipe, prepare_weights
 from pyramiddrop.training.trainer import (
     ConversationTrainer,
     DummyImage,
@@ -47,13 +49,22 @@ class TrainOptions:
         output: folder for checkpoints, logs and, at the end, the trained model.
         recipe: "projector", "all" or "lora".
         method: what drops tokens; without any option the method saved beside the checkpoint, or PyramidDrop.
+        first_lam: λ at the first step; it goes in a straight line to the method's own at the last. None: constant.
         batch: samples a step, over all devices and accumulated ones.
         device_batch: samples that a device runs at once.
         steps: ends training early, or, with `epochs`, whichever is given.
+        lr_schedule: how the rate falls: a name that Transformers' `lr_scheduler_type` has, such as "cosine", "linear"
+            or "constant_with_warmup".
+        warmup: steps until the peak; below 1 it is a share of all steps.
+        weight_decay: of AdamW.
+        lora_rank: of the recipe "lora"; α is twice as much.
         logits: see `Method`.
+        eval_data: as `data`: its loss is logged, and the trained model is the one with the lowest.
+        eval_every: steps between two evaluations; the last step is evaluated in any case.
         skip_broken: leave broken samples out instead of stopping at the first.
         resume: go on from the last whole checkpoint in `output`.
-        save_every, log_every: steps; None saves at the end alone.
+        save_every, log_every: steps; None saves at the end alone, or with `eval_data` the best checkpoint so far.
+        report_to: names of what Transformers reports to, such as "tensorboard" and "wandb"; or "none".
         chat_template: a file that replaces the checkpoint's.
     """
 
@@ -63,11 +74,18 @@ class TrainOptions:
     images: Path | None = None
     recipe: str = "all"
     method: str | None = None
+    first_lam: float | None = None
     epochs: float = 1.0
     steps: int | None = None
     batch: int | None = None
     device_batch: int = 1
     learning_rate: float | None = None
+    lr_schedule: str = "cosine"
+    warmup: float | None = None
+    weight_decay: float = 0.0
+    lora_rank: int = LORA_RANK
+    eval_data: str | None = None
+    eval_every: int | None = None
     max_length: int | None = None
     logits: Logits = "kept"
     checkpointing: bool = True
@@ -75,6 +93,7 @@ class TrainOptions:
     resume: bool = False
     save_every: int | None = None
     log_every: int = 10
+    report_to: Sequence[str] = ("tensorboard",)
     seed: int = 0
     workers: int = 0
     dtype: str | None = None
@@ -111,6 +130,8 @@ class TrainingJob:
         trainer = self.trainer
         resumed = last_whole_checkpoint(self.options.output) if self.options.resume else None
         figures: dict[str, float] = trainer.train(resume_from_checkpoint=resumed).metrics
+        if trainer.state.best_metric is not None:
+            figures |= {"best_step": trainer.state.best_global_step, "best_eval_loss": trainer.state.best_metric}
         trainer.save_state()
         trainer.save_model()
         trainer.create_model_card()
@@ -138,16 +159,16 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     """
     recipe = find_recipe(options.recipe)
     _check_output(options)
+    _check_settings(options)
     method = resolve_method(options.method, options.model, decoder_layers(read_config(options.model)))
+    check_first_lam(method, options.first_lam)
     arguments = training_arguments(options, recipe)
     processor = _processor(options)
     collator = AnswerCollator(processor)
-    progress(f"checking {options.data}")
-    with arguments.main_process_first():  # the other ranks find what it has checked in the cache
-        table, report = load_samples(options.data, collator, options.images, options.max_length, options.skip_broken)
+    tables, report = _load_tables(options, collator, arguments, progress)
     progress(f"loading {options.model}")
     set_seed(options.seed)
-    model = prepare_weights(_load_weights(options, recipe), recipe)
+    model = prepare_weights(_load_weights(options, recipe), recipe, options.lora_rank)
     if method is not None:
         method = with_logits(method, options.logits)
         with user_input(caught=(UnsupportedModelError,)):
@@ -155,20 +176,41 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     if arguments.world_size > 1:
         DummyImage(model, dummy_pixels(processor))
         if not is_deepspeed_zero3_enabled():  # a rank whose batch is all fillers would rank nothing
-            table = with_fillers(table, options.device_batch * arguments.world_size)
+            tables["train"] = with_fillers(tables["train"], options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=table,
+        train_dataset=tables["train"],
+        eval_dataset=tables.get("eval"),
         processing_class=processor,
         callbacks=[MethodCallback(method)] if method is not None else None,
     )
+    if isinstance(method, StagedMethod) and options.first_lam is not None:
+        trainer.follow(LamCurriculum(model, method, options.first_lam))
     trainer.facts = _facts(options, recipe, arguments, report, model, method)
     if report.broken and trainer.is_world_process_zero():
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / BROKEN_LIST).write_text("\n".join(report.broken) + "\n", encoding="utf-8")
     return TrainingJob(options, trainer, method, report, _remarks(collator))
+
+
+def _load_tables(
+    options: TrainOptions, collator: AnswerCollator, arguments: SFTConfig, progress: Callable[[str], None]
+) -> tuple[dict[str, Dataset], Report]:
+    """The samples to train on, and those to evaluate with; what was broken in the former, then in the latter."""
+    tables, broken, good = {}, [], 0
+    for name, source in (("train", options.data), ("eval", options.eval_data)):
+        if source is None:
+            continue
+        progress(f"checking {source}")
+        with arguments.main_process_first():  # the other ranks find what it has checked in the cache
+            tables[name], found = load_samples(
+                source, collator, options.images, options.max_length, options.skip_broken
+            )
+        broken += found.broken
+        good += found.good if name == "train" else 0
+    return tables, Report(good, broken)
 
 
 def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
@@ -199,9 +241,9 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         per_device_train_batch_size=options.device_batch,
         gradient_accumulation_steps=accumulated,
         learning_rate=recipe.learning_rate if options.learning_rate is None else options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=0.0,
+        lr_scheduler_type=options.lr_schedule,
+        warmup_steps=recipe.warmup if options.warmup is None else options.warmup,
+        weight_decay=options.weight_decay,
         bf16=(cuda and torch.cuda.is_bf16_supported()) or options.dtype == "bfloat16",
         use_cpu=not cuda,
         gradient_checkpointing=options.checkpointing,
@@ -213,11 +255,29 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         include_num_input_tokens_seen="non_padding",
         logging_steps=options.log_every,
         logging_first_step=True,
-        report_to=["tensorboard"],
-        save_strategy="steps" if options.save_every else "no",
+        report_to=list(options.report_to),
         save_steps=options.save_every or 500,
         seed=options.seed,
+        **_saving(options),
     )
+
+
+def _saving(options: TrainOptions) -> dict[str, Any]:
+    """When to save and to evaluate. With `eval_data` the weights with the lowest loss are those at the end."""
+    saving: dict[str, Any] = {"save_strategy": "steps" if options.save_every else "no"}
+    if options.eval_data is None:
+        return saving
+    if not options.save_every:
+        saving = {"save_strategy": "best", "save_total_limit": 1}
+    return {
+        **saving,
+        "eval_strategy": "steps",
+        "eval_steps": options.eval_every,
+        "per_device_eval_batch_size": options.device_batch,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+    }
 
 
 def _facts(
@@ -233,6 +293,7 @@ def _facts(
         learning_rate=arguments.learning_rate,
         seed=options.seed,
         method=method,
+        first_lam=options.first_lam,
         stages=attachment.rules.schedule.stages if attachment is not None else (),
     )
 
@@ -267,6 +328,23 @@ def _check_output(options: TrainOptions) -> None:
         raise InputError(f"nothing to resume: {options.output} holds no whole checkpoint (--save-every writes them)")
     if there and not options.resume:
         raise InputError(f"{options.output} holds checkpoints already; give --resume, or another --output")
+
+
+def _check_settings(options: TrainOptions) -> None:
+    if (options.eval_data is None) != (options.eval_every is None):
+        raise InputError("--eval-data and --eval-every go together; give both, or neither")
+    if options.eval_every and options.save_every not in (None, options.eval_every):
+        raise InputError(
+            f"--save-every {options.save_every} must be --eval-every {options.eval_every}, so that the best checkpoint "
+            "is among those that were saved; or leave it out, to keep the best one alone"
+        )
+    schedules = [one.value for one in SchedulerType]
+    if options.lr_schedule not in schedules:
+        raise InputError(f"--lr-schedule {options.lr_schedule!r} is not one of {', '.join(schedules)}")
+    unknown = [name for name in options.report_to if name not in (*get_available_reporting_integrations(), "none")]
+    if unknown:
+        there = ", ".join([*get_available_reporting_integrations(), "none"])
+        raise InputError(f"--report-to {unknown[0]} is not installed, or not known to Transformers; there is {there}")
 
 
 def _processor(options: TrainOptions) -> Any:

@@ -10,32 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
-from pyramiddrop.methods import Method
+from pyramiddrop.training.callbacks import LamCurriculum, MethodCallback
 from pyramiddrop.training.model_card import TrainingFacts
-
-
-class MethodCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
-
-    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
-    that were put around it later, and sharded weights.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the method beside the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def holds_whole_model(checkpoint: str | Path) -> bool:
@@ -50,9 +32,23 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
 
     Attributes:
         facts: what the model card says; TRL's own, where None, knows of no pictures and no method.
+        curriculum: what changes λ over the steps, see `follow`.
     """
 
     facts: TrainingFacts | None = None
+    curriculum: LamCurriculum | None = None
+
+    def follow(self, curriculum: LamCurriculum) -> None:
+        """Train with a λ that changes; every evaluation drops with the last one, so that losses can be compared."""
+        self.curriculum = curriculum
+        self.add_callback(curriculum)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with the method that the trained model will have."""
+        if self.curriculum is not None:
+            self.curriculum.finish()
+        figures: dict[str, float] = super().evaluate(*args, **kwargs)
+        return figures
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the model card into the output folder; called with each checkpoint, and by `push_to_hub`."""
@@ -68,6 +64,15 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.is_fsdp_enabled or not holds_whole_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint at the end of training, by the names on disk: see `_load_from_checkpoint`."""
+        best = self.state.best_model_checkpoint
+        if best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or not holds_whole_model(best):
+            super()._load_best_model()
+        else:
+            loaded = type(self.model).from_pretrained(best, dtype=torch.float32)
+            self.model.load_state_dict(loaded.state_dict())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -44,7 +44,8 @@ def _how(kind: str, setting: Record) -> str:
     runs = f"{setting['clock']}, median and quartiles of {setting['repeats']} run(s)"
     if kind == "decoding":
         return f"{runs}, on a StaticCache, one method after another, each after a warm-up that compiles"
-    return f"{runs}, methods taken in turn after a warm-up"
+    trained = f", LoRA of rank {setting['lora_rank']}" if "lora_rank" in setting else ""
+    return f"{runs}, methods taken in turn after a warm-up{trained}"
 
 
 def speed_notes(record: Record) -> list[str]:

@@ -1,0 +1,83 @@
+"""Callbacks of any Hugging Face trainer: save the method with each checkpoint, change λ over the steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pyramiddrop.inference.errors import InputError
+from pyramiddrop.methods import Method, StagedMethod, apply, current_method, remove
+
+
+class MethodCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
+
+    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
+    that were put around it later, and sharded weights.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the method beside the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class LamCurriculum(TrainerCallback):  # type: ignore[misc]
+    """Takes λ in a straight line from `first` at the first step to the method's own at the last.
+
+    λ is rounded to hundredths, so that the method is put on anew at most a hundred times. From the end of training on,
+    and after a call of `finish`, the model has the method with its own λ.
+
+    Args:
+        model: has the method on it (`apply`).
+        method: with the λ of the last step.
+        first: λ of the first step, in (0, 1]; 1 drops nothing.
+    """
+
+    def __init__(self, model: nn.Module, method: StagedMethod, first: float) -> None:
+        check_first_lam(method, first)
+        self.model, self.method, self.first = model, method, first
+
+    def lam(self, step: int, steps: int) -> float:
+        """λ of the 0-based `step` of `steps`."""
+        share = step / (steps - 1) if steps > 1 else 1.0
+        return round(self.first + share * (self.method.lam - self.first), 2) if share < 1 else self.method.lam
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the method on with the λ of the step that begins."""
+        self._use(replace(self.method, lam=self.lam(state.global_step, state.max_steps)))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the model with the method's own λ, with which it is saved."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Put the method on with its own λ, to evaluate or to save; the next step changes it back."""
+        self._use(self.method)
+
+    def _use(self, method: Method) -> None:
+        if current_method(self.model) != method:
+            remove(self.model)
+            apply(self.model, method)
+
+
+def check_first_lam(method: Method | None, first: float | None) -> None:
+    """InputError where λ cannot change from `first` to that of `method`; None changes nothing."""
+    if first is None:
+        return
+    if not isinstance(method, StagedMethod) or method.keep is not None:
+        name = "vanilla" if method is None else repr(method)
+        raise InputError(
+            f"--lam {first:g}:... changes λ over the steps, and {name} has no λ; give a pyramiddrop, random or uniform "
+            "method without --keep"
+        )
+    if not 0 < first <= 1:
+        raise InputError(f"λ of the first step must be in (0, 1]; got {first:g}")

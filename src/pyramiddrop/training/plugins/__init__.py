@@ -1,0 +1,1 @@
+"""Plug-ins for other trainers, each a file that the trainer imports by its path."""

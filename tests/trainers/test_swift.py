@@ -1,0 +1,131 @@
+"""ms-swift's own `swift sft` with the plug-in, on the bundled checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from swift.callbacks import TrainerCallback, callbacks_map
+from swift.pipelines import sft_main
+
+import pyramiddrop
+from pyramiddrop import Method, PyramidDrop
+from pyramiddrop.assets import digits_checkpoint, digits_images
+from pyramiddrop.training import plugins
+
+#: Rows in the four stages: 64, 32, 16 and 8 visual ones, and the text; a batch of two is padded to the longer.
+SHORT, LONG = [72, 40, 24, 16], [73, 41, 25, 17]
+DROPPED = {1: [SHORT, LONG], 2: [LONG, LONG]}
+PLUGIN = Path(plugins.__file__).with_name("ms_swift.py")
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Notes the rows that each layer got in each step, and how many columns had labels."""
+
+    lengths: list[list[int]]
+    labelled: list[int]
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The plug-in has put its method on the model before."""
+        Watch.lengths, Watch.labelled = [], []
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.trace = pyramiddrop.trace_of(model)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: Watch.labelled.append(kwargs["labels"].shape[1]), with_kwargs=True
+        )
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        Watch.lengths.append(sorted(set(self.trace.lengths), reverse=True))
+
+
+callbacks_map["watch"] = Watch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight questions about bundled pictures."""
+    images, rows = [str(path) for path in digits_images()], []
+    for number in range(8):
+        asked, told = f"<image>What digit is at row {number + 1} column 2?", "7 0" if number % 2 else "7"
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+        rows.append({"messages": turns, "images": [images[number % len(images)]]})
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def sft(data: Path, output: Path, batch: int, **changes: Any) -> list[dict[str, Any]]:
+    """The log of two steps of `swift sft`."""
+    options = {
+        "model": digits_checkpoint(),
+        "check_model": False,
+        "model_type": "llava1_5_hf",
+        "template": "llava1_5_hf",
+        "dataset": data,
+        "torch_dtype": "float32",
+        "output_dir": output,
+        "add_version": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "dataset_shuffle": False,
+        "train_dataloader_shuffle": False,
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "load_from_cache_file": False,
+        "external_plugins": PLUGIN,
+    } | changes
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    sft_main([*words, "--callbacks", "pyramiddrop", "watch"])
+    log = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    return [entry for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_full_training(batch: int, data: Path, tmp_path: Path) -> None:
+    """Labels are cut to what `logits_to_keep` says, a mask or a count: losses are those of the whole labels."""
+    cut = sft(data, tmp_path / "cut", batch, tuner_type="full")
+    assert max(Watch.labelled) < 10
+    assert Watch.lengths == DROPPED[batch]
+    whole = sft(data, tmp_path / "whole", batch, tuner_type="full", use_logits_to_keep=False)
+    assert min(Watch.labelled) > 64
+    assert Watch.lengths == DROPPED[batch]
+    for name in ("loss", "grad_norm"):
+        assert [entry[name] for entry in cut] == pytest.approx([entry[name] for entry in whole], rel=1e-4)
+    assert cut[0]["loss"] > 0
+    folder = tmp_path / "cut" / "checkpoint-2"
+    assert Method.from_pretrained(folder) == PyramidDrop()
+    before, after = pyramiddrop.load(digits_checkpoint()).state_dict(), pyramiddrop.load(folder).state_dict()
+    assert not torch.equal(
+        before["model.language_model.layers.0.mlp.up_proj.weight"],
+        after["model.language_model.layers.0.mlp.up_proj.weight"],
+    )
+    assert pyramiddrop.current_method(pyramiddrop.load(folder)) == PyramidDrop()
+
+
+def test_lora(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a method of the user's choice, which is on the model that its adapters are loaded with."""
+    monkeypatch.setenv("PYRAMIDDROP_METHOD", "pyramiddrop:lam=0.4")
+    log = sft(data, tmp_path / "lora", 2, tuner_type="lora", lora_rank=4)
+    assert len(log) == 2
+    assert Watch.lengths == [[73, 34, 19, 13]] * 2
+    folder = tmp_path / "lora" / "checkpoint-2"
+    assert (folder / "adapter_config.json").exists()
+    assert Method.from_pretrained(folder) == PyramidDrop(lam=0.4)
+    assert pyramiddrop.current_method(pyramiddrop.load(folder)) == PyramidDrop(lam=0.4)
+
+
+def test_vanilla(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRAMIDDROP_METHOD", "vanilla")
+    monkeypatch.setattr(Watch, "on_train_begin", lambda *_, **__: None)
+    monkeypatch.setattr(Watch, "on_step_end", lambda *_, **__: None)
+    assert len(sft(data, tmp_path / "vanilla", 2, tuner_type="full")) == 2
+    assert (tmp_path / "vanilla" / "checkpoint-2").exists()
+    assert not list(tmp_path.rglob("pyramiddrop.json"))
