@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 def merge(
     hidden: Tensor, sizes: Tensor, visual: Tensor, groups: Tensor, local: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The rows that stay, with those visual tokens averaged into them that go.
+    """The kept rows, with the dropped visual tokens averaged into them.
 
     A token goes into the kept visual token of its group whose hidden state is nearest by cosine, and counts there as
     often as tokens have gone into it before (as in ToMe, arXiv 2210.09461). Rows into which none goes are untouched;
@@ -21,7 +21,7 @@ def merge(
         sizes: (B, N) float, how many tokens each row stands for.
         visual: (B, N) bool, the visual tokens.
         groups: (B, N) long, the group of each visual token.
-        local: (B, n) long, the rows that stay.
+        local: (B, n) long, the kept rows.
         valid: (B, n) bool, False at padding, or None where there is none.
 
     Returns:
@@ -42,7 +42,7 @@ def merge(
 
 @torch.no_grad()
 def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N) which of the n rows that stay is most like each row, among those of its group that `takes` (B, n); and
+    """(B, N) which of the n kept rows is most like each row, among those of its group that `takes` (B, n); and
     whether there is one."""
     unit = normalize(hidden.float(), dim=-1)
     similarity = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)

@@ -57,7 +57,7 @@ def forward(
 
     Returns:
         (B, L, D) what the language model's head receives, meaningless at dropped tokens; and for each drop (B, L) bool,
-        the visual tokens that stay.
+        the kept visual tokens.
     """
     predicts = torch.zeros_like(valid) if labels is None else pad(labels[:, 1:] != -100, (0, 1))
     if query is None:
@@ -124,7 +124,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def drop(alive: Tensor, scores: Tensor, visual: Tensor, query: Tensor, predicts: Tensor, keep: float) -> Tensor:
-    """(B, L) bool, the tokens that are left of those `alive` when the share `keep` of the visual ones has stayed."""
+    """(B, L) bool, the remaining tokens of those `alive` after a drop to the share `keep` of the visual ones."""
     alive = alive.clone()
     for sample in range(len(alive)):
         images = set(visual[sample].tolist()) - {0} if query[sample].any() else set()

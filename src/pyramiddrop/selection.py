@@ -1,4 +1,4 @@
-"""Scores and counts in, the rows that stay out: ragged counts in one rectangle, deterministic to the last tie."""
+"""Scores and counts in, the kept rows out: ragged counts in one rectangle, deterministic to the last tie."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor)
         num_keep: (B, G) long.
 
     Returns:
-        (B, N) bool, True at the candidates that stay.
+        (B, N) bool, True at the kept candidates.
     """
     # An infinite score stays infinite: it is that of tokens that must stay, above every number that a scorer can give.
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf")).masked_fill(~candidates, float("-inf"))

@@ -36,7 +36,7 @@ class StageTrace:
 
     @property
     def kept(self) -> list[Tensor]:
-        """For each sample a LongTensor on the CPU: the sorted original columns of the visual tokens that stayed."""
+        """For each sample a LongTensor on the CPU: the sorted original columns of the kept visual tokens."""
         rows, visual = self._rows.cpu(), _marked(self._rows, self._visual)
         return [(row[mask].sort().values + self._offset) for row, mask in zip(rows, visual, strict=True)]
 
@@ -109,7 +109,7 @@ class Trace:
         """Add a stage; called by the adapter.
 
         Args:
-            rows: (B, N) long, those that stay.
+            rows: (B, N) long, those kept.
             visual: (B, N) bool, which of them are visual tokens; None: all.
             offset: columns count from here.
         """

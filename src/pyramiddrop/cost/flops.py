@@ -20,9 +20,9 @@ class DropCounts:
 
     Attributes:
         layer: the 0-based layer before which tokens are dropped.
-        rows: rows that are there, text among them.
+        rows: rows present, text among them.
         visual: visual tokens among them.
-        kept: how many of these stay.
+        kept: how many of these are kept.
         queries: query tokens: the prompt's last one, or one for each answer in training.
         instruction: tokens of the instruction.
     """
@@ -68,7 +68,7 @@ def attention_ranking_flops(shape: DecoderShape, drop: DropCounts) -> int:
 
 
 def merging_flops(shape: DecoderShape, drop: DropCounts) -> int:
-    """Comparing all rows with those that stay, for each visual token that goes to find the kept one most like it."""
+    """Comparing all rows with the kept ones, to find for each dropped visual token the most similar kept one."""
     return 2 * drop.rows * (drop.rows - drop.visual + drop.kept) * shape.hidden
 
 

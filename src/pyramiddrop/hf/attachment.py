@@ -188,7 +188,7 @@ class Attachment:
         if state is not None and state.shift_labels is not None:
             raise ValueError(
                 f'logits="kept" is not supported for {taker}, whose forward names all of its arguments: the loss '
-                'needs the labels of the rows that are left. Let forward take **kwargs, or use logits="full"'
+                'needs the labels of the remaining rows. Let forward take **kwargs, or use logits="full"'
             )
         if known["labels"] is not labels:
             raise ValueError(
@@ -208,8 +208,8 @@ class Attachment:
         cache = cache_of(call)
         follows = shape[1] == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
-            memory = CacheState.of(cache)
-            return None if memory is None else DecodeStep(self.info, self.rules, 0, 1, memory)
+            cache_state = CacheState.of(cache)
+            return None if cache_state is None else DecodeStep(self.info, self.rules, 0, 1, cache_state)
         opened: Forward | None = self._open_eagerly(call, shape, cache)
         return opened
 

@@ -33,7 +33,7 @@ class PreLLMAttachment(Attachment):
     """A method that drops before the decoder, and maybe inside it too, on a model.
 
     Args:
-        shrinks: whether the vision tower sees a smaller picture, and its tokens are those that stay.
+        shrinks: whether the vision tower sees a smaller picture, and its tokens are those kept.
 
     Raises:
         RuntimeError: where the model has a method already.

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MEMORY = "pyramiddrop_memory"
+_STATE = "pyramiddrop_memory"
 
 
 @memoized
-def _carrying(base: type) -> Any:
-    """The class of a cache layer that carries a memory, made of the class that the layer has.
+def _carrying_class(base: type) -> Any:
+    """The class of a cache layer that carries a state, made of the class that the layer has.
 
     It is the layer by which Transformers counts the columns so far: those that were dropped before it count, too.
     """
@@ -25,7 +25,7 @@ def _carrying(base: type) -> Any:
         _cropping = False
 
         def get_seq_length(self) -> Any:
-            return super().get_seq_length() + (0 if self._cropping else getattr(self, _MEMORY).first_missing)
+            return super().get_seq_length() + (0 if self._cropping else getattr(self, _STATE).first_dropped)
 
         def crop(self, *args: Any, **kwargs: Any) -> None:
             self._cropping = True  # slots are cut, not columns
@@ -36,7 +36,7 @@ def _carrying(base: type) -> Any:
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
-                _check_called(getattr(self, _MEMORY))
+                _check_called(getattr(self, _STATE))
             return super().update(*args, **kwargs)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -52,38 +52,38 @@ def _carrying(base: type) -> Any:
             self._follow(lambda rows: rows.repeat_interleave(repeats, 0))
 
         def _follow(self, pick: Callable[[Tensor], Tensor]) -> None:
-            setattr(self, _MEMORY, getattr(self, _MEMORY).select(pick))
+            setattr(self, _STATE, getattr(self, _STATE).select(pick))
 
         def reset(self) -> None:
             super().reset()
-            _release(self)
+            _detach(self)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _blank, (base,), self.__dict__
+            return _empty_layer, (base,), self.__dict__
 
     CarryingLayer.__name__ = base.__name__
     return CarryingLayer
 
 
-def _check_called(memory: CacheState) -> None:
+def _check_called(cache_state: CacheState) -> None:
     """Raise ValueError where keys come from a model that has no method on it; a compiled one is not seen."""
-    if not memory.called:
+    if not cache_state.called:
         raise ValueError(
             "this KV cache holds a prompt of which a pyramiddrop method dropped tokens, but the model that is called "
             "with it has no method on it. Call it inside the `with` block (or after `apply`), on the model or view "
             "that has the method, or start again without this cache"
         )
-    memory.called = False
+    cache_state.called = False
 
 
-def _blank(base: type) -> Any:
-    """An empty layer that is to carry a memory, for copies and pickles to fill."""
-    return object.__new__(_carrying(base))
+def _empty_layer(base: type) -> Any:
+    """An empty layer that is to carry a state, for copies and pickles to fill."""
+    return object.__new__(_carrying_class(base))
 
 
-def _release(layer: Any) -> None:
-    if hasattr(layer, _MEMORY):
-        delattr(layer, _MEMORY)
+def _detach(layer: Any) -> None:
+    if hasattr(layer, _STATE):
+        delattr(layer, _STATE)
         layer.__class__ = type(layer).__base__
 
 
@@ -92,18 +92,18 @@ def _first(cache: Any) -> Any:
     return next((layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")), None)
 
 
-def remember(cache: Any, memory: CacheState) -> None:
-    """Put a memory on a cache that has been filled."""
+def attach_state(cache: Any, cache_state: CacheState) -> None:
+    """Put a state on a cache that has been filled."""
     layer = _first(cache)
-    if not hasattr(layer, _MEMORY):
+    if not hasattr(layer, _STATE):
         base: type = type(layer)
-        layer.__class__ = _carrying(base)
-    setattr(layer, _MEMORY, memory)
+        layer.__class__ = _carrying_class(base)
+    setattr(layer, _STATE, cache_state)
 
 
-def forget(cache: Any) -> None:
-    """Take its memory off a cache, where it has one."""
-    _release(_first(cache))
+def detach_state(cache: Any) -> None:
+    """Take its state off a cache, where it has one."""
+    _detach(_first(cache))
 
 
 _BLOCK = 128  # columns that are tabled ahead of decoding, so that not every step builds the tables anew
@@ -235,7 +235,7 @@ class CacheState:
         layers: before which tokens were dropped.
         positions: "original" or "compact".
         slots: stage number -> its slots, for stages at which something was dropped.
-        wide: the same for a static cache's whole width, where it is one.
+        full_width: the same for a static cache's whole width, where it is one.
         shift: stage number -> (B, 1) how far positions were renumbered (`positions="compact"` only).
         plain: whether the last step of decoding has changed no layer's arguments, and had no mask.
         called: whether a model with a method on it has opened a forward with this cache that has added no keys yet.
@@ -244,7 +244,7 @@ class CacheState:
     layers: tuple[int, ...]
     positions: str
     slots: dict[int, CacheIndex] = field(default_factory=dict)
-    wide: dict[int, CacheIndex] = field(default_factory=dict)
+    full_width: dict[int, CacheIndex] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
     plain: bool = False
     called: bool = False
@@ -252,18 +252,20 @@ class CacheState:
 
     @staticmethod
     def of(cache: Any) -> CacheState | None:
-        """The memory of a cache, or None where nothing was ever dropped from it."""
-        memory: CacheState | None = getattr(_first(cache), _MEMORY, None)
-        return memory
+        """The state of a cache, or None where nothing was ever dropped from it."""
+        cache_state: CacheState | None = getattr(_first(cache), _STATE, None)
+        return cache_state
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
-        """The memory of the rows that `pick` takes of a (B, ...) tensor."""
+        """The state of the rows that `pick` takes of a (B, ...) tensor."""
 
         def rows(tables: Mapping[int, CacheIndex]) -> dict[int, CacheIndex]:
             return {stage: slots.select(pick) for stage, slots in tables.items()}
 
         shift = {stage: pick(shift) for stage, shift in self.shift.items()}
-        return replace(self, slots=rows(self.slots), wide=rows(self.wide), shift=shift, _ahead=rows(self._ahead))
+        return replace(
+            self, slots=rows(self.slots), full_width=rows(self.full_width), shift=shift, _ahead=rows(self._ahead)
+        )
 
     def check(self, layers: tuple[int, ...], positions: str, batch: int) -> None:
         """Raise ValueError where a call cannot go on with this cache: another method, or another batch."""
@@ -285,9 +287,9 @@ class CacheState:
         self.slots[stage], self.plain = slots, False
         self._ahead.pop(stage, None)
         if width is not None:
-            self.wide[stage] = slots.widened(width)
+            self.full_width[stage] = slots.widened(width)
 
-    def covering(self, stage: int, length: int) -> CacheIndex | None:
+    def grown_to(self, stage: int, length: int) -> CacheIndex | None:
         """The slots of a stage's cache up to column `length`, or None where nothing was dropped there."""
         slots, ahead = self.slots.get(stage), self._ahead.get(stage)
         if slots is None:
@@ -303,24 +305,24 @@ class CacheState:
             self._ahead.clear()
 
     @property
-    def first_missing(self) -> int:
+    def first_dropped(self) -> int:
         """How many columns the cache of layer 0 holds no slot for: those that were dropped before the decoder."""
-        return self.missing(1) if self.layers[0] == 0 else 0
+        return self.num_dropped(1) if self.layers[0] == 0 else 0
 
-    def missing(self, stage: int) -> int:
+    def num_dropped(self, stage: int) -> int:
         """How many columns the cache of a stage holds no slot for."""
         slots = self.slots.get(stage)
         return 0 if slots is None else slots.length - slots.columns.shape[1]
 
 
-def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: CacheState | None) -> None:
+def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], cache_state: CacheState | None) -> None:
     """Raise ValueError where a layer of a dynamic cache does not hold what dropping has left of so many `columns`.
 
     Args:
         cache: of the call.
         columns: of the full sequence, up to the last one that the cache holds.
         layers: layer -> its stage, of the layers to look at.
-        memory: of the cache.
+        cache_state: of the cache.
     """
     if cache.is_compileable:
         return
@@ -329,9 +331,9 @@ def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], memory: C
         if not hasattr(layer, "get_seq_length"):
             continue
         # The layer that carries the memory counts the columns that were dropped before it.
-        carried: CacheState | None = getattr(layer, _MEMORY, None)
-        held = layer.get_seq_length() - (carried.first_missing if carried else 0)
-        expected = columns - (memory.missing(stage) if memory else 0)
+        carried: CacheState | None = getattr(layer, _STATE, None)
+        held = layer.get_seq_length() - (carried.first_dropped if carried else 0)
+        expected = columns - (cache_state.num_dropped(stage) if cache_state else 0)
         if held != expected:
             raise ValueError(
                 f"layer {index} of this KV cache holds {held} tokens, where {expected} are remembered: something else "

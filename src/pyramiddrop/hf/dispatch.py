@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyramiddrop.hf.cache_state import CacheState, check_lengths, forget, past_length
+from pyramiddrop.hf.cache_state import CacheState, check_lengths, detach_state, past_length
 from pyramiddrop.hf.compatibility import calling_trainer
 from pyramiddrop.hf.forward import DecodeStep, Forward, Rules
 from pyramiddrop.hf.generation import Generation, generations
@@ -87,35 +87,35 @@ class Dispatcher:
         cache = cache_of(call)
         past = past_length(cache)
         if past == 0:
-            forget(cache)
-        memory = CacheState.of(cache)
-        if memory is not None:
-            memory.check(self.rules.schedule.layers, self.rules.positions, shape[0])
-            memory.called = True
+            detach_state(cache)
+        cache_state = CacheState.of(cache)
+        if cache_state is not None:
+            cache_state.check(self.rules.schedule.layers, self.rules.positions, shape[0])
+            cache_state.called = True
         if past:
-            check_lengths(cache, past, self._first_layers, memory)
-        if memory is not None:
-            memory.crop(past)
+            check_lengths(cache, past, self._first_layers, cache_state)
+        if cache_state is not None:
+            cache_state.crop(past)
         generation = self._generation()
         vision = self._vision(call, generation)
         plan, trace = self._plan(call, shape, past, generation)
         if plan is not None and plan.drops_any:
-            return self._prefill(call, past, plan, memory, trace, vision)
-        if memory is None:
+            return self._prefill(call, past, plan, cache_state, trace, vision)
+        if cache_state is None:
             return None
         self._check_length(past + shape[1])
         mask = call.get("attention_mask")
         shown = mask is None or (generation is not None and generation.continues(call) and not generation.padded)
-        if shown and DecodeStep.is_plain(self.info, shape[1], memory):
+        if shown and DecodeStep.is_plain(self.info, shape[1], cache_state):
             return None
-        return DecodeStep(self.info, self.rules, past, shape[1], memory, _padding(mask, shape, past))
+        return DecodeStep(self.info, self.rules, past, shape[1], cache_state, _padding(mask, shape, past))
 
     def _prefill(
         self,
         call: Kwargs,
         past: int,
         plan: Plan,
-        memory: CacheState | None,
+        cache_state: CacheState | None,
         trace: Trace | None,
         vision: VisionScores | None,
     ) -> Prefill:
@@ -127,7 +127,7 @@ class Dispatcher:
         self.ignore_labels(call, plan)
         padding = _padding(call.get("attention_mask"), (plan.batch, plan.length), past)
         labels = self.labels_to_shorten(call)
-        return Prefill(self.info, self.rules, past, plan, memory, labels, trace, padding, vision)
+        return Prefill(self.info, self.rules, past, plan, cache_state, labels, trace, padding, vision)
 
     def _vision(self, call: Kwargs, generation: Generation | None) -> VisionScores | None:
         """What tells a drop before the decoder of the vision tower; called before the forward is planned.
@@ -162,7 +162,7 @@ class Dispatcher:
         call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)
 
     def labels_to_shorten(self, call: Kwargs) -> Tensor | None:
-        """The labels, if the loss is taken on the rows that are left alone, and logits are computed for no others.
+        """The labels, if the loss is taken on the remaining rows alone, and logits are computed for no others.
 
         Labels of some columns alone (`logits_to_keep`) are not: their caller wants the logits of just these columns.
         """

@@ -47,7 +47,7 @@ class Forward:
     Attributes:
         trace: to be filled, or None.
         unreached: the number of a prefill, until the text model is called with it.
-        shift_labels: what the rows that are left are to predict, if the loss is taken on these alone.
+        shift_labels: what the remaining rows are to predict, if the loss is taken on these alone.
     """
 
     trace: Trace | None = None
@@ -79,8 +79,8 @@ class StagedForward(Forward):
         memory: of the KV cache; None if nothing was ever dropped from it.
     """
 
-    def __init__(self, info: ModelInfo, rules: Rules, inputs: LayerInputs, memory: CacheState | None) -> None:
-        self.info, self.rules, self.inputs, self.memory = info, rules, inputs, memory
+    def __init__(self, info: ModelInfo, rules: Rules, inputs: LayerInputs, cache_state: CacheState | None) -> None:
+        self.info, self.rules, self.inputs, self.cache_state = info, rules, inputs, cache_state
         self.past, self.length = inputs.past, inputs.length
         self._slots: dict[tuple[int, int], CacheIndex | None] = {}
         self._changes: dict[tuple[int, ...], tuple[Kwargs, Kwargs]] = {}
@@ -127,28 +127,34 @@ class StagedForward(Forward):
 class DecodeStep(StagedForward):
     """A call that drops nothing, on a KV cache from which tokens were dropped: a decoding step, or a turn of text."""
 
-    memory: CacheState
+    cache_state: CacheState
 
     def __init__(
-        self, info: ModelInfo, rules: Rules, past: int, length: int, memory: CacheState, padding: Tensor | None = None
+        self,
+        info: ModelInfo,
+        rules: Rules,
+        past: int,
+        length: int,
+        cache_state: CacheState,
+        padding: Tensor | None = None,
     ) -> None:
         first = rules.schedule.layers[0]
-        inputs = LayerInputs(info, rules.positions, past, length, memory.shift, first, padding)
-        super().__init__(info, rules, inputs, memory)
+        inputs = LayerInputs(info, rules.positions, past, length, cache_state.shift, first, padding)
+        super().__init__(info, rules, inputs, cache_state)
 
     @staticmethod
-    def is_plain(info: ModelInfo, length: int, memory: CacheState) -> bool:
+    def is_plain(info: ModelInfo, length: int, cache_state: CacheState) -> bool:
         """Whether a step of `length` columns changes no layer's arguments, if nothing that the cache holds is hidden.
 
         One row then sees every slot of a layer's cache, however many there are; a step before has shown it.
         """
         one_row = length == 1 and not info.windowed
-        return one_row and memory.plain and (info.attention == "sdpa" or info.attention.startswith("flash"))
+        return one_row and cache_state.plain and (info.attention == "sdpa" or info.attention.startswith("flash"))
 
     def after_text(self, output: Any) -> Any:
         if self.length == 1 and not torch.compiler.is_compiling():
             built = self._changes.values()
-            self.memory.plain = all(not own and given.get("attention_mask") is None for given, own in built)
+            self.cache_state.plain = all(not own and given.get("attention_mask") is None for given, own in built)
         return output
 
     def before_layer(
@@ -163,4 +169,4 @@ class DecodeStep(StagedForward):
         return {} if slots is None else self.inputs.build(stage, index, None, slots, self.length, hidden, kwargs)
 
     def _own_slots(self, stage: int) -> CacheIndex | None:
-        return self.memory.wide.get(stage) or self.memory.covering(stage, self.past + self.length)
+        return self.cache_state.full_width.get(stage) or self.cache_state.grown_to(stage, self.past + self.length)

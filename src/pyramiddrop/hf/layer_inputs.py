@@ -1,4 +1,4 @@
-"""Inputs of the layers after a drop: masks, positions and per-token arguments of the rows that are left."""
+"""Inputs of the layers after a drop: masks, positions and per-token arguments of the remaining rows."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class LayerInputs:
         return positions if kept is None else take_tokens(positions, kept.rows)
 
     def _bounds(self, stage: int, kwargs: Kwargs) -> Kwargs:
-        """Where the documents of packed rows begin among the rows that are left, for kernels that were told so in the
+        """Where the documents of packed rows begin among the remaining rows, for kernels that were told so in the
         full length: by `cu_seq_lens_q`, or by position ids, from which flash kernels read it."""
         plan = self.plan
         bounds = None if plan is None or plan.batch > 1 else plan.document_bounds(stage)

@@ -309,7 +309,7 @@ def check_attention(info: ModelInfo, first: int) -> None:
     windowed = [index for index, scope in enumerate(info.scopes) if scope.windowed and index >= first]
     if windowed and info.attention.startswith("flash"):
         raise UnsupportedModelError(
-            f"{info.attention} counts the window of layer {windowed[0]} in tokens that are left, not in those that "
+            f"{info.attention} counts the window of layer {windowed[0]} in remaining tokens, not in those that "
             'were there; use attn_implementation="sdpa"'
         )
 

@@ -21,7 +21,7 @@ class Drop:
     Attributes:
         layer: drop before this 0-based layer.
         keep: keep ratio of the original count.
-        kept: visual tokens that stay, in the sample that keeps most.
+        kept: kept visual tokens, in the sample that keeps most.
         length: rows of the rectangle that is left.
         happens: whether it drops anything that the drop before had left.
         ranks: whether it has to choose: it has not where all visual tokens go, or all but those that are protected.
@@ -101,7 +101,7 @@ class LastTokenPlan(Plan):
     """The plan of the usual prefill: every sample has as many visual tokens, and its last token asks.
 
     There is no padding, nothing else is protected, and all visual tokens of a sample share one count. So a drop is a
-    sort of the scores and a sort of the columns that stay; `tests/test_last_token.py` holds it to `GeneralPlan`.
+    sort of the scores and a sort of the kept columns; `tests/test_last_token.py` holds it to `GeneralPlan`.
 
     Attributes:
         columns: (B, L) long, of each sample the columns of text, then those of visual tokens, both ascending.
@@ -160,7 +160,7 @@ class GeneralPlan(Plan):
         queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
         weights: (B, Q) float, 1 at a query token, 0 at padding.
         instruction, instruction_weights: the same of the instruction's tokens.
-        num_keeps: of each drop (B, G) long, visual tokens of each group that stay.
+        num_keeps: of each drop (B, G) long, kept visual tokens of each group.
         ragged: of each drop, whether some sample has fewer valid rows than the rectangle.
         packing: the documents of packed rows; None if no row is packed.
         bounds: of each stage those of its documents; empty if no row is packed.
@@ -293,7 +293,7 @@ def _packing(
 
 
 def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
-    """(B, G) of each drop: of the groups' visual `tokens`, those that stay; `held` of them are protected."""
+    """(B, G) of each drop: of the groups' visual `tokens`, those kept; `held` of them are protected."""
     num_keeps = []
     for stage in schedule.stages:
         counts = torch.tensor([[stage.count(n) for n in sample] for sample in tokens.tolist()]).view_as(tokens)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.hf.cache_state import CacheIndex, CacheState, check_lengths, remember, static_width
+from pyramiddrop.hf.cache_state import CacheIndex, CacheState, attach_state, check_lengths, static_width
 from pyramiddrop.hf.compatibility import check_drops, number_run
 from pyramiddrop.hf.forward import Rules, StagedForward
 from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerCall, LayerInputs
@@ -29,7 +29,7 @@ class Prefill(StagedForward):
         past: columns that the KV cache held before.
         plan: what to drop.
         memory: of the KV cache; None if nothing was ever dropped from it.
-        labels: (B, length), if the caller wants a loss on the rows that are left.
+        labels: (B, length), if the caller wants a loss on the remaining rows.
         trace: to be filled, or None.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
         vision: tells what the vision tower knows of each visual token, to a drop before the decoder; or None.
@@ -41,19 +41,19 @@ class Prefill(StagedForward):
         rules: Rules,
         past: int,
         plan: Plan,
-        memory: CacheState | None = None,
+        cache_state: CacheState | None = None,
         labels: Tensor | None = None,
         trace: Trace | None = None,
         padding: Tensor | None = None,
         vision: VisionScores | None = None,
     ) -> None:
-        shift = dict(memory.shift) if memory else {}
+        shift = dict(cache_state.shift) if cache_state else {}
         inputs = LayerInputs(info, rules.positions, past, plan.length, shift, rules.schedule.layers[0], padding, plan)
-        super().__init__(info, rules, inputs, memory)
+        super().__init__(info, rules, inputs, cache_state)
         self.trace, self.unreached = trace, number_run()
         self._cache: Any = None  # if this call leaves something to remember
         # What the cache held before this call; `memory` grows while the call runs.
-        self._earlier: dict[int, CacheIndex] = dict(memory.slots) if memory else {}
+        self._earlier: dict[int, CacheIndex] = dict(cache_state.slots) if cache_state else {}
         self._ranking = self._ranking_by(plan, vision)
         self._deepstack: DeepStack | None = None
         self._drop_at = {drop.layer: number for number, drop in enumerate(plan.drops)}
@@ -75,7 +75,7 @@ class Prefill(StagedForward):
 
     def before_text(self, kwargs: Kwargs) -> Kwargs:
         """`kwargs` without the visual features that the text model would add to layers after a drop: those are added
-        here, to the rows that are left."""
+        here, to the remaining rows."""
         self.unreached = None
         self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
         return kwargs
@@ -142,7 +142,7 @@ class Prefill(StagedForward):
         self._scores[drop] = self._ranking.score(drop, kept, call, previous)
 
     def _merged(self, drop: int, kept: Selection, hidden: Tensor) -> Tensor:
-        """The rows that stay at `drop`, with those that are dropped averaged into them."""
+        """The kept rows at `drop`, with the dropped ones averaged into them."""
         assert isinstance(self._ranking, GeneralRanking)  # merging is nothing usual
         rows, _, visual = self._ranking.active_rows(self._kept[drop])
         earlier = [stage for stage in self._sizes if stage <= drop]  # drops that do not happen leave sizes as they are
@@ -158,15 +158,15 @@ class Prefill(StagedForward):
         return merged
 
     def _remember(self, stage: int, index: int, kept: Selection, cache: Any, position_ids: Tensor | None) -> None:
-        if self.memory is None:
-            self.memory = CacheState(self.rules.schedule.layers, self.rules.positions)
+        if self.cache_state is None:
+            self.cache_state = CacheState(self.rules.schedule.layers, self.rules.positions)
         self._cache = cache
         earlier = self._earlier.get(stage, CacheIndex(kept.rows[:, :0], None, 0))
         slots = earlier.extended(kept.rows, kept.valid, self.past, self.length)
-        self.memory.hold(stage, slots, static_width(cache, index))
+        self.cache_state.hold(stage, slots, static_width(cache, index))
         if self.rules.positions == "compact":
             assert position_ids is not None
-            self.memory.shift[stage] = self.inputs.new_shift(stage, kept, position_ids)
+            self.cache_state.shift[stage] = self.inputs.new_shift(stage, kept, position_ids)
 
     # ---- what a layer is called with -------------------------------------------------------------------------------
 
@@ -185,10 +185,10 @@ class Prefill(StagedForward):
         return self.length if kept is None else kept.rows.shape[1]
 
     def _own_slots(self, stage: int) -> CacheIndex | None:
-        if self.memory is None:
+        if self.cache_state is None:
             kept = self._kept.get(stage)
             return None if kept is None else CacheIndex(kept.rows, kept.valid, self.length)
-        slots = self.memory.slots.get(stage)
+        slots = self.cache_state.slots.get(stage)
         return slots and slots.resized(self.past + self.length)
 
     # ---- after the text model --------------------------------------------------------------------------------------
@@ -211,14 +211,14 @@ class Prefill(StagedForward):
 
     def _hand_over(self, cache: Any) -> None:
         """Put the memory on the cache, once all layers are in it."""
-        assert self.memory is not None
+        assert self.cache_state is not None
         stages = {index: self.rules.schedule.stage_of(index) for index in self.info.caching}
-        check_lengths(cache, self.past + self.length, stages, self.memory)
-        remember(cache, self.memory)
-        let_crop_follow(cache, {index: self.memory.missing(stage) for index, stage in stages.items()})
+        check_lengths(cache, self.past + self.length, stages, self.cache_state)
+        attach_state(cache, self.cache_state)
+        let_crop_follow(cache, {index: self.cache_state.num_dropped(stage) for index, stage in stages.items()})
 
     def _last(self, hidden: Tensor, kept: Selection) -> Tensor:
-        """The full length; or the rows that are left, with their labels beside them."""
+        """The full length; or the remaining rows, with their labels beside them."""
         if self.shift_labels is None or self._labels is None:
             return scatter_rows(hidden, kept.rows, kept.valid, self.length)
         self.shift_labels.copy_(take_next_labels(self._labels, kept.rows, kept.valid))

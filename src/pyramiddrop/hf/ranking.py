@@ -1,4 +1,4 @@
-"""Rank the visual tokens at a drop by what the ranking layer tells of its rows, and select the rows that stay."""
+"""Rank the visual tokens at a drop by what the ranking layer tells of its rows, and select the kept rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VisionScores = Callable[[GeneralPlan], Tensor]
 
 
 class Ranking:
-    """The decisions of one prefill: scores at each drop, the rows that stay, and what the trace is told of them.
+    """The decisions of one prefill: scores at each drop, the kept rows, and what the trace is told of them.
 
     Attributes:
         plan: of the prefill.
@@ -41,7 +41,7 @@ class Ranking:
         """(B, n) scores for `drop`, on the device of the plan.
 
         Args:
-            kept: the rows that are left before the drop; None for all.
+            kept: the remaining rows before the drop; None for all.
             call: of the ranking layer.
             previous: (B, N, D), what the layer before it received, or None.
         """
@@ -254,7 +254,7 @@ class RankingLayer:
         inputs: positions of the rows.
         stage: of the layer.
         earlier: stage -> what earlier calls left in the stage's cache.
-        kept: the rows that are left, or None for all.
+        kept: the remaining rows, or None for all.
         rows, alive: (B, N) those rows, and which of them are no padding.
         call: of the layer.
         documents: in those rows, or None if no row is packed; what is asked for is then told of each document.
@@ -317,7 +317,7 @@ class RankingLayer:
         return received.to(self.call.hidden.device)
 
     def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
-        """Queries of the rows at `columns` (B, Q), and keys of all rows that are left."""
+        """Queries of the rows at `columns` (B, Q), and keys of all remaining rows."""
         # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
         tokens = self.inputs.tokens(self.stage, self.kept, self.call.hidden, self.call.kwargs)
         if not rotated:
@@ -327,7 +327,7 @@ class RankingLayer:
         return seen
 
     def _among_rows(self, columns: Tensor) -> Tensor:
-        """(B, Q) where the tokens at `columns` stand among the rows that are left."""
+        """(B, Q) where the tokens at `columns` stand among the remaining rows."""
         rows = self.rows
         numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)

@@ -1,4 +1,4 @@
-"""Rows: gather those that stay, scatter them back to full length, and find the documents of packed ones.
+"""Rows: gather those kept, scatter them back to full length, and find the documents of packed ones.
 
 Packed rows hold several documents, each of which is a sample of its own. Which they are is read on the host, once a
 prefill; what ranks is then shown the documents as rows of a batch.

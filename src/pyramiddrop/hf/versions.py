@@ -90,13 +90,13 @@ def _cropped_by_columns(base: type) -> Any:
                 layer.crop(length - getattr(self, _DROPPED).get(index, 0) if length > 0 else length)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _blank, (base,), self.__dict__
+            return _empty_layer, (base,), self.__dict__
 
     PrunedCache.__name__ = base.__name__
     return PrunedCache
 
 
-def _blank(base: type) -> Any:
+def _empty_layer(base: type) -> Any:
     """An empty cache, for copies and pickles to fill."""
     return object.__new__(_cropped_by_columns(base))
 

@@ -100,7 +100,7 @@ class RandomScorer(Scorer):
 
 @dataclass(frozen=True)
 class UniformScorer(Scorer):
-    """The tokens that stay are evenly spaced among those that are still there, in each group."""
+    """The kept tokens are evenly spaced among the remaining ones, in each group."""
 
     def __call__(self, inputs: ScorerInputs) -> Tensor:
         present = inputs.per_group(inputs.visual.long())

@@ -28,7 +28,7 @@ class TrainingVariant:
 
     Attributes:
         cost: of the method, or of vanilla.
-        logits: "full": of every row; "kept": of the rows that are left, which only a method can do.
+        logits: "full": of every row; "kept": of the remaining rows, which only a method can do.
         checkpointing: whether layers are computed again in the backward pass, to save memory.
     """
 

@@ -26,7 +26,7 @@ class VisualPrompt:
         length: its tokens.
         columns: (N,) long, ascending, where its visual tokens stand.
         groups: (N,) long, the group that each belongs to: all one, or one an image.
-        num_keep: for each drop the number of tokens of each group that stay.
+        num_keep: for each drop the number of kept tokens of each group.
         dropped: for each stage, stage 0 too, the tokens that its layers miss.
     """
 

@@ -63,7 +63,7 @@ class Survivors:
         )
 
     def choose(self, stage: int, scores: Tensor | None) -> Tensor:
-        """(n,) long, ascending: the rows that stay; from now on they are the rows that are there. No scores: none has
+        """(n,) long, ascending: the kept rows; from now on they are the rows present. No scores: none has
         to be chosen."""
         scores = torch.zeros(self._visual.shape, device=self._visual.device) if scores is None else scores
         protected = torch.zeros_like(self._visual)
