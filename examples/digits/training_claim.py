@@ -95,7 +95,7 @@ def start_checkpoint(folder: Path) -> Path:
         trainer = Trainer(Recipe())
         if (folder / "state.pt").exists():
             trainer.load(folder / "state.pt")
-        run_training(trainer, folder, START_STEPS, 40)
+        run_training(trainer, folder, START_STEPS, every=50)
         model = load_trained(folder / "state.pt")
         to_hugging_face(model).save_pretrained(checkpoint)
         make_processor(model.config).save_pretrained(checkpoint)
