@@ -63,7 +63,7 @@ METHOD = PyramidDrop()
 
 @dataclass(frozen=True)
 class Load:
-    """One concurrency, one way. Seconds are CPU seconds of the process; medians over all requests.
+    """One concurrency, one variant. Seconds are CPU seconds of the process; medians over all requests.
 
     Attributes:
         turn: of the rounds, in each of which both ways are measured.

@@ -42,14 +42,18 @@ def running(folder: Path, words: Sequence[str]) -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         address = f"http://127.0.0.1:{port}"
         try:
-            _wait(process, address, folder)
+            wait_until_healthy(process, address, folder / "server.log")
             yield address
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _wait(process: subprocess.Popen[bytes], address: str, folder: Path, seconds: float = 600) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Path, seconds: float = 600) -> None:
+    """Return when the server at `address` answers; AssertionError if its `process` ends before, or if it takes longer.
+
+    The error shows the end of `log`.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -57,16 +61,22 @@ def _wait(process: subprocess.Popen[bytes], address: str, folder: Path, seconds:
             return
         except OSError:
             time.sleep(1)
-    raise AssertionError("the server did not start:\n" + (folder / "server.log").read_text()[-4000:])
+    raise AssertionError("the server did not start:\n" + log.read_text()[-4000:])
 
 
 def post(address: str, body: dict[str, Any]) -> Any:
     """The reply to a chat."""
+    reply, _ = post_with_headers(address, body)
+    return reply
+
+
+def post_with_headers(address: str, body: dict[str, Any]) -> tuple[Any, Any]:
+    """The reply to a chat, and its headers."""
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)
+        return json.load(response), response.headers
 
 
 def body(question: Question) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def vanilla(llava: Path) -> list[list[int]]:
     return expected(llava, ASKED, None)
 
 
-class ClsAttentionRecorder:
+class SchedulerRecorder:
     """What went on in the scheduler."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def test_a_stage_holds_blocks_for_what_it_keeps(llava: Path) -> None:
     asked = [question for question in questions(8, seed=4, tokens=(4, 4)) if len(question.images) == 2]
     peaks = {}
     for name, method in {"all": PyramidDrop(lam=1.0), "few": PyramidDrop(lam=0.1)}.items():
-        watch = ClsAttentionRecorder()
+        watch = SchedulerRecorder()
         with engine(llava, method) as llm:
             answers(llm, asked, watch=watch)
         peaks[name] = watch.peak
@@ -82,7 +82,7 @@ def test_a_stage_holds_blocks_for_what_it_keeps(llava: Path) -> None:
 
 
 def test_preemption(llava: Path, halves: list[list[int]]) -> None:
-    watch = ClsAttentionRecorder()
+    watch = SchedulerRecorder()
     with engine(llava, HALVES, **FEW_BLOCKS) as llm:
         assert answers(llm, ASKED, watch=watch) == halves
         assert nothing_left(llm)
@@ -94,11 +94,11 @@ def test_preemption(llava: Path, halves: list[list[int]]) -> None:
 def test_a_tight_token_budget_computes_prompts_in_parts(
     llava: Path, halves: list[list[int]], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, sizes = ClsAttentionRecorder(), set()
+    watch, sizes = SchedulerRecorder(), set()
     begin = Batch.begin
 
-    def watched(self: Batch, entries: Any) -> None:
-        begin(self, entries)
+    def watched(self: Batch, *described: Any) -> None:
+        begin(self, *described)
         sizes.update(entry.scheduled for entry in self.step.entries if entry.visits)
 
     monkeypatch.setattr(Batch, "begin", watched)
@@ -110,7 +110,7 @@ def test_a_tight_token_budget_computes_prompts_in_parts(
 
 
 def test_preemption_amid_parts(llava: Path, halves: list[list[int]]) -> None:
-    watch = ClsAttentionRecorder()
+    watch = SchedulerRecorder()
     with engine(llava, HALVES, max_num_batched_tokens=24, **FEW_BLOCKS) as llm:
         assert answers(llm, ASKED, watch=watch) == halves
         assert nothing_left(llm)
@@ -306,7 +306,7 @@ def test_control_blocks_for_every_token_save_nothing(llava: Path, monkeypatch: p
     for patched in (False, True):
         if patched:
             monkeypatch.setattr(kv_cache.StageManager, "_held", lambda self, request_id, tokens: tokens)
-        watch = ClsAttentionRecorder()
+        watch = SchedulerRecorder()
         with engine(llava, PyramidDrop(lam=0.1)) as llm:
             answers(llm, asked, watch=watch)
         peaks.append(watch.peak)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,19 +119,59 @@ def test_text_is_never_touched() -> None:
     assert not Step([text]).misses
 
 
+def begin(batch: Batch, *entries: Entry) -> Any:
+    """A step of `entries`, described to `batch` as the runners do; the step."""
+    columns: Any = zip(*((one.request, one.prompt, one.computed, one.scheduled) for one in entries), strict=True)
+    requests, prompts, computed, scheduled = columns
+    batch.begin(requests, prompts, np.array(computed), np.array(scheduled))
+    return batch.step
+
+
 def test_a_prompt_that_begins_anew_has_nothing_left_of_its_parts() -> None:
     batch = Batch()
     batch.waiting["a"] = Rows(torch.zeros(8, 4), torch.arange(8), None)
-    batch.begin([entry(8, 8)])
+    begin(batch, entry(8, 8))
     assert "a" in batch.waiting
-    batch.begin([entry(0, 8)])
+    begin(batch, entry(0, 8))
     assert not batch.waiting
 
 
 def test_a_single_token_of_a_visual_prompt_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="a single token of the prompt of a is scheduled"):
-        Batch().begin([entry(8, 1)])
-    Batch().begin([entry(23, 1)])  # a step of decoding
+        begin(Batch(), entry(8, 1))
+    begin(Batch(), entry(23, 1))  # a step of decoding
+
+
+def test_decoding_the_same_requests_is_described_once() -> None:
+    batch, first, text = Batch(), entry(23, 1), Entry("t", None, 4, 1)
+    other = replace(first, prompt=replace(first.prompt))
+    step = begin(batch, first, text)
+    assert step.decodes
+    assert step.missing(2, torch.device("cpu")).tolist() == [8, 0]
+    on = replace(first, computed=24), replace(text, computed=5)
+    assert begin(batch, *on) is step
+    assert begin(batch, *on[::-1]) is not step, "another order"
+    for changed in (
+        [on[0]],
+        [on[0], replace(text, scheduled=2)],
+        [replace(other, computed=24), on[1]],
+        [replace(first, computed=0, scheduled=20), on[1]],
+    ):
+        step = begin(batch, first, text)
+        assert begin(batch, *changed) is not step
+        assert [(one.computed, one.scheduled) for one in batch.step.entries] == [
+            (one.computed, one.scheduled) for one in changed
+        ]
+
+
+def test_a_prompt_is_never_described_as_decoding() -> None:
+    batch = Batch()
+    assert not begin(batch, entry(0, 20)).decodes
+    assert not begin(batch, Entry("t", None, 0, 9)).decodes
+    step = begin(batch, entry(20, 1))
+    assert step.decodes
+    with pytest.raises(RuntimeError, match="a single token"):
+        begin(batch, replace(step.entries[0], computed=0))
 
 
 def block(number: int, content: str) -> Any:

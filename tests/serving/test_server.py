@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -17,14 +18,14 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from clients import answer, body, chats, post, running
+from clients import answer, body, chats, post, post_with_headers, running
 from qwen import masked_answers, with_pictures
-from served import Question, engine, expected, questions, sampling
+from served import ABOUT_FILM, Question, Video, engine, expected, films, questions, sampling
 from transformers import AutoTokenizer
 
 from internvl_checkpoints import PICTURE, save_internvl
 from pyramiddrop import PyramidDrop
-from qwen_checkpoints import save_qwen
+from qwen_checkpoints import CHAT_TEMPLATE, FILM, save_qwen
 from reference import Rule
 
 RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
@@ -79,6 +80,23 @@ def server(folder: Path, *arguments: str) -> Iterator[str]:
         yield address
 
 
+def stream_headers(address: str, asked: dict[str, Any]) -> Any:
+    """The headers of a streamed reply, which is read to its end."""
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(asked | {"stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        assert b"data: [DONE]" in response.read()
+        return response.headers
+
+
+def served(headers: Any) -> tuple[str | None, str | None]:
+    """Keep ratios and visual tokens by stage, as a response tells them."""
+    return headers["pyramiddrop-keep"], headers["pyramiddrop-visual-tokens"]
+
+
 def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
     asked = chats(12)
     tokenizer = AutoTokenizer.from_pretrained(llava)
@@ -91,7 +109,12 @@ def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
         assert refused.value.code == 400
         assert b"prompt_logprobs" in refused.value.read()
         again = post(address, body(asked[1]))
-        more, all_kept = (post(address, body(asked[0]) | {"vllm_xargs": {"pyramiddrop": it}}) for it in (0.9, "off"))
+        (more, _), (all_kept, _) = told = [
+            post_with_headers(address, body(asked[0]) | {"vllm_xargs": {"pyramiddrop": it}}) for it in (0.9, "off")
+        ]
+        assert [served(headers) for _, headers in told] == [("0.9,0.81,0.729", "16,14,12,11"), ("1,1,1", "16,16,16,16")]
+        assert served(stream_headers(address, body(asked[1]))) == ("0.5,0.25,0.125", "32,16,8,4")
+        assert served(stream_headers(address, body(asked[2]))) == (None, None), "there is no picture in it"
         with pytest.raises(urllib.error.HTTPError) as wrong:
             post(address, body(asked[0]) | {"vllm_xargs": {"pyramiddrop": 2}})
         assert wrong.value.code == 400
@@ -102,12 +125,13 @@ def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
     for reply, method in ((more, PyramidDrop(layers=RULE.layers, keep=[0.9, 0.81, 0.729])), (all_kept, None)):
         assert answer(reply) == tokenizer.decode(expected(llava, asked[:1], method)[0])
     counted = dict(re.findall(r"^(pyramiddrop:\S+?)(?: |\{.*\} )(\S+)$", metrics, re.MULTILINE))
-    pictures = sum(len(question.images) for question in asked) + 2 + 2  # asked[1] has two; the two of their own, one
+    pictures = sum(len(question.images) for question in asked) + 4 + 2  # asked[1] twice again, with two; asked[0], one
     assert float(counted["pyramiddrop:visual_tokens_total"]) == 16 * pictures
     assert float(counted["pyramiddrop:visual_tokens_dropped_total"]) == 14 * (pictures - 2) + 5
     assert float(counted["pyramiddrop:kv_cache_bytes_saved_total"]) > 0
     assert float(counted["pyramiddrop:prefill_flops_saved_total"]) > 0
     assert 'pyramiddrop:requests_total{asked="request",keep="1,1,1"} 1.0' in metrics
+    assert 'pyramiddrop:requests_total{asked="request",keep="0.9,0.8,0.75"} 1.0' in metrics, "rounded"
     said = (llava / "server.log").read_text()
     assert "16 visual tokens (16 → 8 → 4 → 2)" in said
     assert re.search(r"INFO .*PyramidDrop drops visual tokens before layers 2, 4, 6 and keeps 0.5, 0.25, 0.125", said)
@@ -125,3 +149,33 @@ def test_data_parallelism(llava: Path) -> None:
     ):
         replies = list(clients.map(lambda question: post(address, body(question)), asked))
     assert [answer(reply) for reply in replies] == [tokenizer.decode(ids) for ids in expected(llava, asked, HALVES)]
+
+
+@pytest.mark.slow
+def test_a_video_over_http(tmp_path: Path) -> None:
+    """A file that the client sends, decoded by vLLM; the reference is given the same frames."""
+    cv2 = pytest.importorskip("cv2", reason="the film of this test is written by OpenCV")
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    folder, file = save_qwen(tmp_path / "qwen", "qwen2_5_vl", CHAT_TEMPLATE), tmp_path / "film.mp4"
+    noise = films(1, "", "")[0].frames
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), ABOUT_FILM["fps"], noise.shape[2:0:-1])
+    for frame in noise:
+        writer.write(frame)
+    writer.release()
+    frames, about = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(file.read_bytes())
+    assert {name: about[name] for name in ABOUT_FILM} == ABOUT_FILM
+    asked = [Video(f"user {FILM} w5 w{number} w7", (), 8, frames) for number in range(20, 23)]
+    wanted = [AutoTokenizer.from_pretrained(folder).decode(ids) for ids in masked_answers(folder, asked, RULE)]
+    with server(folder, *METHOD) as address:
+        replies = [post_with_headers(address, film_body(question, file)) for question in asked]
+    assert [answer(reply) for reply, _ in replies] == wanted
+    assert [served(headers)[1] for _, headers in replies] == ["12,6,3,1"] * 3
+
+
+def film_body(question: Question, file: Path) -> dict[str, Any]:
+    """A question about the video in `file` as a client sends it."""
+    url = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+    film = {"type": "video_url", "video_url": {"url": url}}
+    text = {"type": "text", "text": question.prompt.removeprefix(f"user {FILM} ")}
+    return body(Question("", (), question.tokens)) | {"messages": [{"role": "user", "content": [film, text]}]}

@@ -22,6 +22,7 @@ from pyramiddrop.vllm import hf_overrides
 
 BACKENDS = ("vllm", "transformers")
 OVERRIDES, TEMPLATE = "--hf-overrides", "--chat-template"
+HEADERS = ("--middleware", "pyramiddrop.vllm.response_headers.PruningHeaders")
 # Of models whose pictures have no fixed number of tokens: about what a picture of a megapixel brings.
 VISUAL_TOKENS, TEXT_TOKENS = 1024, 64
 
@@ -102,7 +103,7 @@ def _vllm_command(model: str, method: Method, arguments: Sequence[str]) -> tuple
     with user_input(caught=(ValueError, RuntimeError)):
         overrides = hf_overrides(model, method)
     merged, others = _merged(overrides, arguments)
-    command = ["vllm", "serve", model, OVERRIDES, json.dumps(merged)]
+    command = ["vllm", "serve", model, OVERRIDES, json.dumps(merged), *HEADERS]
     template = None if TEMPLATE in others else template_with_bos(model)
     if template is None:
         return [*command, *others], ()

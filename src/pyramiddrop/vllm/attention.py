@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
 
-from pyramiddrop.vllm.batch import Batch
+from pyramiddrop.vllm.batch import Batch, Step
 from pyramiddrop.vllm.kv_cache import StageSpec
 
 
@@ -94,7 +94,10 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             step = self._batch.step
             if step is None or not step.misses:
                 return common
-            common = _shorter(common, step.missing(stage))
+            common = _shorter(common, step, stage)
+            if step.decodes:
+                _write_decoding_slots(common, self.kv_cache_spec.block_size, len(step.entries))
+                return common
             if step.visits:
                 rows = step.rows(stage)
                 if not any(rows):
@@ -107,13 +110,14 @@ def _stage_backend(backend: Any, stage: int) -> Any:
     return subclass_attention_backend(f"PyramidDropStage{stage}", backend, StageBuilder)
 
 
-def _shorter(common: CommonAttentionMetadata, missing: Tensor) -> CommonAttentionMetadata:
-    """Sequences less the tokens that the stage misses; `missing` (R,) int32, requests of padding miss none."""
-    common.seq_lens[: len(missing)] -= missing.to(common.seq_lens.device, non_blocking=True)
+def _shorter(common: CommonAttentionMetadata, step: Step, stage: int) -> CommonAttentionMetadata:
+    """Sequences less the tokens that the stage misses; requests of padding miss none."""
+    count = len(step.entries)
+    common.seq_lens[:count] -= step.missing(stage, common.seq_lens.device)
     bound = common.seq_lens_cpu_upper_bound
     if bound is not None:
         bound = bound.clone()
-        bound[: len(missing)] -= missing
+        bound[:count] -= step.missing(stage, bound.device)
     return common.replace(
         seq_lens_cpu_upper_bound=bound,
         positions=None,
@@ -142,6 +146,13 @@ def _fewer_rows(common: CommonAttentionMetadata, rows: list[int]) -> CommonAtten
         max_query_len=max(rows),
         slot_mapping=torch.empty(sum(rows), dtype=common.slot_mapping.dtype, device=device),
     )
+
+
+def _write_decoding_slots(common: CommonAttentionMetadata, block_size: int, requests: int) -> None:
+    """What `_write_slots` does, where each of the `requests` has one row."""
+    places = common.seq_lens[:requests].long() - 1
+    blocks = common.block_table_tensor[:requests].gather(1, (places // block_size)[:, None])[:, 0]
+    common.slot_mapping[:requests] = blocks.to(common.slot_mapping.dtype) * block_size + places % block_size
 
 
 def _write_slots(common: CommonAttentionMetadata, block_size: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,35 +56,36 @@ class Entry:
         return self.computed + self.scheduled - self.missing(stage)
 
 
-@dataclass
 class Step:
     """One step of the engine.
 
     Attributes:
         entries: its requests, in the order of the batch.
+        visits: whether any request computes a part of a visual prompt.
+        misses: whether any stage misses anything of any request.
+        decodes: whether each request computes one token, behind its visual prompt if it has one.
         table: (R, blocks) of each request the numbers of its blocks of stage 0; None before its metadata is built.
         block: tokens of one of these blocks.
         slots: layer name -> (rows,) long, where its keys and values go, where this step has other rows than vLLM knows.
     """
 
-    entries: Sequence[Entry]
-    table: Tensor | None = None
-    block: int = 0
-    slots: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.visits = any(entry.visits for entry in entries)
+        self.misses = any(entry.prompt is not None for entry in entries)
+        self.decodes = not self.visits and all(entry.scheduled == 1 for entry in entries)
+        self.table: Tensor | None = None
+        self.block = 0
+        self.slots: dict[str, Tensor] = {}
+        self._missing: dict[tuple[int, torch.device], Tensor] = {}
 
-    @property
-    def visits(self) -> bool:
-        """Whether any request computes a part of a visual prompt."""
-        return any(entry.visits for entry in self.entries)
-
-    @property
-    def misses(self) -> bool:
-        """Whether any stage misses anything of any request."""
-        return any(entry.prompt is not None for entry in self.entries)
-
-    def missing(self, stage: int) -> Tensor:
-        """(R,) int32 on the CPU."""
-        return torch.tensor([entry.missing(stage) for entry in self.entries], dtype=torch.int32)
+    def missing(self, stage: int, device: torch.device) -> Tensor:
+        """(R,) int32 on `device`: for each request the tokens that the layers of `stage` hold no row of."""
+        place = stage, device
+        if place not in self._missing:
+            counts = torch.tensor([entry.missing(stage) for entry in self.entries], dtype=torch.int32)
+            self._missing[place] = counts.to(device, non_blocking=True)
+        return self._missing[place]
 
     def rows(self, stage: int) -> list[int]:
         """For each request the rows that the layers of `stage` compute."""
@@ -101,14 +105,36 @@ class Batch:
         self.step: Step | None = None
         self.waiting: dict[str, Rows] = {}
         self.prefix = prefix
+        self._decoding: Step | None = None
+        self._ends = np.empty(0)
 
-    def begin(self, entries: Iterable[Entry]) -> None:
+    def begin(
+        self,
+        requests: Sequence[str],
+        prompts: Sequence[VisualPrompt | None],
+        computed: np.ndarray[Any, Any],
+        scheduled: np.ndarray[Any, Any],
+    ) -> None:
         """A step begins. A prompt that begins anew has nothing left of its earlier, preempted parts.
+
+        A step that only goes on decoding the requests of the step before is described by that one.
+
+        Args:
+            requests: their ids, in the order of the batch.
+            prompts: their visual prompts, or None where no stage drops any of it.
+            computed: (R,) their tokens of earlier steps.
+            scheduled: (R,) their tokens of this step.
 
         Raises:
             RuntimeError: for a single token of a visual prompt: the scheduler was to cut it otherwise.
         """
-        self.step = Step(list(entries))
+        if self._decodes_on(prompts, computed, scheduled):
+            self.step = self._decoding
+            return
+        described = zip(requests, prompts, computed.tolist(), scheduled.tolist(), strict=True)
+        self.step = Step([Entry(*values) for values in described])
+        self._decoding = self.step if self.step.decodes else None
+        self._ends = np.array([prompt.length if prompt is not None else 0 for prompt in prompts])
         for entry in self.step.entries:
             held = self.waiting.get(entry.request)
             if held is not None and len(held.hidden) != entry.computed:
@@ -118,6 +144,21 @@ class Batch:
                     f"pyramiddrop: a single token of the prompt of {entry.request} is scheduled, which would be "
                     "replayed as a step of decoding: vLLM did not ask the plugin's scheduler how to cut the prompt"
                 )
+
+    def _decodes_on(
+        self,
+        prompts: Sequence[VisualPrompt | None],
+        computed: np.ndarray[Any, Any],
+        scheduled: np.ndarray[Any, Any],
+    ) -> bool:
+        """Whether the last step decoded the same prompts in the same order, and this one does, too."""
+        last = self._decoding
+        return (
+            last is not None
+            and len(last.entries) == len(prompts)
+            and all(map(is_, prompts, (entry.prompt for entry in last.entries)))
+            and bool((scheduled == 1).all() and (computed >= self._ends).all())
+        )
 
     def note_blocks(self, table: Tensor, block: int) -> None:
         """Blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens of one.

@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from pyramiddrop.cost import BYTES, DecoderShape, Experts, ModelShape, Prompt, estimate_cost
+from pyramiddrop.cost import DecoderShape, Experts, ModelShape, Prompt, estimate_cost
 from pyramiddrop.methods import Method
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.vllm.names import KEY
-from pyramiddrop.vllm.prompts import read_prompt
-from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
-
-VISUAL = ("image", "video")
 
 
 class Savings:
     """Counts the requests of one engine as they are admitted."""
 
     def __init__(self, vllm_config: Any, rules: Rules) -> None:
+        """`rules`: of the engine."""
         self._rules = rules
         self._shape = decoder_shape(vllm_config)
         settings = vllm_config.additional_config[KEY]
         self._ranking: Callable[..., int] = Method.from_settings(settings, KEY).ranking_flops
 
-    def count(self, request: Any) -> None:
-        """Count `request`, as vLLM's frontend hands it to the engine."""
-        rules = rules_for(self._rules, request.sampling_params)
-        features = [feature for feature in request.mm_features or () if feature.modality in VISUAL]
-        if not features:
-            return
-        visual = sum(feature.mm_position.get_num_embeds() for feature in features)
-        asked = "server" if rules is self._rules else "request"
+    def count(self, rules: Rules, visual: Sequence[int], length: int) -> None:
+        """Count one prompt with pictures or videos.
+
+        Args:
+            rules: of the request.
+            visual: number of visual tokens in each stage, stage 0 too.
+            length: tokens of the prompt.
+        """
         counters = _counters()
-        counters["requests"].labels(asked=asked, keep=",".join(f"{keep:g}" for keep in rules.schedule.keep)).inc()
-        counters["visual_tokens"].inc(visual)
-        length = len(request.prompt_token_ids)
-        prompt = read_prompt(features, length, rules)
-        if prompt is None:
+        counters["requests"].labels(**self._labels(rules)).inc()
+        counters["visual_tokens"].inc(visual[0])
+        if visual[-1] == visual[0]:
             return
-        counters["visual_tokens_dropped"].inc(prompt.dropped[-1])
-        flops, kv_bytes = self._saved(rules.schedule, visual, length - visual)
+        counters["visual_tokens_dropped"].inc(visual[0] - visual[-1])
+        flops, kv_bytes = self._saved(rules.schedule, visual[0], length - visual[0])
         counters["prefill_flops_saved"].inc(flops)
         counters["kv_cache_bytes_saved"].inc(kv_bytes)
+
+    def _labels(self, rules: Rules) -> dict[str, str]:
+        """Ratios that clients choose are rounded: each combination is a time series of its own."""
+        keep = rules.schedule.keep
+        if rules is self._rules:
+            return {"asked": "server", "keep": ",".join(f"{ratio:g}" for ratio in keep)}
+        return {"asked": "request", "keep": ",".join(f"{round(ratio * 20) / 20:g}" for ratio in keep)}
 
     def _saved(self, schedule: Schedule, visual: int, text: int) -> tuple[int, int]:
         """FLOPs of the prefill, ranking counted, and bytes of the KV cache that dropping saves of one prompt."""
@@ -59,7 +61,6 @@ def decoder_shape(vllm_config: Any) -> DecoderShape:
     text = model.hf_text_config
     count = getattr(text, "num_experts", 0)
     experts = Experts(count, text.num_experts_per_tok, text.moe_intermediate_size) if count else None
-    fp8 = str(vllm_config.cache_config.cache_dtype).startswith("fp8")
     return DecoderShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -67,7 +68,7 @@ def decoder_shape(vllm_config: Any) -> DecoderShape:
         heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=model.get_head_size(),
-        bytes_per_value=BYTES["float8"] if fp8 else model.dtype.itemsize,
+        bytes_per_value=model.dtype.itemsize,
         vocabulary=text.vocab_size,
         experts=experts,
     )

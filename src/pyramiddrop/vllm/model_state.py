@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
 from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
@@ -38,14 +38,12 @@ class StagedModelState(DefaultModelState):
 
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **options: Any) -> dict[str, Any]:
         if all(request in self._prompts for request in input_batch.req_ids):
+            count = len(input_batch.req_ids)
             self._batch.begin(
-                Entry(request, self._prompts[request], int(computed), int(scheduled))
-                for request, computed, scheduled in zip(
-                    input_batch.req_ids,
-                    input_batch.num_computed_tokens_np,
-                    input_batch.num_scheduled_tokens,
-                    strict=False,
-                )
+                input_batch.req_ids,
+                [self._prompts[request] for request in input_batch.req_ids],
+                input_batch.num_computed_tokens_np[:count],
+                input_batch.num_scheduled_tokens[:count],
             )
         else:  # a batch of vLLM's own making, to warm up or to capture
             self._batch.step = None

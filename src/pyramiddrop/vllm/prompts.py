@@ -46,13 +46,8 @@ def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> Vi
         rules: of the engine.
     """
     spans = _spans(features)
-    sizes = [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
-    # A picture that ends the prompt asks for itself: its last token stays, also where no other does.
-    asking = (
-        [int(length - 1 in span) for span in spans] if rules.per_image else [int(any(length - 1 in s for s in spans))]
-    )
-    held = list(zip(sizes, asking, strict=True))
-    num_keep = tuple(tuple(max(stage.count(size), own) for size, own in held) for stage in rules.schedule.stages)
+    sizes = _group_sizes(spans, rules)
+    num_keep = _num_keep(spans, sizes, length, rules)
     dropped = (0, *(sum(sizes) - sum(kept) for kept in num_keep))
     if not any(dropped):
         return None
@@ -61,6 +56,28 @@ def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> Vi
     columns, order = columns.sort()
     groups = owners[order] if rules.per_image else torch.zeros_like(columns)
     return VisualPrompt(length, columns, groups, num_keep, dropped)
+
+
+def visual_by_stage(features: Sequence[Any] | None, length: int, rules: Rules) -> tuple[int, ...]:
+    """Number of visual tokens of a prompt in each stage, stage 0 too; the arguments are those of `read_prompt`."""
+    spans = _spans(features)
+    sizes = _group_sizes(spans, rules)
+    return (sum(sizes), *map(sum, _num_keep(spans, sizes, length, rules)))
+
+
+def _group_sizes(spans: Sequence[Tensor], rules: Rules) -> list[int]:
+    """Visual tokens of each group that is ranked on its own."""
+    return [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
+
+
+def _num_keep(spans: Sequence[Tensor], sizes: Sequence[int], length: int, rules: Rules) -> tuple[tuple[int, ...], ...]:
+    """For each drop the number of tokens of each group that stay."""
+    # A picture that ends the prompt asks for itself: its last token stays, also where no other does.
+    asking = (
+        [int(length - 1 in span) for span in spans] if rules.per_image else [int(any(length - 1 in s for s in spans))]
+    )
+    held = list(zip(sizes, asking, strict=True))
+    return tuple(tuple(max(stage.count(size), own) for size, own in held) for stage in rules.schedule.stages)
 
 
 def _spans(features: Sequence[Any] | None) -> list[Tensor]:

@@ -10,8 +10,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from pyramiddrop.vllm.metrics import Savings
 from pyramiddrop.vllm.names import KEY, PREFIX
-from pyramiddrop.vllm.prompts import read_prompt
+from pyramiddrop.vllm.prompts import read_prompt, visual_by_stage
 from pyramiddrop.vllm.request_rules import rules_for
+from pyramiddrop.vllm.response_headers import note_served
 from pyramiddrop.vllm.rules import Rules, rules_of
 
 _process = InputProcessor.process_inputs
@@ -27,7 +28,11 @@ def _guarded(self: InputProcessor, request_id: str, prompt: Any, params: Any, *a
     rules = _check(params, bool(options.get("resumable")), self.pyramiddrop_rules)
     request = _process(self, request_id, prompt, params, *args, **options)
     _check_pictures(request, self.vllm_config.scheduler_config, rules)
-    self.pyramiddrop_savings.count(request)
+    length = len(request.prompt_token_ids)
+    visual = visual_by_stage(request.mm_features, length, rules)
+    if visual[0]:
+        self.pyramiddrop_savings.count(rules, visual, length)
+        note_served(rules.schedule.keep, visual)
     return request
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+import numpy as np
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
 from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.rules import Rules
@@ -37,14 +38,12 @@ def _begin(runner: GPUModelRunner, batch: Batch, scheduled: dict[str, int]) -> N
         batch.forget(request)
     rules: Rules = runner.get_model().pyramiddrop_rules
     held = runner.input_batch
+    requests = held.req_ids
     batch.begin(
-        Entry(
-            request=request,
-            prompt=_prompt(runner.requests[request], rules),
-            computed=int(held.num_computed_tokens_cpu[row]),
-            scheduled=scheduled[request],
-        )
-        for row, request in enumerate(held.req_ids)
+        requests,
+        [_prompt(runner.requests[request], rules) for request in requests],
+        held.num_computed_tokens_cpu[: len(requests)],
+        np.array([scheduled[request] for request in requests]),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from pyramiddrop.vllm.names import KEY, LOGGER
 from pyramiddrop.vllm.rules import configure, rules_of
@@ -73,6 +74,11 @@ def _unsupported_features(vllm_config: Any) -> Iterator[str]:
         yield "offloading of weights (tokens are ranked by projections outside of their layer's forward)"
     if vllm_config.model_config.enable_prompt_embeds:
         yield "--enable-prompt-embeds (nothing says which embeddings are visual)"
+    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+        yield (
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} (no machine of the tests computes it: vLLM's "
+            "attention on a CPU wants AVX-512 for it)"
+        )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "--kv-sharing-fast-prefill (it picks rows of the whole prompt in later layers)"
     window = vllm_config.model_config.get_sliding_window()
