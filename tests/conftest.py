@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints import save_checkpoint, save_picture
+
+
+def pytest_configure() -> None:
+    """What is equal to the bit on one thread need not be on several."""
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
