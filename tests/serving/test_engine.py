@@ -16,7 +16,7 @@ from served import Question, answers, blocks_in_use, engine, expected, picture, 
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.vllm import attention, forward, kv_cache, runner
-from pyramiddrop.vllm.batch import Batch, Entry
+from pyramiddrop.vllm.batch import Batch, ScheduledRequest
 from pyramiddrop.vllm.prefix_rows import Rows
 
 HALVES = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125])
@@ -99,7 +99,7 @@ def test_a_tight_token_budget_computes_prompts_in_parts(
 
     def watched(self: Batch, *described: Any) -> None:
         begin(self, *described)
-        sizes.update(entry.scheduled for entry in self.step.entries if entry.visits)
+        sizes.update(entry.scheduled for entry in self.step.entries if entry.has_visual)
 
     monkeypatch.setattr(Batch, "begin", watched)
     with engine(llava, HALVES, max_num_batched_tokens=budget) as llm:
@@ -214,7 +214,7 @@ def test_steps_of_decoding_are_described_in_the_same_buffers(
 
     def watched(self: Any, prefix: int, common: Any, *args: Any) -> Any:
         stage = self.kv_cache_spec.stage
-        if stage and self._batch.step is not None and not self._batch.step.visits:
+        if stage and self._batch.step is not None and not self._batch.step.has_visual:
             read = (common.seq_lens, common.slot_mapping, common.query_start_loc, common.block_table_tensor)
             addresses[stage].add(tuple(tensor.data_ptr() for tensor in read))
         return build(self, prefix, common, *args)
@@ -251,8 +251,10 @@ def test_the_unbroken_engine_is_right(served: Any, halves: list[list[int]]) -> N
 def test_control_decoding_that_forgets_what_was_dropped(
     served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = Entry.missing
-    monkeypatch.setattr(Entry, "missing", lambda self, stage: missing(self, stage) if self.visits else 0)
+    num_dropped = ScheduledRequest.num_dropped
+    monkeypatch.setattr(
+        ScheduledRequest, "num_dropped", lambda self, stage: num_dropped(self, stage) if self.has_visual else 0
+    )
     assert broken(served, halves)
 
 
@@ -260,18 +262,18 @@ def test_control_a_resumed_request_ranked_by_its_last_token(
     served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ranked_by_last(*args: Any) -> Any:
-        survivors = survive(*args)
-        survivors.asking = args[1] - 1
-        return survivors
+        selector = survive(*args)
+        selector.asking = args[1] - 1
+        return selector
 
-    survive = forward.Survivors
-    monkeypatch.setattr(forward, "Survivors", ranked_by_last)
+    survive = forward.TokenSelector
+    monkeypatch.setattr(forward, "TokenSelector", ranked_by_last)
     assert broken(served, halves)
 
 
 def test_control_the_first_rows_stay(served: Any, halves: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = forward.Survivors.scores
-    monkeypatch.setattr(forward.Survivors, "scores", lambda *args: -scores(*args))
+    scores = forward.TokenSelector.scores
+    monkeypatch.setattr(forward.TokenSelector, "scores", lambda *args: -scores(*args))
     assert broken(served, halves)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import AttentionScorer
-from pyramiddrop.vllm.batch import Batch, Entry, Step
+from pyramiddrop.vllm.batch import Batch, ScheduledRequest, Step
 from pyramiddrop.vllm.prefix_rows import RecordedBlocks, Rows
 from pyramiddrop.vllm.prompts import read_prompt
 from pyramiddrop.vllm.request_rules import rules_for
@@ -76,36 +76,36 @@ def test_keep_all_drops_nothing() -> None:
     assert read_prompt([feature(3, 10)], 30, rules((1.0, 1.0))) is None
 
 
-def entry(computed: int, scheduled: int) -> Entry:
+def entry(computed: int, scheduled: int) -> ScheduledRequest:
     prompt = read_prompt([feature(3, 10)], 20, rules())
-    return Entry("a", prompt, computed, scheduled)
+    return ScheduledRequest("a", prompt, computed, scheduled)
 
 
 def test_rows_of_a_prompt_in_one_step() -> None:
     whole = entry(0, 20)
-    assert (whole.visits, whole.finishes) == (True, True)
+    assert (whole.has_visual, whole.finishes) == (True, True)
     assert [whole.rows(stage) for stage in range(3)] == [20, 15, 12]
-    assert [whole.missing(stage) for stage in range(3)] == [0, 5, 8]
+    assert [whole.num_dropped(stage) for stage in range(3)] == [0, 5, 8]
 
 
 def test_rows_of_a_part_that_is_not_the_last() -> None:
     part = entry(8, 8)
-    assert (part.visits, part.finishes) == (True, False)
+    assert (part.has_visual, part.finishes) == (True, False)
     assert [part.rows(stage) for stage in range(3)] == [8, 0, 0]
-    assert [part.missing(stage) for stage in range(3)] == [0, 16, 16]  # its sequences are empty there
+    assert [part.num_dropped(stage) for stage in range(3)] == [0, 16, 16]  # its sequences are empty there
 
 
 def test_rows_of_the_last_part() -> None:
     last = entry(16, 4)
     assert [last.rows(stage) for stage in range(3)] == [4, 15, 12]
-    assert [last.missing(stage) for stage in range(3)] == [0, 5, 8]
+    assert [last.num_dropped(stage) for stage in range(3)] == [0, 5, 8]
 
 
 def test_rows_of_decoding() -> None:
     token = entry(23, 1)
-    assert (token.visits, token.finishes) == (False, False)
+    assert (token.has_visual, token.finishes) == (False, False)
     assert [token.rows(stage) for stage in range(3)] == [1, 1, 1]
-    assert [token.missing(stage) for stage in range(3)] == [0, 5, 8]
+    assert [token.num_dropped(stage) for stage in range(3)] == [0, 5, 8]
 
 
 def test_rows_of_a_resumed_request_hold_what_it_had_generated() -> None:
@@ -114,12 +114,12 @@ def test_rows_of_a_resumed_request_hold_what_it_had_generated() -> None:
 
 
 def test_text_is_never_touched() -> None:
-    text = Entry("t", None, 0, 9)
-    assert (text.visits, [text.rows(stage) for stage in range(3)]) == (False, [9, 9, 9])
-    assert not Step([text]).misses
+    text = ScheduledRequest("t", None, 0, 9)
+    assert (text.has_visual, [text.rows(stage) for stage in range(3)]) == (False, [9, 9, 9])
+    assert not Step([text]).drops
 
 
-def begin(batch: Batch, *entries: Entry) -> Any:
+def begin(batch: Batch, *entries: ScheduledRequest) -> Any:
     """A step of `entries`, described to `batch` as the runners do; the step."""
     columns: Any = zip(*((one.request, one.prompt, one.computed, one.scheduled) for one in entries), strict=True)
     requests, prompts, computed, scheduled = columns
@@ -143,11 +143,11 @@ def test_a_single_token_of_a_visual_prompt_is_an_error() -> None:
 
 
 def test_decoding_the_same_requests_is_described_once() -> None:
-    batch, first, text = Batch(), entry(23, 1), Entry("t", None, 4, 1)
+    batch, first, text = Batch(), entry(23, 1), ScheduledRequest("t", None, 4, 1)
     other = replace(first, prompt=replace(first.prompt))
     step = begin(batch, first, text)
     assert step.decodes
-    assert step.missing(2, torch.device("cpu")).tolist() == [8, 0]
+    assert step.num_dropped(2, torch.device("cpu")).tolist() == [8, 0]
     on = replace(first, computed=24), replace(text, computed=5)
     assert begin(batch, *on) is step
     assert begin(batch, *on[::-1]) is not step, "another order"
@@ -167,7 +167,7 @@ def test_decoding_the_same_requests_is_described_once() -> None:
 def test_a_prompt_is_never_described_as_decoding() -> None:
     batch = Batch()
     assert not begin(batch, entry(0, 20)).decodes
-    assert not begin(batch, Entry("t", None, 0, 9)).decodes
+    assert not begin(batch, ScheduledRequest("t", None, 0, 9)).decodes
     step = begin(batch, entry(20, 1))
     assert step.decodes
     with pytest.raises(RuntimeError, match="a single token"):

@@ -92,13 +92,13 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             lengths.copy_(common.seq_lens)
             common = common.replace(seq_lens=lengths)
             step = self._batch.step
-            if step is None or not step.misses:
+            if step is None or not step.drops:
                 return common
             common = _shorter(common, step, stage)
             if step.decodes:
                 _write_decoding_slots(common, self.kv_cache_spec.block_size, len(step.entries))
                 return common
-            if step.visits:
+            if step.has_visual:
                 rows = step.rows(stage)
                 if not any(rows):
                     return common  # these layers do not run
@@ -113,11 +113,11 @@ def _stage_backend(backend: Any, stage: int) -> Any:
 def _shorter(common: CommonAttentionMetadata, step: Step, stage: int) -> CommonAttentionMetadata:
     """Sequences less the tokens that the stage misses; requests of padding miss none."""
     count = len(step.entries)
-    common.seq_lens[:count] -= step.missing(stage, common.seq_lens.device)
+    common.seq_lens[:count] -= step.num_dropped(stage, common.seq_lens.device)
     bound = common.seq_lens_cpu_upper_bound
     if bound is not None:
         bound = bound.clone()
-        bound[:count] -= step.missing(stage, bound.device)
+        bound[:count] -= step.num_dropped(stage, bound.device)
     return common.replace(
         seq_lens_cpu_upper_bound=bound,
         positions=None,

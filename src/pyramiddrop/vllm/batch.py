@@ -16,7 +16,7 @@ from pyramiddrop.vllm.prompts import VisualPrompt
 
 
 @dataclass(frozen=True)
-class Entry:
+class ScheduledRequest:
     """One request of a step, in the order of the batch.
 
     Attributes:
@@ -32,28 +32,28 @@ class Entry:
     scheduled: int
 
     @property
-    def visits(self) -> bool:
+    def has_visual(self) -> bool:
         """Whether this step computes a part of a visual prompt."""
         return self.prompt is not None and self.computed < self.prompt.length
 
     @property
     def finishes(self) -> bool:
         """Whether this step computes the prompt's last token, and so ends its stages."""
-        return self.visits and self.prompt is not None and self.computed + self.scheduled >= self.prompt.length
+        return self.has_visual and self.prompt is not None and self.computed + self.scheduled >= self.prompt.length
 
-    def missing(self, stage: int) -> int:
+    def num_dropped(self, stage: int) -> int:
         """Of the tokens computed after this step, those that the layers of `stage` hold no row of."""
         if self.prompt is None or stage == 0:
             return 0
-        if self.visits and not self.finishes:
+        if self.has_visual and not self.finishes:
             return self.computed + self.scheduled
         return self.prompt.dropped[stage]
 
     def rows(self, stage: int) -> int:
         """The rows that the layers of `stage` compute in this step."""
-        if not self.visits or stage == 0:
+        if not self.has_visual or stage == 0:
             return self.scheduled
-        return self.computed + self.scheduled - self.missing(stage)
+        return self.computed + self.scheduled - self.num_dropped(stage)
 
 
 class Step:
@@ -61,29 +61,29 @@ class Step:
 
     Attributes:
         entries: its requests, in the order of the batch.
-        visits: whether any request computes a part of a visual prompt.
-        misses: whether any stage misses anything of any request.
+        has_visual: whether any request computes a part of a visual prompt.
+        drops: whether any stage lacks anything of any request.
         decodes: whether each request computes one token, behind its visual prompt if it has one.
         table: (R, blocks) of each request the numbers of its blocks of stage 0; None before its metadata is built.
         block: tokens of one of these blocks.
         slots: layer name -> (rows,) long, where its keys and values go, where this step has other rows than vLLM knows.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[ScheduledRequest]) -> None:
         self.entries = entries
-        self.visits = any(entry.visits for entry in entries)
-        self.misses = any(entry.prompt is not None for entry in entries)
-        self.decodes = not self.visits and all(entry.scheduled == 1 for entry in entries)
+        self.has_visual = any(entry.has_visual for entry in entries)
+        self.drops = any(entry.prompt is not None for entry in entries)
+        self.decodes = not self.has_visual and all(entry.scheduled == 1 for entry in entries)
         self.table: Tensor | None = None
         self.block = 0
         self.slots: dict[str, Tensor] = {}
         self._missing: dict[tuple[int, torch.device], Tensor] = {}
 
-    def missing(self, stage: int, device: torch.device) -> Tensor:
+    def num_dropped(self, stage: int, device: torch.device) -> Tensor:
         """(R,) int32 on `device`: for each request the tokens that the layers of `stage` hold no row of."""
         place = stage, device
         if place not in self._missing:
-            counts = torch.tensor([entry.missing(stage) for entry in self.entries], dtype=torch.int32)
+            counts = torch.tensor([entry.num_dropped(stage) for entry in self.entries], dtype=torch.int32)
             self._missing[place] = counts.to(device, non_blocking=True)
         return self._missing[place]
 
@@ -132,14 +132,14 @@ class Batch:
             self.step = self._decoding
             return
         described = zip(requests, prompts, computed.tolist(), scheduled.tolist(), strict=True)
-        self.step = Step([Entry(*values) for values in described])
+        self.step = Step([ScheduledRequest(*values) for values in described])
         self._decoding = self.step if self.step.decodes else None
         self._ends = np.array([prompt.length if prompt is not None else 0 for prompt in prompts])
         for entry in self.step.entries:
             held = self.waiting.get(entry.request)
             if held is not None and len(held.hidden) != entry.computed:
                 self.forget(entry.request)
-            if entry.visits and entry.scheduled == 1:
+            if entry.has_visual and entry.scheduled == 1:
                 raise RuntimeError(
                     f"pyramiddrop: a single token of the prompt of {entry.request} is scheduled, which would be "
                     "replayed as a step of decoding: vLLM did not ask the plugin's scheduler how to cut the prompt"

@@ -11,11 +11,11 @@ from vllm.forward_context import get_forward_context
 
 from pyramiddrop.vllm.batch import Batch, Step
 from pyramiddrop.vllm.prefix_rows import Rows
-from pyramiddrop.vllm.ranking import Survivors
+from pyramiddrop.vllm.ranking import TokenSelector
 from pyramiddrop.vllm.rules import Rules
 
 
-class _Visit:
+class _VisualPrefill:
     """One visual prompt of which the step computes a part.
 
     A part that is not the last runs through stage 0 alone and leaves its rows; the last one takes them up.
@@ -30,9 +30,9 @@ class _Visit:
         self._earlier = batch.waiting.pop(entry.request, None)
         if entry.computed and self._earlier is None:
             self._earlier = self._from_prefix_cache()
-        self._survivors: Survivors | None = None
+        self._selector: TokenSelector | None = None
         if entry.finishes:
-            self._survivors = Survivors(entry.prompt, entry.computed + entry.scheduled, rules, device)
+            self._selector = TokenSelector(entry.prompt, entry.computed + entry.scheduled, rules, device)
         self._ranking: Tensor | None = None
         self._scores: Tensor | None = None
 
@@ -46,7 +46,7 @@ class _Visit:
     @property
     def finishes(self) -> bool:
         """Whether this part is the prompt's last."""
-        return self._survivors is not None
+        return self._selector is not None
 
     def rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
         """Score by `layer`, the last one before `stage`, on what it receives: (n, D)."""
@@ -56,23 +56,23 @@ class _Visit:
                 assert self._earlier.ranking is not None
                 hidden = torch.cat([self._earlier.ranking, hidden])
                 positions = torch.cat([self._earlier.positions, positions], -1)
-        if self._survivors is not None and self._survivors.ranks(stage):
-            self._scores = self._survivors.scores(stage, layer, hidden, positions)
+        if self._selector is not None and self._selector.ranks(stage):
+            self._scores = self._selector.scores(stage, layer, hidden, positions)
 
-    def end_stage(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def drop(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The rows (n, D) and positions (..., n) with which `stage` begins, before its first `layer`."""
-        survivors = self._survivors
+        selector = self._selector
         if stage == 1:
             rows = self._rows_so_far(hidden, positions)
             hidden, positions = rows.hidden, rows.positions
-        if survivors is None:
+        if selector is None:
             return hidden[:0], positions[..., :0]
-        if not survivors.drops(stage):
+        if not selector.drops(stage):
             return hidden, positions
         scores, self._scores = self._scores, None
-        if scores is None and survivors.ranks(stage):
-            scores = survivors.scores(stage, layer, hidden, positions)
-        stays = survivors.choose(stage, scores)
+        if scores is None and selector.ranks(stage):
+            scores = selector.scores(stage, layer, hidden, positions)
+        stays = selector.choose(stage, scores)
         return hidden[stays], positions[..., stays]
 
     def _rows_so_far(self, hidden: Tensor, positions: Tensor) -> Rows:
@@ -95,20 +95,20 @@ class _Visit:
 class StagedForward:
     """The rows of one step on their way through the layers.
 
-    The step is cut into spans: a visit is one, and so are all requests between two visits, which nothing is asked of.
+    The step is cut into spans: a visual prefill is one, and so are all requests between two.
     """
 
     def __init__(self, rules: Rules, batch: Batch, step: Step, device: torch.device) -> None:
         self._rules, self._step = rules, step
         self._first = {stage.layer: number for number, stage in enumerate(rules.schedule.stages, 1)}
-        self._visits: list[_Visit | None] = []
+        self._prefills: list[_VisualPrefill | None] = []
         self._scheduled: list[int] = []
         for row, entry in enumerate(step.entries):
-            visit = _Visit(row, step, rules, batch, device) if entry.visits else None
-            if visit is None and self._visits and self._visits[-1] is None:
+            prefill = _VisualPrefill(row, step, rules, batch, device) if entry.has_visual else None
+            if prefill is None and self._prefills and self._prefills[-1] is None:
                 self._scheduled[-1] += entry.scheduled
             else:
-                self._visits.append(visit)
+                self._prefills.append(prefill)
                 self._scheduled.append(entry.scheduled)
         self._lengths = list(self._scheduled)
 
@@ -142,8 +142,8 @@ class StagedForward:
     def _end_stage(self, index: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         stage = self._first[index]
         spans = [
-            (rows, places) if visit is None else visit.end_stage(stage, layer, rows, places)
-            for visit, rows, places in self._spans(hidden, positions)
+            (rows, places) if prefill is None else prefill.drop(stage, layer, rows, places)
+            for prefill, rows, places in self._spans(hidden, positions)
         ]
         self._lengths = [len(rows) for rows, _ in spans]
         if sum(self._lengths) != sum(self._step.rows(stage)):
@@ -151,13 +151,16 @@ class StagedForward:
         return torch.cat([rows for rows, _ in spans]), torch.cat([places for _, places in spans], -1)
 
     def _rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
-        for visit, rows, places in self._spans(hidden, positions):
-            if visit is not None:
-                visit.rank_ahead(stage, layer, rows, places)
+        for prefill, rows, places in self._spans(hidden, positions):
+            if prefill is not None:
+                prefill.rank_ahead(stage, layer, rows, places)
 
     def _spans(self, hidden: Tensor, positions: Tensor) -> Any:
         return zip(
-            self._visits, torch.split(hidden, self._lengths), torch.split(positions, self._lengths, dim=-1), strict=True
+            self._prefills,
+            torch.split(hidden, self._lengths),
+            torch.split(positions, self._lengths, dim=-1),
+            strict=True,
         )
 
     def _use_slots(self, layers: Any, stage: int) -> None:
@@ -171,13 +174,13 @@ class StagedForward:
     def _given_back(self, hidden: Tensor, embeds: Tensor) -> Tensor:
         out = embeds.new_zeros(len(embeds), hidden.shape[-1])
         start = 0
-        for visit, rows, scheduled in zip(
-            self._visits, torch.split(hidden, self._lengths), self._scheduled, strict=True
+        for prefill, rows, scheduled in zip(
+            self._prefills, torch.split(hidden, self._lengths), self._scheduled, strict=True
         ):
             end = start + scheduled
-            if visit is None:
+            if prefill is None:
                 out[start:end] = rows
-            elif visit.finishes:
+            elif prefill.finishes:
                 out[end - 1] = rows[-1]
             start = end
         return out

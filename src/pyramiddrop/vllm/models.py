@@ -95,7 +95,7 @@ class _Staged:
                 "pyramiddrop: a step with a picture reached the layers without a description: a hook into vLLM's model "
                 "runner is lost"
             )
-        if step is None or not step.visits or not _attends():
+        if step is None or not step.has_visual or not _attends():
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         assert inputs_embeds is not None, "a step with a picture is fed with embeddings"
         self.pyramiddrop_batch.step = None  # done once; what vLLM runs of its own accord is none of the engine's steps

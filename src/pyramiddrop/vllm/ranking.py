@@ -15,7 +15,7 @@ from pyramiddrop.vllm.prompts import VisualPrompt
 from pyramiddrop.vllm.rules import Rules
 
 
-class Survivors:
+class TokenSelector:
     """The rows of one request that are still there, from the first drop of its prompt to the last.
 
     Attributes:
