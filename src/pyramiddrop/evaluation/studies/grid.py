@@ -43,6 +43,8 @@ def make_grid(info: ModelInfo, layers: Sequence[int] | None = None, keep: Sequen
     shares = tuple(sorted(set(DEFAULT_KEEP if keep is None else keep), reverse=True))
     if not chosen or not shares:
         raise InputError("the grid needs at least one layer and one share")
+    if shares[-1] == 0:
+        raise InputError("keep must be in (0, 1]: at 0 no token is chosen, and the study is about the choice; got 0")
     for layer in chosen:
         for share in shares:
             with user_input():
