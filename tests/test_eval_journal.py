@@ -12,6 +12,7 @@ from PIL import Image
 
 from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.journal import ReplyJournal, digest
+from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.evaluation.store import model_digest, samples_digest
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
@@ -23,7 +24,7 @@ KEY = {"model": "m", "method": {"lam": 0.5}}
 
 def reply(text: str) -> Reply:
     stages = (StageTokens(2, 0.5, 8),)
-    return Reply(text, Usage(16, 5, stages, 10, 20), Usage(16, 5, (), 30, 40))
+    return Reply(text, Usage(16, 5, stages, 10, 20), Usage(16, 5, (), 30, 40), Place(0.25, 0.5) if text else None)
 
 
 REPLIES = [reply(text) for text in ("a", "b\nc", "ü", "", "e")]

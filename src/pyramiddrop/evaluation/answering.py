@@ -9,6 +9,7 @@ from typing import Any
 
 from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.budgets import drop_layers
+from pyramiddrop.evaluation.kept_places import Place, batch_views, kept_places
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay, first_layer_seen, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
@@ -17,16 +18,21 @@ from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
 from pyramiddrop.inference.prompt import build_batch, on_model
 from pyramiddrop.methods import Method
+from pyramiddrop.report.token_layout.views import PlacedView
 from pyramiddrop.trace import Trace
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, what its prefill used (by the cost model, without padding), and what it would use undropped."""
+    """An answer, what its prefill used (by the cost model, without padding), and what it would use undropped.
+
+    `place` is where the tokens lie that were kept, if that is known: see `kept_places`.
+    """
 
     text: str
     usage: Usage
     vanilla: Usage
+    place: Place | None = None
 
 
 class Answerer:
@@ -57,7 +63,8 @@ class Answerer:
         with self._applied(method) as trace:
             for start in range(0, len(samples), self.batch):
                 batch = samples[start : start + self.batch]
-                replies += self._answer(self.inputs(batch), method, trace)
+                inputs = self.inputs(batch)
+                replies += self._answer(inputs, method, trace, self._views(batch, inputs) if method else ())
                 advance(len(batch))
         return replies
 
@@ -69,6 +76,7 @@ class Answerer:
         model = self.checkpoint.model
         inputs = on_model(model, self.inputs(samples))
         starts = [None if one is None else first_layer_seen(one, drop_layers(model, one)) for one in methods]
+        views = self._views(samples, inputs) if any(methods) else ()
         replay = self._shared_prefill(samples[0], inputs, methods, starts)
         for method, start in zip(methods, starts, strict=True):
             if replay is None or (method is not None and start is None):
@@ -76,7 +84,7 @@ class Answerer:
             else:
                 shared = replay.recorded() if start is None else replay.replayed(start)
             with self._applied(method) as trace, shared:
-                replies = self._answer(inputs, method, trace)
+                replies = self._answer(inputs, method, trace, views)
             yield replies
 
     def _applied(self, method: Method | None) -> AbstractContextManager[Trace | None]:
@@ -92,11 +100,19 @@ class Answerer:
         batches = (self.inputs(samples[start : start + self.batch]) for start in starts)
         return [prompt for inputs in batches for prompt in batch_prompts(self.checkpoint.model, inputs)]
 
-    def _answer(self, inputs: Any, method: Method | None, trace: Trace | None) -> list[Reply]:
+    def _views(self, samples: Sequence[Sample], inputs: Any) -> list[Sequence[PlacedView]]:
+        """Where the visual tokens of each sample lie."""
+        config = self.checkpoint.model.config
+        return batch_views(config, self.checkpoint.processor, [list(one.images) for one in samples], inputs)
+
+    def _answer(
+        self, inputs: Any, method: Method | None, trace: Trace | None, views: Sequence[Sequence[PlacedView]]
+    ) -> list[Reply]:
         texts = answer_greedily(self.checkpoint, inputs, self.max_new_tokens)
         plain = batch_usage(self.checkpoint.model, inputs)
         used = batch_usage(self.checkpoint.model, inputs, method, trace) if trace else plain
-        return [Reply(*one) for one in zip(texts, used, plain, strict=True)]
+        places = kept_places(trace, method, views) if trace else [None] * len(texts)
+        return [Reply(*one) for one in zip(texts, used, plain, places, strict=True)]
 
     def _shared_prefill(
         self, sample: Sample, inputs: Any, methods: Sequence[Method | None], starts: Sequence[int | None]

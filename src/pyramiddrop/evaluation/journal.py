@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.evaluation.answering import Reply
+from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.inference.answer import usage_dict
 from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
@@ -129,14 +130,16 @@ def _replies(entries: Sequence[Any]) -> list[Reply]:
     found: list[Reply] = []
     for entry in entries:
         try:
-            found.append(Reply(entry["answer"], _usage(entry["usage"]), _usage(entry["vanilla"])))
+            place = entry["place"] and Place(*entry["place"])
+            found.append(Reply(entry["answer"], _usage(entry["usage"]), _usage(entry["vanilla"]), place))
         except (KeyError, TypeError):
             break
     return found
 
 
 def _reply_dict(reply: Reply) -> dict[str, Any]:
-    return {"answer": reply.text, "usage": usage_dict(reply.usage), "vanilla": usage_dict(reply.vanilla)}
+    usages = {"usage": usage_dict(reply.usage), "vanilla": usage_dict(reply.vanilla)}
+    return {"answer": reply.text, "place": reply.place, **usages}
 
 
 def _usage(entry: Mapping[str, Any]) -> Usage:

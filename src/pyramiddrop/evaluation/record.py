@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pyramiddrop.evaluation.answering import Reply
+from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.run import SOLVERS, Budget, Evaluation, Outcome
 from pyramiddrop.evaluation.scores import Difference, Score, difference, score, score_by_kind
 from pyramiddrop.inference.prefill_stats import known
@@ -30,7 +31,9 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     Each method has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
     method itself, "to_first" of the same budget. "agreement" is the share of answers that are vanilla's, letter by
     letter. "group_a" are the scores of the questions that downsampling at the same budget gets wrong (VTC-Bench's group
-    A), if it is among the methods; None if it is not, or gets all of them right. "draws" are the means of methods that
+    A), if it is among the methods; None if it is not, or gets all of them right. "kept_place" is where the tokens lie
+    that the last drop kept: their mean "row" and "column", 0 the upper or left edge, 1 the lower or right one; None
+    where that is not known. "draws" are the means of methods that
     drop by chance, over their seeds: the mean, the lowest and the highest.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
@@ -67,6 +70,7 @@ def _variant(evaluation: Evaluation, number: int) -> dict[str, Any]:
         },
         "agreement": _plain(score(_same(outcome, vanilla), clusters)),
         "group_a": _group_a(evaluation, outcome, clusters),
+        "kept_place": _kept_place(outcome.replies),
         **_cost(outcome.replies, vanilla.replies, evaluation.checkpoint.num_layers),
         "prefill": _prefill(evaluation, number),
     }
@@ -108,6 +112,12 @@ def _group_a(evaluation: Evaluation, outcome: Outcome, clusters: Sequence[str]) 
         return None
     wrong = own[0].points < 1
     return _plain(score(outcome.points[wrong], np.asarray(clusters)[wrong]))
+
+
+def _kept_place(replies: Sequence[Reply]) -> dict[str, float] | None:
+    """The mean row and column of kept tokens, over the questions whose tokens have a known place; None for none."""
+    places = [reply.place for reply in replies if reply.place is not None]
+    return dict(zip(Place._fields, np.mean(places, axis=0).tolist(), strict=True)) if places else None
 
 
 def _prefill(evaluation: Evaluation, number: int) -> dict[str, float] | None:

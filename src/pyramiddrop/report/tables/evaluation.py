@@ -107,6 +107,7 @@ def _column(record: Record, variant: Record) -> dict[str, str]:
         f"all ({scores['all']['count']})": score_cell(scores["all"]),
         **{head: difference_cell(variant["differences"].get(name)) for name, head in _bases(record).items()},
         **_agreement(record, variant),
+        **_kept_place(record, variant),
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
     }
 
@@ -120,6 +121,14 @@ def _agreement(record: Record, variant: Record) -> dict[str, str]:
         group = variant["group_a"]
         rows["group A"] = f"{score_cell(group)} ({group['count']})" if group else ""
     return rows
+
+
+def _kept_place(record: Record, variant: Record) -> dict[str, str]:
+    """Where the kept tokens lie; earlier versions did not record it."""
+    if not any(one.get("kept_place") for one in record["methods"]):
+        return {}
+    place = variant["kept_place"]
+    return {"kept tokens, down, across": f"{100 * place['row']:.0f} %, {100 * place['column']:.0f} %" if place else ""}
 
 
 def _costs(record: Record, variant: Record) -> dict[str, str]:
