@@ -26,7 +26,7 @@ from evaluate import clusters_and_kinds, replace_between
 from export import load_trained, make_processor, to_hugging_face
 from train import Recipe, Trainer
 from train import run as run_training
-from training_study import StepTimes, with_seeds, write_data
+from training_study import StepTimes, open_record, with_seeds, write_data
 from transformers import TrainerCallback
 
 from pyramiddrop import remove
@@ -34,6 +34,7 @@ from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array
+from pyramiddrop.evaluation.store import write_json
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.method_spec import parse_method_spec
 from pyramiddrop.training.run import TrainOptions, prepare_training
@@ -105,22 +106,18 @@ def start_checkpoint(folder: Path) -> Path:
 def measure(start: Path, arms: Sequence[str], seeds: int) -> None:
     """One run after the other, seed by seed; what RESULTS holds already is not done again."""
     setting = {"start_steps": START_STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE, "scenes": SCENES}
-    record: dict[str, Any] = {"setting": setting, "runs": {}}
-    if RESULTS.exists():
-        record = json.loads(RESULTS.read_text("utf-8"))
-        if record["setting"] != setting:
-            raise SystemExit(f"{RESULTS} was measured with {record['setting']}; move it away")
+    record = open_record(RESULTS, setting)
     samples = test_samples(SCENES)
     if "start" not in record:
         record["start"] = ask(start, [*ASKED], samples)
-        save(record)
+        write_json(RESULTS, record)
     for seed in SEEDS[:seeds]:
         with tempfile.TemporaryDirectory() as folder:
             data = shuffled(write_data(Path(folder), seed, MORE_STEPS * BATCH), seed)
             for name in arms:
                 if f"{name}/{seed}" not in record["runs"]:
                     record["runs"][f"{name}/{seed}"] = one_run(name, seed, start, data, samples)
-                    save(record)
+                    write_json(RESULTS, record)
 
 
 def test_samples(scenes: int) -> list[Sample]:
@@ -211,12 +208,6 @@ def ask(checkpoint: Path, names: Sequence[str], samples: Sequence[Sample]) -> di
 def unpacked(bits: str) -> Array:
     """(questions,) 0 or 1; the number of questions is a multiple of 8."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8)).astype(float)
-
-
-def save(record: dict[str, Any]) -> None:
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    partial.replace(RESULTS)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -71,14 +71,20 @@ def ways() -> list[str]:
     return [VANILLA, *(f"λ = {lam}" for lam in LAMBDAS)]
 
 
+def open_record(results: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """What was measured so far, or nothing yet; SystemExit if it was measured with another setting."""
+    if not results.exists():
+        return {"setting": setting, "runs": {}}
+    record: dict[str, Any] = json.loads(results.read_text("utf-8"))
+    if record["setting"] != setting:
+        raise SystemExit(f"{results} was measured with {record['setting']}; move it away")
+    return record
+
+
 def measure(steps: int, learning_rate: float, seeds: int) -> None:
     """Train and ask, one run after the other; what RESULTS holds already is not done again."""
     setting = {"steps": steps, "batch": BATCH, "learning_rate": learning_rate, "scenes": SCENES}
-    record: dict[str, Any] = {"setting": setting, "runs": {}}
-    if RESULTS.exists():
-        record = json.loads(RESULTS.read_text("utf-8"))
-        if record["setting"] != setting:
-            raise SystemExit(f"{RESULTS} was measured with {record['setting']}; move it away")
+    record = open_record(RESULTS, setting)
     samples = digits_samples("test", SCENES)
     if "start" not in record:
         record["start"] = ask_all(digits_checkpoint(), VANILLA, samples)

@@ -33,8 +33,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     letter. "group_a" are the scores of the questions that downsampling at the same budget gets wrong (VTC-Bench's group
     A), if it is among the methods; None if it is not, or gets all of them right. "kept_place" is where the tokens lie
     that the last drop kept: their mean "row" and "column", 0 the upper or left edge, 1 the lower or right one; None
-    where that is not known. "draws" are the means of methods that
-    drop by chance, over their seeds: the mean, the lowest and the highest.
+    where that is not known. "draws" are the means of methods that drop by chance, over their seeds: the mean, the
+    lowest and the highest.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
     clusters = [sample.cluster for sample in task.samples]
