@@ -1,4 +1,4 @@
-"""One record for each model family: everything that must be known of it by name, as plain data."""
+"""One record for each model family: everything that depends on the family's name, as plain data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """What does not go on a family, or goes otherwise.
+    """A restriction of a family.
 
     Attributes:
-        name: for a table.
-        description: in a sentence.
+        name: short, for tables.
+        description: one sentence.
     """
 
     name: str
@@ -20,22 +20,22 @@ class Limit:
 
 @dataclass(frozen=True)
 class Family:
-    """What must be known of a family by its name. One that is not refused is proven by the conformance suite.
+    """Facts about a model family. Every family that is not refused is tested by the conformance suite.
 
     Attributes:
-        text: model types of the text models that are proven.
-        modalities: what it sees.
-        limits: what a user should know.
-        image_lengths: the rule that tells the tokens of each image of a call, a name in `hf.images.IMAGE_LENGTHS`;
-            empty if the grids in the call alone may tell (without them, a run of visual tokens is one image).
-        split: what stands between the tokens of one image, so that a run of them is no image; empty where none does.
-        refused: why staged dropping cannot work on the family.
+        text: tested model types of its text model.
+        modalities: the kinds of input it takes.
+        limits: restrictions that users should know.
+        image_lengths: the rule that finds the tokens of each image of a call, a name in `hf.images.IMAGE_LENGTHS`;
+            empty if the grids in the call suffice (without them, a run of visual tokens is one image).
+        split: what separates the tokens of one image, so that a run of them is not a whole image; empty if nothing.
+        refused: why staged dropping cannot work on the family; empty if it works.
         layout: where the tokens lie in a picture or a frame, a name in `report.token_layout.registry.LAYOUTS`; empty if
-            nobody has worked it out.
+            it is unknown.
         no_layout: why its tokens have no place in a picture.
-        two_way: whether image tokens see each other from both sides.
-        fixed_patches: whether visual tokens are the patches of a vision tower of one fixed size, one for one.
-        picture_tokens: the field of its configuration that says how many tokens every picture has.
+        two_way: True if image tokens attend to each other in both directions.
+        fixed_patches: True if the visual tokens are the patches of a vision tower of one fixed size.
+        picture_tokens: the configuration field with the number of tokens of every picture.
         served: its architectures that the vLLM plug-in serves.
     """
 
@@ -117,7 +117,7 @@ _QUERIES = "a Q-Former has made a few queries of each image, and its text models
 _PLACED = "its visual tokens have no id of their own in the text; image_embeds_position_mask tells where they are"
 
 FAMILIES: dict[str, Family] = {
-    # ---- LLaVA and its kin
+    # ---- LLaVA and relatives
     "llava": Family(
         ("llama",), image_lengths="equal", layout="llava", fixed_patches=True, served=("LlavaForConditionalGeneration",)
     ),

@@ -1,4 +1,4 @@
-"""Dropped tokens live on in kept ones: each is averaged into the kept one that is most like it."""
+"""Merge each dropped token into the most similar kept token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn.functional import normalize
 def merge(
     hidden: Tensor, sizes: Tensor, visual: Tensor, groups: Tensor, local: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The kept rows, with the dropped visual tokens averaged into them.
+    """Average dropped visual tokens into the kept rows.
 
-    A token goes into the kept visual token of its group whose hidden state is nearest by cosine, and counts there as
-    often as tokens have gone into it before (as in ToMe, arXiv 2210.09461). Rows into which none goes are untouched;
-    tokens of a group of which nothing stays go into none.
+    Each dropped token is merged into the kept visual token of its group with the most similar hidden state (cosine).
+    The average is weighted by how many tokens each row stands for, as in ToMe (arXiv 2210.09461). Rows that receive
+    no token are unchanged, and tokens of a group without a kept token are discarded.
 
     Args:
         hidden: (B, N, D).
@@ -22,7 +22,7 @@ def merge(
         visual: (B, N) bool, the visual tokens.
         groups: (B, N) long, the group of each visual token.
         local: (B, n) long, the kept rows.
-        valid: (B, n) bool, False at padding, or None where there is none.
+        valid: (B, n) bool, False at padding, or None if there is none.
 
     Returns:
         (B, n, D) hidden states and (B, n) sizes.
@@ -42,8 +42,7 @@ def merge(
 
 @torch.no_grad()
 def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N) which of the n kept rows is most like each row, among those of its group that `takes` (B, n); and
-    whether there is one."""
+    """(B, N) each: the most similar kept row of the same group that `takes` tokens (B, n), and whether there is one."""
     unit = normalize(hidden.float(), dim=-1)
     similarity = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
     same = groups[:, :, None] == groups.gather(1, local)[:, None]

@@ -23,9 +23,9 @@ from pyramiddrop.methods import (
     VisionDrop,
 )
 
-#: The model as it is.
+#: The unpatched model.
 VANILLA = "vanilla"
-#: Short names; the names of METHODS, which `pyramiddrop.json` has, are known, too.
+#: Short names. The class names in METHODS, as `pyramiddrop.json` spells them, are accepted too.
 NAMES: dict[str, type[Method]] = {
     "pyramiddrop": PyramidDrop,
     "fastv": FastV,
@@ -34,22 +34,22 @@ NAMES: dict[str, type[Method]] = {
     "vision": VisionDrop,
     "downsample": Downsample,
 }
-#: Stands between a method before the decoder and one inside it.
+#: Separates a method before the decoder from one inside it.
 BAR = "|"
-#: An option that the other one makes meaningless.
+#: Options that override each other.
 OVERRULED = (("lam", "keep"), ("stages", "layers"), ("stages", "keep"))
 
 
 def parse_method_spec(text: str) -> Method | None:
-    """The method that a name and its options make; None for `vanilla`, the model as it is.
+    """Parse a method's name and options; None for `vanilla`, the unpatched model.
 
     >>> parse_method_spec("pyramiddrop:lam=0.6,stages=4")
     >>> parse_method_spec("FastV:layer=2,keep=0.4")
     >>> parse_method_spec("pyramiddrop:layers=2/4/6,keep=0.5/0.25/0.125")
     >>> parse_method_spec("vision:keep=0.5 | pyramiddrop:lam=0.5")
 
-    Every argument of the method's class is an option. Between options stand commas or colons, in lists slashes or
-    commas; between a method before the decoder and one inside it a bar.
+    Every argument of the method's class is an option. Commas or colons separate options, slashes or commas the items
+    of a list, and a bar a method before the decoder from one inside it.
 
     Raises:
         ValueError: for an unknown method, an option that the method does not have, or a bad value.
@@ -83,7 +83,10 @@ def _compose(text: str) -> Method:
 
 
 def with_defaults(text: str, options: Mapping[str, str]) -> tuple[str, set[str]]:
-    """`text` with those of `options` that it does not give itself and that its method has; and the names of the latter.
+    """Add to `text` the `options` that its method has and that `text` does not set.
+
+    Returns:
+        The full text, and the names of all `options` that the method has.
 
     Raises:
         ValueError: for an unknown method.
@@ -98,14 +101,16 @@ def with_defaults(text: str, options: Mapping[str, str]) -> tuple[str, set[str]]
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
-    """`text` with `options` behind it. In a composition they are for the method inside the decoder; what holds for a
-    whole forward is for both."""
+    """Append `options` to `text`.
+
+    In a composition they go to the method inside the decoder; settings of a whole forward go to both methods.
+    """
     joined = f" {BAR} ".join(_with_options(part, own) for part, own in _shared_out(text, options))
     return joined if options else text
 
 
 def _shared_out(text: str, options: Mapping[str, str]) -> list[tuple[str, Mapping[str, str]]]:
-    """The parts of a composition, each with those of `options` that are for it."""
+    """Each part of a composition with the `options` that apply to it."""
     *before, last = _parts(text)
     shared = {name: value for name, value in options.items() if name in SHARED}
     return [*((part, shared) for part in before), (last, options)]
@@ -116,12 +121,12 @@ def _with_options(text: str, options: Mapping[str, str]) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """A method in words, or those that a composition joins by bars."""
+    """Split a composition at its bars; a single method gives a list of one."""
     return [part.strip() for part in text.split(BAR)]
 
 
 def method_label(method: Method) -> str:
-    """What a table calls the method: its `repr`, without brackets that hold nothing."""
+    """The method's name in tables: its `repr` without empty parentheses."""
     return repr(method).replace("()", "")
 
 
@@ -131,7 +136,7 @@ def option_names(kind: type[Method]) -> set[str]:
 
 
 def _split(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of a method and its options, each with its values; what has no `=` goes on with the list before."""
+    """Split a method's name from its options and their values. A part without `=` continues the list before it."""
     name, *pieces = re.split("[:,]", text)
     given: dict[str, list[str]] = {}
     for piece in pieces:
@@ -165,7 +170,7 @@ def _check_options(name: str, given: Mapping[str, Any]) -> None:
 
 
 def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
-    """`values` as an argument of this type: as the first of the types that can be made of them."""
+    """Convert `values` to the first type of the annotation that accepts them."""
     value = "/".join(values)
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     readers = [reader for kind in kinds if (reader := _reader(kind))]
@@ -176,7 +181,7 @@ def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:
 
 
 def _reader(kind: Any) -> Reader | None:
-    """What a value of this type is, for people, and how it is made of text; None for a type that words cannot give."""
+    """A readable name of a type and its parser from text; None if the type cannot be given as text."""
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind)), partial(_one_of, {word: word for word in get_args(kind)})
     if get_origin(kind) is Sequence:

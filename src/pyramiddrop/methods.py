@@ -1,6 +1,7 @@
-"""The front door: a method is a schedule, a scorer and a few rules; it goes on a model and comes off again.
+"""Dropping methods as values, and how they are applied to a model and removed from it.
 
-The adapter and PyTorch are imported where a model is at hand: whoever only asks what a method costs need not wait.
+A method is a schedule, a scorer and a few settings. PyTorch and the Transformers adapter are imported when a method
+meets a model, so that costing a method stays fast.
 """
 
 from __future__ import annotations
@@ -49,23 +50,23 @@ BY_ATTENTION, BY_VISION = AttentionScorer(), VisionScorer()
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What all methods share. A new method is a subclass that gives a `schedule` and a `scorer`, and a line in METHODS.
+    """Base class of all methods. A new method is a subclass with a `schedule` and a `scorer`, and a line in METHODS.
 
     Attributes:
         positions: "original": kept tokens keep their position ids; "compact": they are renumbered 0..n-1 after each
             drop, as the official code does.
-        rank_layer: "next": the layer before which tokens are dropped ranks them, by its own queries and keys of the
-            undropped rows; "last": the layer before it does.
+        rank_layer: the layer whose queries and keys rank the tokens. "next": the layer before which they are dropped,
+            on the undropped rows; "last": the layer before that one.
         per_image: each image and each video of a sample has its own quota; False: all of them share one.
         per_frame: each image and each frame of a video has its own quota.
         merge: merge each dropped token into the most similar kept token of its group.
-        logits: of a forward with labels: "full" puts logits back to the full length; "kept" computes the head, the
-            logits and the loss for the kept rows alone, which needs less memory; "auto" is "kept" while a model trains
-            (in training mode, with gradients, if Transformers' own loss is taken), and else "full".
-        source: where the method was published.
+        logits: which logits a forward with labels returns. "full": all rows; "kept": head, logits and loss of the kept
+            rows alone, which saves memory; "auto": "kept" in training (training mode, gradients, and Transformers' own
+            loss), else "full".
+        source: the paper of the method.
 
     Raises:
-        ValueError: at construction, for a value that is not allowed; the message names the argument.
+        ValueError: At construction, if a value is not allowed; the message names the argument.
     """
 
     source: ClassVar[str] = ""
@@ -84,21 +85,23 @@ class Method:
             _check_choice(name, getattr(self, name), (False, True))
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
-        """The stages for a model of `num_layers` decoder layers; ValueError where they do not fit.
+        """The drops for a model of `num_layers` decoder layers.
 
         Args:
-            allowed: layers before which the model at hand can drop, where not all will do (sliding windows, recurrent
-                layers). Stages whose layers the user did not give move to the nearest of them.
+            allowed: the layers before which the model can drop, if not all are suitable (sliding windows, recurrent
+                layers). Drops whose layers the user did not give move to the nearest of them.
+
+        Raises:
+            ValueError: if the drops do not fit the model.
         """
         raise NotImplementedError
 
     def scorer(self) -> Scorer:
-        """What ranks the visual tokens."""
+        """The scorer that ranks the visual tokens."""
         raise NotImplementedError
 
     def ranking_flops(self, shape: DecoderShape, drop: DropCounts) -> int:
-        """What ranking (and merging) costs at one drop of one sample in a decoder of this `shape`; nothing if none of
-        the visual tokens stays."""
+        """FLOPs of ranking (and merging) at one drop of one sample; 0 if the drop keeps no visual token."""
         if not drop.kept:
             return 0
         return self.scorer().flops(shape, drop) + (merging_flops(shape, drop) if self.merge else 0)
@@ -110,24 +113,24 @@ class Method:
         return Attachment(info, rules, given)
 
     def __or__(self, inside: Method) -> Compose:
-        """This method before the decoder, then `inside` in it: `VisionDrop(keep=0.5) | PyramidDrop()`."""
+        """Compose this method, before the decoder, with `inside`: `VisionDrop(keep=0.5) | PyramidDrop()`."""
         return Compose(before=self, inside=inside) if isinstance(inside, Method) else NotImplemented
 
     def __call__(
         self, model: nn.Module, visual_mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> Applied:
-        """Apply the method for the time of a `with` block, which yields the Trace.
+        """Apply the method during a `with` block, which yields the Trace.
 
         Args:
-            model: a Transformers vision-language model, or a pipeline with one; or a text model, given a visual mask.
-            visual_mask: (B, L) bool, the visual tokens, where the model is fed with `inputs_embeds`.
+            model: a Transformers vision-language model or a pipeline with one; with a visual mask also a text model.
+            visual_mask: (B, L) bool, the visual tokens, if the model is called with `inputs_embeds`.
             query_mask: (B, L) bool, the tokens whose attention ranks; by default the prompt's last token, and with
                 labels the token just before each answer span.
 
         Raises:
-            ValueError: on entering, where the model family is not supported, the schedule does not fit its depth or a
-                mask is no (batch, length) bool tensor.
-            RuntimeError: on entering, where the model has a method already.
+            ValueError: on entering, if the model family is not supported, the schedule does not fit its depth or a
+                mask is not a (batch, length) bool tensor.
+            RuntimeError: on entering, if the model already has a method.
         """
         from pyramiddrop.hf import GivenMasks
 
@@ -141,11 +144,11 @@ class Method:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read what `save_pretrained` wrote. `Method.from_pretrained` takes any method, a subclass only its own.
+        """Read the method that `save_pretrained` wrote. `Method` accepts any method, a subclass only its own.
 
         Raises:
-            FileNotFoundError: where there is no `pyramiddrop.json`.
-            ValueError: where it holds another method, or what no method has.
+            FileNotFoundError: if there is no `pyramiddrop.json`.
+            ValueError: if it holds another method or unknown settings.
         """
         path = Path(directory) / FILE_NAME
         try:
@@ -156,14 +159,14 @@ class Method:
 
     @classmethod
     def from_settings(cls, settings: Any, source: str) -> Self:
-        """The method that `settings` describe, as `pyramiddrop.json` does: its name under "method", and its arguments.
+        """Build a method from the content of `pyramiddrop.json`: its class name under "method", and its arguments.
 
         Args:
-            settings: what JSON gave.
-            source: where it came from; errors begin with it.
+            settings: the parsed JSON.
+            source: its origin, with which errors begin.
 
         Raises:
-            ValueError: where it describes another method, or what no method has.
+            ValueError: if it describes another method or has unknown settings.
         """
         if not isinstance(settings, dict):
             raise ValueError(f"{source} must hold a JSON object; got {settings!r}")
@@ -184,20 +187,20 @@ class Method:
         return method
 
     def view(self, model: Model) -> Model:
-        """A second model object on the same weights, with the method on it; `model` stays as it is.
+        """A second model object on the same weights with this method applied; `model` itself is unchanged.
 
-        Views do not know of each other: one set of weights serves many methods at once, from many threads. A view has
-        this method alone, also where `model` has one. No tensor is copied, so what changes the weights in place changes
-        them for all; move the model to its device first, for `.to` leaves the buffers of other views behind.
+        Views are independent: one set of weights serves many methods at once, from many threads. A view has this method
+        alone, even if `model` has another one. No tensor is copied, so a change of the weights in place reaches all
+        views. Move the model to its device first, because `.to` leaves the buffers of other views behind.
 
         Args:
             model: as for `apply`.
 
         Returns:
-            a model of the same class. `trace_of` gives its trace, `remove` takes the method off.
+            A model of the same class. `trace_of` gives its trace, `remove` removes the method.
 
         Raises:
-            ValueError: as `apply`; and where a module's `forward` was replaced by a function (a compiled one, say).
+            ValueError: as for `apply`, and if a module's `forward` was replaced by a function (a compiled one, say).
         """
         from pyramiddrop.hf import attachment_of, shared_copy
 
@@ -208,7 +211,7 @@ class Method:
         return second
 
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` takes: plain values that JSON can hold."""
+        """The settings that `from_settings` reads, as plain JSON values."""
         values = {entry.name: _in_words(getattr(self, entry.name)) for entry in fields(self)}
         return {"method": type(self).__name__, **values}
 
@@ -217,13 +220,13 @@ class Method:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign] # or `dataclass` writes one that shows all arguments
 
     def __repr__(self) -> str:
-        """The Python expression that makes the method: arguments that are as by default are left out."""
+        """A Python expression that builds the method, without arguments that have their default."""
         changed = [entry.name for entry in fields(self) if entry.init and getattr(self, entry.name) != entry.default]
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in changed)})"
 
     @classmethod
     def _fixed(cls) -> list[str]:
-        """Settings that the method itself determines."""
+        """The names of settings that the class itself fixes."""
         return [entry.name for entry in cls.__dataclass_fields__.values() if not entry.init]
 
 
@@ -232,9 +235,9 @@ class ScoredMethod(Method):
     """A method whose scorer can be chosen.
 
     Attributes:
-        score: what ranks: a name in `pyramiddrop.scoring.SCORERS`, or a scorer with settings of its own, which JSON
-            holds as {"name": ..., **settings}. The name of a scorer becomes the scorer.
-        reserve: this share of the kept tokens, in [0, 1], is evenly spaced over the picture, whatever their score.
+        score: the scorer: a name in `pyramiddrop.scoring.SCORERS`, or a Scorer, which JSON holds as {"name": ...,
+            **settings}. A name is replaced by its scorer.
+        reserve: the share of the kept tokens, in [0, 1], that is evenly spaced over the picture regardless of score.
         random_from: select tokens at random for drops before this 0-based layer and deeper ones; None: never.
     """
 
@@ -265,11 +268,11 @@ class StagedMethod(Method):
 
     Attributes:
         lam: λ in (0, 1]; the k-th drop keeps the share λ^k of the original visual tokens. Not used if `keep` is given.
-        stages: number of equal stages of the model's layers, at least 2; if the model cannot drop before every layer,
-            the nearest layers before which it can. Not used if `layers` or `keep` is given.
+        stages: number of equal stages of the model's layers, at least 2. If the model cannot drop before every layer,
+            the nearest possible ones are taken. Not used if `layers` or `keep` is given.
         layers: 0-based layers before which tokens are dropped, ascending; None: those of equal stages.
-        keep: the share of the ORIGINAL visual tokens that each drop keeps, not ascending; None: λ, λ², λ³, ... A last
-            share of 0 leaves no visual token to the layers behind it (early exit); any other leaves at least one.
+        keep: the share of the ORIGINAL visual tokens that each drop keeps, not ascending; None: λ, λ², λ³, ... After a
+            last share of 0 no visual token remains (early exit); any other share keeps at least one.
     """
 
     lam: float = 0.5
@@ -320,7 +323,7 @@ class FastV(ScoredMethod):
 
     Attributes:
         layer: 0-based, the paper's K.
-        keep: the share of the visual tokens that is kept: 1 - R of the paper.
+        keep: the share of the visual tokens that is kept; 1 - R in the paper.
     """
 
     source: ClassVar[str] = "arXiv 2403.06764"
@@ -347,7 +350,7 @@ class RandomDrop(StagedMethod):
     """A control: the schedule of PyramidDrop, with the kept tokens drawn at random.
 
     Attributes:
-        seed: of the draw, which is the same for every call and sample; None draws anew at each call.
+        seed: seed of the draw, the same for every call and sample; None draws anew at each call.
     """
 
     seed: int | None = 0
@@ -374,9 +377,9 @@ class UniformDrop(StagedMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PreLLMMethod(Method):
-    """A control that drops before the decoder, so that its first layer sees the share `keep` already.
+    """Base class of controls with one drop before the decoder.
 
-    For LLaVA-like models, whose visual tokens are the patches of the vision tower, one for one.
+    They need a LLaVA-like model, whose visual tokens are the patches of its vision tower.
 
     Attributes:
         keep: the share of the visual tokens that is kept.
@@ -401,10 +404,10 @@ class PreLLMMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDrop(PreLLMMethod):
-    """A control: one drop before the decoder, ranked without a look at the question.
+    """A control: one drop before the decoder, ranked independently of the question.
 
     Attributes:
-        score: what ranks: "vision", the attention in the vision tower; or "diversity", "random", "uniform".
+        score: the scorer: "vision", the attention in the vision tower; or "diversity", "random", "uniform".
     """
 
     source: ClassVar[str] = "after VisionZip, arXiv 2412.04467"
@@ -428,22 +431,25 @@ class VisionDrop(PreLLMMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class Downsample(PreLLMMethod):
-    """A control: the vision tower sees a smaller picture, with the largest square grid of patches that has no more than
-    the share `keep`, and position embeddings interpolated to it. Its tokens take the places that they cover."""
+    """A control: a smaller picture for the vision tower.
+
+    Its patches form the largest square grid with at most the share `keep` of the tokens; position embeddings are
+    interpolated to it. Each token takes the place of the tokens that it covers.
+    """
 
     def scorer(self) -> Scorer:
-        return BY_VISION  # the encoder tells which tokens stand for the smaller picture's
+        return BY_VISION  # the downsampled encoder marks the kept places in these scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compose(Method):
-    """Two methods in turn: one drop before the decoder, then drops inside it. `before | inside` makes it.
+    """One drop before the decoder, then drops inside it; written as `before | inside`.
 
-    What holds for a whole forward (`positions`, `per_image`, `per_frame`, `logits`) has to be the same in both.
+    Settings of a whole forward (`positions`, `per_image`, `per_frame`, `logits`) must be the same in both methods.
 
     Attributes:
         before: the method before the decoder: VisionDrop or Downsample.
-        inside: the method inside it; its shares are those of what `before` leaves.
+        inside: the method inside the decoder; its keep ratios refer to the tokens that `before` keeps.
     """
 
     source: ClassVar[str] = "after DUET-VLM, arXiv 2602.18846"
@@ -495,7 +501,7 @@ class Compose(Method):
         return " | ".join(map(repr, self.parts))
 
 
-#: Settings that hold for a whole forward.
+#: Settings of a whole forward, which both methods of a composition share.
 SHARED = ("positions", "per_image", "per_frame", "logits")
 
 _KINDS: tuple[type[Method], ...] = (PyramidDrop, FastV, RandomDrop, UniformDrop, VisionDrop, Downsample, Compose)
@@ -503,7 +509,7 @@ METHODS = {kind.__name__: kind for kind in _KINDS}
 
 
 def _with_arguments(kind: type[Method]) -> str:
-    """The docstring of a method's class with an entry for each of its arguments, which its bases explain."""
+    """A method class's docstring with an entry for each argument, including those that its bases document."""
     docs = [cleandoc(base.__dict__.get("__doc__") or "") for base in kind.__mro__ if issubclass(base, Method)]
     entries = dict(entry for doc in reversed(docs) for entry in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", doc, re.M))
     taken = [entry.name for entry in fields(kind) if entry.init]
@@ -517,7 +523,7 @@ for _kind in METHODS.values():  # `help` shows a class without its bases' docstr
 
 
 class Applied:
-    """A method on one model for the time of a `with` block; entering it returns the trace."""
+    """Context manager that applies a method to a model; entering it returns the trace."""
 
     def __init__(self, model: nn.Module, method: Method, given: GivenMasks) -> None:
         self._model, self._method, self._given = model, method, given
@@ -536,18 +542,18 @@ class Applied:
 
 
 def apply(model: nn.Module, method: Method | str) -> Trace:
-    """Apply `method` to `model` until `remove(model)`; returns the trace, which each prefill fills anew.
+    """Apply `method` to `model` until `remove(model)`; returns the trace, which each prefill replaces.
 
-    While it is applied, the model's `save_pretrained` writes the method's `pyramiddrop.json`, too.
+    While it is applied, the model's `save_pretrained` also writes the method's `pyramiddrop.json`.
 
     Args:
-        model: a Transformers model, or a pipeline, whose model is meant.
-        method: a method, or one in words: "pyramiddrop:lam=0.4".
+        model: a Transformers model, or a pipeline with one.
+        method: a method, or its specification as text, such as "pyramiddrop:lam=0.4".
 
     Raises:
-        ValueError: where the model family is not supported or the schedule does not fit its depth.
-        TypeError: for anything that is no model or no method.
-        RuntimeError: where the model has a method already.
+        ValueError: if the model family is not supported or the schedule does not fit its depth.
+        TypeError: if `model` is not a model or `method` is not a method.
+        RuntimeError: if the model already has a method.
     """
     from pyramiddrop.hf import GivenMasks
 
@@ -558,7 +564,7 @@ def apply(model: nn.Module, method: Method | str) -> Trace:
 
 
 def current_method(model: nn.Module) -> Method | None:
-    """The method that is on `model` now, by `apply`, a `with` block or as a view; None for none."""
+    """The method applied to `model` by `apply`, a `with` block or a view; None if there is none."""
     from pyramiddrop.hf import attachment_of
 
     attachment = attachment_of(_module_of(model))
@@ -566,19 +572,19 @@ def current_method(model: nn.Module) -> Method | None:
 
 
 def trace_of(model: nn.Module) -> Trace:
-    """The trace of the method that is on `model`: what `apply` and the `with` block gave.
+    """The trace that `apply` or the `with` block returned for `model`.
 
     Raises:
-        RuntimeError: where none is applied.
+        RuntimeError: if no method is applied.
     """
     return _attachment(model).trace
 
 
 def remove(model: nn.Module) -> None:
-    """Take the method off `model`.
+    """Remove the method from `model`.
 
     Raises:
-        RuntimeError: where none is applied.
+        RuntimeError: if no method is applied.
     """
     attachment = _attachment(model)
     attachment.detach()
@@ -595,7 +601,7 @@ def _attachment(model: nn.Module) -> Attachment:
 
 
 def _module_of(model: Any) -> Any:
-    """The model, or that of a pipeline."""
+    """The model itself, or the one of a pipeline."""
     from torch import nn
 
     if isinstance(model, Method):
@@ -607,7 +613,7 @@ def _module_of(model: Any) -> Any:
 
 
 def _method_of(method: Any) -> Method:
-    """The method, or that in words."""
+    """The method itself, or the one that a specification describes."""
     if isinstance(method, Method):
         return method
     if isinstance(method, str):
@@ -649,19 +655,19 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
 
 
 def _in_words(value: Any) -> Any:
-    """A setting as JSON can hold it: a registered scorer by its name."""
+    """A setting as a JSON value; a registered scorer becomes its name."""
     return scorer_settings(value) if isinstance(value, Scorer) else value
 
 
 def _shown(value: Any) -> str:
-    """A setting as Python code: a registered scorer by its name."""
+    """A setting as Python code; a registered scorer becomes its name."""
     with suppress(ValueError):
         return repr(_in_words(value))
     return repr(value)
 
 
 def _check_places(before: Method, inside: Method) -> None:
-    """Raise ValueError where the first of two methods does not drop before the decoder, or the second one does."""
+    """Raise ValueError unless the first method drops before the decoder and the second one inside it."""
     places = [isinstance(part, PreLLMMethod) for part in (before, inside)]
     if isinstance(before, Compose) or isinstance(inside, Compose):
         why = "a composition has two methods, one before the decoder and one inside it, and one of these has both"

@@ -1,23 +1,23 @@
 """PyramidDrop in one short file: slow, obvious, and the specification of this library.
 
 Every layer computes the full sequence. A dropped token is masked, not removed: from the layer of its drop on, no other
-token attends to it. The numbers are the same, with nothing to gather or to cache. The tests hold the fast path to this
-file, and this file to numbers of the official code.
+token attends to it. The numbers are the same, without gathering or caching. The tests compare the fast path with this
+file, and this file with numbers of the official code.
 
 The rules (arXiv 2410.17247; where the paper's text and its official code differ, the code's, unless noted):
 
-* Drop: before a decoder layer, floor(N * keep) of the N ORIGINAL visual tokens stay, at least 1; of a last `keep` of 0
-  none. A float product: 100 tokens at 0.29 leave 28. The paper keeps 0.5, 0.25, 0.125 before layers 8, 16, 24.
+* Drop: before a decoder layer, floor(N * keep) of the N ORIGINAL visual tokens are kept, at least 1; with a last `keep`
+  of 0, none. A float product: 0.29 of 100 tokens is 28. The paper keeps 0.5, 0.25, 0.125 before layers 8, 16, 24.
 * Score: the attention that a visual token receives from the query token; softmax over ALL keys that the query sees, in
   fp32, mean over the heads, no gradient. It is the attention of the layer before which tokens are dropped, on hidden
   states from before the drop (`rank_layer="next"`), or of the layer before that one (`"last"`, FastV's rule).
 * Query: the prompt's last token, also while further tokens are generated. In training, every token just before an
   answer (a span of labels), weighted equally. A sample without a query or without an image drops nothing.
-* Choice: the highest scores stay; of equal scores, the lower column. The order of the sequence stays. Text is never
-  dropped, nor is a token that asks or that predicts a label.
+* Selection: the highest scores are kept; of equal scores, the lower column. The order of the sequence is kept. Text is
+  never dropped, and neither is a query token or a token that predicts a label.
 * Several images: they share one count, or each has its own. (The official code ranks the first image alone.)
-* Positions: each token keeps its position id (`"original"`), or those that are left are renumbered 0..n-1 (`"compact"`,
-  the official code's rule; it is measurably worse, and so it is not the default).
+* Positions: each token keeps its position id (`"original"`), or the remaining ones are renumbered 0..n-1 (`"compact"`,
+  the official code's rule, which is measurably worse and therefore not the default).
 
 `text` is a Llama-like text model of Transformers, such as `model.model.language_model` of LLaVA, with "eager" or "sdpa"
 attention. Shapes: B samples, L tokens, D hidden size, H heads, d head size.
@@ -52,11 +52,11 @@ def forward(
         embeds: (B, L, D), token embeddings with the image features written in.
         valid: (B, L) bool, False at padding.
         visual: (B, L) bool, the visual tokens; or integers: 0 at text, one number for each image with its own count.
-        query: (B, L) bool, the tokens that ask, where they are not those of the rules.
+        query: (B, L) bool, the query tokens; None: those of the rules above.
         labels: (B, L) long, -100 where nothing is supervised.
 
     Returns:
-        (B, L, D) what the language model's head receives, meaningless at dropped tokens; and for each drop (B, L) bool,
+        (B, L, D) the input of the language model's head, meaningless at dropped tokens; and for each drop (B, L) bool,
         the kept visual tokens.
     """
     predicts = torch.zeros_like(valid) if labels is None else pad(labels[:, 1:] != -100, (0, 1))
@@ -75,28 +75,28 @@ def forward(
 
 
 def run_layer(text: Any, layer: Any, hidden: Tensor, alive: Tensor, ids: Tensor) -> Tensor:
-    """One whole decoder layer, at position `ids` (B, L), in which only `alive` tokens (B, L) are attended to."""
+    """Run one decoder layer at position `ids` (B, L); only `alive` tokens (B, L) are attended to."""
     mask, rotary = attention_mask(alive).to(hidden.dtype), text.rotary_emb(hidden, ids)
     output: Tensor = layer(hidden, attention_mask=mask, position_ids=ids, position_embeddings=rotary)
     return output
 
 
 def last_token(valid: Tensor) -> Tensor:
-    """(B, L) True at each sample's last token that is not padding."""
+    """(B, L) bool, True at the last token of each sample that is not padding."""
     return valid & ~pad(valid[:, 1:], (0, 1))
 
 
 def attention_mask(alive: Tensor) -> Tensor:
-    """(B, 1, L, L) additive and causal: 0 where the token of a row sees that of a column, else minus infinity."""
+    """(B, 1, L, L) additive causal mask: 0 if the token of a row attends to that of a column, else minus infinity."""
     column = torch.arange(alive.shape[1], device=alive.device)
     row = column[:, None]
-    # Dropped tokens and padding see themselves: a softmax over nothing is not defined. Nobody reads their rows.
+    # Dropped tokens and padding attend to themselves, because a softmax over nothing is undefined. No one reads them.
     seen = ((column <= row) & alive[:, None]) | (column == row)
     return torch.zeros(seen.shape, device=alive.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
 def position_ids(alive: Tensor, valid: Tensor, positions: str) -> Tensor:
-    """(B, L) consecutive numbers of all tokens ("original"), or of those that are left ("compact")."""
+    """(B, L) consecutive numbers of all tokens ("original"), or of the remaining ones ("compact")."""
     return ((alive if positions == "compact" else valid).long().cumsum(1) - 1).clamp(min=0)
 
 
@@ -118,13 +118,13 @@ def attention_received(text: Any, layer: Any, hidden: Tensor, alive: Tensor, ids
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embeddings: `x` (B, L, H, d) turned by the angles of `cos` and `sin` (B, L, d)."""
+    """Rotate `x` (B, L, H, d) by the angles of `cos` and `sin` (B, L, d): rotary position embeddings."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
 
 
 def drop(alive: Tensor, scores: Tensor, visual: Tensor, query: Tensor, predicts: Tensor, keep: float) -> Tensor:
-    """(B, L) bool, the remaining tokens of those `alive` after a drop to the share `keep` of the visual ones."""
+    """(B, L) bool, the `alive` tokens that remain after a drop to the share `keep` of the visual ones."""
     alive = alive.clone()
     for sample in range(len(alive)):
         images = set(visual[sample].tolist()) - {0} if query[sample].any() else set()
@@ -140,7 +140,7 @@ def drop(alive: Tensor, scores: Tensor, visual: Tensor, query: Tensor, predicts:
 
 @torch.no_grad()
 def generate(text: Any, head: Any, embeds: Tensor, valid: Tensor, visual: Tensor, steps: int, **rule: Any) -> Tensor:
-    """(B, steps) greedy tokens after a left padded prompt, by the language model's `head`; `rule` is for `forward`."""
+    """(B, steps) greedily decoded tokens after a left-padded prompt; `rule` holds arguments of `forward`."""
     tokens, query = list[Tensor](), last_token(valid)
     for _ in range(steps):
         hidden, _ = forward(text, embeds, valid, visual, query=query, **rule)

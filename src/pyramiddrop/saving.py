@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class SaveWithMethod:
-    """Stands in for a patched model's `save_pretrained`.
+    """Replacement of a patched model's `save_pretrained`.
 
-    What calls that function keeps the method without knowing of it: every trainer's checkpoints, LoRA merged into its
-    base, `push_to_hub`. A deep copy of the model saves itself, not its original.
+    Every caller of that function keeps the method without knowing of it: the checkpoints of all trainers, LoRA merged
+    into its base, `push_to_hub`. A deep copy of the model saves itself, not its original.
     """
 
     def __init__(self, model: nn.Module, method: Method) -> None:
@@ -29,13 +29,13 @@ class SaveWithMethod:
         result = self.__wrapped__(model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.method.save_pretrained(save_directory)
-        if push_to_hub:  # after the file is there, and by the way that saves once more, through here
+        if push_to_hub:  # now that the file exists; `push_to_hub` calls this function again
             model.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_of_hub(kwargs))
         return result
 
 
 def install_save_hook(modules: Iterable[nn.Module], method: Method) -> None:
-    """Let each of `modules` that can save itself write `method` beside its weights."""
+    """Make the `save_pretrained` of each module, if it has one, write `method` beside the weights."""
     for module in modules:
         if hasattr(type(module), "save_pretrained"):
             module.__dict__["save_pretrained"] = SaveWithMethod(module, method)

@@ -1,4 +1,4 @@
-"""When tokens are dropped, and how many stay: stages, schedules and the paper's presets."""
+"""Schedules: before which layers tokens are dropped, how many are kept, and the paper's presets."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Stage:
-    """One drop: before the 0-based decoder layer `layer`, the share `keep` of the ORIGINAL visual tokens stays.
+    """One drop before the 0-based decoder layer `layer`, which keeps the share `keep` of the ORIGINAL visual tokens.
 
-    A share of 0 leaves no visual token to that layer and the later ones (early exit).
+    With a share of 0, this layer and the later ones have no visual token (early exit).
     """
 
     layer: int
     keep: float
 
     def count(self, tokens: int) -> int:
-        """How many of `tokens` original visual tokens stay: the floor of the float product, at least one; at a keep of
-        0, none.
+        """How many of `tokens` original visual tokens are kept: floor(tokens * keep), at least one; none at keep 0.
 
-        The product is taken in floating point, as the official code does: 100 tokens at keep 0.29 leave 28.
+        The product is a float product, as in the official code: of 100 tokens, keep 0.29 keeps 28.
         """
         return min(tokens, max(int(self.keep > 0), math.floor(tokens * self.keep)))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of one model, shallow to deep. Layers increase strictly, and no stage keeps more than the one before.
+    """The drops in one model, shallow to deep. Layers increase strictly, and no drop keeps more than the one before.
 
     Raises:
-        ValueError: for no stage, a layer below 1, layers that do not increase, a keep ratio outside [0, 1] or
-            larger than the stage before, or a keep ratio of 0 that is not the last.
+        ValueError: if there is no drop, a layer is below 1, layers do not increase, a keep ratio is outside [0, 1] or
+            larger than the one before, or a keep ratio of 0 is not the last.
     """
 
     stages: tuple[Stage, ...]
@@ -54,7 +53,7 @@ class Schedule:
 
     @classmethod
     def equal(cls, num_layers: int, stages: int, keep: Sequence[float]) -> Schedule:
-        """`stages` equal parts of a model of `num_layers` layers; `keep[k]` holds from the start of part k + 1."""
+        """Cut a model of `num_layers` layers into equal `stages`; stage k + 1 begins with the share `keep[k]`."""
         layers = equal_stage_layers(num_layers, stages)
         return cls.of(layers, keep)
 
@@ -69,37 +68,37 @@ class Schedule:
         return tuple(stage.keep for stage in self.stages)
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise ValueError where a stage lies beyond a model of `num_layers` layers."""
+        """Raise ValueError if a drop lies beyond a model of `num_layers` layers."""
         if self.layers[-1] >= num_layers:
             raise ValueError(
                 f"layers must be in 1..{num_layers - 1} for a model of {num_layers} layers; got {list(self.layers)}"
             )
 
     def counts(self, tokens: int) -> list[int]:
-        """How many of `tokens` original visual tokens stay after each stage."""
+        """How many of `tokens` original visual tokens remain after each drop."""
         return [stage.count(tokens) for stage in self.stages]
 
     def stage_of(self, layer: int) -> int:
-        """The number of drops that layer `layer` has behind it (0 before the first stage's layer)."""
+        """The number of drops before layer `layer`, its own included."""
         return sum(stage.layer <= layer for stage in self.stages)
 
 
 @dataclass(frozen=True)
 class PreLLMSchedule(Schedule):
-    """A drop before the decoder, whose first layer, 0, sees the share `keep` already; and maybe drops inside it."""
+    """A drop before the decoder (before layer 0), optionally followed by drops inside it."""
 
     @classmethod
     def keeping(cls, keep: float) -> PreLLMSchedule:
-        """The schedule that keeps the share `keep`."""
+        """A schedule with the single drop that keeps the share `keep`."""
         return cls((Stage(0, keep),))
 
     def starting_with(self, keep: float) -> PreLLMSchedule:
-        """The schedule whose first drop keeps the share `keep`, and the later ones as much of that as before."""
+        """This schedule with another first share `keep`; later drops keep the same share of that as before."""
         first = self.stages[0].keep
         return PreLLMSchedule((Stage(0, keep), *(Stage(s.layer, keep * (s.keep / first)) for s in self.stages[1:])))
 
     def inside(self, schedule: Schedule) -> PreLLMSchedule:
-        """This drop, and those of `schedule` inside the decoder, whose shares are those of what it leaves."""
+        """This drop followed by those of `schedule`, whose keep ratios refer to the tokens that this one keeps."""
         first = self.stages[0].keep
         return PreLLMSchedule((*self.stages, *(Stage(s.layer, first * s.keep) for s in schedule.stages)))
 
@@ -117,11 +116,11 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
     """The drop layers of `stages` equal stages: 32 layers in 4 stages drop before layers 8, 16 and 24.
 
     Args:
-        allowed: ascending, the layers before which this model can drop; each drops at the nearest one that the
-            stages behind it leave, of two as near at the lower. None: at all of them.
+        allowed: the layers before which this model can drop, ascending; None: all. Each drop moves to the nearest free
+            one, to the lower one of two equally near.
 
     Raises:
-        ValueError: where there are fewer layers than stages.
+        ValueError: if there are fewer layers than stages.
     """
     if stages < 2:
         raise ValueError(f"stages must be between 2 and the model's {num_layers} layers; got {stages}")
@@ -142,21 +141,22 @@ def equal_stage_layers(num_layers: int, stages: int, allowed: Sequence[int] | No
 def concave_layers(num_layers: int, allowed: Sequence[int], halvings: int = 4) -> list[int]:
     """At most four drop layers, each at twice the depth of the one before: 2, 4, 8 and 16 of 32.
 
-    Most of a deep model then sees few tokens, which equal stages cannot do: a first drop before layer 8 of 32 leaves
-    a quarter of the layers with all of them.
+    Most layers of a deep model then see few tokens. Equal stages cannot do this: if the first drop lies before layer 8
+    of 32, a quarter of the layers sees all tokens.
 
     Args:
-        halvings: of the depth, down to the first drop; with 5 the four drops lie before layers 1, 2, 4 and 8 of 32.
+        halvings: how often the depth is halved to reach the first drop; with 5, the drops lie before layers 1, 2, 4
+            and 8 of 32.
     """
     halves = sorted({max(1, num_layers // 2**halving) for halving in range(halvings - 3, halvings + 1)})
     return nearest_layers(halves[-len(allowed) :], allowed)
 
 
 def nearest_layers(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
-    """For each wanted layer the nearest allowed one that the layers behind it leave, of two as near the lower."""
+    """For each wanted layer the nearest free allowed one, the lower one of two equally near."""
     left, chosen = list(allowed), list[int]()
     for drop in range(len(wanted), 0, -1):
-        candidates = left[drop - 1 :]  # the drops before need a layer each
+        candidates = left[drop - 1 :]  # earlier drops need a layer each
         nearest = min(candidates, key=lambda layer: (abs(layer - wanted[drop - 1]), layer))
         chosen.insert(0, nearest)
         left = left[: left.index(nearest)]

@@ -1,4 +1,4 @@
-"""Scores and counts in, the kept rows out: ragged counts in one rectangle, deterministic to the last tie."""
+"""Select the kept rows from scores and counts, deterministically also for equal scores."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor)
     Returns:
         (B, N) bool, True at the kept candidates.
     """
-    # An infinite score stays infinite: it is that of tokens that must stay, above every number that a scorer can give.
+    # An infinite score stays infinite: it marks tokens that must be kept, above any score of a scorer.
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf")).masked_fill(~candidates, float("-inf"))
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    # Stable again, by group; those who do not compete form a last group of their own, of which none is kept.
+    # Stable again, by group. Tokens that are not candidates form an extra last group, of which none is kept.
     num_groups = num_keep.shape[1]
     owner = groups.masked_fill(~candidates, num_groups).gather(1, order)
     owner, by_group = owner.sort(dim=1, stable=True)
@@ -38,26 +38,26 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor)
 def best(scores: Tensor, count: int) -> Tensor:
     """(B, count) long: the columns of the best `count` scores (B, N) of each row; equal scores go to the lower column.
 
-    It selects as `select` does where all columns compete in one group of each row.
+    The result is that of `select` if all columns of a row are candidates of one group.
     """
-    # Not topk, which leaves open which of two equal scores it takes.
+    # Not topk, whose choice between equal scores is undefined.
     guarded = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"))
     return guarded.sort(descending=True, stable=True).indices[:, :count]
 
 
 def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows of a rectangle of `length` columns: padding, then every sample's staying rows in their order.
+    """Left-pad the kept rows of all samples to `length` columns, in their order.
 
-    The end of a sample stays at the end, so that a KV cache can still be cropped there.
+    Padding is on the left so that a KV cache can still be cropped at its end.
 
     Args:
-        stays: (B, N) bool; no sample has more than `length` True.
-        length: rows that the longest sample keeps.
-        ragged: whether some sample keeps fewer than `length`.
+        stays: (B, N) bool, the kept rows; no sample has more than `length`.
+        length: number of kept rows of the longest sample.
+        ragged: True if some sample keeps fewer than `length` rows.
 
     Returns:
-        rows: (B, length) long, ascending within the staying rows; padding is rows that do not stay.
-        valid: (B, length) bool, False at padding, or None where there is none.
+        rows: (B, length) long, the indices of the kept rows, ascending; padding has indices of dropped rows.
+        valid: (B, length) bool, False at padding, or None if there is none.
     """
     rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, stays.shape[1] - length :]
     return rows, stays.gather(1, rows) if ragged else None

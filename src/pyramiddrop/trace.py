@@ -1,4 +1,4 @@
-"""What happened: the tokens that each stage of the last prefill kept, and what that saved."""
+"""The trace of a prefill: which tokens each drop kept, and the saved FLOPs and KV cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Ranked(NamedTuple):
-    """What a drop ranked: (B, N) rows, which of them are visual tokens (None: all), and their scores."""
+    """The (B, N) rows that a drop ranked, which of them are visual tokens (None: all), and their scores."""
 
     rows: Tensor
     visual: Tensor | None
@@ -24,7 +24,7 @@ class Ranked(NamedTuple):
 
 @dataclass
 class StageTrace:
-    """One drop. What it tells is worked out when it is read, so that recording costs the prefill nothing."""
+    """One drop. Its properties are computed when they are read, so that recording costs the prefill nothing."""
 
     layer: int
     keep: float
@@ -36,16 +36,16 @@ class StageTrace:
 
     @property
     def kept(self) -> list[Tensor]:
-        """For each sample a LongTensor on the CPU: the sorted original columns of the kept visual tokens."""
+        """The sorted original columns of the kept visual tokens: for each sample a LongTensor on the CPU."""
         rows, visual = self._rows.cpu(), _marked(self._rows, self._visual)
         return [(row[mask].sort().values + self._offset) for row, mask in zip(rows, visual, strict=True)]
 
     @property
     def scores(self) -> list[Tensor] | None:
-        """For each sample float32 on the CPU: the score of each visual token, in the order of `visual_columns`.
+        """The score of each visual token, in the order of `visual_columns`: for each sample float32 on the CPU.
 
-        NaN at tokens that were gone before this stage ranked; None where it ranked nothing, for nothing or everything
-        was to be dropped.
+        NaN at tokens that an earlier drop removed. None if this drop did not rank, because it drops nothing or
+        everything.
         """
         if self._ranked is None:
             return None
@@ -68,15 +68,16 @@ def _marked(rows: Tensor, visual: Tensor | None) -> Tensor:
 class Trace:
     """The last prefill of a patched model; empty before the first. A `generate` call has one prefill.
 
-    Each prefill makes a trace of its own, which is shown here once it is whole: threads that share a model do not mix.
+    Each prefill records into a trace of its own, which is copied here when complete, so that threads that share a model
+    do not mix.
 
     Attributes:
-        stages: one entry a stage, shallow to deep.
+        stages: one entry a drop, shallow to deep.
         visual_columns: for each sample the original columns of all its visual tokens: the k-th visual token of the
-            picture stands at column `visual_columns[b][k]`.
-        length: the rows of the batch's rectangle before anything is dropped.
-        lengths: the rows that each layer computes on (of the batch's rectangle), which is also what it adds to its
-            KV cache.
+            picture is at column `visual_columns[b][k]`.
+        length: the padded length of the batch before any drop.
+        lengths: the padded length of the batch in each layer, which is also the number of rows that the layer adds to
+            its KV cache.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -88,35 +89,35 @@ class Trace:
 
     @property
     def visual_tokens(self) -> list[int]:
-        """How many visual tokens each sample brought."""
+        """The number of visual tokens of each sample, before any drop."""
         return [len(columns) for columns in self.visual_columns]
 
     @property
     def has_sizes(self) -> bool:
-        """Whether `cost` knows the sizes of the model of the last prefill."""
+        """True if `cost` knows the sizes of the model of the last prefill."""
         return self._shape is not None
 
     def show(self, finished: Trace) -> None:
-        """Become what `finished` tells; called by the adapter when a prefill has dropped its last tokens.
+        """Take over the content of `finished`; called by the adapter after the last drop of a prefill.
 
-        One assignment, so that no reader in another thread sees half of it.
+        It is a single assignment, so that no reader in another thread sees half of it.
         """
         self.__dict__ = finished.__dict__
 
     def record(
         self, layer: int, keep: float, rows: Tensor, visual: Tensor | None, offset: int, ranked: Ranked | None = None
     ) -> None:
-        """Add a stage; called by the adapter.
+        """Add a drop; called by the adapter.
 
         Args:
-            rows: (B, N) long, those kept.
+            rows: (B, N) long, the kept rows.
             visual: (B, N) bool, which of them are visual tokens; None: all.
-            offset: columns count from here.
+            offset: the column of row 0.
         """
         self.stages.append(StageTrace(layer, keep, rows, visual, offset, self.visual_columns, ranked))
 
     def cost(self) -> Cost:
-        """What this prefill cost (all samples together), against the same prefill without dropping.
+        """The cost of this prefill, over all samples, beside the same prefill without dropping.
 
         Raises:
             RuntimeError: before the first prefill, and for a text model that the cost model does not know.
@@ -164,7 +165,7 @@ class Trace:
         )
 
     def _left(self) -> list[list[int]]:
-        """For each sample, its visual tokens in each layer."""
+        """The number of visual tokens of each sample in each layer."""
         counts = [self.visual_tokens, *([len(kept) for kept in stage.kept] for stage in self.stages)]
         stages = [sum(stage.layer <= layer for stage in self.stages) for layer in range(len(self.lengths))]
         return [[counts[stage][sample] for stage in stages] for sample in range(len(self.visual_columns))]

@@ -1,4 +1,4 @@
-"""The cost model: what a prefill and a decode step cost, by named conventions, before anything has run."""
+"""The cost model: FLOPs and bytes of a prefill and a decode step, by named conventions, without running anything."""
 
 from pyramiddrop.cost.estimate import (
     CONVENTIONS,

@@ -24,10 +24,10 @@ CONVENTIONS = ("full", "paper", "fastv")
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of the decoder's layers over one prefill, and bytes of the KV cache after it, against no dropping.
+    """FLOPs of the decoder's layers over one prefill and bytes of the KV cache after it, with and without dropping.
 
-    A multiply-add counts as 2 FLOPs. Text and visual rows, the ranking and (of a batch) padding are counted; the vision
-    tower, the embeddings and the language-model head are not, for dropping does not touch them.
+    A multiply-add counts as 2 FLOPs. Text and visual rows, ranking and the padding of a batch are counted. The vision
+    tower, the embeddings and the language-model head are not, because dropping does not change them.
     """
 
     flops: int
@@ -37,25 +37,25 @@ class Cost:
 
     @property
     def flops_ratio(self) -> float:
-        """FLOPs of the prefill, as a share of vanilla."""
+        """FLOPs of the prefill as a share of vanilla's."""
         return self.flops / self.vanilla_flops if self.vanilla_flops else 1.0
 
     @property
     def kv_ratio(self) -> float:
-        """Bytes of KV cache, as a share of vanilla."""
+        """Bytes of KV cache as a share of vanilla's."""
         return self.kv_bytes / self.vanilla_kv_bytes if self.vanilla_kv_bytes else 1.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """True FLOPs of one prefill, by what computes them; 2 for a multiply-add.
+    """True FLOPs of the parts of a model in one prefill; 2 for a multiply-add.
 
     Attributes:
         decoder: the decoder's layers.
-        ranking: of the tokens at the drops.
+        ranking: the ranking at the drops.
         head: the language-model head over the last row.
-        vision: the vision tower; 0 where its sizes are not known.
-        projector: between the tower and the decoder.
+        vision: the vision tower; 0 if its sizes are unknown.
+        projector: the projector between the tower and the decoder.
     """
 
     decoder: int
@@ -66,21 +66,21 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return self.decoder + self.ranking + self.head + self.vision + self.projector
 
 
 @dataclass(frozen=True)
 class CostBreakdown:
-    """One prompt under one schedule.
+    """The cost of one prompt under one schedule.
 
     Attributes:
-        visual_by_layer: visual tokens in each layer.
+        visual_by_layer: number of visual tokens in each layer.
         full: true FLOPs of the prefill.
-        paper, fastv: the published ways to count (multiply-adds, visual tokens alone).
+        paper, fastv: FLOPs by the published conventions (multiply-adds, visual tokens alone).
         step_flops: true FLOPs of the first decode step, head included.
-        kv_by_layer: bytes of the KV cache after the prefill, of each layer.
-        activation_bytes: estimated peak of an inference prefill.
+        kv_by_layer: bytes of each layer's KV cache after the prefill.
+        activation_bytes: estimated peak of an inference prefill, in bytes.
     """
 
     visual_by_layer: tuple[int, ...]
@@ -93,12 +93,12 @@ class CostBreakdown:
 
     @property
     def average_tokens(self) -> float:
-        """Visual tokens of a layer, on average."""
+        """Visual tokens in a layer, averaged over the layers."""
         return sum(self.visual_by_layer) / len(self.visual_by_layer)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV cache over all layers."""
+        """Bytes of the KV cache of all layers."""
         return sum(self.kv_by_layer)
 
     def flops(self, convention: str) -> int:
@@ -106,7 +106,7 @@ class CostBreakdown:
         return {"full": self.full.total, "paper": self.paper, "fastv": self.fastv}[convention]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers: FLOPs and bytes."""
+        """All FLOPs and bytes as plain numbers."""
         return {
             "average_visual_tokens": self.average_tokens,
             "visual_tokens_by_layer": list(self.visual_by_layer),
@@ -125,14 +125,14 @@ def estimate_cost(
     schedule: Schedule | None = None,
     ranking_cost: RankingCost = attention_ranking_flops,
 ) -> CostBreakdown:
-    """Count what a prefill of `prompt` costs.
+    """Estimate the cost of a prefill of `prompt`.
 
     Args:
-        schedule: when tokens are dropped; None for vanilla.
-        ranking_cost: FLOPs of one drop's ranking, by the method.
+        schedule: the drops; None for vanilla.
+        ranking_cost: gives the FLOPs of the ranking at one drop, as `Method.ranking_flops` does.
 
     Raises:
-        ValueError: where the schedule lies beyond the decoder's layers.
+        ValueError: if the schedule lies beyond the decoder's layers.
     """
     shape = model.decoder
     if schedule is not None:
@@ -157,7 +157,7 @@ def estimate_cost(
 
 
 def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list[int]:
-    """How many of `tokens` visual tokens each of `layers` layers sees."""
+    """The number of visual tokens, of `tokens` at first, in each of `layers` layers."""
     if schedule is None:
         return [tokens] * layers
     counts = [tokens, *schedule.counts(tokens)]
@@ -165,7 +165,7 @@ def visual_by_layer(schedule: Schedule | None, tokens: int, layers: int) -> list
 
 
 def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
-    """The drops of one sample that rank; those that drop nothing, or everything, choose nothing."""
+    """The drops of one sample that rank: those that drop some, but not all, of the visual tokens."""
     found, before = [], prompt.visual_tokens
     for stage in schedule.stages if schedule else ():
         kept = stage.count(prompt.visual_tokens)
@@ -177,12 +177,12 @@ def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
 
 
 def paper_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
-    """4nd² + 2n²d + 3ndm of a layer with `visual` tokens."""
+    """FLOPs of a layer with n = `visual` tokens by PyramidDrop's formula, 4nd² + 2n²d + 3ndm."""
     return _published(shape, visual, layer, matrices=3)
 
 
 def fastv_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
-    """4nd² + 2n²d + 2ndm of a layer with `visual` tokens."""
+    """FLOPs of a layer with n = `visual` tokens by FastV's formula, 4nd² + 2n²d + 2ndm."""
     return _published(shape, visual, layer, matrices=2)
 
 
@@ -192,24 +192,27 @@ def _published(shape: DecoderShape, visual: int, layer: int, matrices: int) -> i
 
 
 def layer_kv_bytes(shape: DecoderShape, rows: int, layer: int = 0) -> int:
-    """Bytes that the cache of the 0-based `layer` holds after `rows` rows: of a layer with a window the last ones
-    alone, of a recurrent layer its state."""
+    """Bytes in the cache of the 0-based `layer` after `rows` rows.
+
+    A recurrent layer caches its state alone, and a layer with a window the last rows alone.
+    """
     mixer = shape.mixer(layer)
     values = mixer.cached * mixer.held(rows) + mixer.state
     return shape.bytes_per_value * values + BYTES["float32"] * mixer.float_state
 
 
 def kv_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
-    """Bytes of one sample's cache with `lengths` rows in each layer."""
+    """Bytes of one sample's KV cache with `lengths` rows in the layers."""
     return sum(layer_kv_bytes(shape, rows, layer) for layer, rows in enumerate(lengths))
 
 
 def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
-    """Estimated bytes of hidden states at the widest moment of an inference prefill; weights and cache not included.
+    """Estimated peak bytes of hidden states in an inference prefill, without weights and cache.
 
-    Each row holds its residual, its normed state, and either queries, keys and values before and after rotation with
-    attention's output, or the MLP's gate, up and product. Attention without an S x S matrix is assumed. The first
-    stage sees every token, so dropping does not lower this peak; it lowers what training keeps for the backward pass.
+    Each row holds its residual and its normed state, and either queries, keys and values before and after rotation with
+    the attention output, or the MLP's gate, up and product. Attention without an S x S matrix is assumed. The first
+    stage computes on every token, so dropping does not lower this peak; it lowers what training stores for the backward
+    pass.
     """
     widest = max(rows * _row_width(shape, layer) for layer, rows in enumerate(lengths))
     return widest * shape.bytes_per_value

@@ -1,8 +1,7 @@
 """FLOPs of prefill, decode step, ranking, vision tower and head; a multiply-add counts as 2.
 
-Attention counts all pairs of rows, as `torch.utils.flop_counter` does and as kernels compute that are given a mask; a
-causal kernel may skip up to half of them. What is no matrix product (norms, softmax, activations, embeddings) is not
-counted.
+Attention counts all pairs of rows, as `torch.utils.flop_counter` does and as kernels with a mask compute; a causal
+kernel may skip up to half of them. Only matrix products are counted: no norms, softmax, activations or embeddings.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from pyramiddrop.cost.shapes import DecoderShape, Prompt, VisionShape
 
 @dataclass(frozen=True)
 class DropCounts:
-    """Token counts at one drop of one sample; what its ranking costs depends on these.
+    """Token counts at one drop of one sample, on which the cost of its ranking depends.
 
     Attributes:
         layer: the 0-based layer before which tokens are dropped.
-        rows: rows present, text among them.
-        visual: visual tokens among them.
-        kept: how many of these are kept.
-        queries: query tokens: the prompt's last one, or one for each answer in training.
-        instruction: tokens of the instruction.
+        rows: number of rows before the drop, text included.
+        visual: number of visual tokens among them.
+        kept: number of visual tokens that are kept.
+        queries: number of query tokens: the prompt's last one, or one for each answer in training.
+        instruction: number of instruction tokens.
     """
 
     layer: int
@@ -35,16 +34,16 @@ class DropCounts:
     instruction: int = 1
 
 
-#: FLOPs of ranking at one drop.
+#: Gives the FLOPs of ranking at one drop.
 RankingCost = Callable[[DecoderShape, DropCounts], int]
 
 
 def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None, visual: int = 0) -> int:
-    """The 0-based decoder `layer` over `rows` rows: what each row goes through, attention over all pairs, MLP.
+    """FLOPs of the 0-based decoder `layer` over `rows` rows: projections, attention over all pairs, MLP.
 
     Args:
-        keys: rows that are attended to, where they are those of an earlier layer.
-        visual: visual tokens among the rows, which matters where they have experts of their own.
+        keys: number of rows that are attended to, if they are those of an earlier layer.
+        visual: number of visual tokens among the rows; it matters if these have experts of their own.
     """
     mixer = shape.mixer(layer)
     attention = _attention_flops(mixer, rows, rows if keys is None else keys)
@@ -52,31 +51,36 @@ def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None
 
 
 def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
-    """Ranking `rows` rows by attention: what `projecting_flops` counts, and the products of queries and keys."""
+    """FLOPs of ranking `rows` rows by attention: `projecting_flops`, and the products of queries and keys."""
     return projecting_flops(shape, rows, queries) + 2 * queries * rows * shape.ranking_mixer.query_width
 
 
 def projecting_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
-    """The keys of `rows` rows, and the asking rows' queries."""
+    """FLOPs of the keys of `rows` rows and of the queries of the query rows."""
     mixer = shape.ranking_mixer
     return 2 * (rows * mixer.keys + queries * mixer.queries)
 
 
 def attention_ranking_flops(shape: DecoderShape, drop: DropCounts) -> int:
-    """Ranking by the attention of the query tokens."""
+    """FLOPs of ranking by the attention of the query tokens."""
     return ranking_flops(shape, drop.rows, drop.queries)
 
 
 def merging_flops(shape: DecoderShape, drop: DropCounts) -> int:
-    """Comparing all rows with the kept ones, to find for each dropped visual token the most similar kept one."""
+    """FLOPs of comparing all rows with the kept ones to find the most similar kept token of each dropped one."""
     return 2 * drop.rows * (drop.rows - drop.visual + drop.kept) * shape.hidden
 
 
 def prefill_flops(
     shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = (), visual: Sequence[int] = ()
 ) -> int:
-    """A prefill of one sample, without the head: `lengths` rows in each layer, `visual` tokens of them (none where
-    nothing is said), and `ranked` rows at each ranking by attention."""
+    """FLOPs of a prefill of one sample, without the head.
+
+    Args:
+        lengths: number of rows in each layer.
+        visual: number of visual tokens among them; None: none.
+        ranked: number of rows at each ranking by attention.
+    """
     layers = sum(
         layer_flops(shape, rows, layer, _attended(shape, layer, lengths), visual[layer] if visual else 0)
         for layer, rows in enumerate(lengths)
@@ -85,20 +89,20 @@ def prefill_flops(
 
 
 def head_flops(shape: DecoderShape, rows: int = 1) -> int:
-    """The language-model head over `rows` rows; `generate` computes it for the prompt's last row alone."""
+    """FLOPs of the language-model head over `rows` rows; `generate` computes it for the prompt's last row alone."""
     return 2 * rows * shape.hidden * shape.vocabulary
 
 
 def step_flops(shape: DecoderShape, cached: Sequence[int]) -> int:
-    """One decode step, head included, with `cached` rows in the KV cache of each layer before it; of those a layer with
-    a window holds the last ones alone."""
+    """FLOPs of one decode step, head included, after `cached` rows in each layer, of which a layer with a window holds
+    the last ones alone."""
     return head_flops(shape) + sum(
         _layer_step(shape, layer, _attended(shape, layer, cached)) for layer in range(len(cached))
     )
 
 
 def _attended(shape: DecoderShape, layer: int, rows: Sequence[int]) -> int:
-    """Of `rows` in each layer, those to which `layer` attends."""
+    """The number of rows to which `layer` attends, of `rows` in each layer."""
     return rows[shape.source(layer)]
 
 
@@ -108,7 +112,7 @@ def _layer_step(shape: DecoderShape, layer: int, cached: int) -> int:
 
 
 def _attention_flops(mixer: Mixer, queries: int, keys: int) -> int:
-    """Of so many rows that attend to so many: expanding the keys and values, and the products with them."""
+    """FLOPs of attention: expanding the cached keys and values, and the products with them."""
     products = queries * keys * (mixer.query_width + mixer.value_width)
     return 2 * (keys * mixer.expansion + products)
 
@@ -118,7 +122,7 @@ def _filled(mixer: Mixer, rows: int) -> int:
 
 
 def vision_flops(shape: VisionShape, prompt: Prompt) -> int:
-    """The vision tower over all crops of `prompt`."""
+    """FLOPs of the vision tower over all crops of `prompt`."""
     crops, tokens = _crops(shape, prompt)
     patches = tokens * shape.rows_per_token
     rows = patches + shape.extra_rows
@@ -130,13 +134,13 @@ def vision_flops(shape: VisionShape, prompt: Prompt) -> int:
 
 
 def projector_flops(shape: VisionShape, prompt: Prompt) -> int:
-    """The projector over all visual tokens, those included that LLaVA-NeXT cuts off after it."""
+    """FLOPs of the projector over all visual tokens, including those that LLaVA-NeXT crops after it."""
     crops, tokens = _crops(shape, prompt)
     return 2 * crops * tokens * sum(into * out for into, out in shape.projector)
 
 
 def _crops(shape: VisionShape, prompt: Prompt) -> tuple[int, int]:
-    """How many crops, and the visual tokens of each."""
+    """The number of crops, and the visual tokens of each."""
     if shape.crop_tokens is None:
         crops = prompt.crops or 1
         return crops, prompt.visual_tokens // crops
@@ -144,7 +148,7 @@ def _crops(shape: VisionShape, prompt: Prompt) -> tuple[int, int]:
 
 
 def _rows_flops(shape: DecoderShape, layer: int, rows: int, visual: int = 0) -> int:
-    """What so many rows cost in `layer`, without what each costs for there being others."""
+    """FLOPs of `rows` rows in `layer` that do not depend on other rows."""
     mixer, experts = shape.mixer(layer), shape.experts_of(layer)
     gate = bool(experts and experts.shared and experts.shared_gate)
     routing = shape.hidden * (experts.count + gate) if experts else 0

@@ -1,34 +1,34 @@
-"""The token mixer of a decoder layer, as numbers: attention of several kinds, or a recurrent state."""
+"""Sizes of a decoder layer's token mixer: attention of several kinds, or a recurrent state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
 
-#: Rows that the gated delta rule takes at a time, in Transformers and in the kernels that it stands in for.
+#: Rows in a chunk of the gated delta rule, in Transformers and in the kernels that it replaces.
 DELTA_CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """The sizes of what mixes the rows of one layer. Weights are entries of matrices that each row goes through.
+    """Sizes of one layer's token mixer. "Weights" counts the entries of matrices that multiply each row.
 
     Attributes:
-        inputs: weights in front of the mixing.
-        output: weights behind it.
-        keys: those of `inputs` and `expansion` that a ranking needs of every row.
-        queries: those of them that a ranking needs of an asking row.
-        expansion: weights that every row of the cache goes through again in each forward.
-        query_width: numbers of a row's queries, over all heads; 0 where nothing attends.
-        key_width: numbers of a row's keys, over all key heads.
-        value_width: numbers of what attention gives a row, over all heads.
-        source: the layer whose keys and values are attended to, where they are not its own.
-        cached: numbers that the cache holds of a row.
-        window: how far a row sees, itself included, and one more than the rows that the cache holds; 0 without limit.
-        state: numbers that the cache holds however many rows there are, in the cache's dtype.
+        inputs: weights before the mixing.
+        output: weights after it.
+        keys: weights among `inputs` and `expansion` that ranking applies to every row.
+        queries: weights among `inputs` that ranking applies to a query row.
+        expansion: weights that every cached row is multiplied with in each forward.
+        query_width: width of a row's queries over all heads; 0 without attention.
+        key_width: width of a row's keys over all key heads.
+        value_width: width of the attention output over all heads.
+        source: the layer whose keys and values are attended to; None: its own.
+        cached: values in the cache for each row.
+        window: number of rows that a row attends to, itself included (the cache holds one less); 0: no limit.
+        state: values in the cache that do not depend on the number of rows, in the cache's dtype.
         float_state: the same in float32.
-        scan: FLOPs of a row beside its weights, in a prefill, whose rows are filled up to a multiple of `chunk`.
-        step: the same in a decode step.
+        scan: further FLOPs of a row in a prefill, whose rows are padded to a multiple of `chunk`.
+        step: further FLOPs of a row in a decode step.
     """
 
     inputs: int
@@ -50,11 +50,11 @@ class Mixer:
 
     @property
     def ranks(self) -> bool:
-        """Whether its attention can rank a prompt of any length."""
+        """True if its attention can rank a prompt of any length."""
         return self.query_width > 0 and not self.window
 
     def held(self, rows: int) -> int:
-        """Of `rows` rows, those that the cache holds."""
+        """The number of cached rows after `rows` rows."""
         return min(rows, self.window - 1) if self.window else rows
 
 
@@ -72,16 +72,16 @@ def grouped_attention(
     fused: bool = False,
     source: int | None = None,
 ) -> Mixer:
-    """Attention with key heads that groups of query heads share.
+    """Grouped-query attention.
 
     Args:
-        window: how far a row sees, itself included; 0 without limit.
-        gate: numbers of a row's gate of the output, which a matrix makes (Qwen3.5 and others).
-        before: weights that a row goes through in its layer before the attention, also to be ranked (Gemma 3n).
-        keys_are_values: whether values are the keys before their rotation, without a matrix (Gemma 4, full layers).
-        fused: whether one matrix makes queries, keys and values, so that a ranking cannot do without the others.
-        source: the earlier layer whose keys and values are attended to, where there are none of its own (Gemma 3n
-            and 4, last layers).
+        window: number of rows that a row attends to, itself included; 0: no limit.
+        gate: width of the output gate, which a matrix computes (Qwen3.5 and others).
+        before: weights before the attention that ranking applies too (Gemma 3n).
+        keys_are_values: True if the values are the keys before their rotation (Gemma 4, full layers).
+        fused: True if one matrix computes queries, keys and values, so that ranking computes all three.
+        source: the earlier layer whose keys and values are attended to, if the layer has none of its own (last layers
+            of Gemma 3n and 4).
     """
     queries, keys = heads * head_dim, kv_heads * head_dim
     made = 0 if source is not None else 1 if keys_are_values else 2
@@ -103,15 +103,16 @@ def grouped_attention(
 def latent_attention(
     hidden: int, heads: int, query_rank: int | None, latent: int, rotated: int, plain: int, value: int
 ) -> Mixer:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) as Transformers computes it: the cache holds what
-    keys and values are compressed to, and each forward expands all of it.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) as Transformers computes it.
+
+    The cache holds compressed keys and values, and each forward expands all of them.
 
     Args:
-        query_rank: width that queries are compressed to, or None where they are not.
-        latent: width that keys and values are compressed to.
-        rotated: numbers of a head's queries and keys with rotation; all heads share rotated keys.
-        plain: numbers of a head's queries and keys without rotation.
-        value: numbers of a head's values.
+        query_rank: width of the compressed queries; None if they are not compressed.
+        latent: width of the compressed keys and values.
+        rotated: width of a head's queries and keys with rotation; all heads share the rotated keys.
+        plain: width of a head's queries and keys without rotation.
+        value: width of a head's values.
     """
     queries, values = heads * (rotated + plain), heads * value
     down = hidden * query_rank if query_rank else 0
@@ -131,13 +132,13 @@ def latent_attention(
 
 
 def delta_rule(hidden: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, kernel: int) -> Mixer:
-    """The gated delta rule (arXiv 2412.06464) in chunks of 64 rows, behind a short convolution of its inputs.
+    """The gated delta rule (arXiv 2412.06464) in chunks of 64 rows, after a short convolution of its inputs.
 
-    Of a chunk's row it multiplies keys with keys, queries with keys and the weights with the values, 64 of each, and
-    queries, keys and corrections with the state. Solving for the corrections is no matrix product and is not counted.
+    A row is multiplied with the 64 rows of its chunk (keys with keys, queries with keys, weights with values) and with
+    the state (queries, keys and corrections). Solving for the corrections is not a matrix product and is not counted.
 
     Args:
-        kernel: rows that the convolution sees.
+        kernel: width of the convolution in rows.
     """
     keys, values = key_heads * key_dim, value_heads * value_dim
     convolved = 2 * keys + values

@@ -1,4 +1,4 @@
-"""Read the sizes for the cost model from a Transformers configuration: heads, mixers, experts; no weights needed."""
+"""Read the sizes that the cost model needs (heads, mixers, experts) from a Transformers configuration."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from pyramiddrop.cost import (
 )
 from pyramiddrop.families import FAMILIES, Family
 
-#: Text models whose layers are of kinds that are known (below), with MLPs or mixtures of experts: those of the proven
-#: families, and their kin that no family has.
+#: Text models whose layer types and MLPs are known: those of the tested families, and close relatives.
 TEXT_MODELS = {
     *(text for family in FAMILIES.values() if not family.refused for text in family.text),
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
 }
-#: Those of them whose MLPs have no gate.
+#: Text models whose MLPs have no gate.
 PLAIN_MLPS = ("apertus1p5_text", "cosmos3_edge_text", "persimmon")
 LLAVA_FAMILIES = ("llava", "llava_next")
 QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
@@ -35,15 +34,15 @@ QWEN_TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
 def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
     """The sizes of the model that `config` describes.
 
-    The vision tower is read for LLaVA and LLaVA-NeXT with CLIP, for Qwen2-VL, Qwen2.5-VL and InternVL; of others it is
+    The vision tower is read for LLaVA and LLaVA-NeXT with CLIP, for Qwen2-VL, Qwen2.5-VL and InternVL; for others it is
     None.
 
     Args:
-        config: of a vision-language model or of a text model.
-        bytes_per_value: of the KV cache; None takes the checkpoint's dtype, or 2 where it names none.
+        config: configuration of a vision-language model or of a text model.
+        bytes_per_value: bytes of a value in the KV cache; None: those of the checkpoint's dtype, or 2 if it names none.
 
     Raises:
-        ValueError: for a family that is refused, with the reason; for a text model that the cost model does not know.
+        ValueError: if the family is refused, with the reason, or the cost model does not know the text model.
     """
     if refused := FAMILIES.get(config.model_type, Family()).refused:
         raise ValueError(f"the family {config.model_type!r} is not supported: {refused}")
@@ -55,10 +54,10 @@ def model_shape(config: Any, bytes_per_value: int | None = None) -> ModelShape:
 
 
 def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
-    """The sizes of the decoder of a text model's configuration.
+    """The sizes of the decoder that a text model's configuration describes.
 
     Raises:
-        ValueError: for a text model that the cost model does not know.
+        ValueError: if the cost model does not know the text model.
     """
     if text.model_type not in TEXT_MODELS:
         raise ValueError(
@@ -85,7 +84,7 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
 
 
 def visual_tokens_of(config: Any) -> int | None:
-    """The visual tokens of one picture where every picture has the same number, or None."""
+    """The number of visual tokens of a picture if it is the same for every picture, else None."""
     field = FAMILIES.get(config.model_type, Family()).picture_tokens
     if field:
         return int(getattr(config, field))
@@ -94,13 +93,15 @@ def visual_tokens_of(config: Any) -> int | None:
 
 
 def _with_mixers(shape: DecoderShape, mixers: tuple[Mixer, ...]) -> DecoderShape:
-    """`shape` with the mixers of its layers, where not all are those of its heads."""
+    """Add the mixers of its layers to `shape`, unless all are plain attention of its heads."""
     return shape if set(mixers) == {shape.plain_mixer} else replace(shape, mixers=mixers)
 
 
 def _widths(text: Any) -> tuple[int, ...]:
-    """The width of each layer's dense MLP. Gemma 3n names each; Gemma 4 has MLPs of twice the width in layers that
-    reuse keys; 0 where all MLPs are experts."""
+    """The width of each layer's dense MLP; 0 if all MLPs are experts.
+
+    Gemma 3n names each of them; in Gemma 4, MLPs of layers that reuse keys are twice as wide.
+    """
     width: Any = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None) or 0
     if not isinstance(width, int):
         return tuple(width)
@@ -111,9 +112,12 @@ def _widths(text: Any) -> tuple[int, ...]:
 
 
 def _further(text: Any) -> tuple[int, ...]:
-    """The inputs per layer of Gemma 3n and 4: a matrix each way in every layer; before the first one, a matrix makes
-    them of the embeddings. Gemma 3n's further streams: made before the first layer, corrected in each, joined after
-    the last."""
+    """Weights of each layer beside mixer and MLP, in Gemma 3n and 4.
+
+    Per-layer inputs: two matrices in every layer, and one before the first layer that computes them from the
+    embeddings. Gemma 3n's additional residual streams: made before the first layer, corrected in each, joined after
+    the last.
+    """
     width: int = getattr(text, "hidden_size_per_layer_input", None) or 0
     if not width:
         return ()
@@ -192,20 +196,20 @@ def _qwen_shape(vision: Any) -> VisionShape:
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-#: Heads differ from layer to layer: Gemma 4's key heads and their width, Step 3.7's query heads.
+#: Models whose heads differ between layers: Gemma 4's key heads and their width, Step 3.7's query heads.
 UNEVEN = ("gemma4_text", "gemma4_unified_text", "step3p5")
 FUSED = ("persimmon", "phi4_multimodal")
-#: Attention's output has a gate for each of its numbers.
+#: Models with a gate for each value of the attention output.
 GATED = ("muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def mixers_of(text: Any) -> tuple[Mixer, ...]:
-    """Of each decoder layer, by a text model's configuration."""
+    """The mixer of each decoder layer."""
     return tuple(_mixer(text, index, kind) for index, kind in enumerate(_layer_types(text)))
 
 
 def heads_of(text: Any, index: int = 0) -> tuple[int, int, int]:
-    """How many query heads the 0-based layer has, how many key and value heads, and the width of one head."""
+    """The numbers of query heads and of key and value heads of the 0-based layer, and the width of a head."""
     own = text.per_layer_config[index] if text.model_type in UNEVEN else text
     heads: int = own.num_attention_heads
     width = getattr(own, "head_dim", None) or text.hidden_size // heads
@@ -213,7 +217,7 @@ def heads_of(text: Any, index: int = 0) -> tuple[int, int, int]:
 
 
 def _layer_types(text: Any) -> list[str]:
-    """As Transformers' caches read them, also where the configuration does not name the layers' types."""
+    """The layer types as Transformers' caches read them, even if the configuration does not name them."""
     types = getattr(text, "layer_types", None)
     if types:
         return list(types)
@@ -264,15 +268,15 @@ def _attention(text: Any, index: int, kind: str) -> Mixer:
 
 
 def _gate(text: Any, heads: int, width: int) -> int:
-    """Numbers of a row's gate of attention's output; LFM3 has one for each head."""
+    """Width of the gate of the attention output; in LFM3 one value for each head."""
     if text.model_type in GATED:
         return heads * width
     return heads if getattr(text, "use_attention_gate", False) else 0
 
 
 def _before(text: Any, heads: int) -> int:
-    """Weights in front of the attention: Step 3.7 makes its heads' gates there; Gemma 3n predicts each of its streams
-    of all of them, and adds a detour of low rank around the attention."""
+    """Weights before the attention: Step 3.7's head gates; Gemma 3n's prediction of each residual stream from all of
+    them, and its low-rank path beside the attention."""
     hidden: int = text.hidden_size
     if text.model_type == "step3p5":
         return hidden * heads
@@ -283,7 +287,7 @@ def _before(text: Any, heads: int) -> int:
 
 
 def _source(text: Any, index: int, kind: str) -> int | None:
-    """The last of Gemma 3n's and Gemma 4's layers attend to the keys of the last layer of their kind that has some."""
+    """The layer whose keys `layer` attends to: in the last layers of Gemma 3n and 4, an earlier one of their type."""
     own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
     return None if index < own else max(layer for layer in range(own) if text.layer_types[layer] == kind)
 
@@ -291,12 +295,12 @@ def _source(text: Any, index: int, kind: str) -> int | None:
 _COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 _SHARED = ("n_shared_experts", "moe_num_shared_experts")
-#: Transformers sends every row through every expert here, and through most of them zeros.
+#: Models in which Transformers sends every row through every expert, with zeros for most.
 _ALL_RUN = ("llama4_text",)
 
 
 def experts_of(text: Any) -> Experts | None:
-    """The experts of a text model's configuration, or None where all MLPs are dense."""
+    """The experts of a text model, or None if all MLPs are dense."""
     count = _first(text, _COUNT)
     if not count or not getattr(text, "enable_moe_block", True):
         return None
@@ -314,20 +318,20 @@ def experts_of(text: Any) -> Experts | None:
 
 
 def _expert_widths(text: Any) -> tuple[int, int | None]:
-    """The width of one expert, and of one of visual tokens where these have their own (ERNIE 4.5 VL)."""
+    """The width of an expert, and of an expert of visual tokens if these have their own (ERNIE 4.5 VL)."""
     width: Any = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return (width, None) if isinstance(width, int) else (width[0], width[1])
 
 
 def _shared(text: Any, width: int) -> int:
-    """The width of what stands beside the experts: shared ones, or in Gemma 4 the dense MLP."""
+    """The width of the MLPs beside the experts: shared experts, or the dense MLP in Gemma 4."""
     if getattr(text, "enable_moe_block", False) or text.model_type == "llama4_text":
         return int(text.intermediate_size)
     return getattr(text, "share_expert_dim", None) or width * _first(text, _SHARED)
 
 
 def _layers(text: Any) -> tuple[int, ...]:
-    """The layers that have experts."""
+    """The 0-based layers that have experts."""
     every = range(text.num_hidden_layers)
     types, chosen = getattr(text, "mlp_layer_types", None), getattr(text, "moe_layers", None)
     if types is not None:
@@ -340,5 +344,5 @@ def _layers(text: Any) -> tuple[int, ...]:
 
 
 def _first(text: Any, names: tuple[str, ...]) -> int:
-    """The first of the attributes that there is and that is a number; 0 for none."""
+    """The first of the attributes that exists and is a number; 0 if none does."""
     return next((value for name in names if (value := getattr(text, name, None))), 0)

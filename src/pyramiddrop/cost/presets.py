@@ -1,4 +1,4 @@
-"""Sizes of well-known models as plain numbers, so that their cost needs no download and no configuration."""
+"""Sizes of well-known models as plain numbers, so that costing them needs no download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyramiddrop.cost.shapes import DecoderShape, ModelShape, VisionShape
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's sizes, and the visual tokens that the paper (or its usual picture) has."""
+    """A model's sizes, and the number of visual tokens in the paper (or of a usual picture)."""
 
     shape: ModelShape
     visual_tokens: int
@@ -17,7 +17,7 @@ class Preset:
 
 # openai/clip-vit-large-patch14-336, config.json: 24 layers, width 1024, 336 pixels in patches of 14.
 def _clip_large(hidden: int) -> VisionShape:
-    """LLaVA's tower with its two-layer projector to a decoder of width `hidden`."""
+    """CLIP ViT-L/14-336 with LLaVA's two-layer projector to a decoder of width `hidden`."""
     return VisionShape(
         layers=24,
         hidden=1024,
@@ -30,7 +30,7 @@ def _clip_large(hidden: int) -> VisionShape:
 
 
 def _qwen_tower(hidden: int, gated: bool) -> VisionShape:
-    """Qwen2-VL's tower, or (gated) Qwen2.5-VL's with windows of 8 x 8 patches in all but 4 layers.
+    """Qwen2-VL's vision tower, or (gated) Qwen2.5-VL's, with windows of 8 x 8 patches in all but 4 layers.
 
     Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct, config.json, vision_config.
     """

@@ -1,4 +1,4 @@
-"""The numbers that a cost depends on: sizes of a decoder and of a vision tower, and the tokens of a prompt."""
+"""The inputs of the cost model: sizes of a decoder and of a vision tower, and the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pyramiddrop.cost.mixers import Mixer, grouped_attention
 
-#: Bytes of one value, by the dtype's name.
+#: Bytes of a value, by the dtype's name.
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 
 
@@ -16,13 +16,13 @@ class Experts:
     """The mixture-of-experts MLPs of a decoder.
 
     Attributes:
-        count: experts in a layer; the router scores each of them.
-        active: experts that are computed for one token.
-        intermediate: width of one expert.
-        shared: width of the MLPs that every token goes through besides, 0 where there are none.
-        shared_gate: whether a gate, a single column, weighs what those give.
-        visual: width of an expert of visual tokens, where they have experts of their own, as many; None where not.
-        layers: 0-based layers that have experts, the others have the dense MLP; None for all.
+        count: number of experts in a layer; the router scores each of them.
+        active: number of experts that compute one token.
+        intermediate: width of an expert.
+        shared: width of the shared experts, 0 if there are none.
+        shared_gate: True if a gate of one column weighs the output of the shared experts.
+        visual: width of an expert of visual tokens, if these have as many of their own; None if not.
+        layers: 0-based layers with experts; the others have the dense MLP; None: all.
     """
 
     count: int
@@ -36,7 +36,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder that its cost depends on.
+    """The sizes of a decoder on which its cost depends.
 
     Attributes:
         layers: number of decoder layers.
@@ -44,17 +44,17 @@ class DecoderShape:
         intermediate: width of the MLP.
         heads: query heads.
         kv_heads: key and value heads.
-        head_dim: width of one head.
-        bytes_per_value: of a value in the KV cache (2 for bf16 and fp16).
+        head_dim: width of a head.
+        bytes_per_value: bytes of a value in the KV cache (2 for bf16 and fp16).
         vocabulary: rows of the language-model head; 0 leaves the head out.
-        experts: where the MLPs are mixtures of experts.
-        mixers: of each layer, what mixes its rows; empty: grouped-query attention of the heads above in all.
-        widths: of each layer, the width of its dense MLP; empty: `intermediate` in all.
-        further: of each layer, the weights that a row goes through beside mixer and MLP; empty: none.
-        matrices: of an MLP: 3 with a gate, 2 without.
+        experts: the experts, if the MLPs are mixtures of experts.
+        mixers: the token mixer of each layer; empty: grouped-query attention of the heads above in all.
+        widths: the width of each layer's dense MLP; empty: `intermediate` in all.
+        further: the weights of each layer that multiply a row beside mixer and MLP; empty: none.
+        matrices: number of matrices in an MLP: 3 with a gate, 2 without.
 
     Raises:
-        ValueError: where `mixers`, `widths` or `further` are not one for each layer.
+        ValueError: if `mixers`, `widths` or `further` do not have one entry for each layer.
     """
 
     layers: int
@@ -78,17 +78,17 @@ class DecoderShape:
                 raise ValueError(f"{name} must be one for each of the {self.layers} layers; got {given}")
 
     def mixer(self, layer: int) -> Mixer:
-        """What mixes the rows of the 0-based `layer`."""
+        """The token mixer of the 0-based `layer`."""
         return self.mixers[layer] if self.mixers else self.plain_mixer
 
     def source(self, layer: int) -> int:
-        """The layer whose keys the 0-based `layer` attends to: itself, or an earlier one."""
+        """The layer whose keys the 0-based `layer` attends to: `layer` itself, or an earlier one."""
         source = self.mixer(layer).source
         return layer if source is None else source
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """Of each layer the one whose keys it attends to."""
+        """For each layer, the layer whose keys it attends to."""
         return tuple(map(self.source, range(self.layers)))
 
     @property
@@ -98,34 +98,34 @@ class DecoderShape:
 
     @property
     def ranking_mixer(self) -> Mixer:
-        """What ranks tokens: attention that sees everything, where there is any; a window that reaches every visual
-        token else."""
+        """The mixer that ranks tokens: one with full attention if there is any, else one with a window."""
         attends = [mixer for mixer in self.mixers if mixer.query_width]
         return next((mixer for mixer in attends if mixer.ranks), attends[0] if attends else self.plain_mixer)
 
     def drop_layers(self, rank_layer: str = "next", attends: bool = True) -> tuple[int, ...]:
-        """The layers before which tokens are best dropped, as `pyramiddrop.hf` has it for the model itself: their
-        ranking layer attends to everything, and they have keys of their own.
+        """The layers before which tokens are best dropped, as `pyramiddrop.hf.drop_layers` finds them in a model.
+
+        They have keys of their own, and their ranking layer has full attention.
 
         Args:
-            rank_layer: "next" or "last", of the method.
-            attends: whether the method ranks by attention.
+            rank_layer: "next" or "last", the setting of the method.
+            attends: True if the method ranks by attention.
         """
         possible = self._possible(rank_layer, attends)
         far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]
         return tuple(far if far and attends else possible)
 
     def check_layers(self, layers: Sequence[int], rank_layer: str, attends: bool, prompt: Prompt) -> None:
-        """Raise ValueError where the model itself would refuse to drop before one of `layers`.
+        """Raise ValueError if the model itself would refuse to drop before one of `layers`.
 
         Args:
-            rank_layer: "next" or "last", of the method.
-            attends: whether the method ranks by attention.
-            prompt: the layer that ranks must see all visual tokens from its end.
+            rank_layer: "next" or "last", the setting of the method.
+            attends: True if the method ranks by attention.
+            prompt: the prompt; from its end, the ranking layer must reach all visual tokens.
         """
         possible = self._possible(rank_layer, attends)
         for layer in layers:
-            if not layer:  # before the decoder, whatever its layers
+            if not layer:  # a drop before the decoder does not depend on its layers
                 continue
             if layer not in possible:
                 raise ValueError(f"this model cannot drop before layer {layer}; allowed are layers {possible}")
@@ -139,7 +139,7 @@ class DecoderShape:
                 )
 
     def _possible(self, rank_layer: str, attends: bool) -> list[int]:
-        """The layers before which the model lets tokens be dropped at all."""
+        """The layers before which tokens can be dropped at all."""
         attention = [layer for layer in range(self.layers) if self.mixer(layer).query_width]
         own = sum(source == layer for layer, source in enumerate(self.sources))
         return [
@@ -147,13 +147,13 @@ class DecoderShape:
         ]
 
     def experts_of(self, layer: int) -> Experts | None:
-        """The experts of the 0-based `layer`, or None where its MLP is dense."""
+        """The experts of the 0-based `layer`, or None if its MLP is dense."""
         experts = self.experts
         return experts if experts and (experts.layers is None or layer in experts.layers) else None
 
     def mlp_width(self, layer: int, visual: bool = False) -> int:
-        """The width of the MLPs that one token, a `visual` one or not, goes through in `layer`: of a mixture the active
-        and shared experts."""
+        """The total width of the MLPs that compute one token, `visual` or not, in `layer`: for a mixture, the active
+        and the shared experts."""
         experts = self.experts_of(layer)
         if experts:
             own = experts.visual if visual and experts.visual is not None else experts.intermediate
@@ -161,11 +161,11 @@ class DecoderShape:
         return self.widths[layer] if self.widths else self.intermediate
 
     def mlp_values(self, layer: int, rows: int, visual: int) -> int:
-        """Numbers between the matrices of the MLPs that `rows` rows go through in `layer`, `visual` tokens of them."""
+        """The number of hidden values of the MLPs of `layer` for `rows` rows, of which `visual` are visual tokens."""
         return (rows - visual) * self.mlp_width(layer) + visual * self.mlp_width(layer, visual=True)
 
     def further_weights(self, layer: int) -> int:
-        """The weights that a row goes through in `layer` beside mixer and MLP."""
+        """The weights of `layer` that multiply a row beside mixer and MLP."""
         return self.further[layer] if self.further else 0
 
 
@@ -179,17 +179,17 @@ class VisionShape:
     """The sizes of a vision transformer and of the projector behind it.
 
     Attributes:
-        layers: number of layers that run (Transformers runs all of them, also where an inner one's output is used).
+        layers: number of layers that run (Transformers runs all of them, even if an inner one's output is used).
         hidden: width of the hidden states.
         intermediate: width of the MLP.
-        patch_values: numbers in one patch of the picture: channels x height x width (x frames).
-        projector: (in, out) of the matrices that each visual token goes through on its way to the decoder.
-        crop_tokens: visual tokens of one crop of fixed size; None where a picture is one crop of any size.
-        rows_per_token: patches that are merged into one visual token.
+        patch_values: values in a patch of the picture: channels x height x width (x frames).
+        projector: (in, out) of the projector's matrices.
+        crop_tokens: visual tokens of a crop of fixed size; None if a picture is one crop of any size.
+        rows_per_token: number of patches that are merged into one visual token.
         extra_rows: rows of a crop beside its patches (CLIP's class token).
-        gated: whether the MLP has a gate (three matrices in place of two).
-        window: rows that see each other in a layer with windows; 0 where all rows of a crop do.
-        full_layers: how many layers have no windows; not used without a window.
+        gated: True if the MLP has a gate (three matrices instead of two).
+        window: number of rows in a window, in layers with windows; 0: all rows of a crop attend to each other.
+        full_layers: number of layers without windows; not used without a window.
     """
 
     layers: int
@@ -207,7 +207,7 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model: its decoder, and its vision tower where that is known."""
+    """The sizes of a vision-language model: its decoder, and its vision tower if known."""
 
     decoder: DecoderShape
     vision: VisionShape | None = None
@@ -215,16 +215,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample.
+    """Token counts of one sample.
 
     Attributes:
-        visual_tokens: what the pictures bring.
-        text_tokens: all others.
-        crops: how many crops the vision tower sees; None takes as many as the visual tokens need.
-        instruction_tokens: those of the text tokens that stand behind the last visual one; None takes all of them.
+        visual_tokens: number of visual tokens.
+        text_tokens: number of all other tokens.
+        crops: number of crops in the vision tower; None: as many as the visual tokens need.
+        instruction_tokens: number of text tokens after the last visual one; None: all text tokens.
 
     Raises:
-        ValueError: for a count below what makes sense.
+        ValueError: if a count is too small.
     """
 
     visual_tokens: int
@@ -245,10 +245,10 @@ class Prompt:
 
     @property
     def reach(self) -> int:
-        """How far before the end of the prompt the visual tokens begin, as far as that is known."""
+        """The distance from the end of the prompt to its first visual token, at least."""
         return self.visual_tokens + (self.instruction_tokens or 0)
 
     @property
     def asking(self) -> int:
-        """The tokens that ask where the whole instruction does: where there is none, the prompt's last token."""
+        """The number of query tokens if the whole instruction is used: at least one, the prompt's last token."""
         return max(1, self.text_tokens if self.instruction_tokens is None else self.instruction_tokens)

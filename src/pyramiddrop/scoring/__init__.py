@@ -1,4 +1,4 @@
-"""Which tokens matter: one small class per scorer, and the registry of their names."""
+"""Scorers of visual tokens: one small class each, and the registry of their names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyramiddrop.scoring.wrappers import (
     UniformScorer,
 )
 
-#: What `score=` of a method may name. A new scorer is a class and a line here.
+#: The names that a method's `score` accepts. A new scorer is a class and a line here.
 SCORERS: dict[str, type[Scorer]] = {
     "attention": AttentionScorer,
     "instruction": InstructionScorer,
@@ -41,10 +41,10 @@ SCORERS: dict[str, type[Scorer]] = {
 
 
 def scorer_of(score: Any) -> Scorer:
-    """The scorer that `score` is, names, or describes as {"name": ..., **settings}.
+    """The scorer for `score`: a scorer, a name, or {"name": ..., **settings}.
 
     Raises:
-        ValueError: for a name that is not in SCORERS, or settings that its scorer does not take.
+        ValueError: if the name is not in SCORERS, or its scorer does not have such settings.
     """
     if isinstance(score, Scorer):
         return score
@@ -59,10 +59,10 @@ def scorer_of(score: Any) -> Scorer:
 
 
 def scorer_settings(scorer: Any) -> Any:
-    """A registered scorer as JSON can hold it: its name, or {"name": ..., **settings} if it has settings of its own.
+    """A registered scorer as a JSON value: its name, or {"name": ..., **settings} if it has settings.
 
     Raises:
-        ValueError: for a scorer that is not in SCORERS.
+        ValueError: if the scorer is not in SCORERS.
     """
     names = [name for name, kind in SCORERS.items() if type(scorer) is kind]
     if not names:

@@ -11,11 +11,11 @@ from pyramiddrop.scoring.scorer import LARGEST, Scorer, ScorerInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SMALLEST = 2.0**-126  # positive normal float32
+_SMALLEST = 2.0**-126  # the smallest positive normal float32
 
 
 class _Attending(Scorer):
-    """Scores that read the ranking layer's attention."""
+    """Base class of scorers that read the ranking layer's attention."""
 
     needs_attention: ClassVar[bool] = True
 
@@ -25,7 +25,7 @@ class _Attending(Scorer):
 
 @dataclass(frozen=True)
 class AttentionScorer(_Attending):
-    """The attention from the query tokens, mean over heads: PyramidDrop's and FastV's own score."""
+    """The attention from the query tokens, mean over heads: the score of PyramidDrop and FastV."""
 
     source: ClassVar[str] = "arXiv 2410.17247, 2403.06764"
 
@@ -35,7 +35,7 @@ class AttentionScorer(_Attending):
 
 @dataclass(frozen=True)
 class InstructionScorer(_Attending):
-    """The attention from every instruction token, mean over tokens and heads, and not from the last one alone."""
+    """The attention from all instruction tokens (not only the last one), mean over tokens and heads."""
 
     source: ClassVar[str] = "after SparseVLM, arXiv 2410.04417"
 
@@ -48,7 +48,7 @@ class InstructionScorer(_Attending):
 
 @dataclass(frozen=True)
 class RopeFreeScorer(_Attending):
-    """The attention without rotary position embeddings, which favour what stands near the query: the picture's end."""
+    """The attention without rotary position embeddings, which favour tokens near the query: the end of the picture."""
 
     source: ClassVar[str] = "FEATHER, arXiv 2412.13180"
 
@@ -58,12 +58,12 @@ class RopeFreeScorer(_Attending):
 
 @dataclass(frozen=True)
 class DebiasedScorer(_Attending):
-    """The attention divided by its trend over the picture, and none for attention sinks.
+    """The attention divided by its trend over the picture; attention sinks get a score of 0.
 
-    The trend is exponential in a token's original number: the least-squares line through the logarithms of a group's
-    attention; a group of fewer than four tokens has none, and is ranked by attention. A sink is a token with a massive
-    activation: some hidden value of at least `sink` times the root mean square of them all. (The paper takes the
-    attention of padding instead, whose place only the processor knows.)
+    The trend is exponential in the token index: a least-squares line through the logarithms of a group's attention.
+    Groups of fewer than four tokens are ranked by plain attention. A sink is a token with a massive activation: a
+    hidden value of at least `sink` times the root mean square of all of them. (The paper uses the attention of padding
+    instead, whose place only the processor knows.)
     """
 
     sink: float = 20.0
@@ -79,10 +79,10 @@ class DebiasedScorer(_Attending):
 
 @dataclass(frozen=True)
 class TopHeadsScorer(_Attending):
-    """The attention of the few heads that look at the visual tokens most, of this layer and this sample.
+    """The attention of the heads that attend to the visual tokens most, chosen for each layer and sample.
 
     Attributes:
-        share: of the heads, at least one.
+        share: the share of the heads, at least one.
     """
 
     share: float = 0.25
@@ -102,8 +102,8 @@ class TopHeadsScorer(_Attending):
 def _line(inputs: ScorerInputs, x: Tensor, y: Tensor) -> Tensor:
     """(B, N) the least-squares line through the points (x, y) of each group, at x; the mean of fewer than four points.
 
-    What a line leaves of two points is nothing, and of three, one number times what their places say: ties, and
-    rounding would choose.
+    A line through two points leaves no residual, and one through three points leaves residuals whose order depends on
+    x alone, so that rounding would decide.
     """
     count = inputs.per_group(inputs.visual.float()).clamp(min=1)
     mean_x, mean_y = (inputs.per_token(inputs.per_group(values) / count) for values in (x, y))
@@ -127,13 +127,13 @@ def attention_by_head(
     Args:
         queries: (B, H, Q, d), rotated.
         keys: (B, Hkv, K, d), rotated; H is a multiple of Hkv (grouped-query attention).
-        visible: (B, 1 or H, Q, K), bool (True: may be seen) or additive float, as attention masks are; None if every
-            query token sees every key.
-        weights: (B, Q), how much each query token counts; they are normalised to sum to 1 for each sample. None if
-            there is one query token a sample, Q = 1.
-        scale: of the dot products.
-        softcap: if the model caps its logits: cap * tanh(logits / cap).
-        sinks: (H,), if the model's softmax counts one more logit a head, which belongs to no key.
+        visible: (B, 1 or H, Q, K), an attention mask, bool (True: attended to) or additive float; None if every query
+            token attends to every key.
+        weights: (B, Q), the weight of each query token, normalised to sum to 1 for each sample; None for one query
+            token a sample, Q = 1.
+        scale: factor of the dot products.
+        softcap: cap of the logits, cap * tanh(logits / cap), if the model has one.
+        sinks: (H,), an extra logit of each head that belongs to no key, if the model has them.
 
     Returns:
         (B, H, K) float32. No S x S matrix is built: memory is B * H * Q * K.
@@ -153,7 +153,7 @@ def attention_by_head(
     received = logits.softmax(-1)[..., : keys.shape[2]]
     if weights is None:
         return received[:, :, 0]
-    # A padded query may see nothing: its row is NaN, and weighs nothing.
+    # A padded query may attend to nothing: its row is NaN, with weight 0.
     received = received.nan_to_num()
     weights = weights.float() / weights.float().sum(1, keepdim=True).clamp(min=1)
     return (weights[:, None, None] @ received)[:, :, 0]
@@ -168,5 +168,5 @@ def attention_received(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """(B, K) float32: the mean over the heads of `attention_by_head`, which takes the same arguments."""
+    """(B, K) float32: `attention_by_head`, with the same arguments, averaged over the heads."""
     return attention_by_head(queries, keys, visible, weights, scale, softcap, sinks).mean(1)

@@ -1,4 +1,4 @@
-"""Scores that need no query: from a visual token's own key or hidden state."""
+"""Scorers without a query: from a visual token's own key or hidden state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KeyNormScorer(Scorer):
-    """Tokens whose keys are short stay, mean over the heads: short keys are seen to receive much attention."""
+    """Keep tokens with a small key norm (mean over heads): such keys were observed to receive much attention."""
 
     needs_attention: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2406.11430"
@@ -28,7 +28,7 @@ class KeyNormScorer(Scorer):
 
 @dataclass(frozen=True)
 class VariationScorer(Scorer):
-    """Tokens stay whose hidden states the layer before the ranking layer changed most (Euclidean distance)."""
+    """Keep tokens whose hidden states changed most in the layer before the ranking layer (Euclidean distance)."""
 
     needs_previous_hidden: ClassVar[bool] = True
     source: ClassVar[str] = "V2Drop, arXiv 2509.01552"
@@ -41,10 +41,10 @@ class VariationScorer(Scorer):
 
 @dataclass(frozen=True)
 class DiversityScorer(Scorer):
-    """Tokens stay that are far from each other: greedy max-min of the cosine distance of hidden states, in each group.
+    """Keep tokens that are far from each other: greedy max-min cosine distance of hidden states, in each group.
 
-    The first is the token farthest from its group's mean, and then always the one whose nearest chosen token is
-    farthest. The earlier a token is chosen, the higher its score.
+    The first token is the one farthest from its group's mean; each next one is the token whose nearest chosen token is
+    farthest. Tokens chosen earlier score higher.
     """
 
     source: ClassVar[str] = "max-min diversity (DivPrune, arXiv 2503.02175); own implementation"
@@ -55,7 +55,7 @@ class DiversityScorer(Scorer):
 
         unit = _normalized(inputs.hidden.float())
         distance = 1 - unit @ unit.transpose(1, 2)
-        # Nothing is chosen yet: 2 is as far as it can be, and before it go those far from the mean.
+        # Nothing is chosen yet: every distance is 2, the maximum, and the distance from the mean decides.
         nearest = 2 + 1 - (unit * _group_means(inputs, unit)).sum(-1)
         nearest = nearest.masked_fill(~visual, float("-inf"))
         scores, left = torch.zeros_like(nearest), num_keep.clone()
@@ -76,7 +76,7 @@ class DiversityScorer(Scorer):
 
 
 def _group_means(inputs: ScorerInputs, unit: Tensor) -> Tensor:
-    """(B, N, D): for each row the direction of its group's mean of `unit` (B, N, D)."""
+    """(B, N, D): for each row the normalised mean of `unit` (B, N, D) over its group."""
     groups = inputs.groups[..., None].expand_as(unit)
     sums = unit.new_zeros(*inputs.num_keep.shape, unit.shape[-1])
     sums = sums.scatter_add(1, groups, unit.masked_fill(~inputs.visual[..., None], 0))
@@ -84,17 +84,17 @@ def _group_means(inputs: ScorerInputs, unit: Tensor) -> Tensor:
 
 
 def _normalized(vectors: Tensor) -> Tensor:
-    """(..., D) of length 1."""
+    """(..., D) scaled to length 1."""
     length: Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
 class VisionScorer(Scorer):
-    """Of the method vision alone: the attention that a patch receives in the vision tower.
+    """The attention that a patch receives in the vision tower; for drops before the decoder.
 
-    It comes from the class token, or from all patches where there is none; in the layer whose output the decoder is
-    given, mean over heads.
+    It is the attention from the class token, or from all patches if there is none, in the layer whose output the
+    decoder receives, mean over heads.
     """
 
     needs_vision_attention: ClassVar[bool] = True

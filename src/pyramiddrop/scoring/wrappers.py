@@ -1,4 +1,4 @@
-"""Controls, and scorers that wrap another: random and uniform selection, tokens reserved on a grid."""
+"""Random and uniform scorers (controls), and scorers that wrap another one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Around(Scorer):
-    """A scorer around another, `inner`."""
+    """Base class of scorers that wrap another one, `inner`."""
 
     inner: Scorer
 
@@ -32,7 +32,7 @@ class _Around(Scorer):
 
 @dataclass(frozen=True)
 class GridReserveScorer(_Around):
-    """The share `share` of what stays is evenly spaced over the picture; the rest are the best of the others."""
+    """Space the share `share` of the kept tokens evenly over the picture; select the rest by the inner scorer."""
 
     share: float
     source: ClassVar[str] = "FEATHER's uniform sampling, arXiv 2412.13180"
@@ -44,7 +44,7 @@ class GridReserveScorer(_Around):
 
 @dataclass(frozen=True)
 class RandomAfterScorer(_Around):
-    """Chance instead of the scorer at drops before the 0-based `layer` and later ones, where tokens say little."""
+    """Select tokens at random at drops before the 0-based `layer` and deeper ones, where scores say little."""
 
     layer: int
     source: ClassVar[str] = "arXiv 2512.07580"
@@ -58,7 +58,7 @@ class RandomAfterScorer(_Around):
 
 @dataclass(frozen=True)
 class ComposedScorer(Scorer):
-    """One scorer at the drop before the decoder, and another at the drops inside it."""
+    """One scorer for the drop before the decoder, and another for the drops inside it."""
 
     before: Scorer
     inside: Scorer
@@ -81,10 +81,10 @@ class ComposedScorer(Scorer):
 
 @dataclass(frozen=True)
 class RandomScorer(Scorer):
-    """Which tokens stay is drawn at random, one draw a token, so that the stages are nested.
+    """Random scores: one draw a token, so that later drops keep a subset of earlier ones.
 
-    The draw depends on `seed` and on the token's index alone, so that a sample's result does not depend on its
-    batch. With `seed=None` each call draws anew.
+    The draw depends only on `seed` and the token's index, so that a sample's result does not depend on its batch. With
+    `seed=None`, each call draws anew.
     """
 
     seed: int | None = 0
@@ -100,19 +100,19 @@ class RandomScorer(Scorer):
 
 @dataclass(frozen=True)
 class UniformScorer(Scorer):
-    """The kept tokens are evenly spaced among the remaining ones, in each group."""
+    """Keep tokens that are evenly spaced among the remaining ones of each group."""
 
     def __call__(self, inputs: ScorerInputs) -> Tensor:
         present = inputs.per_group(inputs.visual.long())
         before = present.cumsum(1) - present
         rank = inputs.visual.long().cumsum(1) - 1 - inputs.per_token(before)
         tokens, kept = inputs.per_token(present).clamp(min=1), inputs.per_token(inputs.num_keep)
-        # Of n tokens, c stay: those at which floor(rank * c / n) steps up. That is exactly c, as even as integers go.
+        # Of n tokens, keep those at which floor(rank * c / n) steps up: exactly c, as even as integers allow.
         return ((rank + 1) * kept // tokens > rank * kept // tokens).float()
 
 
 def _hashed(numbers: Tensor) -> Tensor:
-    """Float32 in [0, 1) for each long: the first steps of splitmix64. Unlike a generator's draws, each stands alone."""
+    """Hash each long to a float32 in [0, 1) with the first steps of splitmix64, independently of all others."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
     return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
