@@ -1,6 +1,6 @@
-"""Lets `python -m pyramiddrop` be the command `pyramiddrop`."""
+"""Run the command `pyramiddrop` with `python -m pyramiddrop`."""
 
 from pyramiddrop.cli.main import main
 
-if __name__ == "__main__":  # the processes that a server spawns import this module
+if __name__ == "__main__":  # processes that a server spawns import this module
     main()

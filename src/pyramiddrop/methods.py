@@ -85,14 +85,11 @@ class Method:
             _check_choice(name, getattr(self, name), (False, True))
 
     def schedule(self, num_layers: int, allowed: Sequence[int] | None = None) -> Schedule:
-        """The drops for a model of `num_layers` decoder layers.
+        """The drops for a model of `num_layers` decoder layers; ValueError if they do not fit.
 
         Args:
             allowed: the layers before which the model can drop, if not all are suitable (sliding windows, recurrent
                 layers). Drops whose layers the user did not give move to the nearest of them.
-
-        Raises:
-            ValueError: if the drops do not fit the model.
         """
         raise NotImplementedError
 
@@ -159,7 +156,7 @@ class Method:
 
     @classmethod
     def from_settings(cls, settings: Any, source: str) -> Self:
-        """Build a method from the content of `pyramiddrop.json`: its class name under "method", and its arguments.
+        """Build a method from the parsed `pyramiddrop.json`: its class name under "method", and its arguments.
 
         Args:
             settings: the parsed JSON.
@@ -431,11 +428,8 @@ class VisionDrop(PreLLMMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class Downsample(PreLLMMethod):
-    """A control: a smaller picture for the vision tower.
-
-    Its patches form the largest square grid with at most the share `keep` of the tokens; position embeddings are
-    interpolated to it. Each token takes the place of the tokens that it covers.
-    """
+    """A control: the vision tower sees a smaller picture, with position embeddings interpolated to the largest square
+    grid that has at most the share `keep` of the patches. Each token stands at the first place that it covers."""
 
     def scorer(self) -> Scorer:
         return BY_VISION  # the downsampled encoder marks the kept places in these scores

@@ -1,4 +1,4 @@
-"""Files that come with the library: two small trained LLaVAs, and for each pictures with questions and true answers."""
+"""Bundled files: two small trained LLaVAs, each with pictures, questions and true answers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = [
 ]
 
 _HERE = Path(__file__).parent
-#: For each picture, by file name: questions with ``kind``, ``question`` and the true ``answer``.
+#: The questions of each picture, by file name, with ``kind``, ``question`` and the true ``answer``.
 Questions = dict[str, list[dict[str, str]]]
 
 
 def reader_checkpoint() -> Path:
-    """The folder of the bundled model of 576 visual tokens, in Hugging Face's format; its card is its ``README.md``."""
+    """The folder of the bundled model with 576 visual tokens, in Hugging Face's format; ``README.md`` is its card."""
     return _HERE / "reader"
 
 
@@ -35,12 +35,12 @@ def demo_images() -> list[Path]:
 
 
 def demo_questions() -> Questions:
-    """For each picture of the demo its questions; one that PyramidDrop answers wrongly says ``why``."""
+    """The questions of each picture of the demo; one that PyramidDrop answers wrongly has a ``why``."""
     return _questions(_HERE / "images")
 
 
 def digits_checkpoint() -> Path:
-    """The folder of the small model of 64 visual tokens, for the digits benchmark and for tests; it has a card, too."""
+    """The folder of the small model with 64 visual tokens, for the digits benchmark and for tests."""
     return _HERE / "digits"
 
 
@@ -50,7 +50,7 @@ def digits_images() -> list[Path]:
 
 
 def digits_questions() -> Questions:
-    """For each of :func:`digits_images` its questions."""
+    """The questions of each of :func:`digits_images`."""
     return _questions(_HERE / "digits_images")
 
 

@@ -139,7 +139,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def _check_kind(train: bool, overhead: bool, optimizer: bool, lora_rank: int | None, new_tokens: int | None) -> None:
-    """InputError for options that belong to another kind of measurement."""
+    """Raise InputError for options of another kind of measurement."""
     from pyramiddrop.inference.errors import InputError
 
     if train and overhead:

@@ -51,7 +51,7 @@ def cost(
 
 
 def _published(shared: dict[str, str]) -> list[str]:
-    """The methods to show if none is named: those that the options are about."""
+    """The methods to show if none is named: those that have the given options."""
     if "layer" in shared:
         return ["fastv"]
     return ["pyramiddrop"] if shared else ["pyramiddrop", "fastv"]

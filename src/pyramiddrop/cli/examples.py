@@ -1,8 +1,8 @@
-"""Two examples of every verb, which end its `--help`."""
+"""Two examples for the `--help` of each verb."""
 
 from __future__ import annotations
 
-#: Each one fits a line of 80 columns.
+#: Each example fits into 80 columns.
 EXAMPLES: dict[str, tuple[str, str]] = {
     "demo": ("pyramiddrop demo", "pyramiddrop demo --questions 2 --output runs/demo"),
     "visualize": (
@@ -53,5 +53,5 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 
 
 def examples(verb: str) -> str:
-    """The end of a verb's help. Typer makes one line break of an empty line, and a space of a line break."""
+    """The end of a verb's help, in which Typer turns an empty line into a line break."""
     return "\n\n".join(["Examples:", *EXAMPLES[verb]])

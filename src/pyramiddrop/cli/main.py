@@ -1,4 +1,4 @@
-"""The command `pyramiddrop`: its verbs, and the options that stand before a verb."""
+"""The command `pyramiddrop`: its verbs, and the options before a verb."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pyramiddrop.cli.terminal import stdout
 def methods(as_json: AsJson = False) -> None:
     """List the methods, the scorers that they can rank by (score=NAME), and the options that go with any scorer.
 
-    Every argument is also an option in words, as --method reads them: pyramiddrop:score=diversity.
+    Every argument is also an option of --method, as in pyramiddrop:score=diversity.
     """
     from pyramiddrop.inference.catalog import all_entries
     from pyramiddrop.report.tables.catalog import methods_list

@@ -68,7 +68,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object and nothin
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of a method, beside `--method`: `--lam 0.6` for `:lam=0.6`."""
+    """Options that set arguments of a method: `--lam 0.6` stands for `:lam=0.6`."""
 
     PANEL: ClassVar[str] = METHOD
 
@@ -92,11 +92,11 @@ class MethodOptions:
 
     @property
     def given(self) -> dict[str, str]:
-        """Those that were given, as a method in words has them."""
+        """The given options, as text of a method specification."""
         return {name: str(value).lower() for name, value in asdict(self).items() if value is not None}
 
     def spec(self, method: str | None) -> str | None:
-        """`method` with these options, in words; None where nothing was said."""
+        """The specification of `method` with these options; None if nothing was given."""
         from pyramiddrop.method_spec import with_options
 
         return with_options(method or "pyramiddrop", self.given) if method or self.given else None
@@ -104,7 +104,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What `generate` and `visualize` ask about, and what shall answer."""
+    """The request of `generate` and `visualize`: pictures, video and model."""
 
     PANEL: ClassVar[str] = WHAT
 
@@ -119,7 +119,7 @@ class RequestOptions:
     dtype: Dtype = None
 
     def prepare(self, prompt: str, spec: str | None) -> PreparedRequest:
-        """Load what answers `prompt` under the method in words, and print what is to be remarked on."""
+        """Load the model that answers `prompt` under the specified method, and print warnings."""
         from pyramiddrop.inference.request import Request, prepare
 
         pictures = tuple(self.image or ())
@@ -155,7 +155,7 @@ class SizeOptions:
     dtype: Annotated[str | None, Option(help="Of the KV cache. (default: the checkpoint's, or bfloat16)")] = None
 
     def sizes(self) -> Sizes:
-        """What they name; InputError where they contradict each other."""
+        """The sizes that the options describe; InputError if they contradict each other."""
         from pyramiddrop.inference.sizes import SizeOptions, choose_sizes
 
         return choose_sizes(SizeOptions(**asdict(self)))
@@ -163,7 +163,7 @@ class SizeOptions:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """Which questions `eval` and the studies ask."""
+    """The questions of `eval` and the studies."""
 
     PANEL: ClassVar[str] = WHAT
 
@@ -178,7 +178,7 @@ class QuestionOptions:
     limit: Annotated[int | None, Option(help="Ask so many questions at most.")] = None
 
     def task(self, answered: bool = True) -> Task:
-        """The questions; `answered` says whether each needs a right answer. InputError for what cannot be asked."""
+        """Load the questions, each with a right answer if `answered`; InputError if they cannot be asked."""
         from pyramiddrop.evaluation.tasks import choose_task
 
         return choose_task(**asdict(self), answered=answered)
@@ -186,7 +186,7 @@ class QuestionOptions:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How `eval` and the studies have them answered."""
+    """How `eval` and the studies answer questions."""
 
     PANEL: ClassVar[str] = HOW
 
@@ -197,12 +197,12 @@ class AnswerOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that were given."""
+        """The given options."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Let arguments of a command be groups: the command line has their fields as options.
+    """Let arguments of a command be groups whose fields become options of the command line.
 
     >>> @with_groups
     ... def cost(*, sizes: SizeOptions, as_json: AsJson = False) -> None: ...
@@ -221,12 +221,12 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
         command(**built, **given)
 
     call.__annotations__ = {option.name: option.annotation for option in options}
-    call.__dict__["__signature__"] = inspect.Signature(options)  # what Typer reads
+    call.__dict__["__signature__"] = inspect.Signature(options)  # the signature that Typer reads
     return call
 
 
 def _option_types(group: Any) -> dict[str, Any]:
-    """The types of a group's fields; its panel is that of every option that names none."""
+    """The types of a group's fields; options without a panel get the group's."""
     types = get_type_hints(group, include_extras=True)
     for hint in types.values():
         for option in get_args(hint)[1:]:
@@ -236,10 +236,7 @@ def _option_types(group: Any) -> dict[str, Any]:
 
 
 class SpreadOptions(TyperCommand):
-    """Lets `--image a.png b.png` mean `--image a.png --image b.png`, as a shell's `--image *.png` writes it.
-
-    So it is with every option that may be repeated.
-    """
+    """Lets repeatable options take several values: `--image a.png b.png`, as a shell expands `--image *.png`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         several = {option for parameter in self.params if parameter.multiple for option in parameter.opts}
@@ -251,7 +248,7 @@ class SpreadOptions(TyperCommand):
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
-    """The numbers of the option `name`, which are written with commas between them; InputError for anything else."""
+    """Parse the comma-separated numbers of the option `name`; InputError for anything else."""
     from pyramiddrop.inference.errors import InputError
 
     try:

@@ -81,10 +81,10 @@ def plan(
     size_options: SizeOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Find the schedule for a budget: stages, layers, shares, what it costs, and the Python line to use it.
+    """Find the schedule for a budget: layers, keep ratios, costs, and the Python line to use it.
 
-    Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with four drops
-    at most, that leave λ at 0.4 or above; where none do, four drops that begin earlier (concave).
+    Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with at most
+    four drops, for which λ is 0.4 or more; if there are none, four drops that begin earlier (concave).
     """
     from pyramiddrop.inference.budgets import BudgetOptions, make_plan
 

@@ -13,7 +13,7 @@ from pyramiddrop.cli.terminal import stderr
 if TYPE_CHECKING:
     from pyramiddrop.inference.serving import Launch
 
-#: What Typer does not know is the server's.
+#: Options that Typer does not know go to the server.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -45,7 +45,7 @@ study = typer.Typer()
 
 @study.callback(invoke_without_command=True)
 def studies(context: typer.Context) -> None:
-    """The paper's figures, of any model and data: where visual tokens are redundant, and what dropping costs."""
+    """The paper's figures for any model and data: where visual tokens are redundant, and what dropping costs."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -75,10 +75,10 @@ def redundancy(
     output: Output = Path("study-redundancy"),
     as_json: AsJson = False,
 ) -> None:
-    """Where are visual tokens redundant? One drop at every layer and share (the paper's Figures 1 and 3).
+    """Where are visual tokens redundant? One drop at every layer and keep ratio (the paper's Figures 1 and 3).
 
-    Accuracy where answers are known; and always how many answers and next tokens stay the full model's.
-    Writes a profile, too, from which `pyramiddrop plan --profile` makes a schedule.
+    Measures accuracy if answers are known, and agreement with the full model's answers and next tokens. Also writes a
+    profile, from which `pyramiddrop plan --profile` makes a schedule.
     """
     from pyramiddrop.evaluation.studies.inputs import study_models
     from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy
@@ -116,7 +116,7 @@ def tradeoff(
     output: Output = Path("study-tradeoff"),
     as_json: AsJson = False,
 ) -> None:
-    """What do methods keep of the answers at equal cost? Scores over decoder FLOPs (the paper's Figure 4).
+    """How accurate are methods at equal cost? Scores over decoder FLOPs (the paper's Figure 4).
 
     Without --method: pyramiddrop, fastv, uniform and random; without --percent: 40 50 60 70 80.
     """
@@ -141,7 +141,7 @@ def ablation(
     output: Output = Path("study-ablation"),
     as_json: AsJson = False,
 ) -> None:
-    """What does λ cost, and what does it save? PyramidDrop with several λ (the paper's Table 4)."""
+    """What does λ cost and save? PyramidDrop with several λ (the paper's Table 4)."""
     from pyramiddrop.evaluation.run import EvalOptions
     from pyramiddrop.evaluation.studies.method_studies import LAMBDAS, prepare_ablation
     from pyramiddrop.report.studies.ablation import show_ablation

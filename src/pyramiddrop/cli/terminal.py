@@ -1,4 +1,4 @@
-"""Terminal output that the verbs share: results, messages, progress and errors."""
+"""Terminal output of all verbs: results, messages, progress and errors."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-#: Exit code for what the user gave and that cannot be used.
+#: Exit code for bad user input.
 BAD_INPUT = 2
-#: Exit code after Ctrl-C, as shells have it.
+#: Exit code after Ctrl-C, as in shells.
 STOPPED = 130
 
 
 def stdout() -> Console:
-    """Standard output: what was asked for, and nothing else."""
+    """Standard output, for results only."""
     return Console(highlight=False, markup=False)
 
 
 def stderr() -> Console:
-    """Standard error: progress, and what is worth knowing beside the result."""
+    """Standard error, for progress and messages beside the result."""
     return Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
 def spinner(message: str) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal that work goes on; yields what changes the message.
+    """Show a spinner on a terminal; yields a function that changes its message.
 
-    Transformers' own bars are silenced, for they would tear the line.
+    Transformers' own bars are silenced, because they would break the line.
     """
     from transformers.utils import logging
 
@@ -43,10 +43,10 @@ def spinner(message: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
-    """Bars on standard error, where that is a terminal.
+    """Show progress bars on standard error, if it is a terminal.
 
-    Yields what begins a bar, given its description and the steps in all. That yields what moves the bar on, given the
-    steps and, where it changes, a description.
+    Yields a context manager that starts a bar, given its description and the number of steps. This one yields a
+    function that advances the bar, given the steps and optionally a new description.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from transformers.utils import logging
@@ -64,8 +64,10 @@ def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
 
 
 class OneLineErrors(TyperGroup):
-    """Shows every error about what the user gave, and every method that does not fit a model, as one line `error: ...`,
-    exit code 2; others keep their traceback."""
+    """Shows errors about user input and about unsupported models as one line `error: ...`, with exit code 2.
+
+    Other errors keep their traceback.
+    """
 
     def main(self, *args: Any, **settings: Any) -> Any:
         standalone, settings["standalone_mode"] = settings.get("standalone_mode", True), False
@@ -87,11 +89,11 @@ class OneLineErrors(TyperGroup):
 
 
 def _how_to_go_on(words: list[str]) -> str:
-    """What a stopped command's verb does when the same command is run again."""
+    """How a stopped command continues when it is run again."""
     verb = next(iter(words), "")
     given = {word.partition("=")[0] for word in words}
     if verb == "eval" and "--tasks" in given and not {"digits", "reader"} & set(words):
-        return ""  # lmms-eval asks anew
+        return ""  # lmms-eval starts again
     if verb == "study" or (verb == "eval" and "--output" in given):
         return "; the same command goes on where it stopped"
     if verb == "eval":
@@ -102,7 +104,7 @@ def _how_to_go_on(words: list[str]) -> str:
 
 
 def _about_input(error: Exception) -> str | None:
-    """The message of an error about what the user gave, or None for any other error."""
+    """The message of an error about user input; None for any other error."""
     shown = getattr(error, "format_message", None)  # click's own errors; Typer has no public name for their class
     if shown is not None:
         return str(shown())

@@ -156,7 +156,7 @@ def train(
 
 
 def _curriculum(dropping: MethodOptions) -> tuple[float | None, MethodOptions]:
-    """λ of the first step, of `--lam FIRST:LAST`, and the options with the last one; None for a constant λ."""
+    """The first λ of `--lam FIRST:LAST` (None for a constant λ), and the options with the last one."""
     first, colon, last = (dropping.lam or "").partition(":")
     if not colon:
         return None, dropping
@@ -195,5 +195,5 @@ def _show(job: TrainingJob, figures: dict[str, Any], as_json: bool) -> None:
 
 
 def _speaks() -> bool:
-    """Of many processes the first one speaks."""
+    """True in the first of several processes, which prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -42,7 +42,7 @@ def visualize(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw which visual tokens each stage keeps over the pictures.
+    """Draw over the pictures which visual tokens each stage keeps.
 
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
@@ -78,7 +78,7 @@ def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: 
 
 
 def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> tuple[str, list[Path]]:
-    """What the user asked, or what the bundled picture's first question asks."""
+    """The user's question, or the first question of the bundled picture."""
     from pyramiddrop.assets import demo_images, demo_questions
 
     pictures = image or ([] if video else demo_images()[:1])

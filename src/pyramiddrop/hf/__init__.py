@@ -1,4 +1,4 @@
-"""The adapter to Hugging Face Transformers: unmodified models, hooks that come off again."""
+"""The adapter to Hugging Face Transformers: it drops tokens in unmodified models through removable hooks."""
 
 from pyramiddrop.hf.attachment import Attachment, attachment_of
 from pyramiddrop.hf.before_decoder import PreLLMAttachment

@@ -1,4 +1,4 @@
-"""Attach a method to a model by hooks, and take it off again."""
+"""Attach a method to a model through hooks, and detach it."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from pyramiddrop.trace import Trace
 _FORWARD = "pyramiddrop_forward"
 _MARK = "_pyramiddrop_attachment"
 
-# By attachment: labels of the calls that are running, the innermost last, of forwards that hand no state on.
+# By attachment: labels of running calls, innermost last, of modules whose forward does not pass state on.
 _labels: ContextVar[Mapping[int, tuple[Tensor | None, ...]]] = ContextVar("pyramiddrop_labels", default={})  # noqa: B039
 
 
 class Attachment:
-    """A method on a model. Hooks alone: no module, parameter or class is replaced, and the state dict stays as it is.
+    """A method attached to a model through hooks; no module, parameter, class or state dict changes.
 
     Args:
-        parts: of the model.
+        info: the parts of the model.
         rules: the method's settings.
-        given: masks of the user's.
+        given: the user's masks.
 
     Attributes:
-        method: what the user applied; nothing here reads it.
-        trace: the last prefill.
+        method: the user's method; it is only stored here.
+        trace: the trace of the last prefill.
 
     Raises:
-        RuntimeError: if the model has a method already.
-        UnsupportedModelError: if the model cannot work with these rules.
+        RuntimeError: if the model already has a method.
+        UnsupportedModelError: if the model does not allow these rules.
     """
 
     def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> None:
@@ -68,16 +68,16 @@ class Attachment:
         self._check()
         self.trace = Trace()
         self._handles: list[RemovableHandle] = []
-        # The calls of `generate` that run now, in any thread; with its own id, for a deep copy runs none of them.
+        # The running calls of `generate` in all threads, with the owner's id, because a deep copy runs none of them.
         self._generating: set[tuple[int, int]] = set()
         signatures = [_parameters(module) for module in (*info.wrappers, info.text)]
-        # What the state is carried in does not get through a forward that names all of its arguments.
+        # The keyword that carries the state does not pass through a forward that names all of its arguments.
         self._closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
         self.dispatcher = self._make_dispatcher()
         self._attach([names for names, _ in signatures])
 
     def _check(self) -> None:
-        """Raise UnsupportedModelError if this model does not allow the rules."""
+        """Raise UnsupportedModelError if the model does not allow the rules."""
         info, rules = self.info, self.rules
         self._check_call()
         if rules.scorer.needs_vision_attention:
@@ -88,7 +88,7 @@ class Attachment:
         check_attention(info, rules.schedule.layers[0])
 
     def _check_call(self) -> None:
-        """Raise UnsupportedModelError if the rules need of a call what this model does not have, wherever it drops."""
+        """Raise UnsupportedModelError if the model's forward lacks arguments that the rules need."""
         check_signatures(self.info)
         if self.rules.positions == "compact":
             check_compact_positions(self.info)
@@ -99,7 +99,7 @@ class Attachment:
 
     @property
     def _reads_shift_labels(self) -> bool:
-        """Whether the loss is taken by Transformers' `loss_function`, which is given every further argument."""
+        """True if Transformers' `loss_function` computes the loss, so that it receives `shift_labels`."""
         forward = inspect.unwrap(getattr(self.info.generator, "forward", _parameters))
         code = getattr(forward, "__code__", None)
         return self._closed < 0 and code is not None and "loss_function" in code.co_names
@@ -109,7 +109,7 @@ class Attachment:
         modules = (*self.info.wrappers, text)
         caches: tuple[str, ...] = ()
         for number, module in reversed(list(enumerate(modules))):
-            caches = cache_names(module.forward) or caches  # what a module does not name it passes on
+            caches = cache_names(module.forward) or caches  # a module passes on the arguments that it does not name
             if number > self._closed:
                 before = partial(self._before_model, names[number], caches)
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -135,7 +135,7 @@ class Attachment:
             generator.__dict__["init_continuous_batching"] = refuse_continuous_batching
 
     def detach(self) -> None:
-        """Take all hooks off; the model is as it was."""
+        """Remove all hooks, which restores the model."""
         if any(owner == id(self) for owner, _ in self._generating):
             warnings.warn(
                 "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
@@ -152,12 +152,12 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on the model."""
+        """True while the hooks are on the model."""
         return bool(self._handles)
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        """Let forwards in the block, and in this thread, belong to this call of `generate`."""
+        """Assign the forwards of this thread within the block to this call of `generate`."""
         token = generations.set({**generations.get(), id(self.dispatcher): generation})
         self._generating.add((id(self), id(generation)))
         try:
@@ -169,7 +169,7 @@ class Attachment:
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _note_labels(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
-        """On modules around a forward that hands no run on: for the time of the call, what its labels are."""
+        """Remember the labels during a call, on modules around a forward that does not pass our state on."""
         labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
         noted = _labels.get()
         _labels.set({**noted, id(self): (*noted.get(id(self), ()), labels)})
@@ -179,7 +179,7 @@ class Attachment:
         _labels.set({**noted, id(self): noted.get(id(self), ())[:-1]})
 
     def _open_below(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
-        """The state of a call inside one that takes the loss, by the labels of that one."""
+        """Open the state of a call inside another one that computes the loss, with the labels of the latter."""
         labels = next(reversed(_labels.get().get(id(self), ())), None)
         if labels is None or call.get("labels") is not None:
             return self._open(call, shape)
@@ -204,7 +204,7 @@ class Attachment:
         return type((*self.info.wrappers, self.info.text)[self._closed]).__name__
 
     def _open(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
-        """The state of this forward; None if there is nothing to do in it."""
+        """Open the state of this forward; None if the method has nothing to do in it."""
         cache = cache_of(call)
         follows = shape[1] == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
@@ -232,7 +232,7 @@ class Attachment:
         args: tuple[Any, ...],
         kwargs: Kwargs,
     ) -> tuple[tuple[()], Kwargs] | None:
-        """On each module from the model down to the text model: the outermost that sees tokens opens the state."""
+        """Hook of each module from the model down to the text model; the outermost one with tokens opens the state."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(
                 "a model with a pyramiddrop method on it cannot be exported (torch.export, torch.jit.trace, ONNX): "
@@ -249,7 +249,7 @@ class Attachment:
         if state is not None and state.unreached is not None:
             check_cache(module, call)
         if call.get("labels") is not None:
-            call["labels"] = known["labels"]  # without those that nothing is left to predict
+            call["labels"] = known["labels"]  # without labels whose predicting rows are dropped
         if state is not None and state.shift_labels is not None:
             call["shift_labels"] = state.shift_labels
         return (), {**call, _FORWARD: state}
@@ -265,7 +265,7 @@ class Attachment:
         state: Forward | None = kwargs.get(_FORWARD)
         if state is not None:
             return args, state.before_text(kwargs)
-        # Layers are told nothing, for their hooks may be off, and their kernels would be given the name.
+        # Layers do not receive the state, because their hooks may be off and their kernels would receive the keyword.
         return (args, {k: v for k, v in kwargs.items() if k != _FORWARD}) if _FORWARD in kwargs else None
 
     def _before_layer(
@@ -277,7 +277,7 @@ class Attachment:
         if len(args) == 1:
             hidden, call = state.before_layer(stage, index, layer, args[0], kwargs)
             return (hidden,), call
-        # What came by position goes on so: reentrant gradient checkpointing leads gradients to such arguments alone.
+        # Positional arguments stay positional: reentrant checkpointing sends gradients to no others.
         placed, named = names[1 : len(args)], {**kwargs, **dict(zip(names, args, strict=False))}
         hidden, call = state.before_layer(stage, index, layer, named.pop(names[0]), named)
         return (hidden, *(call[name] for name in placed)), {k: v for k, v in call.items() if k not in placed}
@@ -297,17 +297,19 @@ class Attachment:
 
 Hook = Callable[..., Any]
 
-# The forwards that need the hooks of layers, by the id of these; they end with the call, and with its gradients.
+# The forwards that need the hooks, by the id of each; it ends with its call, or with its gradients.
 _running: WeakKeyDictionary[Forward, int] = WeakKeyDictionary()
 _changing = threading.Lock()
 
 
 class LayerHooks:
-    """The hooks on decoder layers. They are off while no forward that runs needs them, for a hook that does nothing
-    still makes PyTorch call a layer the long way: in a step of decoding that is the whole price of a method.
+    """The hooks on decoder layers, which are installed only while a running forward needs them.
+
+    Even a hook that does nothing makes PyTorch call a layer on its slow path; in a decode step, that would be the whole
+    overhead of a method.
 
     Args:
-        hooks: layers, and the forward pre-hook of each.
+        hooks: the layers, each with its forward pre-hook.
     """
 
     def __init__(self, hooks: list[tuple[nn.Module, Hook]]) -> None:
@@ -317,20 +319,20 @@ class LayerHooks:
         self._register()
 
     def pin(self) -> None:
-        """Have the hooks on for good: who has a static cache may compile, and compiled graphs do not look whether hooks
-        have changed since."""
+        """Install the hooks permanently: a model with a static cache may be compiled, and a compiled graph does not
+        notice later hooks."""
         with _changing:
             self._pinned = True
             self._register()
 
     def put_on(self, forward: Forward) -> None:
-        """Have the hooks on while `forward` runs."""
+        """Install the hooks while `forward` runs."""
         with _changing:
             _running[forward] = id(self)
             self._register()
 
     def take_off(self) -> None:
-        """Take the hooks off if no forward needs them, and if no others stand beside them, whose order would change."""
+        """Remove the hooks if no forward needs them and no foreign hooks are beside them, whose order would change."""
         if self._pinned or not self._handles:
             return
         with _changing:
@@ -349,14 +351,14 @@ class LayerHooks:
         self._handles.clear()
 
     def remove(self) -> None:
-        """Take the hooks off for good."""
+        """Remove the hooks permanently."""
         with _changing:
             self._unregister()
             self._hooks = []
 
 
 def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:
-    """Names of the positional parameters of a module's forward, and whether it takes any further keyword."""
+    """The names of the positional parameters of a module's forward, and whether it has `**kwargs`."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
@@ -364,7 +366,7 @@ def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, found from any module around its text model; None where there is none."""
+    """The attachment of a model, found from any module around its text model; None if there is none."""
     return next((found for module in model.modules() if (found := module.__dict__.get(_MARK)) is not None), None)
 
 

@@ -1,7 +1,7 @@
 """Drop visual tokens before the decoder, by attention in the vision encoder or by a smaller picture.
 
-It is a drop before layer 0, on the hooks of staged dropping. What is here is what the vision encoder has to do with it:
-the attention that its patches receive, and the smaller picture.
+The drop itself is a drop before layer 0, on the hooks of staged dropping. This module holds the part of the vision
+encoder: recording the attention that patches receive, and encoding a smaller picture.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pyramiddrop.scoring.attention import attention_by_head
 
 
 class PreLLMAttachment(Attachment):
-    """A method that drops before the decoder, and maybe inside it too, on a model.
+    """Attaches a method that drops before the decoder, and possibly inside it too.
 
     Args:
-        shrinks: whether the vision tower sees a smaller picture, and its tokens are those kept.
+        shrinks: True if the vision tower encodes a smaller picture, whose tokens are the kept ones.
 
     Raises:
-        RuntimeError: where the model has a method already.
-        UnsupportedModelError: where the model cannot work so.
+        RuntimeError: if the model already has a method.
+        UnsupportedModelError: if the model does not allow this.
     """
 
     def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
@@ -71,15 +71,15 @@ class PreLLMAttachment(Attachment):
 
 
 class Tower:
-    """The tower of one model.
+    """The vision tower of a model.
 
     Attributes:
         module: the tower.
-        side: patches on a side of the square that it sees.
-        class_token: whether a token stands before the patches.
+        side: number of patches on a side of its square input.
+        class_token: True if a class token precedes the patches.
 
     Raises:
-        UnsupportedModelError: where visual tokens are not its patches, one for one.
+        UnsupportedModelError: if the visual tokens are not its patches, one for one.
     """
 
     def __init__(self, info: ModelInfo) -> None:
@@ -100,14 +100,14 @@ class Tower:
         self.layers = next(stack for stack in stacks if isinstance(stack, nn.ModuleList))
         feature = config.vision_feature_layer
         feature = feature[-1] if isinstance(feature, list | tuple) else feature
-        # Hidden state number k is what layer k - 1 gives.
+        # Hidden state k is the output of layer k - 1.
         self.layer = int(feature) % (len(self.layers) + 1) - 1
 
 
 class ClsAttentionRecorder:
-    """Keeps what the patches of a call's pictures received in the tower, in the layer whose output is taken.
+    """Records the attention that patches receive in the tower layer whose output the decoder uses.
 
-    It is kept with the thread (or task) that calls, for others may call the same model at the same time.
+    The record belongs to the calling thread (or task), because others may call the same model at the same time.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -115,7 +115,7 @@ class ClsAttentionRecorder:
 
     @property
     def received(self) -> Tensor | None:
-        """(pictures, patches) of the last pictures that this thread has shown to the tower, or None."""
+        """(pictures, patches) attention received in the last call of the tower in this thread; None before any."""
         return _received.get().get(ref(self))
 
     def attach(self) -> list[RemovableHandle]:
@@ -138,16 +138,18 @@ class ClsAttentionRecorder:
         _received.set({**others, ref(self): received})
 
 
-# By watch, for a patched assistant model may look at the same pictures before the main model goes on.
+# By recorder, because a patched assistant model may encode the same pictures before the main model continues.
 _received: ContextVar[Mapping[ref[ClsAttentionRecorder], Tensor]] = ContextVar("pyramiddrop_received", default={})  # noqa: B039
 
 
 class DownsampledEncoder:
-    """Lets the tower see each picture smaller: `side` patches on a side; each of its patches stands for as many of the
-    full grid as it covers, so that the model finds as many visual tokens as it expects.
+    """Encodes each picture at a lower resolution, with `side` patches on a side.
+
+    Each patch is repeated over the part of the full grid that it covers, so that the model finds as many visual tokens
+    as it expects.
 
     Attributes:
-        side: patches on a side of the small picture.
+        side: number of patches on a side of the small picture.
     """
 
     def __init__(self, tower: Tower, side: int) -> None:
@@ -163,12 +165,12 @@ class DownsampledEncoder:
 
     @property
     def share(self) -> float:
-        """Of the full grid's patches; a little more, so that products with whole numbers of them have that floor."""
+        """The share of the full grid's patches, rounded up slightly so that products with it have the right floor."""
         return (self.side**2 + 1e-3) / self._tower.side**2
 
     @property
     def received(self) -> Tensor:
-        """(1, side of the full grid squared) float: 1 at the first patch of the full grid in each of the small one."""
+        """(1, patches of the full grid) float: 1 at the first full-grid patch in each patch of the small grid."""
         number = torch.arange(self._tower.side) * self.side // self._tower.side
         first = torch.cat([torch.ones(1, dtype=torch.bool), number[1:] != number[:-1]])
         return (first[:, None] & first).float().view(1, -1)
@@ -189,7 +191,7 @@ class DownsampledEncoder:
         return output
 
     def _spread_one(self, state: Tensor) -> Tensor:
-        """(n, rows, D) of the small grid as that of the full one, a class token before it as it is."""
+        """Repeat the patches of the small grid (n, rows, D) over the full one; a class token is unchanged."""
         side, first = self._tower.side, int(self._tower.class_token)
         number = torch.arange(side, device=state.device) * self.side // side
         rows = (number[:, None] * self.side + number).flatten() + first
@@ -197,5 +199,5 @@ class DownsampledEncoder:
 
 
 def small_side(side: int, keep: float) -> int:
-    """The side of the largest square grid that has no more than the share `keep` of `side` squared patches."""
+    """The side of the largest square grid with at most the share `keep` of `side` squared patches."""
     return max(1, math.isqrt(math.floor(side * side * keep)))

@@ -1,4 +1,4 @@
-"""State of a pruned KV cache: the original column of every slot, for each stage, on the cache object itself."""
+"""The state of a pruned KV cache, stored on the cache object: the original column of each slot, for each stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _STATE = "pyramiddrop_memory"
 
 @memoized
 def _carrying_class(base: type) -> Any:
-    """The class of a cache layer that carries a state, made of the class that the layer has.
+    """Subclass the class of a cache layer so that the layer carries a state.
 
-    It is the layer by which Transformers counts the columns so far: those that were dropped before it count, too.
+    Transformers reads the number of columns so far from this layer, and so columns that were dropped before it count
+    too.
     """
 
     class CarryingLayer(base):  # type: ignore[misc]
@@ -28,7 +29,7 @@ def _carrying_class(base: type) -> Any:
             return super().get_seq_length() + (0 if self._cropping else getattr(self, _STATE).first_dropped)
 
         def crop(self, *args: Any, **kwargs: Any) -> None:
-            self._cropping = True  # slots are cut, not columns
+            self._cropping = True  # this crops slots, not columns
             try:
                 super().crop(*args, **kwargs)
             finally:
@@ -66,7 +67,7 @@ def _carrying_class(base: type) -> Any:
 
 
 def _check_called(cache_state: CacheState) -> None:
-    """Raise ValueError where keys come from a model that has no method on it; a compiled one is not seen."""
+    """Raise ValueError if the keys come from a model without a method; compiled models are not detected."""
     if not cache_state.called:
         raise ValueError(
             "this KV cache holds a prompt of which a pyramiddrop method dropped tokens, but the model that is called "
@@ -77,7 +78,7 @@ def _check_called(cache_state: CacheState) -> None:
 
 
 def _empty_layer(base: type) -> Any:
-    """An empty layer that is to carry a state, for copies and pickles to fill."""
+    """An empty layer that carries a state, for copying and unpickling."""
     return object.__new__(_carrying_class(base))
 
 
@@ -88,12 +89,12 @@ def _detach(layer: Any) -> None:
 
 
 def _first(cache: Any) -> Any:
-    """The first layer of a cache that counts tokens, or None."""
+    """The first layer of a cache that counts tokens; None if there is none."""
     return next((layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")), None)
 
 
 def attach_state(cache: Any, cache_state: CacheState) -> None:
-    """Put a state on a cache that has been filled."""
+    """Attach a state to a filled cache."""
     layer = _first(cache)
     if not hasattr(layer, _STATE):
         base: type = type(layer)
@@ -102,11 +103,11 @@ def attach_state(cache: Any, cache_state: CacheState) -> None:
 
 
 def detach_state(cache: Any) -> None:
-    """Take its state off a cache, where it has one."""
+    """Remove the state of a cache, if it has one."""
     _detach(_first(cache))
 
 
-_BLOCK = 128  # columns that are tabled ahead of decoding, so that not every step builds the tables anew
+_BLOCK = 128  # columns to index in advance, so that not every decode step builds new tables
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class CacheIndex:
     Later slots need no entry: slot `columns.shape[1] + j` holds column `length + j`.
 
     Attributes:
-        columns: (B, n) long, the column of the full sequence that stands in each slot.
-        valid: (B, n) bool, False where a slot holds padding, or None where none does.
-        length: how many columns of the full sequence these slots cover.
+        columns: (B, n) long, the column of the full sequence in each slot.
+        valid: (B, n) bool, False at slots that hold padding; None if there are none.
+        length: number of columns of the full sequence that these slots cover.
     """
 
     columns: Tensor
@@ -127,18 +128,18 @@ class CacheIndex:
 
     @property
     def alive(self) -> Tensor:
-        """(B, n) bool, which slots are no padding."""
+        """(B, n) bool, False at padding."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheIndex:
-        """The slots of the rows that `pick` takes of a (B, n) tensor."""
+        """Apply `pick`, a selection of samples, to the (B, n) tensors."""
         return CacheIndex(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
 
     def resized(self, length: int) -> CacheIndex:
-        """The same slots, and those that the columns up to `length` took since; or fewer, where the cache was cropped.
+        """Extend the slots to the columns up to `length`, or shorten them if the cache was cropped.
 
         Raises:
-            ValueError: where the cache was cropped so far that a dropped token's place is gone.
+            ValueError: if the crop reaches columns of dropped tokens.
         """
         if length <= self.length:
             return self if length == self.length else self._cropped(self.length - length)
@@ -150,7 +151,7 @@ class CacheIndex:
         return CacheIndex(torch.cat([self.columns, later], 1), valid, length)
 
     def _cropped(self, count: int) -> CacheIndex:
-        """Without the last `count` columns, which only text may hold: a crop takes that many slots from every layer."""
+        """Remove the last `count` columns, which must be text: a crop removes that many slots from every layer."""
         columns, valid = self.columns[:, :-count], self.valid
         tail = torch.arange(self.length - count, self.length, device=columns.device)
         if count >= self.columns.shape[1] or not bool((self.columns[:, -count:] == tail).all()):
@@ -161,21 +162,26 @@ class CacheIndex:
         return CacheIndex(columns, None if valid is None else valid[:, :-count], self.length - count)
 
     def first(self, length: int) -> CacheIndex:
-        """Of slots that were grown ahead, those up to column `length`."""
+        """The slots up to column `length`, of slots that were indexed in advance."""
         count = self.columns.shape[1] - (self.length - length)
         return CacheIndex(self.columns[:, :count], None if self.valid is None else self.valid[:, :count], length)
 
     def widened(self, width: int) -> CacheIndex:
-        """These slots for all `width` of a static cache: one shape for prompts of any length, so that compiled decoding
-        does not recompile. Which of the later slots are filled already, the model's own mask tells."""
+        """Extend the slots to the whole `width` of a static cache.
+
+        Prompts of any length then have one shape, so that compiled decoding does not recompile. The model's own mask
+        tells which of the later slots are filled.
+        """
         grown = self.resized(width)
         missing = width - grown.columns.shape[1]
         columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
         return CacheIndex(columns, valid, width)
 
     def window(self, cache: Any, index: int, added: int) -> CacheIndex:
-        """Those of these slots, the last `added` of this call, that layer `index` of a cache hands out: with a sliding
-        window it holds no more slots than that, be they neighbours or far apart."""
+        """The slots that layer `index` of a cache returns, of which the last `added` are this call's.
+
+        A layer with a sliding window returns the last slots within its window, however far apart their columns are.
+        """
         layer = _cache_layer(cache, index)
         before = self.columns.shape[1] - added
         if layer is None or not layer.is_sliding or before < layer.sliding_window:
@@ -184,7 +190,7 @@ class CacheIndex:
         return CacheIndex(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
 
     def restricted(self, columns: Tensor, valid: Tensor | None) -> CacheIndex:
-        """The same slots, of which only those are no padding that hold one of the `columns` (B, n) that are `valid`."""
+        """Mark all slots as padding except those that hold one of the `valid` `columns` (B, n)."""
         shown = torch.zeros(len(columns), self.length + 1, dtype=torch.bool, device=columns.device)
         alive = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
         shown = shown.scatter(1, columns.masked_fill(~alive, self.length), True)
@@ -192,7 +198,7 @@ class CacheIndex:
         return CacheIndex(self.columns, self.alive & shown.gather(1, self.columns), self.length)
 
     def extended(self, rows: Tensor, valid: Tensor | None, past: int, length: int) -> CacheIndex:
-        """These slots after a further pruned prefill of `length` columns from column `past` on, which kept `rows`."""
+        """Append the kept `rows` of a further pruned prefill of `length` columns that begins at column `past`."""
         if not past:
             return CacheIndex(rows, valid, length)
         before, added = self.resized(past), CacheIndex(rows + past, valid, past + length)
@@ -202,10 +208,10 @@ class CacheIndex:
 
 
 def past_length(cache: Any) -> int:
-    """Columns that a cache holds; 0 without one.
+    """The number of columns in a cache; 0 without a cache.
 
     Raises:
-        ValueError: for a cache that is no list of layers, as those of continuous batching.
+        ValueError: if the cache is not a list of layers (that of continuous batching is not).
     """
     if cache is None:
         return 0
@@ -218,7 +224,7 @@ def past_length(cache: Any) -> int:
 
 
 def static_width(cache: Any, index: int) -> int | None:
-    """CacheIndex of layer `index` where the cache is a static one, else None."""
+    """The width of layer `index` if the cache is static, else None."""
     layer = _cache_layer(cache, index)
     return getattr(layer, "max_cache_len", None) if layer is not None and layer.is_compileable else None
 
@@ -229,16 +235,16 @@ def _cache_layer(cache: Any, index: int) -> Any:
 
 @dataclass
 class CacheState:
-    """Lives in the cache, so that it is copied, passed on and forgotten with it, and follows its rows.
+    """The state of one cache. It is stored in the cache, so that it is copied, reordered and freed with it.
 
     Attributes:
-        layers: before which tokens were dropped.
+        layers: the layers before which tokens were dropped.
         positions: "original" or "compact".
-        slots: stage number -> its slots, for stages at which something was dropped.
-        full_width: the same for a static cache's whole width, where it is one.
-        shift: stage number -> (B, 1) how far positions were renumbered (`positions="compact"` only).
-        plain: whether the last step of decoding has changed no layer's arguments, and had no mask.
-        called: whether a model with a method on it has opened a forward with this cache that has added no keys yet.
+        slots: stage -> its slots, for stages with dropped tokens.
+        full_width: the same for the whole width of a static cache.
+        shift: stage -> (B, 1), by how much positions were renumbered (`positions="compact"` only).
+        plain: True if the last decode step changed no layer's arguments and had no mask.
+        called: True if a patched model has opened a forward with this cache that has not added keys yet.
     """
 
     layers: tuple[int, ...]
@@ -252,12 +258,12 @@ class CacheState:
 
     @staticmethod
     def of(cache: Any) -> CacheState | None:
-        """The state of a cache, or None where nothing was ever dropped from it."""
+        """The state of a cache; None if nothing was ever dropped from it."""
         cache_state: CacheState | None = getattr(_first(cache), _STATE, None)
         return cache_state
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
-        """The state of the rows that `pick` takes of a (B, ...) tensor."""
+        """Apply `pick`, a selection of samples, to the (B, ...) tensors."""
 
         def rows(tables: Mapping[int, CacheIndex]) -> dict[int, CacheIndex]:
             return {stage: slots.select(pick) for stage, slots in tables.items()}
@@ -268,7 +274,7 @@ class CacheState:
         )
 
     def check(self, layers: tuple[int, ...], positions: str, batch: int) -> None:
-        """Raise ValueError where a call cannot go on with this cache: another method, or another batch."""
+        """Raise ValueError if a call cannot continue this cache: another method, or another batch size."""
         if (layers, positions) != (self.layers, self.positions):
             raise ValueError(
                 f"this KV cache was pruned before layers {list(self.layers)} with positions={self.positions!r}, and "
@@ -283,14 +289,14 @@ class CacheState:
             )
 
     def hold(self, stage: int, slots: CacheIndex, width: int | None) -> None:
-        """Remember what a pruned prefill left in the cache of a stage; `width` is a static cache's."""
+        """Store the slots that a pruned prefill left in a stage's cache; `width` is that of a static cache."""
         self.slots[stage], self.plain = slots, False
         self._ahead.pop(stage, None)
         if width is not None:
             self.full_width[stage] = slots.widened(width)
 
     def grown_to(self, stage: int, length: int) -> CacheIndex | None:
-        """The slots of a stage's cache up to column `length`, or None where nothing was dropped there."""
+        """The slots of a stage's cache up to column `length`; None if nothing was dropped there."""
         slots, ahead = self.slots.get(stage), self._ahead.get(stage)
         if slots is None:
             return None
@@ -299,30 +305,30 @@ class CacheState:
         return ahead.first(length)
 
     def crop(self, length: int) -> None:
-        """Forget the columns from `length` on, where the cache was cropped."""
+        """Discard the columns from `length` on, after the cache was cropped."""
         if any(slots.length > length for slots in self.slots.values()):
             self.slots = {stage: slots.resized(min(length, slots.length)) for stage, slots in self.slots.items()}
             self._ahead.clear()
 
     @property
     def first_dropped(self) -> int:
-        """How many columns the cache of layer 0 holds no slot for: those that were dropped before the decoder."""
+        """The number of columns without a slot in the cache of layer 0: those dropped before the decoder."""
         return self.num_dropped(1) if self.layers[0] == 0 else 0
 
     def num_dropped(self, stage: int) -> int:
-        """How many columns the cache of a stage holds no slot for."""
+        """The number of columns without a slot in the cache of a stage."""
         slots = self.slots.get(stage)
         return 0 if slots is None else slots.length - slots.columns.shape[1]
 
 
 def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], cache_state: CacheState | None) -> None:
-    """Raise ValueError where a layer of a dynamic cache does not hold what dropping has left of so many `columns`.
+    """Raise ValueError if a layer of a dynamic cache does not hold as many rows as dropping has left.
 
     Args:
-        cache: of the call.
-        columns: of the full sequence, up to the last one that the cache holds.
-        layers: layer -> its stage, of the layers to look at.
-        cache_state: of the cache.
+        cache: the call's cache.
+        columns: number of columns of the full sequence, up to the last one in the cache.
+        layers: layer -> its stage, for the layers to check.
+        cache_state: the state of the cache.
     """
     if cache.is_compileable:
         return
@@ -330,7 +336,7 @@ def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], cache_sta
         layer = _cache_layer(cache, index)
         if not hasattr(layer, "get_seq_length"):
             continue
-        # The layer that carries the memory counts the columns that were dropped before it.
+        # The layer that carries the state also counts the columns that were dropped before it.
         carried: CacheState | None = getattr(layer, _STATE, None)
         held = layer.get_seq_length() - (carried.first_dropped if carried else 0)
         expected = columns - (cache_state.num_dropped(stage) if cache_state else 0)

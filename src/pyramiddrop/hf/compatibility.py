@@ -1,6 +1,6 @@
-"""Check that Transformers and trainers name and call what dropping relies on: a rename is an error, no wrong answer.
+"""Check that Transformers and trainers use the names that dropping relies on, so that a rename is an error.
 
-Signatures are read when a method is applied; calls are looked at in prefills that drop, on the host alone.
+Signatures are checked when a method is applied, and calls in prefills that drop, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MODEL = (("input_ids",), ("inputs_embeds",), ("attention_mask",), ("labels",))
 _TEXT = (("inputs_embeds",), ("attention_mask",), ("position_ids",), CACHE_NAMES)
 _LAYER = (("attention_mask",), _POSITIONS, CACHE_NAMES)
 
-#: The number of the last run that was opened in this thread.
+#: The number of the last prefill that was opened in this thread.
 _last_run: ContextVar[int] = ContextVar("pyramiddrop_last_run", default=0)
 
 
@@ -41,8 +41,8 @@ _last_run: ContextVar[int] = ContextVar("pyramiddrop_last_run", default=0)
 
 
 def check_signatures(info: ModelInfo) -> None:
-    """Raise UnsupportedModelError where a forward does not name an argument that dropping needs."""
-    # A user's subclass may name less than the model of Transformers that it calls.
+    """Raise UnsupportedModelError if a forward lacks an argument that dropping needs."""
+    # A user's subclass may name fewer arguments than the Transformers model that it calls.
     bases: tuple[Any, ...] = type(info.generator).__mro__ if info.generator is not info.text else ()
     for kind in [kind for kind in bases if kind.__module__.startswith("transformers.models.")][:1]:
         _check_names(kind.__name__, kind.forward, _MODEL)
@@ -52,8 +52,10 @@ def check_signatures(info: ModelInfo) -> None:
 
 
 def _check_names(name: str, forward: Any, needed: Sequence[tuple[str, ...]]) -> None:
-    """Raise where `forward` lacks an argument, each of which may go by several names; a forward without any named
-    argument wraps another one."""
+    """Raise if `forward` lacks an argument, each of which may have several names.
+
+    A forward without any named argument wraps another one and is accepted.
+    """
     parameters = inspect.signature(forward).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {parameter.name for parameter in parameters if parameter.kind not in variable} - {"self"}
@@ -66,14 +68,14 @@ def _check_names(name: str, forward: Any, needed: Sequence[tuple[str, ...]]) -> 
 
 
 def check_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a module is given a KV cache under an unknown name."""
+    """Raise UnsupportedModelError if a module receives a KV cache under an unknown name."""
     unknown = [name for name, value in kwargs.items() if isinstance(value, Cache) and name not in CACHE_NAMES]
     if unknown:
         raise _lost(f"{type(module).__name__} is given its KV cache as {unknown[0]!r}, not as {_either(CACHE_NAMES)}")
 
 
 def check_per_token(layer: nn.Module, kwargs: Mapping[str, Any], length: int) -> None:
-    """Raise UnsupportedModelError where a layer is given tables of all `length` tokens under an unknown name."""
+    """Raise UnsupportedModelError if a layer receives per-token tables of `length` tokens under an unknown name."""
     unknown = [name for name, value in kwargs.items() if name not in _FOLLOWED and _is_per_token(value, length)]
     if unknown:
         raise _lost(
@@ -83,25 +85,25 @@ def check_per_token(layer: nn.Module, kwargs: Mapping[str, Any], length: int) ->
 
 
 def _is_per_token(value: Any, length: int) -> bool:
-    """Whether `value` is several tensors (B or 1, length, ...), as cosines and sines are."""
+    """True if `value` is a sequence of tensors (B or 1, length, ...), such as cosines and sines."""
     several = isinstance(value, tuple | list) and len(value) > 0
     return several and all(isinstance(table, Tensor) and length in table.shape[1:2] for table in value)
 
 
 @contextmanager
 def cache_unwritten(layer: nn.Module, index: int, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Raise UnsupportedModelError where the block, in which layer `index` ranks, writes to the KV cache in `kwargs`."""
+    """Raise UnsupportedModelError if the block, in which layer `index` ranks, writes to the KV cache in `kwargs`."""
     cache = cache_of(kwargs)
     before = _state(cache, index)
     try:
         yield
-    finally:  # also where the ranking has failed by what it wrote
+    finally:  # also if the write made the ranking fail
         if _state(cache, index) != before:
             raise _lost(f"ranking by {type(layer).__name__} {index} wrote to the KV cache, which it is not given")
 
 
 def _state(cache: Any, index: int) -> tuple[Any, ...]:
-    """What is another where layer `index` of a cache was written to; the device is not waited for."""
+    """A value that changes if layer `index` of a cache is written to; it needs no wait for the device."""
     layers = getattr(cache, "layers", ())
     keys = getattr(layers[index], "keys", None) if index < len(layers) else None
     if not isinstance(keys, Tensor):
@@ -110,7 +112,7 @@ def _state(cache: Any, index: int) -> tuple[Any, ...]:
 
 
 def check_drops(text: nn.Module, missed: Sequence[int]) -> None:
-    """Raise UnsupportedModelError where a text model ran past the `missed` layers before which it was to drop."""
+    """Raise UnsupportedModelError if a text model ran the `missed` layers without the drops before them."""
     if missed:
         raise _lost(
             f"{type(text).__name__} ran without the drop before layer {missed[0]}: it does not pass its keyword "
@@ -120,15 +122,17 @@ def check_drops(text: nn.Module, missed: Sequence[int]) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def number_run() -> int:
-    """The number of a run that is opened now."""
+    """A new number for a prefill that is opened now."""
     _last_run.set(_last_run.get() + 1)
     return _last_run.get()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_reached(module: nn.Module, text: nn.Module, number: int) -> None:
-    """Raise UnsupportedModelError where the run of that number did not reach the text model's hooks, and no module
-    further in has opened one of its own."""
+    """Raise UnsupportedModelError if the prefill with this number did not reach the text model's hooks.
+
+    A prefill that a module further in has opened instead is accepted.
+    """
     if _last_run.get() == number:
         raise _lost(
             f"{type(module).__name__} did not pass its keyword arguments on to {type(text).__name__}, or called its "
@@ -149,14 +153,14 @@ def _lost(what: str) -> UnsupportedModelError:
 
 
 class TrainerCheck:
-    """A forward pre-hook that looks once for a `Trainer` with a reference model (TRL's DPO, KTO, GRPO and RLOO).
+    """A forward pre-hook that checks, once, a `Trainer` with a reference model (TRL's DPO, KTO, GRPO and RLOO).
 
-    No trainer tells its models of each other, and so it is found among the callers. Forwards with a cache, those of
-    `generate`, are left alone.
+    Trainers do not tell their models about each other, and so the trainer is searched on the call stack. Forwards with
+    a cache, which are those of `generate`, are skipped.
 
     Args:
-        rules: of the method on the model.
-        rules_of: gives the rules of the method on another model, or None.
+        rules: the rules of the model's method.
+        rules_of: gives the rules of another model's method, or None.
         cache_of: gives the cache among the arguments of a forward, or None.
     """
 
@@ -170,7 +174,7 @@ class TrainerCheck:
         """Check the trainer of this forward.
 
         Raises:
-            ValueError: for `logits="kept"` under a trainer that reads a log-probability for each column.
+            ValueError: if `logits="kept"` meets a trainer that reads a log-probability for each column.
         """
         if torch.compiler.is_compiling() or self._done or self.cache_of(kwargs) is not None:
             return
@@ -196,8 +200,7 @@ class TrainerCheck:
 
 
 def calling_trainer() -> Any:
-    """The innermost `Trainer` with a place for a reference model that calls this forward, or None. Such a trainer reads
-    the logits of all columns."""
+    """The innermost `Trainer` with a `ref_model` on the call stack, or None; such a trainer reads all logits."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

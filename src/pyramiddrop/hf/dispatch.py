@@ -1,4 +1,4 @@
-"""Decide what a forward is, a prefill that drops, a decode step on a pruned cache or neither, and plan it."""
+"""Decide whether a forward is a prefill that drops, a decode step on a pruned cache or neither, and plan it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ Shape = tuple[int, int]
 
 
 class TowerScores(Protocol):
-    """What the vision tower tells of the patches of a call's pictures."""
+    """Scores that the vision tower gives to the patches of a call's pictures."""
 
     @property
     def received(self) -> Tensor | None:
-        """(pictures, patches) of the last pictures that this thread has shown to the tower, or (1, patches) of any
-        picture; None if it has shown none."""
+        """(pictures, patches) scores of the last pictures encoded in this thread, or (1, patches) for all pictures.
+
+        None if this thread has encoded none.
+        """
         ...
 
 
@@ -52,13 +54,12 @@ class Dispatcher:
     """Opens the forwards of one attachment.
 
     Args:
-        info: of the model.
-        rules: of the method.
-        given: masks of the user's.
-        trace: the attachment's, which shows the last prefill.
-        reads_shift_labels: whether the loss is known to be taken by `shift_labels`, so that `logits="auto"` may shorten
-            logits.
-        tower: what the vision tower tells to a drop before the decoder, or None.
+        info: the parts of the model.
+        rules: the rules of the method.
+        given: the user's masks.
+        trace: the attachment's trace, which shows the last prefill.
+        reads_shift_labels: True if the loss reads `shift_labels`, so that `logits="auto"` may shorten logits.
+        tower: the vision tower's scores for a drop before the decoder; None if it does not need them.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class Dispatcher:
         self.info, self.rules, self.given, self.trace = info, rules, given, trace
         self.reads_shift_labels, self.tower = reads_shift_labels, tower
         self._said: set[str] = set()
-        # Of each stage the first layer with keys of its own: looked at in each call, whether its cache is as it was.
+        # The first layer with keys of its own in each stage, whose cache length is checked in each call.
         first = {rules.schedule.stage_of(index): index for index in reversed(info.caching)}
         self._first_layers = {index: stage for stage, index in first.items()}
 
     def open(self, call: Kwargs, shape: Shape) -> Forward | None:
-        """The state of this forward; None if the method has nothing to do in it.
+        """Open the state of this forward; None if the method has nothing to do in it.
 
         Args:
-            call: arguments of the outermost forward that sees tokens; labels that are not scored are taken out of it.
+            call: arguments of the outermost forward with tokens; labels that cannot be scored are removed from it.
             shape: (B, L) of its tokens.
         """
         cache = cache_of(call)
@@ -130,9 +131,9 @@ class Dispatcher:
         return Prefill(self.info, self.rules, past, plan, cache_state, labels, trace, padding, vision)
 
     def _vision(self, call: Kwargs, generation: Generation | None) -> VisionScores | None:
-        """What tells a drop before the decoder of the vision tower; called before the forward is planned.
+        """The vision tower's scores for a drop before the decoder; called before the forward is planned.
 
-        A generation's prompt is told what the tower saw at its start, for it may have looked at other pictures since.
+        A generation's prompt uses the scores from its start, because the tower may have encoded other pictures since.
         """
         tower = self.tower
         if tower is None:
@@ -149,11 +150,11 @@ class Dispatcher:
         return scores
 
     def _generation(self) -> Generation | None:
-        """The call of `generate` that this forward is part of."""
+        """The call of `generate` to which this forward belongs."""
         return generations.get().get(id(self))
 
     def ignore_labels(self, call: Kwargs, plan: Plan) -> None:
-        """Take the labels out of `call` that nothing is left to predict: they would be scored on zero vectors."""
+        """Remove labels from `call` whose predicting rows are dropped: they would be scored on zero vectors."""
         if plan.ignored is None:
             return
         ignored, columns = plan.ignored.to(call["labels"].device), labelled_columns(call, (plan.batch, plan.length))
@@ -162,15 +163,15 @@ class Dispatcher:
         call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)
 
     def labels_to_shorten(self, call: Kwargs) -> Tensor | None:
-        """The labels, if the loss is taken on the remaining rows alone, and logits are computed for no others.
+        """The labels, if loss and logits are to be computed for the remaining rows alone, else None.
 
-        Labels of some columns alone (`logits_to_keep`) are not: their caller wants the logits of just these columns.
+        Labels of selected columns (`logits_to_keep`) are excluded: their caller wants the logits of these columns.
         """
         labels: Tensor | None = call.get("labels")
         if labels is not None and labels.shape != call_shape(call):
             return None
         if self.rules.logits == "auto":
-            # Whoever evaluates reads logits beside the labels; whoever trains reads the loss, but for preferences.
+            # Evaluation loops read logits beside the labels; trainers read the loss alone, except for preferences.
             trains = labels is not None and self.info.text.training and torch.is_grad_enabled()
             return labels if trains and self.reads_shift_labels and calling_trainer() is None else None
         return labels if self.rules.logits == "kept" else None
@@ -188,15 +189,15 @@ class Dispatcher:
     def _plan(
         self, call: Kwargs, shape: Shape, past: int, generation: Generation | None
     ) -> tuple[Plan | None, Trace | None]:
-        """The plan of this forward if it is a prefill, and its trace if it is one that is shown."""
+        """The plan of this forward if it is a prefill, and its trace if it is one to be shown."""
         first = generation is None or generation.is_first
         plan = self._plan_of(call, shape, past, generation)
         return plan, self._begin_trace(plan) if plan is not None and first else None
 
     def _plan_of(self, call: Kwargs, shape: Shape, past: int, generation: Generation | None) -> Plan | None:
         if generation is not None and generation.continues(call):
-            # A step of `generate`. With a cache it follows what the prompt left, and image ids that it made itself are
-            # never dropped; without one the prompt is ranked again, by its own last token.
+            # A step of `generate`. With a cache it continues the pruned prompt, and generated image ids are never
+            # dropped; without a cache the prompt is ranked again, by its own last token.
             if generation.prompt is None or cache_of(call) is not None:
                 return None
             return make_plan(extend_prompt_masks(generation.prompt(), call, shape), self.rules.schedule)
@@ -207,7 +208,7 @@ class Dispatcher:
             return None
         prompt, work_out_masks = self._read(call, shape, past, generation, own)
         if past and not prompt.visual.any():
-            return None  # text alone on top of a cache
+            return None  # only text on top of a cache
         usual = self._usual_plan(prompt, generation)
         if usual is not None:
             return usual
@@ -218,7 +219,7 @@ class Dispatcher:
         return plan
 
     def _usual_plan(self, prompt: Prompt, generation: Generation | None) -> Plan | None:
-        """The plan if the last token of each prompt asks, and the layers that rank see all of it."""
+        """The plan of a usual prefill: the last token of each prompt is the query, and ranking layers see all of it."""
         training = generation is None and self.info.text.training
         mask = prompt.call.get("attention_mask")
         if training or not self.rules.are_usual or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
@@ -231,7 +232,7 @@ class Dispatcher:
     def _read(
         self, call: Kwargs, shape: Shape, past: int, generation: Generation | None, own: bool
     ) -> tuple[Prompt, Callable[[], PromptMasks]]:
-        """A prompt, and what works out its masks: the `generation`'s `own`, or another one outside or inside of it."""
+        """A prompt and the function that computes its masks: the `generation`'s `own` prompt, or another one."""
         info, grouping = self.info, self.rules.grouping
         if generation is None:
             prompt = read_prompt(call, shape, info, self.given, past)
@@ -242,12 +243,15 @@ class Dispatcher:
         candidates, beams = generation.candidates(past, shape[1]), generation.beams(shape[0])
         prompt = read_prompt(call, shape, info, self.given, past, candidates, may_be_packed=False)
         generation.prompt = partial(read_prompt_masks, prompt, info, False, grouping, generation.frames, beams)
-        generation.padded = past > 0 or prompt.valid is not None  # what a cache holds may be padded
+        generation.padded = past > 0 or prompt.valid is not None  # cached columns may be padding
         return prompt, generation.prompt
 
     def _given_inside(self, generation: Generation, call: Kwargs, shape: Shape) -> GivenMasks:
-        """The user's masks for another prompt inside `generate`: they are of the generation's, unless only a mask can
-        tell where this one's visual tokens are. Ids beside a prompt of embeddings are text."""
+        """The user's masks for another prompt inside `generate`.
+
+        They belong to the generation's own prompt, and are used here only if nothing else tells where the visual tokens
+        are. Ids beside a prompt of embeddings are text.
+        """
         if call.get("input_ids") is None:
             return self.given
         if self.info.visual_ids:
@@ -255,7 +259,7 @@ class Dispatcher:
         return GivenMasks(torch.zeros(shape, dtype=torch.bool)) if generation.embedded else self.given
 
     def _warn(self, masks: PromptMasks, plan: Plan) -> None:
-        """Say once what a training or evaluation loop may not have meant."""
+        """Warn once about what a training or evaluation loop probably did not intend."""
         idle = all(stage.keep == 1 for stage in self.rules.schedule.stages)
         loop = masks.labels is not None or self.info.text.training
         if idle or not loop or not plan.visual_tokens:
@@ -266,7 +270,7 @@ class Dispatcher:
             warnings.warn(f"pyramiddrop {text}. (Said once for this model.)", stacklevel=2)
 
     def _begin_trace(self, plan: Plan) -> Trace:
-        """The trace of one prefill; shown once it is whole, which it is already if nothing is dropped."""
+        """Begin the trace of a prefill; it is shown when complete, which is at once if nothing is dropped."""
         schedule, layers, sizes = self.rules.schedule, len(self.info.layers), self.info.sizes
         lengths = [plan.length, *(drop.length for drop in plan.drops)]
         trace = Trace(
@@ -286,16 +290,16 @@ class Dispatcher:
 
 
 def tokens_of(call: Kwargs) -> Tensor:
-    """The ids or embeddings of a call."""
+    """The ids or embeddings of a call, whichever it has."""
     tokens: Tensor = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
     return tokens
 
 
 def scores_by_patch(visual: Tensor, received: Tensor | None) -> Tensor:
-    """(B, L) float for the `visual` tokens (B, L), of values (pictures, patches), or (1, patches) of all pictures.
+    """(B, L) float: the values (pictures, patches), or (1, patches) for all pictures, at the `visual` tokens (B, L).
 
     Raises:
-        UnsupportedModelError: where the visual tokens are not those patches.
+        UnsupportedModelError: if the visual tokens are not these patches.
     """
     total = int(visual.sum())
     if received is None or total % received.shape[1] or len(received) not in (1, total // received.shape[1]):
@@ -308,5 +312,5 @@ def scores_by_patch(visual: Tensor, received: Tensor | None) -> Tensor:
 
 
 def _padding(mask: object, shape: Shape, past: int) -> Tensor | None:
-    """The call's own (B, past + L) attention mask, if it has one of two dimensions."""
+    """The call's own (B, past + L) attention mask, if it has a two-dimensional one."""
     return mask if isinstance(mask, Tensor) and mask.shape == (shape[0], past + shape[1]) else None

@@ -1,4 +1,4 @@
-"""One forward of a patched model, and the one that drops nothing: a decode step on a KV cache that was pruned."""
+"""The state of one forward of a patched model, and the decode step on a pruned KV cache, which drops nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyramiddrop.trace import Trace
 
 @dataclass(frozen=True)
 class Rules:
-    """The settings of a method, as the adapter needs them; `pyramiddrop.methods` documents them."""
+    """The settings of a method that the adapter needs; `pyramiddrop.methods` documents them."""
 
     schedule: Schedule
     scorer: Scorer
@@ -32,22 +32,22 @@ class Rules:
 
     @property
     def are_usual(self) -> bool:
-        """Whether a prefill whose last token asks may be planned by `LastTokenPlan`."""
+        """True if a prefill whose last token is the query may use `LastTokenPlan`."""
         return type(self.scorer) is AttentionScorer and self.grouping == "sample" and not self.merge
 
     @property
     def ranking_layers(self) -> list[int]:
-        """For each drop the layer that ranks; before the decoder none does, and layer 0 tells what it receives."""
+        """The layer that ranks for each drop; for a drop before the decoder, layer 0, whose input is read."""
         return [max(0, layer - (self.rank_layer == "last")) for layer in self.schedule.layers]
 
 
 class Forward:
-    """State of one forward, carried from layer to layer in the call's kwargs.
+    """The state of one forward, carried from layer to layer in the call's kwargs.
 
     Attributes:
-        trace: to be filled, or None.
+        trace: the trace to fill, or None.
         unreached: the number of a prefill, until the text model is called with it.
-        shift_labels: what the remaining rows are to predict, if the loss is taken on these alone.
+        shift_labels: the next labels of the remaining rows, if the loss is computed on these alone.
     """
 
     trace: Trace | None = None
@@ -55,28 +55,28 @@ class Forward:
     shift_labels: Tensor | None = None
 
     def before_text(self, kwargs: Kwargs) -> Kwargs:
-        """What the text model is called with instead of `kwargs`."""
+        """The arguments that replace `kwargs` in the call of the text model."""
         return kwargs
 
     def before_layer(
         self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor, Kwargs]:
-        """What decoder layer `index`, in `stage`, gets instead of `hidden` (B, N, D) and the text model's `kwargs`."""
+        """The inputs of decoder layer `index`, in `stage`, that replace `hidden` (B, N, D) and `kwargs`."""
         return hidden, kwargs
 
     def after_text(self, output: Any) -> Any:
-        """What the text model returns instead of `output`."""
+        """The result that replaces the text model's `output`."""
         return output
 
 
 class StagedForward(Forward):
-    """A forward whose layers do not all have the same rows or slots of the KV cache.
+    """A forward whose layers differ in their rows or KV cache slots.
 
     Args:
-        info: of the model.
-        rules: of the method.
+        info: the parts of the model.
+        rules: the rules of the method.
         inputs: builds the arguments of pruned layers.
-        memory: of the KV cache; None if nothing was ever dropped from it.
+        cache_state: the state of the KV cache; None if nothing was ever dropped from it.
     """
 
     def __init__(self, info: ModelInfo, rules: Rules, inputs: LayerInputs, cache_state: CacheState | None) -> None:
@@ -86,13 +86,13 @@ class StagedForward(Forward):
         self._changes: dict[tuple[int, ...], tuple[Kwargs, Kwargs]] = {}
 
     def _move(self, device: torch.device) -> None:
-        """Go on where the text model has its masks and positions; the tokens of the call may be on another device."""
+        """Move to the device of the text model's masks and positions; the call's tokens may be on another one."""
         padding = self.inputs.padding
         if padding is not None and padding.device != device:
             self.inputs.padding = padding.to(device)
 
     def _changed(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """`kwargs` as layer `index` needs them: worked out once for all layers alike, for Python takes its time."""
+        """`kwargs` for layer `index`, built once for all layers that share them, because building takes time."""
         key = stage, self.info.alike[index], hidden.shape[-2]
         given, changes = self._changes.get(key, ({}, {}))
         if len(given) != len(kwargs) or any(given.get(name) is not value for name, value in kwargs.items()):
@@ -101,12 +101,14 @@ class StagedForward(Forward):
         return {**kwargs, **changes} if changes else kwargs
 
     def _build(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """What layer `index` is called with otherwise than by the text model."""
+        """The arguments of layer `index` that differ from the text model's."""
         raise NotImplementedError
 
     def _slots_of(self, stage: int, source: int) -> CacheIndex | None:
-        """What stands in the KV cache that a layer of `stage` reads, which is that of layer `source`; None if that is
-        every column, and all of them may be seen."""
+        """The slots of the KV cache of layer `source`, which a layer of `stage` reads.
+
+        None if the cache holds every column and none is hidden.
+        """
         if (stage, source) in self._slots:
             return self._slots[stage, source]
         own, held = self._own_slots(stage), self.rules.schedule.stage_of(source)
@@ -120,12 +122,12 @@ class StagedForward(Forward):
         return slots
 
     def _own_slots(self, stage: int) -> CacheIndex | None:
-        """The slots of a stage's own KV cache, once it has added this call's rows; None if that is every column."""
+        """The slots of a stage's own KV cache, including this call's rows; None if it holds every column."""
         raise NotImplementedError
 
 
 class DecodeStep(StagedForward):
-    """A call that drops nothing, on a KV cache from which tokens were dropped: a decoding step, or a turn of text."""
+    """A call that drops nothing on a pruned KV cache: a decode step, or a further turn of text."""
 
     cache_state: CacheState
 
@@ -144,9 +146,10 @@ class DecodeStep(StagedForward):
 
     @staticmethod
     def is_plain(info: ModelInfo, length: int, cache_state: CacheState) -> bool:
-        """Whether a step of `length` columns changes no layer's arguments, if nothing that the cache holds is hidden.
+        """True if a step of `length` columns changes no layer's arguments.
 
-        One row then sees every slot of a layer's cache, however many there are; a step before has shown it.
+        This holds for a single row if nothing in the cache is hidden, which an earlier step has shown: the row attends
+        to every slot of a layer's cache.
         """
         one_row = length == 1 and not info.windowed
         return one_row and cache_state.plain and (info.attention == "sdpa" or info.attention.startswith("flash"))

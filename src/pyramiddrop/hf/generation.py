@@ -1,4 +1,4 @@
-"""One call of `generate`: which forwards are its steps, and which ask another prompt."""
+"""One call of `generate`: tell its own forwards from those of other prompts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ WAIT = "Let the thread end before the `with` block does, or give it method.view(
 
 @dataclass
 class Generation:
-    """One call of `generate`: its first forward is the prompt; what that asked holds until the end.
+    """One call of `generate`. Its first forward is the prompt, whose query token ranks until the end.
 
     Attributes:
-        tokens: (B, L) ids or (B, L, D) embeddings that `generate` was given, of all columns so far or the new ones
-            alone; None if it was given neither.
-        columns: all columns so far, if its attention mask tells.
-        frames: of each video that it was given.
-        nested: whether it runs inside another one of the same model.
-        prompt: works out the masks of the first forward, once that has come, unless it is one token on top of a cache.
-        padded: whether the prompt may have padding; False once it was seen to have none.
-        started: whether the first forward has come.
-        embedded: whether that had embeddings, and no ids.
-        vision: what the vision tower told of the prompt's pictures, if a method asks it: it looks once.
+        tokens: (B, L) ids or (B, L, D) embeddings given to `generate`, of all columns so far or of the new ones alone;
+            None if there are neither.
+        columns: number of all columns so far, if the attention mask tells it.
+        frames: the number of frames of each video given to `generate`.
+        nested: True if it runs inside another call of the same model.
+        prompt: computes the masks of the first forward; None before it, and if it is one token on top of a cache.
+        padded: True if the prompt may have padding; False once it is known to have none.
+        started: True after the first forward has begun.
+        embedded: True if the first forward had embeddings instead of ids.
+        vision: the vision tower's scores of the prompt's pictures, if the method needs them; they are computed once.
     """
 
     tokens: Tensor | None
@@ -55,19 +55,22 @@ class Generation:
 
     @property
     def is_first(self) -> bool:
-        """Whether the forward that comes is the prompt of an outermost generation: that one is traced."""
+        """True if the next forward is the prompt of an outermost generation, which is traced."""
         return not (self.started or self.nested)
 
     def start(self, call: Mapping[str, Any], batch: int) -> None:
-        """Remember the first forward, of `batch` rows: by it later ones are told."""
+        """Remember the first forward, of `batch` rows, so that later ones can be recognised."""
         self.started, self._cache, self._ids = True, cache_of(call), call.get("input_ids")
         self.embedded = self._ids is None
         if self.embedded and self.tokens is not None and not self.tokens.is_floating_point():
             self._ids = self.tokens.repeat_interleave(self.beams(batch), 0)
 
     def continues(self, call: Mapping[str, Any]) -> bool:
-        """Whether a forward is, after the first one, a step of this generation: it has the same cache; or, where there
-        is none, the same ids and more behind them. Anything else asks another prompt (guidance, verifiers)."""
+        """True if a forward after the first one is a step of this generation.
+
+        It then has the same cache or, without a cache, the same ids with more after them. Everything else is another
+        prompt (guidance, verifiers).
+        """
         if not self.started:
             return False
         cache, ids, prompt = cache_of(call), call.get("input_ids"), self._ids
@@ -78,11 +81,11 @@ class Generation:
         return torch.equal(ids[:, : prompt.shape[1]], prompt.to(ids.device))
 
     def beams(self, batch: int) -> int:
-        """How often `generate` has repeated each row of a forward of `batch` rows."""
+        """How often `generate` repeats each sample in a forward of `batch` rows."""
         return 1 if self.tokens is None else max(1, batch // len(self.tokens))
 
     def candidates(self, past: int, length: int) -> int:
-        """Columns at the end of the first forward that are no prompt: candidate tokens of assisted decoding."""
+        """The number of candidate tokens of assisted decoding at the end of the first forward, after the prompt."""
         if self.columns is not None:
             return max(0, past + length - self.columns)
         if self.tokens is None:
@@ -91,16 +94,16 @@ class Generation:
         return max(0, (past if tokens > past else 0) + length - tokens)
 
 
-# By attachment, for a patched assistant model may generate inside the generation of a patched main model.
+# By attachment, because a patched assistant model may generate within the generation of a patched main model.
 generations: ContextVar[Mapping[int, Generation]] = ContextVar("pyramiddrop_generations", default={})  # noqa: B039
 
 
 class Generate:
-    """Stands in for a patched model's `generate`, so that the forwards know to which generation they belong."""
+    """Replacement of a patched model's `generate` that assigns forwards to their generation."""
 
     def __init__(self, attachment: Attachment, generator: Any) -> None:
         self.attachment, self.generator = attachment, generator
-        self.__wrapped__ = MethodType(type(generator).generate, generator)  # what it looks like to `inspect`
+        self.__wrapped__ = MethodType(type(generator).generate, generator)  # the signature that `inspect` shows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.generator.generation_config
@@ -123,7 +126,7 @@ class Generate:
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
-    """Stands in for what `generate_batch` and a server start with."""
+    """Replacement of the methods with which `generate_batch` and a server start."""
     raise ValueError(
         "continuous batching (generate_batch, init_continuous_batching) is not supported with a pyramiddrop method: "
         "its paged cache holds every token in every layer. Use generate with a batch, or serve with vLLM (pyramiddrop "
@@ -132,6 +135,6 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
 
 
 def _tokens(args: tuple[Any, ...], kwargs: Kwargs) -> Tensor | None:
-    """The ids or embeddings that `generate` was given."""
+    """The ids or embeddings among the arguments of `generate`."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     return next((value for value in given if isinstance(value, Tensor)), None)

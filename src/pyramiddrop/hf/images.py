@@ -1,4 +1,4 @@
-"""Tell images, video frames and tiles apart: the tokens of each image, and the groups that share a quota."""
+"""Find the tokens of each image, video and frame, and the groups of tokens that share a quota."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers import PretrainedConfig
 ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]
 
 
-_MERGES = ("spatial_merge_size", "merge_kernel_size", "merge_size")  # how many patches on a side are one token
+_MERGES = ("spatial_merge_size", "merge_kernel_size", "merge_size")  # patches on a side of one token
 
 
 def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Every image has the same number."""
+    """Every image has the same number of tokens."""
     encoded, pixels, visual_tokens = _encoded_lengths(call), call.get("pixel_values"), int(image.sum())
     if encoded is not None or pixels is None or visual_tokens % len(pixels):
         return encoded
@@ -28,7 +28,7 @@ def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tens
 
 
 def grid_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Qwen-VL and its kin: one token for a square of patches, of whose grids the call tells."""
+    """Qwen-VL and relatives: one token for a square of patches, with the grids in the call."""
     if not any(hasattr(getattr(config, "vision_config", None), name) for name in _MERGES):
         return None
     encoded, grids = _encoded_lengths(call), call.get("image_grid_thw")
@@ -38,7 +38,7 @@ def grid_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tenso
 
 
 def pooled_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Gemma 4: one token for a square of patches, each of which has a position, and padding -1."""
+    """Gemma 4: one token for a square of patches, with the position of each patch in the call (-1: padding)."""
     encoded, places = _encoded_lengths(call), call.get("image_position_ids")
     if encoded is not None or places is None:
         return encoded
@@ -46,7 +46,7 @@ def pooled_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Ten
 
 
 def _in_proportion(patches: Sequence[int], image: Tensor) -> Sequence[int] | None:
-    """Tokens of each image, each of which stands for equally many of its `patches`; None where that does not fit."""
+    """Tokens of each image if all tokens stand for the same number of `patches`; None if that does not fit."""
     merged, rest = divmod(sum(patches), max(1, int(image.sum())))
     if rest or any(count % merged for count in patches):
         return None
@@ -62,7 +62,7 @@ def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Ten
 
 
 def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Mistral 3: a token for each square of merged patches; rows of them stand apart."""
+    """Mistral 3: a token for each square of merged patches; their rows are separated."""
     encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
     if encoded is not None or sizes is None:
         return encoded
@@ -71,7 +71,7 @@ def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Te
 
 
 def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Molmo 2: the whole image and its crops, as two grids in rows that stand apart; or a video's frames."""
+    """Molmo 2: the whole image and its crops, as two grids of separated rows; or a video's frames."""
     encoded, images, videos = _encoded_lengths(call), call.get("image_grids"), call.get("video_grids")
     if encoded is not None:
         return encoded
@@ -83,7 +83,7 @@ def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tens
 
 
 def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Step 3.7: local views, of which the call tells how many, and the whole image."""
+    """Step 3.7: local views, whose number is in the call, and the whole image."""
     encoded, counts = _encoded_lengths(call), call.get("num_local_patches")
     if encoded is not None or counts is None:
         return encoded
@@ -94,8 +94,10 @@ def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tenso
 
 
 def _encoded_lengths(call: Mapping[str, Any], modality: str = "image") -> list[int] | None:
-    """Tokens of each image or video where `generate` has already encoded them (Transformers 5.2x hands the features,
-    and not what they were made of, to the forward)."""
+    """Tokens of each image or video from features that `generate` has already encoded.
+
+    Transformers 5.2x passes the features to the forward, without the pixels and grids that they were made of.
+    """
     encoded = (call.get("mm_encoder_outputs") or {}).get(modality)
     return None if encoded is None else [len(features) for features in encoded.pooler_output]
 
@@ -113,15 +115,15 @@ def _anyres_length(config: PretrainedConfig, height: int, width: int) -> int:
 
 
 def token_count(grid: tuple[int, int], side: int, height: int, width: int, class_token: bool) -> int:
-    """Tokens of a picture: the base crop of `side` x `side`, and the unpadded `grid` with one newline token a row."""
+    """Tokens of a picture: a base crop of `side` x `side`, and the unpadded `grid` with a newline token in each row."""
     _, _, rows, columns = unpadded(*grid, height, width)
     return side * side + class_token + rows * (columns + 1)
 
 
 def unpadded(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """What stays of a `rows` x `columns` grid around a picture of `height` x `width`: top, left, rows, columns.
+    """The part (top, left, rows, columns) of a padded `rows` x `columns` grid that shows a `height` x `width` picture.
 
-    It follows Transformers' `unpad_image`, its rounding included, for the number of tokens depends on it.
+    It follows Transformers' `unpad_image` with its rounding, because the number of tokens depends on it.
     """
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
@@ -133,13 +135,13 @@ def unpadded(rows: int, columns: int, height: int, width: int) -> tuple[int, int
 #: (ids of a row, its runs of visual tokens) -> whether an image begins at each run, or None where that is not known.
 Beginnings = Callable[[Sequence[int], Sequence[range]], list[bool] | None]
 
-_INSIDE = 2  # the most tokens that any rule's processor writes between two parts, where an end token tells images apart
+_INSIDE = 2  # the most tokens that a processor writes between two parts, for rules with an end token
 
 
 def tile_lengths(
     beginnings: Beginnings,
 ) -> Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]:
-    """How many visual tokens each image of a call has, by a rule for the runs of one row."""
+    """The number of visual tokens of each image of a call, by a rule for the runs of one row."""
 
     def lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
         ids, found = call.get("input_ids"), list[int]()
@@ -159,12 +161,12 @@ def tile_lengths(
 
 
 def one_between(ids: Sequence[int], runs: Sequence[range]) -> list[bool]:
-    """One token stands between two parts of an image (a line break, a separator), and more between two images."""
+    """One token separates two parts of an image (a line break, a separator), and more separate two images."""
     return [True, *(after.start - before.stop > 1 for before, after in pairwise(runs))]
 
 
 def end_behind(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
-    """A token that is behind no other part ends each image, and so the row's last one."""
+    """A token that follows no other part ends each image; it also follows the row's last run."""
     if runs[-1].stop == len(ids):
         return None
     behind = [ids[run.stop] for run in runs]
@@ -176,8 +178,8 @@ def end_behind(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
 
 
 def whole_last(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
-    """The same token before each part, then the part's name; the last part is the whole image, which names it, and the
-    first token stands behind it, too (Idefics3)."""
+    """The same token precedes each part, followed by the part's name; the last part is the whole image, with a name of
+    its own and the same token after it (Idefics3)."""
     frame = _frame(ids, runs)
     if frame is None or runs[-1].stop == len(ids):
         return None
@@ -189,7 +191,7 @@ def whole_last(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
 
 
 def tile_first(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
-    """The same token before each part, then the part's name; each image begins with a part of one and the same name
+    """The same token precedes each part, followed by the part's name; each image begins with a part of the same name
     (Granite Docling)."""
     if _frame(ids, runs) is None:
         return None
@@ -198,7 +200,7 @@ def tile_first(ids: Sequence[int], runs: Sequence[range]) -> list[bool] | None:
 
 
 def _frame(ids: Sequence[int], runs: Sequence[range]) -> int | None:
-    """The token two before every part, or None where that is not always the same one."""
+    """The token two before every part; None if it is not always the same one."""
     if runs[0].start < 2:
         return None
     found = {ids[run.start - 2] for run in runs}
@@ -212,7 +214,7 @@ def _runs(mask: Tensor) -> list[range]:
     return [range(columns[first], columns[last - 1] + 1) for first, last in pairwise(breaks) if last > first]
 
 
-#: How the tokens of each image of a call are told, by the name that a record in `families.py` has for it.
+#: The rules that find the tokens of each image of a call, by their name in `families.py`.
 IMAGE_LENGTHS: dict[str, ImageLengths] = {
     "": grid_lengths,
     "equal": equal_lengths,
@@ -229,10 +231,10 @@ IMAGE_LENGTHS: dict[str, ImageLengths] = {
 
 
 def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
-    """Frames of each video of a call, in order (as the language model counts them), or None where it does not tell.
+    """The number of frames of each video of a call, as the language model counts them; None if the call does not tell.
 
     Args:
-        merged: frames of a grid that the model makes one of (ERNIE 4.5 VL: 2).
+        merged: number of frames that the model merges into one (ERNIE 4.5 VL: 2).
     """
     grids, pixels, counts = (
         call.get(name) for name in ("video_grid_thw", "pixel_values_videos", "num_frames_per_video")
@@ -247,14 +249,14 @@ def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
 
 
 def frames_of_beams(frames: Sequence[int], video: Tensor, beams: int) -> list[int]:
-    """`frames` of each video in the order of a batch in which `generate` has repeated each row `beams` times.
+    """Repeat `frames` of each video for a batch in which `generate` has repeated each row `beams` times.
 
     Args:
         video: (B, L) bool, the batch's video tokens.
     """
     starts = video & ~torch.nn.functional.pad(video, (1, 0))[:, :-1]
     runs = starts.sum(1).tolist()[::beams]
-    alone = sum(runs) == len(frames)  # a video is one run of tokens; else each of its frames is
+    alone = sum(runs) == len(frames)  # each video is one run of tokens; otherwise each frame is one
     given, repeated = iter(frames), list[int]()
     for count in runs:
         mine: list[int] = []
@@ -265,7 +267,7 @@ def frames_of_beams(frames: Sequence[int], video: Tensor, beams: int) -> list[in
 
 
 def video_lengths(call: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each video where `generate` has already encoded them, and hands over neither grids nor pixels."""
+    """Tokens of each video if `generate` has already encoded them and passes on neither grids nor pixels."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("video")
     features = getattr(encoded, "pooler_output", None)
     return None if features is None else [len(each) for each in features]
@@ -279,21 +281,22 @@ def group_tokens(
     frames: Sequence[int] | None,
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """The group of each visual token, counted in its sample from 0 and ascending along the row.
+    """The group of each visual token, numbered from 0 in each sample and ascending along the row.
 
     Args:
         grouping: "sample", "image" (each image and each video is a group) or "frame" (each image and each frame is).
-        visual: (B, L) bool.
-        video: (B, L) bool, which of them belong to videos.
-        image_lengths: tokens of each image of the batch in order; None, or what does not fit: a run of tokens is one.
-        frames: of each video of the batch in order, or None where unknown.
-        lengths: tokens of each video of the batch in order; None, or what does not fit: unknown.
+        visual: (B, L) bool, the visual tokens.
+        video: (B, L) bool, those of videos.
+        image_lengths: tokens of each image of the batch in order. If None, or if they do not fit, each run of tokens is
+            an image.
+        frames: number of frames of each video of the batch in order; None if unknown.
+        lengths: tokens of each video of the batch in order; None if unknown. Lengths that do not fit are ignored.
 
     Returns:
         (B, L) long, 0 at text.
 
     Raises:
-        ValueError: for "frame", where the frames of a video cannot be told apart.
+        ValueError: for "frame", if the frames of a video cannot be told apart.
     """
     if grouping == "sample":
         return torch.zeros_like(visual, dtype=torch.long)
@@ -304,7 +307,7 @@ def group_tokens(
 
 
 def _images(image: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """(B, L) the number of the image that each of its tokens belongs to, through the batch."""
+    """(B, L) the number of each token's image, counted through the batch."""
     if lengths is None or sum(lengths) != int(image.sum()):
         return _run_numbers(image)
     numbers = torch.zeros_like(image, dtype=torch.long)
@@ -313,7 +316,7 @@ def _images(image: Tensor, lengths: Sequence[int] | None) -> Tensor:
 
 
 def _videos(video: Tensor, frames: Sequence[int] | None, lengths: Sequence[int] | None, by_frame: bool) -> Tensor:
-    """(B, L) the number of the video, or of the frame, that each of its tokens belongs to, through the batch."""
+    """(B, L) the number of each token's video, or frame, counted through the batch."""
     runs = _run_numbers(video)
     count = int(runs.max()) + 1 if video.any() else 0
     if frames is None and lengths is not None and sum(lengths) == int(video.sum()):
@@ -323,7 +326,7 @@ def _videos(video: Tensor, frames: Sequence[int] | None, lengths: Sequence[int] 
             return runs
     if not count or (not by_frame and (frames is None or count != sum(frames))):
         return runs
-    if frames is not None and count == sum(frames):  # a run is a frame: timestamps stand between
+    if frames is not None and count == sum(frames):  # a run is a frame, with timestamps between frames
         owner = (
             torch.arange(count)
             if by_frame
@@ -344,14 +347,14 @@ def _videos(video: Tensor, frames: Sequence[int] | None, lengths: Sequence[int] 
 
 
 def _apart(video: Tensor, runs: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether each video of so many tokens is several runs of equal length: its frames, with timestamps between."""
+    """True if each video of so many tokens consists of several runs of equal length: frames with timestamps between."""
     owner, of_run = _images(video, lengths)[video].tolist(), runs[video].tolist()
     sizes = [Counter(run for run, whose in zip(of_run, owner, strict=True) if whose == mine) for mine in set(owner)]
     return all(len(each) > 1 and len(set(each.values())) == 1 for each in sizes)
 
 
 def _even(tokens: int, frames: int) -> Tensor:
-    """(tokens,) the frame of each token of a video without gaps; a newline may end it."""
+    """(tokens,) the frame of each token of a contiguous video, which a newline may end."""
     size, rest = divmod(tokens, frames)
     if rest > 1 or not size:
         raise ValueError(
@@ -361,13 +364,13 @@ def _even(tokens: int, frames: int) -> Tensor:
 
 
 def _run_numbers(mask: Tensor) -> Tensor:
-    """(B, L) the number of the run of True that each column belongs to, through the batch; 0 elsewhere."""
+    """(B, L) the number of each column's run of True, counted through the batch; 0 elsewhere."""
     starts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
     return ((starts.flatten().cumsum(0) - 1).view_as(mask) * mask).clamp(min=0)
 
 
 def counted_along(number: Tensor, visual: Tensor) -> Tensor:
-    """Numbers of groups in the order in which they come along each row."""
+    """Renumber groups in the order in which they occur along each row."""
     groups = torch.zeros_like(number)
     for row, mask, numbers in zip(groups, visual, number, strict=True):
         mine = numbers[mask]

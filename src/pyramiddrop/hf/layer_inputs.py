@@ -24,13 +24,13 @@ _POSITIONS = ("position_ids", "position_embeddings")
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A decoder layer, and what it is about to be called with.
+    """The call of a decoder layer.
 
     Attributes:
-        index: of the layer.
+        index: the layer's 0-based number.
         layer: the module.
-        hidden: (B, N, D) hidden states, or (streams, B, N, D) of models with several.
-        kwargs: of the text model, for the full length.
+        hidden: (B, N, D) hidden states, or (streams, B, N, D) in models with several streams.
+        kwargs: the text model's arguments for the full length.
     """
 
     index: int
@@ -43,14 +43,14 @@ class LayerInputs:
     """Builds the arguments of pruned layers in one forward, each once for all layers that share it.
 
     Args:
-        info: of the model.
+        info: the parts of the model.
         positions: "original" or "compact".
-        past: columns before this call.
-        length: columns of this call.
-        shift: stage -> (B, 1), how far earlier calls renumbered positions on the stage's cache.
+        past: number of columns before this call.
+        length: number of columns of this call.
+        shift: stage -> (B, 1), by how much earlier calls renumbered positions on the stage's cache.
         first: the first layer before which tokens are dropped.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
-        plan: of a call that drops, or None.
+        plan: the plan of a call that drops, or None.
     """
 
     def __init__(
@@ -79,21 +79,21 @@ class LayerInputs:
         hidden: Tensor,
         kwargs: Kwargs,
     ) -> Kwargs:
-        """What layer `index`, in `stage`, is called with otherwise than by the text model.
+        """Build the arguments of layer `index`, in `stage`, that differ from the text model's.
 
         Args:
-            kept: the rows of this call that are left, or None for all.
-            slots: what stands in the KV cache that the layer reads, once this call's rows are in it.
-            added: how many those are.
-            hidden: (B, N, D), what the layer computes.
-            kwargs: of the text model, for the full length.
+            kept: the remaining rows of this call; None: all.
+            slots: the slots of the KV cache that the layer reads, including this call's rows.
+            added: number of this call's rows among them.
+            hidden: (B, N, D), the layer's input.
+            kwargs: the text model's arguments for the full length.
         """
         mask = kwargs.get("attention_mask")
         own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
         if kept is not None or self.compact:
             bounds = {} if kept is None else self._bounds(stage, kwargs)
             return {"attention_mask": own} | self.tokens(stage, kept, hidden, kwargs) | bounds
-        return {} if own is mask else {"attention_mask": own}  # {}: a step to which the missing slots are all one
+        return {} if own is mask else {"attention_mask": own}  # {}: a step that does not depend on the missing slots
 
     def _mask(
         self, stage: int, index: int, kept: Selection | None, slots: CacheIndex, added: int, count: int, kwargs: Kwargs
@@ -119,13 +119,13 @@ class LayerInputs:
         return MaskSpec(scope, attention, self.past, self.length, width, self.counts_columns(index), self.padding)
 
     def counts_columns(self, index: int) -> bool:
-        """Whether the model's own mask for layer `index` counts columns, and not the slots of a pruned cache."""
-        # Layer 0 tells all columns, also those that were dropped before it: see `CarryingLayer`.
+        """True if the model's own mask for layer `index` counts columns instead of the slots of a pruned cache."""
+        # Layer 0 reports all columns, also those that were dropped before it: see `CarryingLayer`.
         return not self.past or self.info.first_of_kind[self.info.scopes[index]] < max(self.first, 1)
 
     def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """What `kwargs` hold per token, for the rows in `kept`; renumbered on the cache of `stage` if asked for."""
-        # The ranking of a drop and the layers before it share rows, and so positions, unless those are renumbered.
+        """The per-token arguments in `kwargs` for the rows in `kept`; renumbered on the cache of `stage` if compact."""
+        # Ranking shares its rows with the layers before the drop, and so their positions unless these are renumbered.
         rows = (stage if self.compact else None, kept)
         source = first_table(kwargs.get("position_embeddings"))
         positions: Kwargs = self._once(
@@ -139,21 +139,23 @@ class LayerInputs:
         }
 
     def _positions(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
-        """`position_ids` and `position_embeddings`, as far as the layer takes them."""
+        """`position_ids` and `position_embeddings`, if the layer takes them."""
         ids = kwargs.get("position_ids")
         if self.compact and (kept is not None or stage in self.shift):
             assert ids is not None
             renumbered = ids - self.shift[stage].to(ids.device) if kept is None else self.renumbered(stage, kept, ids)
             return {"position_ids": renumbered, "position_embeddings": self.info.rotary(hidden, renumbered)}
         positions = {name: kwargs[name] for name in _POSITIONS if name in kwargs}
-        # Flash attention would take the gaps between the ids for packed sequences; the embeddings hold all it needs.
+        # Flash attention would read gaps between the ids as packed sequences; the embeddings hold all it needs.
         if kept is not None and self.info.attention.startswith("flash"):
             positions["position_ids"] = None
         return positions if kept is None else take_tokens(positions, kept.rows)
 
     def _bounds(self, stage: int, kwargs: Kwargs) -> Kwargs:
-        """Where the documents of packed rows begin among the remaining rows, for kernels that were told so in the
-        full length: by `cu_seq_lens_q`, or by position ids, from which flash kernels read it."""
+        """The bounds of packed documents among the remaining rows, for kernels that read them.
+
+        Kernels read them from `cu_seq_lens_q`, and flash kernels from position ids too.
+        """
         plan = self.plan
         bounds = None if plan is None or plan.batch > 1 else plan.document_bounds(stage)
         told = kwargs.get("cu_seq_lens_q") is not None
@@ -168,7 +170,7 @@ class LayerInputs:
         }
 
     def renumbered(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
-        """(B, N) consecutive positions in each document; a further turn goes on where the one before ended."""
+        """(B, N) consecutive positions in each document; a further turn continues those of the one before."""
         valid = torch.ones_like(kept.rows) if kept.valid is None else kept.valid.long()
         consecutive = (valid.cumsum(1) - 1).clamp(min=0)
         packing = self.plan.packing if isinstance(self.plan, GeneralPlan) else None
@@ -183,11 +185,11 @@ class LayerInputs:
         return first - self.shift.get(stage, torch.zeros_like(first)) + consecutive
 
     def new_shift(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
-        """(B, 1) by how much tokens after this call must be numbered lower on the cache of `stage`."""
+        """(B, 1) by how much the positions of tokens after this call are lowered on the cache of `stage`."""
         return take_positions(position_ids, kept.rows[:, -1:]) - self.renumbered(stage, kept, position_ids)[:, -1:]
 
     def _once(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """What was made of `source`, found by identity: compiled graphs would guard on its `id` and recompile."""
+        """Build once for each `source`, compared by identity: a compiled graph would guard on `id` and recompile."""
         made = self._made.setdefault(key, [])
         for held, value in made:
             if held is source:
@@ -197,40 +199,40 @@ class LayerInputs:
 
 
 def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
-    """Rows (B, n) of what `LayerInputs.tokens` gave."""
+    """Gather rows (B, n) of the result of `LayerInputs.tokens`."""
     take = {"position_ids": take_positions, "position_embeddings": _taken}
     return {name: value if value is None else take.get(name, take_rows)(value, rows) for name, value in tokens.items()}
 
 
 def _taken(embeddings: Any, rows: Tensor) -> Any:
-    """Rows of position embeddings: one table, or several."""
+    """Gather rows of position embeddings, in one table or several."""
     if isinstance(embeddings, Tensor):
         return take_embeddings(embeddings, rows)
     return tuple(take_embeddings(table, rows) for table in embeddings)
 
 
 def first_table(positions: Any) -> Any:
-    """Of position embeddings the first tensor: it is one and the same object for layers that share them."""
+    """The first tensor of position embeddings, which is the same object for layers that share them."""
     return positions[0] if isinstance(positions, tuple | list) else positions
 
 
 def per_token(kwargs: Kwargs, length: int) -> list[str]:
-    """Names of further tensors (B or 1, length, ...), e.g. token types; masks and positions have their own ways."""
+    """Names of further per-token tensors (B or 1, length, ...), such as token types; not masks and positions."""
     own = ("attention_mask", *_POSITIONS)
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in own}
     return [name for name, value in tensors.items() if value.dim() >= 2 and value.shape[1] == length]
 
 
-_BETWEEN = ("deepstack_visual_embeds", "visual_pos_masks")  # a list: entry i is added behind layer i
+_BETWEEN = ("deepstack_visual_embeds", "visual_pos_masks")  # a list: entry i is added after layer i
 _BEFORE = ("deepstack_features", "vision_mask")  # a dict: entry i is added before layer i
 
 
 class DeepStack:
-    """The features that come in after tokens were dropped; the model's own loop adds those before.
+    """Visual features that are added after tokens were dropped; the model's own loop adds those before.
 
     Args:
-        features: layer -> (M, D), what is added to what the layer receives.
-        visual: (B, L) bool, the M rows of the full sequence to which it is added.
+        features: layer -> (M, D), added to the layer's input.
+        visual: (B, L) bool, the M rows of the full sequence to which they are added.
     """
 
     def __init__(self, features: Mapping[int, Tensor], visual: Tensor) -> None:
@@ -238,10 +240,10 @@ class DeepStack:
 
     @classmethod
     def taken(cls, kwargs: dict[str, Any], first: int) -> tuple[DeepStack | None, dict[str, Any]]:
-        """Take over what the text model would add behind layer `first`, before which tokens are dropped first.
+        """Take over the features that the text model would add after layer `first`, the first layer with a drop.
 
         Returns:
-            it, or None where there is nothing, and the `kwargs` for the model's own loop.
+            The features, or None if there are none; and the `kwargs` for the model's own loop.
         """
         name, mask = next((pair for pair in (_BETWEEN, _BEFORE) if kwargs.get(pair[0]) is not None), _BETWEEN)
         given = kwargs.get(name)
@@ -259,12 +261,12 @@ class DeepStack:
         return cls(taken, visual.squeeze(-1) if visual.dim() == 3 else visual), {**kwargs, name: own}
 
     def add(self, index: int, hidden: Tensor, kept: Selection | None) -> Tensor:
-        """`hidden` (B, N, D), the rows in `kept` that layer `index` receives, with what is added there."""
+        """Add the features of layer `index` to its input `hidden` (B, N, D), the rows in `kept`."""
         features = self.features.get(index)
         if features is None:
             return hidden
         visual = self.visual.to(hidden.device)
-        # Numbered through the batch, so that dropped rows' features are left out without a look at who was dropped.
+        # Numbered through the batch, so that the features of dropped rows are left out without reading the device.
         number = (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape)
         if kept is not None:
             number, visual = take_rows(number, kept.rows), take_rows(visual, kept.rows)

@@ -1,7 +1,7 @@
 """Attention masks of pruned layers, by the scope of each layer: full, windowed, chunked or recurrent.
 
-Where it made none, or measured it by a cache from which tokens were dropped, by the layer's own rule over ORIGINAL
-columns. Never by positions: Transformers would read the gaps between them as packed sequences.
+The model's own mask is gathered. If the model made none, or measured it by a pruned cache, the mask follows the layer's
+own rule over ORIGINAL columns. Positions are not used: Transformers would read gaps between them as packed sequences.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from pyramiddrop.hf.rows import Selection, take_rows
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a layer sees by its place in the model and in the call.
+    """What the mask of a layer depends on beside its rows.
 
     Attributes:
-        span: of the layer.
+        scope: the layer's attention scope.
         attention: name of the attention implementation.
-        past: columns before this call.
-        length: columns of this call.
-        width: slots of a static cache, or None for a growing one.
-        counts_columns: whether the model's own mask does: it does unless tokens were dropped from the cache layer by
-            which the model measures it.
+        past: number of columns before this call.
+        length: number of columns of this call.
+        width: number of slots of a static cache; None for a growing one.
+        counts_columns: True if the model's own mask counts columns; False if it measures a pruned cache layer.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
     """
 
@@ -42,12 +41,12 @@ class MaskSpec:
 
     @property
     def total(self) -> int:
-        """Tokens in the cache and in this call."""
+        """The number of columns in the cache and in this call."""
         return self.past + self.length
 
     @property
     def flash(self) -> bool:
-        """Whether a flash kernel attends."""
+        """True for flash attention kernels."""
         return self.attention.startswith("flash")
 
     def fits_window(self) -> bool:
@@ -59,15 +58,15 @@ class MaskSpec:
 def follow_mask(
     mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec
 ) -> Tensor | None:
-    """The mask of a pruned layer.
+    """Build the mask of a pruned layer.
 
     Args:
-        mask: of the full sequence: (B, 1, length, W) bool or additive, (B, W) for flash kernels, or None where the
-            kernel needs none.
-        kept: the rows of this call that the layer computes, or None for the last `count` of all.
-        slots: what the layer's KV cache hands out once it has added this call's rows.
-        count: rows that the layer computes.
-        spec: of the layer.
+        mask: the model's mask of the full sequence: (B, 1, length, W) bool or additive, (B, W) for flash kernels; None
+            if the kernel needs none.
+        kept: the rows of this call that the layer computes; None: the last `count` of all.
+        slots: the slots that the layer's KV cache returns, including this call's rows.
+        count: number of rows that the layer computes.
+        spec: what else the mask depends on.
     """
     if mask is None or not spec.counts_columns:
         return _ruled(mask, kept, slots, count, spec)
@@ -88,7 +87,7 @@ def follow_mask(
 
 
 def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor | None:
-    """The (B, N) mask of a recurrent layer, whose state padding must not touch; None where there is none."""
+    """The (B, N) mask of a recurrent layer, whose state padding must not change; None if there is no padding."""
     if kept is None:
         return mask
     given = None if mask is None else mask.gather(1, kept.rows)
@@ -98,15 +97,15 @@ def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor
 
 
 def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec) -> Tensor | None:
-    """A mask made by the layer's own rule, where the model has made none, or none that counts columns."""
+    """Build a mask by the layer's own rule, if the model made none or one that does not count columns."""
     slots = slots.resized(spec.total)
     valid = slots.valid
-    if mask is not None and spec.padding is not None:  # where it makes no mask, the model has seen no padding
+    if mask is not None and spec.padding is not None:  # the model makes no mask if it saw no padding
         shown = spec.padding.bool().gather(1, slots.columns)
         valid = shown if valid is None else valid & shown
     if spec.flash:
         return valid
-    # Without one, SDPA keeps its own causal path, which is right for a square and for one row alone; eager needs it.
+    # Without a mask, SDPA uses its causal path, which is right for a square and for a single row. Eager needs a mask.
     if valid is None and spec.fits_window() and spec.attention != "eager" and (count == 1 or not spec.past):
         return None
     queries = _query_columns(kept, slots, count, spec)
@@ -119,7 +118,7 @@ def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count
 
 
 def _first_column(spec: MaskSpec, batch: int, device: torch.device) -> Tensor:
-    """(B,) the first column of each sample that is no padding."""
+    """(B,) the first column of each sample that is not padding."""
     if spec.padding is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
     return spec.padding.long().argmax(1)
@@ -132,19 +131,18 @@ def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
 
 
 def causal(query_columns: Tensor, columns: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, 1, Q, K) bool: a query sees the valid ones of the key `columns` (B, K) up to its own column."""
+    """(B, 1, Q, K) bool: a query attends to the valid key `columns` (B, K) up to its own column."""
     visible = columns[:, None] <= query_columns[..., None]
     return (visible if valid is None else visible & valid[:, None])[:, None]
 
 
 def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
-    """Hide from a bool, integer or additive mask what is not `visible`."""
+    """Mask everything that is not `visible` in a bool, integer or additive mask."""
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
 
 
 def _padding_sees_itself(mask: Tensor, kept: Selection | None, slots: CacheIndex, spec: MaskSpec) -> Tensor:
-    """Show each padding row its own slot: a row that sees nothing can become NaN, and a masked NaN is still NaN for
-    everybody."""
+    """Let each padding row attend to its own slot: a row without keys can become NaN, which spreads even if masked."""
     if kept is None or kept.valid is None:
         return mask
     own = slots.columns[:, None] == (kept.rows + spec.past)[..., None]
@@ -163,7 +161,7 @@ def _query_columns(kept: Selection | None, slots: CacheIndex, count: int, spec: 
 
 
 def _padded(mask: Tensor, width: int | None) -> Tensor:
-    """Widen the mask to the slots of a static cache; those beyond the sequence are hidden."""
+    """Widen the mask to the slots of a static cache, with those beyond the sequence masked."""
     if width is None or width == mask.shape[-1]:
         return mask
     return torch.nn.functional.pad(mask, (0, width - mask.shape[-1]), value=_hidden(mask))
@@ -171,13 +169,13 @@ def _padded(mask: Tensor, width: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionScope:
-    """What one layer's tokens see of the tokens before them, by ORIGINAL column, whatever was dropped between.
+    """Which earlier tokens a layer's tokens attend to, by ORIGINAL column, regardless of drops in between.
 
     Attributes:
         kind: "full"; "sliding": the last `size` columns; "chunked": the columns of the same chunk of `size`, counted
-            from the first token that is no padding; "recurrent": a state that runs along the sequence (linear
-            attention, convolutions), so that nothing can be ranked there.
-        size: of the window or chunk, in columns; 0 for the other kinds.
+            from the first token that is not padding; "recurrent": a state along the sequence (linear attention,
+            convolutions), so that nothing can be ranked there.
+        size: the size of the window or chunk in columns; 0 for the other kinds.
     """
 
     kind: str
@@ -185,19 +183,19 @@ class AttentionScope:
 
     @property
     def windowed(self) -> bool:
-        """Whether a layer of this type sees a window or a chunk only."""
+        """True if the layer attends to a window or a chunk only."""
         return self.kind in ("sliding", "chunked")
 
     def reaches(self, queries: Tensor, keys: Tensor, start: Tensor) -> Tensor:
-        """Which columns are near enough.
+        """Which keys lie within the scope of which queries, without regard to causality.
 
         Args:
             queries: (B, Q) long, columns.
             keys: (B, K) long, columns.
-            start: (B,) long, the first column of each sample that is no padding.
+            start: (B,) long, the first column of each sample that is not padding.
 
         Returns:
-            (B, 1, Q, K) bool; the order of columns (causality) is not looked at.
+            (B, 1, Q, K) bool.
         """
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
         if self.kind == "sliding":
@@ -220,19 +218,19 @@ _KINDS = {
 
 
 class UnknownLayerTypeError(ValueError):
-    """A decoder has a kind of layer of which nothing is known; the message names it."""
+    """A decoder has a layer of unknown type; the message names it."""
 
 
 def scopes_of(text: Any) -> tuple[AttentionScope, ...]:
-    """The span of each decoder layer of a text model, by its configuration.
+    """The attention scope of each decoder layer, by the text model's configuration.
 
     Raises:
-        UnknownLayerTypeError: for a layer type that is not known.
+        UnknownLayerTypeError: if a layer type is unknown.
     """
     config, count = text.config, len(text.layers)
     types = getattr(config, "layer_types", None)
     if types is None:
-        # Without layer types, a model that makes sliding masks at all (Mistral) makes them for every layer.
+        # Without layer types, a model with sliding masks (Mistral) uses them in every layer.
         slides = hasattr(sys.modules[type(text).__module__], "create_sliding_window_causal_mask")
         size = getattr(config, "sliding_window", None) if slides else None
         return (AttentionScope("sliding", size) if size else FULL,) * count

@@ -1,6 +1,6 @@
-"""Model info: the text model, its layers and visual token ids, and which drops the model allows.
+"""Inspect a model: its text model, layers and visual token ids, and which drops it allows.
 
-Found by structure, so that a family needs an entry in `families` only for what cannot be seen.
+Everything that the structure shows is read from it; `families` has only what it does not show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyramiddrop.scoring import Scorer
 
 
 class UnsupportedModelError(ValueError):
-    """The model, a setting of it or its prompt cannot work with the method; the message says which and why.
+    """The method does not support the model, one of its settings or its prompt; the message says which and why.
 
     The command line shows it as one line.
     """
@@ -34,21 +34,21 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The parts of one model that the adapter hooks.
+    """The parts and properties of a model that the adapter needs.
 
     Attributes:
-        wrappers: the modules from the model down to the one that holds the text model, outermost first; the first
-            that sees input_ids knows most (labels, pixel values).
+        wrappers: the modules from the model down to the one that holds the text model, outermost first; the first one
+            that receives input_ids also receives labels and pixel values.
         generator: the module whose `generate` runs, or None.
         text: the text model; its `layers` are the decoder layers.
         visual_ids: ids of visual tokens in input_ids.
-        video_ids: those of them that belong to videos alone.
-        family: its entry.
-        config: of the whole model.
-        sizes: for the cost model, or None where it does not know the text model.
-        spans: how far each decoder layer sees.
-        sources: for each decoder layer the one whose keys it attends to: itself, or an earlier one that shares them.
-        alike: for each decoder layer the first one that sees as far, through keys of its own or of the same source.
+        video_ids: the visual ids of videos.
+        family: the record of its family.
+        config: the configuration of the whole model.
+        sizes: the sizes for the cost model; None if it does not know the text model.
+        scopes: the attention scope of each decoder layer.
+        sources: for each decoder layer the layer whose keys it attends to: itself, or an earlier one that shares them.
+        alike: for each decoder layer the first one with the same scope and the same kind of source.
     """
 
     wrappers: tuple[nn.Module, ...]
@@ -71,15 +71,15 @@ class ModelInfo:
 
     @property
     def attention(self) -> str:
-        """Name of the attention implementation that runs now ("sdpa", "eager", "flash_attention_2", ...)."""
+        """Name of the current attention implementation ("sdpa", "eager", "flash_attention_2", ...)."""
         return str(self.text.config._attn_implementation)
 
     @property
     def shape(self) -> DecoderShape:
-        """Sizes for the cost model.
+        """The sizes for the cost model.
 
         Raises:
-            UnsupportedModelError: where it does not know the text model.
+            UnsupportedModelError: if the cost model does not know the text model.
         """
         if self.sizes is None:
             raise UnsupportedModelError(f"the cost model does not know the text model {self.text.config.model_type!r}")
@@ -87,16 +87,16 @@ class ModelInfo:
 
     @cached_property
     def longest(self) -> int | None:
-        """The columns up to which attention does not depend on how many rows a layer has, or None for any number.
+        """The length up to which attention does not depend on row numbers; None: no limit.
 
-        Llama 4 scales queries by their row's number where that has reached `floor_scale`.
+        Llama 4 scales queries by their row number from `floor_scale` on.
         """
         config = self.text.config
         return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
     @property
     def merged_frames(self) -> int:
-        """Frames of a video's grid that the model makes one of."""
+        """The number of frames of a video's grid that the model merges into one."""
         return int(getattr(getattr(self.config, "vision_config", None), "temporal_merge_size", 1))
 
     @cached_property
@@ -110,22 +110,22 @@ class ModelInfo:
 
     @cached_property
     def windowed(self) -> bool:
-        """Whether some layer sees a window or a chunk of the sequence alone."""
+        """True if some layer attends to a window or a chunk only."""
         return any(scope.windowed for scope in self.scopes)
 
     @cached_property
     def first_of_kind(self) -> dict[AttentionScope, int]:
-        """The first layer of each span; the model reads from its cache how long that span's masks must be."""
+        """The first layer of each scope, from whose cache the model reads the length of that scope's masks."""
         return {scope: self.scopes.index(scope) for scope in self.scopes}
 
     def image_lengths(self, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-        """Tokens of each image of a call, or None: then a run of them is an image.
+        """Tokens of each image of a call; None if each run of visual tokens is an image.
 
         Args:
             image: (B, L) bool, the call's visual tokens of images.
 
         Raises:
-            UnsupportedModelError: where an image is no run, and this call does not tell how long its images are.
+            UnsupportedModelError: if images are not runs and the call does not tell their lengths.
         """
         lengths = IMAGE_LENGTHS[self.family.image_lengths]
         found, visual_tokens = lengths(self.config, call, image), int(image.sum())
@@ -145,10 +145,10 @@ class ModelInfo:
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:
-    """Take `model` apart.
+    """Inspect `model`.
 
     Raises:
-        UnsupportedModelError: where its family, its text model or a setting cannot work.
+        UnsupportedModelError: if its family, its text model or a setting is not supported.
     """
     core = _core(model)
     config, family = core.config, FAMILIES.get(core.config.model_type, Family())
@@ -174,7 +174,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
 
 
 def _core(model: nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model: `model` itself, or what PEFT, DDP and others have wrapped."""
+    """The outermost Transformers model: `model` itself, or the one inside PEFT, DDP and other wrappers."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -182,7 +182,7 @@ def _core(model: nn.Module) -> PreTrainedModel:
 
 
 def _text_model(core: PreTrainedModel) -> PreTrainedModel:
-    """The decoder: it has layers and token embeddings. Refused where staged dropping cannot work on it."""
+    """The decoder, which has layers and token embeddings; refused if staged dropping cannot work on it."""
     if core.config.is_encoder_decoder:
         raise _unsupported(core, "it is an encoder-decoder: its visual tokens do not pass through the decoder")
     expected = core.config.get_text_config(decoder=True).model_type
@@ -215,7 +215,7 @@ def _takes_any(module: nn.Module) -> bool:
 
 
 def _generates(module: nn.Module) -> bool:
-    """Whether it is a Transformers model with a `generate` of its own; what is wrapped around one calls that."""
+    """True for a Transformers model with its own `generate`; wrappers call that one."""
     return isinstance(module, PreTrainedModel) and hasattr(type(module), "generate")
 
 
@@ -224,7 +224,7 @@ def _contains(module: nn.Module, part: nn.Module) -> bool:
 
 
 def _image_ids(core: PreTrainedModel) -> set[int]:
-    """Ids of image tokens: in the configuration, or in a vocabulary of the images' own (Chameleon, Emu3)."""
+    """Ids of image tokens: from the configuration, or from an image vocabulary (Chameleon, Emu3)."""
     vocabulary = next((module for module in core.modules() if hasattr(module, "image_token_id")), None)
     return _ids(core.config, ("image_token_id", "image_token_index")) | _ids(vocabulary, ("image_token_id",))
 
@@ -242,7 +242,10 @@ def _scopes(core: PreTrainedModel, text: PreTrainedModel) -> tuple[AttentionScop
 
 
 def _sources(text: PreTrainedModel) -> tuple[int, ...]:
-    """Gemma 3n and 4: the last layers attend to the keys of the last layer of their own type that has some."""
+    """For each layer, the layer whose keys it attends to.
+
+    In Gemma 3n and 4, the last layers attend to those of the last layer of their type that has keys.
+    """
     count = len(text.layers)
     own = count - (getattr(text.config, "num_kv_shared_layers", None) or 0)
     types = getattr(text.config, "layer_types", None) or [""] * count
@@ -259,11 +262,11 @@ def _alike(scopes: Sequence[AttentionScope], sources: Sequence[int]) -> tuple[in
 
 
 def drop_layers(info: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
-    """The layers before which tokens are best dropped: those whose ranking layer sees the whole prompt, however long.
+    """The layers before which tokens are best dropped: those whose ranking layer attends to a prompt of any length.
 
     Args:
-        rank_layer: "next" or "last", of the method.
-        scorer: of the method; where it does not attend, any layer will do that has room before it.
+        rank_layer: "next" or "last", the setting of the method.
+        scorer: the method's scorer; if it does not need attention, any layer with a layer before it is suitable.
     """
     shift, possible = _shift(rank_layer), _possible(info, rank_layer, scorer)
     far = [layer for layer in possible if not info.scopes[layer - shift].windowed]
@@ -271,7 +274,7 @@ def drop_layers(info: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, 
 
 
 def check_layers(info: ModelInfo, layers: tuple[int, ...], rank_layer: str, scorer: Scorer) -> None:
-    """Raise UnsupportedModelError where a method drops before a layer at which this model does not allow it."""
+    """Raise UnsupportedModelError if the model does not allow drops before one of these layers."""
     possible = _possible(info, rank_layer, scorer)
     wrong = [layer for layer in layers if layer not in possible]
     if not wrong:
@@ -293,7 +296,7 @@ def check_layers(info: ModelInfo, layers: tuple[int, ...], rank_layer: str, scor
 
 def _possible(info: ModelInfo, rank_layer: str, scorer: Scorer) -> list[int]:
     attention = [index for index, scope in enumerate(info.scopes) if scope.kind != "recurrent"]
-    # The model asks its first attention layer how long the sequence is; layers that share keys have none of their own.
+    # The model reads the length of the sequence from its first attention layer; layers that share keys have no cache.
     first, own = attention[0] + 1, sum(source == index for index, source in enumerate(info.sources))
     ranking = attention if scorer.needs_attention else range(len(info.scopes))
     drops = [index + _shift(rank_layer) for index in ranking if index >= scorer.needs_previous_hidden]
@@ -305,7 +308,7 @@ def _shift(rank_layer: str) -> int:
 
 
 def check_attention(info: ModelInfo, first: int) -> None:
-    """Raise UnsupportedModelError where a flash kernel would count windows by slots, from which tokens were dropped."""
+    """Raise UnsupportedModelError if a flash kernel would count windows in slots of a pruned cache."""
     windowed = [index for index, scope in enumerate(info.scopes) if scope.windowed and index >= first]
     if windowed and info.attention.startswith("flash"):
         raise UnsupportedModelError(
@@ -315,7 +318,7 @@ def check_attention(info: ModelInfo, first: int) -> None:
 
 
 def check_compact_positions(info: ModelInfo) -> None:
-    """Raise UnsupportedModelError where renumbering tokens 0..n-1 is not defined."""
+    """Raise UnsupportedModelError if renumbering tokens 0..n-1 is undefined for the model."""
     rope: dict[str, Any] = getattr(info.text.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         why = f"for {rope['rope_type']!r} RoPE, whose frequencies depend on the length"
@@ -329,10 +332,10 @@ def check_compact_positions(info: ModelInfo) -> None:
 
 
 def check_grouping(info: ModelInfo, grouping: str) -> None:
-    """Raise UnsupportedModelError where the tokens of one frame cannot be told from those of others.
+    """Raise UnsupportedModelError if the tokens of an image or frame cannot be told from those of others.
 
     Args:
-        grouping: "sample", "image" or "frame", of the method.
+        grouping: "sample", "image" or "frame", the setting of the method.
     """
     if grouping == "frame" and not info.video_ids:
         raise UnsupportedModelError(
@@ -342,8 +345,10 @@ def check_grouping(info: ModelInfo, grouping: str) -> None:
 
 
 def check_further_image(info: ModelInfo, first: int) -> None:
-    """Raise ValueError where a further image comes on top of a cache by whose pruned layer the model counts the columns
-    of the image's two-way mask."""
+    """Raise ValueError for a further image on a pruned cache if the model has two-way masks.
+
+    The model would measure the image's two-way mask by a pruned layer.
+    """
     late = [index for index in info.first_of_kind.values() if index >= max(first, 1)]
     if late and info.family.two_way:
         raise ValueError(
@@ -354,8 +359,10 @@ def check_further_image(info: ModelInfo, first: int) -> None:
 
 
 def check_static_cache(info: ModelInfo, first: int, cache: Any) -> None:
-    """Raise UnsupportedModelError where layers with a window follow the `first` drop on a static cache: its slots go
-    round within the window, and would be counted without the tokens that were dropped."""
+    """Raise UnsupportedModelError if windowed layers follow the `first` drop on a static cache.
+
+    The slots of such a layer are reused in turn, and would be counted without the dropped tokens.
+    """
     windowed = [index for index, scope in enumerate(info.scopes) if scope.windowed and index >= first]
     if windowed and static_width(cache, info.sources[windowed[0]]) is not None:
         raise UnsupportedModelError(

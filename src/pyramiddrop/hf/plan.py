@@ -1,4 +1,4 @@
-"""Plan a prefill: the tables of its tokens, and the counts of every drop."""
+"""Plan a prefill: the index tables of its tokens, and the counts of every drop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Drop:
     """One drop of one prefill.
 
     Attributes:
-        layer: drop before this 0-based layer.
+        layer: the 0-based layer before which tokens are dropped.
         keep: keep ratio of the original count.
-        kept: kept visual tokens, in the sample that keeps most.
-        length: rows of the rectangle that is left.
-        happens: whether it drops anything that the drop before had left.
-        ranks: whether it has to choose: it has not where all visual tokens go, or all but those that are protected.
+        kept: number of kept visual tokens in the sample that keeps most.
+        length: padded number of rows after the drop.
+        happens: True if it drops any token.
+        ranks: True if it ranks; False if all visual tokens are dropped, or all but the protected ones.
     """
 
     layer: int
@@ -37,15 +37,15 @@ class Drop:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known on the host of one prefill of B x L tokens.
+    """The plan of a prefill of B x L tokens, known on the host before it runs.
 
     Attributes:
-        batch, length: of the call's tokens.
+        batch, length: B and L.
         drops: shallow to deep. Stage k is the run of layers between drops k - 1 and k.
-        past: columns before this call.
-        visual_tokens: of the sample that has most.
-        asking: query tokens and instruction tokens of the sample that has most.
-        reach: the columns from the first visual token to the last query token, in the sample where they are most.
+        past: number of columns before this call.
+        visual_tokens: the largest number of visual tokens of a sample.
+        asking: the largest numbers of query tokens and of instruction tokens of a sample.
+        reach: the largest distance in columns from the first visual token to the last query token of a sample.
     """
 
     batch: int
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def drop_counts(self) -> list[DropCounts]:
-        """What the drops choose from, in the sample where that is most."""
+        """The token counts at each drop that ranks, in the sample with most tokens."""
         found, rows, before = [], self.length, self.visual_tokens
         for drop in self.drops:
             if drop.ranks:
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def drops_any(self) -> bool:
-        """Whether anything is dropped at all."""
+        """True if any token is dropped."""
         return any(drop.happens for drop in self.drops)
 
     @property
@@ -98,13 +98,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class LastTokenPlan(Plan):
-    """The plan of the usual prefill: every sample has as many visual tokens, and its last token asks.
+    """The plan of the usual prefill: equally many visual tokens in all samples, whose last tokens are the queries.
 
-    There is no padding, nothing else is protected, and all visual tokens of a sample share one count. So a drop is a
-    sort of the scores and a sort of the kept columns; `tests/test_last_token.py` holds it to `GeneralPlan`.
+    There is no padding, no protected token, and one quota for a sample. A drop is then a sort of the scores and a sort
+    of the kept columns; `tests/test_last_token.py` compares it with `GeneralPlan`.
 
     Attributes:
-        columns: (B, L) long, of each sample the columns of text, then those of visual tokens, both ascending.
+        columns: (B, L) long, for each sample the columns of text, then those of visual tokens, both ascending.
     """
 
     columns: Tensor
@@ -128,7 +128,7 @@ class LastTokenPlan(Plan):
 
 
 def plan_last_token(prompt: Prompt, schedule: Schedule) -> LastTokenPlan | None:
-    """The plan of a usual prefill, in a few operations; None if this one is not usual."""
+    """Plan a usual prefill with few operations; None if this one is not usual."""
     batch, length = prompt.shape
     counts = prompt.visual.sum(1).tolist()
     if not prompt.last_token_asks or len(set(counts)) != 1 or not counts[0]:
@@ -136,7 +136,7 @@ def plan_last_token(prompt: Prompt, schedule: Schedule) -> LastTokenPlan | None:
     visual = counts[0]
     columns = prompt.visual.to(torch.uint8).sort(dim=1, stable=True).indices
     if length - 1 in columns[:, -1].tolist():
-        return None  # the last token is visual itself
+        return None  # the last token is itself visual
     drops, before = [], visual
     for stage in schedule.stages:
         kept = stage.count(visual)
@@ -153,17 +153,17 @@ class GeneralPlan(Plan):
 
     Attributes:
         visual: (B, L) bool, visual tokens.
-        protected: (B, L) bool, those of them that always stay.
+        protected: (B, L) bool, visual tokens that are never dropped.
         valid: (B, L) bool, False at padding; None if there is none.
         token_index: (B, L) long, the number of each visual token in its sample, or in its document.
         groups: (B, L) long, the group of each visual token.
         queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
         weights: (B, Q) float, 1 at a query token, 0 at padding.
-        instruction, instruction_weights: the same of the instruction's tokens.
-        num_keeps: of each drop (B, G) long, kept visual tokens of each group.
-        ragged: of each drop, whether some sample has fewer valid rows than the rectangle.
+        instruction, instruction_weights: the same for instruction tokens.
+        num_keeps: for each drop (B, G) long, the number of kept visual tokens of each group.
+        ragged: for each drop, True if some sample has padding after it.
         packing: the documents of packed rows; None if no row is packed.
-        bounds: of each stage those of its documents; empty if no row is packed.
+        bounds: for each stage the bounds of its documents; empty if no row is packed.
         ignored_labels: (B, L) bool, the tokens whose labels are not scored; None if all are.
     """
 
@@ -205,7 +205,7 @@ class GeneralPlan(Plan):
 
 
 def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
-    """Work out the tables and the counts of every drop from the masks of a prefill."""
+    """Compute the index tables and the counts of every drop from the masks of a prefill."""
     visual, valid, documents, queries, groups = masks.visual, masks.valid, masks.documents, masks.queries, masks.groups
     batch, length = visual.shape
     num_groups = int(groups.max()) + 1
@@ -260,7 +260,7 @@ def _token_index(visual: Tensor, documents: Tensor | None) -> Tensor:
     number = visual.long().cumsum(1) - 1
     if documents is not None:
         starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-        before = number - visual.long() + 1  # visual tokens before each column
+        before = number - visual.long() + 1  # number of visual tokens before each column
         number = number - torch.where(starts, before, 0).cummax(1).values
     return number.clamp(min=0)
 
@@ -268,7 +268,7 @@ def _token_index(visual: Tensor, documents: Tensor | None) -> Tensor:
 def _packing(
     documents: Tensor, valid: Tensor | None, visual: Tensor, groups: Tensor, queries: Tensor, instruction: Tensor
 ) -> Packing:
-    """The documents, numbered through the batch."""
+    """The documents of packed rows, numbered through the batch."""
     counts = documents.max(1).values + 1
     first, count = counts.cumsum(0) - counts, int(counts.sum())
     numbers = documents + first[:, None]
@@ -293,7 +293,7 @@ def _packing(
 
 
 def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
-    """(B, G) of each drop: of the groups' visual `tokens`, those kept; `held` of them are protected."""
+    """For each drop (B, G), how many of the groups' visual `tokens` are kept; `held` of them are protected."""
     num_keeps = []
     for stage in schedule.stages:
         counts = torch.tensor([[stage.count(n) for n in sample] for sample in tokens.tolist()]).view_as(tokens)
@@ -304,7 +304,7 @@ def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -
 def _drops(
     schedule: Schedule, tokens: Tensor, held: Tensor, num_keeps: tuple[Tensor, ...], rows: Tensor, length: int
 ) -> tuple[tuple[Drop, ...], tuple[bool, ...]]:
-    """The drops in samples of `rows` (B,) rows in a rectangle of `length`, and whether each leaves a ragged one."""
+    """The drops in samples with `rows` (B,) rows, padded to `length`; and whether a sample has padding after each."""
     drops, ragged, before = [], [], tokens
     left = rows
     for stage, num_keep in zip(schedule.stages, num_keeps, strict=True):
@@ -320,7 +320,7 @@ def _drops(
 
 
 def _count(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """(B, G) how many True each group has."""
+    """(B, G) the number of True in each group."""
     return torch.zeros(len(mask), num_groups, dtype=torch.long).scatter_add(1, groups, mask.long())
 
 

@@ -21,18 +21,18 @@ from pyramiddrop.trace import Trace
 
 
 class Prefill(StagedForward):
-    """A call that drops tokens: they are ranked and gathered before the layers of the drops, and put back at the end.
+    """A call that drops tokens: it ranks them and gathers the kept rows before layers, and restores the full length.
 
     Args:
-        info: of the model.
-        rules: of the method.
-        past: columns that the KV cache held before.
-        plan: what to drop.
-        memory: of the KV cache; None if nothing was ever dropped from it.
+        info: the parts of the model.
+        rules: the rules of the method.
+        past: number of columns in the KV cache before this call.
+        plan: the plan of the drops.
+        cache_state: the state of the KV cache; None if nothing was ever dropped from it.
         labels: (B, length), if the caller wants a loss on the remaining rows.
-        trace: to be filled, or None.
+        trace: the trace to fill, or None.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
-        vision: tells what the vision tower knows of each visual token, to a drop before the decoder; or None.
+        vision: gives the vision tower's score of each visual token for a drop before the decoder; or None.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Prefill(StagedForward):
         inputs = LayerInputs(info, rules.positions, past, plan.length, shift, rules.schedule.layers[0], padding, plan)
         super().__init__(info, rules, inputs, cache_state)
         self.trace, self.unreached = trace, number_run()
-        self._cache: Any = None  # if this call leaves something to remember
-        # What the cache held before this call; `memory` grows while the call runs.
+        self._cache: Any = None  # if this call adds to the state
+        # The cache before this call; `cache_state` grows while the call runs.
         self._earlier: dict[int, CacheIndex] = dict(cache_state.slots) if cache_state else {}
         self._ranking = self._ranking_by(plan, vision)
         self._deepstack: DeepStack | None = None
@@ -61,8 +61,8 @@ class Prefill(StagedForward):
         self._ranks_ahead = {layer: drop for drop, layer in ahead if layer < rules.schedule.layers[drop]}
         self._kept: dict[int, Selection | None] = {0: None}  # by stage
         self._scores: dict[int, Tensor] = {}  # by drop, if an earlier layer ranks for it
-        self._sizes: dict[int, Tensor] = {}  # by stage, how many tokens each row stands for, if tokens are merged
-        self._previous: Tensor | None = None  # what the layer before received, if the scorer compares
+        self._sizes: dict[int, Tensor] = {}  # by stage, tokens that each row stands for, if tokens are merged
+        self._previous: Tensor | None = None  # the input of the layer before, if the scorer needs it
         self._labels = labels
         if labels is not None:
             self.shift_labels = labels.new_full((len(labels), plan.drops[-1].length), -100)
@@ -74,8 +74,8 @@ class Prefill(StagedForward):
         return GeneralRanking(plan, self.rules.schedule, self.rules.scorer, self.inputs, self._earlier, vision)
 
     def before_text(self, kwargs: Kwargs) -> Kwargs:
-        """`kwargs` without the visual features that the text model would add to layers after a drop: those are added
-        here, to the remaining rows."""
+        """`kwargs` without the visual features that the text model would add after a drop; this class adds them to the
+        remaining rows."""
         self.unreached = None
         self._deepstack, kwargs = DeepStack.taken(kwargs, self.rules.schedule.layers[0])
         return kwargs
@@ -103,8 +103,8 @@ class Prefill(StagedForward):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drop(self, drop: int, call: LayerCall) -> Tensor:
-        """The hidden states that stay at `drop`, which is before the layer that is called."""
-        if drop + 1 not in self._kept:  # gradient checkpointing comes here twice
+        """Gather the hidden states that `drop`, before the called layer, keeps."""
+        if drop + 1 not in self._kept:  # gradient checkpointing calls this twice
             self._decide(drop, call)
         kept = self._kept[drop + 1]
         if kept is None or not self._ranking.plan.drops[drop].happens:
@@ -114,7 +114,7 @@ class Prefill(StagedForward):
 
     @torch.no_grad()
     def _decide(self, drop: int, call: LayerCall) -> None:
-        """Decide which rows stay, and write it down: for later layers, for the cache, for the trace."""
+        """Decide which rows are kept, and record them for later layers, the cache and the trace."""
         check_drops(self.info.text, self._missed(call.index))
         before, scores = self._kept[drop], None
         kept = before
@@ -133,7 +133,7 @@ class Prefill(StagedForward):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _rank_ahead(self, drop: int, call: LayerCall) -> None:
-        """Score for `drop`, which is before the next layer, by the layer that is called."""
+        """Score with the called layer for `drop`, which is before the next layer."""
         if drop + 1 in self._kept or not self._ranking.plan.drops[drop].ranks:
             return
         kept, previous = self._kept[drop], self._previous
@@ -142,13 +142,13 @@ class Prefill(StagedForward):
         self._scores[drop] = self._ranking.score(drop, kept, call, previous)
 
     def _merged(self, drop: int, kept: Selection, hidden: Tensor) -> Tensor:
-        """The kept rows at `drop`, with the dropped ones averaged into them."""
-        assert isinstance(self._ranking, GeneralRanking)  # merging is nothing usual
+        """The kept rows at `drop`, with the dropped tokens merged into them."""
+        assert isinstance(self._ranking, GeneralRanking)  # a usual plan does not merge
         rows, _, visual = self._ranking.active_rows(self._kept[drop])
-        earlier = [stage for stage in self._sizes if stage <= drop]  # drops that do not happen leave sizes as they are
+        earlier = [stage for stage in self._sizes if stage <= drop]  # a drop that does not happen does not change sizes
         sizes = self._sizes[max(earlier)] if earlier else torch.ones(rows.shape, device=rows.device)
         groups = self._ranking.plan.groups.gather(1, rows)
-        # Several hidden streams of a token (Gemma 3n) are compared and averaged as one.
+        # The hidden streams of a token (Gemma 3n) are compared and averaged together.
         flat = hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
         sizes, visual, groups, index = (table.to(flat.device) for table in (sizes, visual, groups, kept.index))
         valid = None if kept.valid is None else kept.valid.to(flat.device)
@@ -168,7 +168,7 @@ class Prefill(StagedForward):
             assert position_ids is not None
             self.cache_state.shift[stage] = self.inputs.new_shift(stage, kept, position_ids)
 
-    # ---- what a layer is called with -------------------------------------------------------------------------------
+    # ---- arguments of layers ---------------------------------------------------------------------------------------
 
     def _build(self, stage: int, index: int, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         source = self.info.sources[index]
@@ -176,11 +176,11 @@ class Prefill(StagedForward):
         if slots is None:
             return {}
         if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
-            kept = None  # the model itself has gone on with the last rows alone (Gemma 4), and cut its kwargs to them
+            kept = None  # the model itself has continued with the last rows only (Gemma 4) and cut its kwargs
         return self.inputs.build(stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs)
 
     def _written(self, stage: int, index: int, source: int) -> int:
-        """How many rows of this call layer `source` has written, whose cache layer `index` reads."""
+        """The number of rows of this call in the cache of layer `source`, which layer `index` reads."""
         kept = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
         return self.length if kept is None else kept.rows.shape[1]
 
@@ -194,8 +194,8 @@ class Prefill(StagedForward):
     # ---- after the text model --------------------------------------------------------------------------------------
 
     def after_text(self, output: Any) -> Any:
-        """Put rows back to the columns where the caller expects them; rows of dropped tokens are zero."""
-        # Fewer layers run where a model drafts for itself.
+        """Scatter rows back to their columns, as the caller expects; rows of dropped tokens are zero."""
+        # A model that drafts for itself runs fewer layers.
         check_drops(self.info.text, self._missed(self.info.text.config.num_hidden_layers))
         if self._cache is not None:
             self._hand_over(self._cache)
@@ -205,12 +205,12 @@ class Prefill(StagedForward):
         return give_back(output, lambda hidden: self._last(hidden, kept), self._full_hidden, self._full_attention)
 
     def _missed(self, index: int) -> list[int]:
-        """The layers before layer `index` before which tokens should have been dropped and were not."""
+        """The drop layers up to layer `index` at which no token was dropped although it should have been."""
         drops = enumerate(self._ranking.plan.drops)
         return [drop.layer for number, drop in drops if number + 1 not in self._kept and drop.layer < index]
 
     def _hand_over(self, cache: Any) -> None:
-        """Put the memory on the cache, once all layers are in it."""
+        """Attach the state to the cache, after all layers have written to it."""
         assert self.cache_state is not None
         stages = {index: self.rules.schedule.stage_of(index) for index in self.info.caching}
         check_lengths(cache, self.past + self.length, stages, self.cache_state)
@@ -227,15 +227,15 @@ class Prefill(StagedForward):
     def _full_hidden(self, index: int, hidden: Tensor | None) -> Tensor | None:
         kept = self._kept.get(self.rules.schedule.stage_of(index))
         if hidden is None or kept is None or hidden.shape[-2] != kept.rows.shape[1]:
-            return hidden  # what the text model was fed with has its full length, whatever was dropped before layer 0
+            return hidden  # the text model's input has its full length, even after a drop before layer 0
         return scatter_rows(hidden, kept.rows, kept.valid, self.length)
 
     def _full_attention(self, index: int, weights: Tensor | None) -> Tensor | None:
-        """(B, H, N, K) attention weights of layer `index` as (B, H, length, past + length)."""
+        """Scatter attention weights (B, H, N, K) of layer `index` to (B, H, length, past + length)."""
         stage = self.rules.schedule.stage_of(index)
         kept, slots = self._kept.get(stage), self._slots_of(stage, index)
         if weights is None or kept is None or slots is None:
             return weights
         weights = scatter_rows(weights, kept.rows, kept.valid, self.length, dim=2)
-        weights = weights[..., : slots.columns.shape[1]]  # a static cache is wider than what it holds
+        weights = weights[..., : slots.columns.shape[1]]  # a static cache is wider than its content
         return scatter_rows(weights, slots.columns, slots.valid, self.past + self.length, dim=3)

@@ -19,10 +19,10 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class GivenMasks:
-    """Masks that the user gave: (B, L) bool on the CPU, or None.
+    """The user's masks: (B, L) bool on the CPU, or None.
 
     Raises:
-        ValueError: where one is no two-dimensional bool tensor, or their shapes differ.
+        ValueError: if one is not a two-dimensional bool tensor, or their shapes differ.
     """
 
     visual: Tensor | None = None
@@ -41,7 +41,7 @@ class GivenMasks:
 
 
 def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(B, L) of the call's tokens, or None if it has none."""
+    """The shape (B, L) of the call's tokens; None if it has none."""
     for name in ("input_ids", "inputs_embeds"):
         if call.get(name) is not None:
             return tuple(call[name].shape[:2])
@@ -50,18 +50,18 @@ def call_shape(call: Mapping[str, Any]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of one prefill, as its call describes them. All tensors are on the CPU.
+    """The tokens of a prefill, as its call describes them. All tensors are on the CPU.
 
     Attributes:
         call: the arguments of the forward.
-        shape: (B, L) of its tokens.
-        past: columns that the KV cache holds already.
-        visual: (B, L) bool, the visual tokens, at padding too.
+        shape: the shape (B, L) of its tokens.
+        past: number of columns in the KV cache before this call.
+        visual: (B, L) bool, the visual tokens, including any at padding.
         valid: (B, L) bool, False at padding; None if there is none.
         documents: (B, L) long, the document of each column counted along its row; None if no row is packed.
         labels: (B, L) bool, the tokens that have a label; None without labels.
         query: (B, L) bool, the user's query tokens; None if the user gave none.
-        candidates: columns at the end that are no prompt: candidate tokens of assisted decoding.
+        candidates: number of columns at the end that are candidate tokens of assisted decoding, not prompt.
     """
 
     call: Mapping[str, Any]
@@ -76,23 +76,23 @@ class Prompt:
 
     @property
     def last_token_asks(self) -> bool:
-        """True if every sample is a whole prompt whose last column asks: no padding, labels, documents or cache."""
+        """True if each sample is a whole prompt and its last column the query: no padding, labels, packing or cache."""
         told = (self.valid, self.documents, self.labels, self.query)
         return not self.past and not self.candidates and all(mask is None for mask in told)
 
 
 @dataclass(frozen=True)
 class PromptMasks:
-    """Which of a prefill's B x L tokens are visual, ask or must stay. All tensors are on the CPU.
+    """Which of a prefill's B x L tokens are visual, query or protected tokens. All tensors are on the CPU.
 
     Attributes:
         visual: (B, L) bool, the visual tokens.
         queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
         instruction: (B, L) bool, the text from a sample's last visual token to its last query token.
-        protected: (B, L) bool, tokens that are never dropped, for something is read off their rows.
+        protected: (B, L) bool, tokens that are never dropped, because their rows are needed.
         valid: (B, L) bool, False at padding, where the other masks are False too; None if there is none.
-        groups: (B, L) long, the group of each visual token: those that share a quota.
-        past: columns that the KV cache holds already.
+        groups: (B, L) long, the group of each visual token, which shares a quota.
+        past: number of columns in the KV cache before this call.
         documents: (B, L) long, the document of each column counted along its row; None if no row is packed.
         labels: (B, L) bool, the tokens that have a label; None without labels.
         ignored: (B, L) bool, the tokens whose labels are not scored if tokens are dropped; None if all are.
@@ -122,17 +122,17 @@ def read_prompt(
     """Read the tokens of a prefill.
 
     Args:
-        call: arguments of the model's forward.
-        shape: (B, L) of its tokens.
-        info: of the model.
-        given: masks that the user gave.
-        past: columns in the KV cache.
-        candidates: columns at the end that are no prompt.
-        may_be_packed: whether a row may hold several documents; those of `generate` never do.
+        call: the arguments of the model's forward.
+        shape: the shape (B, L) of its tokens.
+        info: the parts of the model.
+        given: the user's masks.
+        past: number of columns in the KV cache before this call.
+        candidates: number of columns at the end that are not prompt.
+        may_be_packed: True if a row may hold several documents; those of `generate` never do.
 
     Raises:
-        ValueError: for embeddings without a visual mask, for masks that do not fit the call, and for packed rows that
-            cannot be followed.
+        ValueError: for embeddings without a visual mask, masks that do not fit the call, and packed rows that are not
+            supported.
     """
     visual = _fitted(given.visual, "visual_mask", shape, past)
     if visual is None:
@@ -161,14 +161,14 @@ def read_prompt_masks(
     given_frames: Sequence[int] | None = None,
     beams: int = 1,
 ) -> PromptMasks:
-    """Work out the masks of a prefill.
+    """Compute the masks of a prefill.
 
     Args:
-        info: of the model.
-        training: whether this is a training forward: then only labels (or a query mask) say which tokens ask.
+        info: the parts of the model.
+        training: True for a training forward, in which only labels or a query mask define query tokens.
         grouping: "sample", "image" or "frame": which visual tokens share a quota.
-        given_frames: of each video that `generate` was given; its forwards are not told.
-        beams: how often `generate` has repeated each row.
+        given_frames: the number of frames of each video given to `generate`, which its forwards do not tell.
+        beams: how often `generate` has repeated each sample.
     """
     valid, documents, labels = prompt.valid, prompt.documents, prompt.labels
     there = torch.ones(prompt.shape, dtype=torch.bool) if valid is None else valid
@@ -196,7 +196,7 @@ def read_prompt_masks(
 
 
 def extend_prompt_masks(masks: PromptMasks, call: Mapping[str, Any], shape: tuple[int, int]) -> PromptMasks:
-    """The prompt's masks for a later, uncached step of its generation: new tokens are not visual and do not ask."""
+    """Extend the prompt's masks for a later, uncached step of its generation: new tokens are text, not queries."""
     new = shape[1] - masks.visual.shape[1]
     names = ("visual", "queries", "instruction", "protected", "groups")
     extended: dict[str, Any] = {name: pad(getattr(masks, name), (0, new)) for name in names}
@@ -204,7 +204,7 @@ def extend_prompt_masks(masks: PromptMasks, call: Mapping[str, Any], shape: tupl
 
 
 def last_column(mask: Tensor, documents: Tensor | None) -> Tensor:
-    """(B, L) for each column the last True of `mask` in its row, or in its document of `documents`; -1 for none."""
+    """(B, L) the last True of `mask` in each column's row, or in its document of `documents`; -1 if there is none."""
     columns = torch.arange(mask.shape[1]).expand_as(mask).masked_fill(~mask, -1)
     if documents is None:
         return columns.max(1, keepdim=True).values.expand_as(columns)
@@ -213,12 +213,12 @@ def last_column(mask: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def _prompt_columns(shape: tuple[int, int], candidates: int) -> Tensor:
-    """(L,) bool, False at the columns at the end that are no prompt."""
+    """(L,) bool, False at candidate tokens at the end."""
     return torch.arange(shape[1]) < shape[1] - candidates
 
 
 def _supervised(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """(B, L) bool, the tokens with a label; None without labels, and if they are not those of tokens."""
+    """(B, L) bool, the tokens with a label; None without labels, and if the labels are not those of tokens."""
     labels = call.get("labels")
     if not isinstance(labels, Tensor):
         return None
@@ -233,14 +233,13 @@ def _supervised(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | Non
 
 
 def labelled_columns(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """(N - 1,) long, the columns of the tokens that (B, N) labels name beside their first, which is never scored.
+    """(N - 1,) long, the columns of the tokens of (B, N) labels after the first label, which is never scored.
 
-    A trainer that wants the logits of N columns alone (`logits_to_keep`: the last N, or those that a mask or indices
-    name) gives as many labels. The loss shifts them by one, so that the k-th of these columns predicts label k + 1;
-    the token of that label is the one behind the column.
+    A trainer that wants the logits of N columns (`logits_to_keep`: the last N, or a mask, or indices) gives N labels.
+    The loss shifts them by one, so that the k-th column predicts label k + 1, whose token follows that column.
 
     Returns:
-        None if the labels are as many as the tokens, and if they do not fit `logits_to_keep`.
+        None if there are as many labels as tokens, or if they do not fit `logits_to_keep`.
     """
     labels, keep = call.get("labels"), call.get("logits_to_keep", 0)
     if not isinstance(labels, Tensor) or labels.shape == shape:
@@ -254,15 +253,15 @@ def labelled_columns(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor 
 
 
 def _ignored(labels: Tensor, droppable: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor | None:
-    """(B, L) the supervised tokens whose label says nothing of an answer: visual ones, and those that padding or a
-    `droppable` visual token would have to predict. None if there are none."""
+    """(B, L) the supervised tokens that are not scored: visual tokens, and tokens that padding or a `droppable` visual
+    token would predict; None if there are none."""
     blind = droppable if valid is None else droppable | ~valid
     ignored = labels & (visual | pad(blind, (1, 0))[:, :-1])
     return ignored if bool(ignored.any()) else None
 
 
 def _ends(documents: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """(B, L) True at the last token of each document but a row's last."""
+    """(B, L) True at the last token of each document, except the last document of a row."""
     if documents is None:
         return torch.zeros(shape, dtype=torch.bool)
     return pad(documents[:, 1:] != documents[:, :-1], (0, 1))
@@ -290,7 +289,7 @@ def _groups(
 ) -> Tensor:
     if grouping == "sample":
         return torch.zeros_like(visual, dtype=torch.long)
-    # The model numbers its images by all image tokens, those at padding too.
+    # The model counts its images by all image tokens, including those at padding.
     marked, ids = prompt.visual, prompt.call.get("input_ids")
     video = torch.zeros_like(marked) if ids is None else _among(ids, info.video_ids) & marked
     lengths = info.image_lengths(prompt.call, marked & ~video)
@@ -301,7 +300,7 @@ def _groups(
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
-    """The user's mask for this call: of the call's shape, or of all columns so far; repeated for beams."""
+    """The user's mask cut to this call, of the call's shape or of all columns so far, and repeated for beams."""
     if mask is None:
         return None
     batch, length = shape
@@ -327,7 +326,7 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
 
 
 def _instruction(visual: Tensor, query: Tensor, text: Tensor, documents: Tensor | None) -> Tensor:
-    """(B, L) the `text` behind each sample's last visual token, up to its last query token."""
+    """(B, L) the `text` after each sample's last visual token, up to its last query token."""
     columns = torch.arange(visual.shape[1]).expand_as(visual)
     return text & (columns > last_column(visual, documents)) & (columns <= last_column(query, documents))
 
@@ -338,11 +337,11 @@ _ANSWERS = (
 
 
 def remark(masks: PromptMasks, drops: bool, query_given: bool) -> str | None:
-    """What the user of a training or evaluation loop may not have meant, and what to do; None if all is well.
+    """A warning about what a training or evaluation loop probably did not intend, with a remedy; None if all is well.
 
     Args:
-        drops: whether this forward drops anything.
-        query_given: whether a query_mask says who asks, and not the labels.
+        drops: True if this forward drops anything.
+        query_given: True if a query_mask, and not the labels, defines the query tokens.
     """
     if not drops:
         return f"drops nothing in this forward: {_why_nothing(masks, query_given)}"

@@ -1,10 +1,10 @@
-"""Queries and keys of a decoder layer, as its attention kernel is given them.
+"""Extract the queries and keys that a decoder layer passes to its attention kernel.
 
-The exact way runs the layer's own forward on a shadow copy of it, whose attention implementation stops everything as
-soon as it is called: right whatever the family does before, norms of queries and keys, rotary embeddings of any layout
-or none, latent attention, gates, several branches. Layers written as Llama's are asked module by module, in half as
-many operations, once that was seen to give the same. Modules are called, never their `.weight`: LoRA, quantised,
-sharded and offloaded weights work.
+The exact way runs the layer's own forward on a shadow copy of it, whose attention implementation stops the forward as
+soon as it is called. This is right for all that a family does before attention: norms of queries and keys, rotary
+embeddings of any layout or none, latent attention, gates, several branches. Layers written like Llama's are computed
+module by module, in half as many operations, after a check that the result is the same. Modules are called, and their
+`.weight` is never read, so that LoRA, quantised, sharded and offloaded weights work.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from transformers import AttentionInterface
 from pyramiddrop.hf.rows import take_hidden, take_rows
 
 _STOP = "pyramiddrop_stop"
-_HOOK = "_hf_hook"  # where accelerate keeps a module's hook, which it runs from the instance's own `forward`
+_HOOK = "_hf_hook"  # accelerate's attribute for a module's hook, which the instance's own `forward` runs
 _QUERIES, _VALUES = ("q_proj", "q_b_proj"), ("v_proj",)  # projections that the keys do not depend on
 
 
 @dataclass(frozen=True)
 class QueryKey:
-    """What the attention kernel of a layer is given.
+    """The inputs of a layer's attention kernel.
 
     Attributes:
-        queries: (B, H, Q, d), rotated, of the asking rows.
+        queries: (B, H, Q, d), rotated, of the query rows.
         keys: (B, Hkv, N, d), rotated, of all rows.
-        scale: of the dot products.
+        scale: factor of the dot products.
         softcap: cap of the logits, or None.
-        sinks: (H,) logits that take part in the softmax beside the keys', or None.
+        sinks: (H,) extra logits in the softmax, or None.
     """
 
     queries: Tensor
@@ -52,7 +52,7 @@ class QueryKey:
 
 
 class NoAttentionError(RuntimeError):
-    """A layer never reached Transformers' attention interface."""
+    """A layer did not call Transformers' attention interface."""
 
 
 class _ReachedError(Exception):
@@ -73,8 +73,11 @@ def _stop(
     is_causal: bool | None = None,
     **options: Any,
 ) -> NoReturn:
-    """Take what Transformers' `sdpa_attention_forward` takes, by position too: other libraries wrap every function of
-    the attention interface and call it so (kvpress)."""
+    """Stop the layer and return its queries and keys.
+
+    The arguments are those of Transformers' `sdpa_attention_forward`, and positional too, because other libraries wrap
+    every function of the attention interface and call it so (kvpress).
+    """
     raise _ReachedError(query, key, scaling, options)
 
 
@@ -85,14 +88,14 @@ PerToken = Callable[[Tensor | None], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Asking:
-    """One layer, what it receives, and the rows whose queries are wanted.
+    """A layer, its input, and the rows whose queries are wanted.
 
     Attributes:
         layer: the decoder layer.
-        hidden: (B, N, D), what it receives.
-        rows: (B, Q) long, the rows that ask; None for the last row alone.
-        arguments: rows (B, Q) -> what the layer is called with beside these rows of `hidden`; `arguments(None)` is for
-            all of them.
+        hidden: (B, N, D), its input.
+        rows: (B, Q) long, the query rows; None: the last row alone.
+        arguments: rows (B, Q) -> the layer's further arguments for these rows of `hidden`; `arguments(None)` gives
+            those for all rows.
     """
 
     layer: nn.Module
@@ -101,45 +104,45 @@ class Asking:
     arguments: PerToken
 
     def take(self, hidden: Tensor) -> Tensor:
-        """The asking rows of hidden states (B, N, D), or (streams, B, N, D) of models with several."""
+        """Gather the query rows of hidden states (B, N, D), or (streams, B, N, D) of models with several."""
         return hidden[..., -1:, :] if self.rows is None else take_hidden(hidden, self.rows)
 
     def take_heads(self, heads: Tensor) -> Tensor:
-        """The asking rows of queries or keys (B, H, N, d)."""
+        """Gather the query rows of queries or keys (B, H, N, d)."""
         if self.rows is None:
             return heads[:, :, -1:]
         return take_rows(heads.transpose(1, 2), self.rows).transpose(1, 2)
 
     def own_arguments(self) -> dict[str, Any]:
-        """What the layer is called with beside the asking rows."""
+        """The layer's further arguments for the query rows."""
         if self.rows is not None:
             return self.arguments(self.rows)
         last = torch.full((1, 1), self.hidden.shape[-2] - 1, device=self.hidden.device)
         return self.arguments(last.expand(self.hidden.shape[-3], 1))
 
 
-#: How each layer may be asked, once it is known: a method that goes on again need not find out again.
+#: The way to extract from each layer, once it is known, also for a method that is applied again.
 _ways: WeakKeyDictionary[nn.Module, Callable[[Asking], QueryKey]] = WeakKeyDictionary()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def extract(layer: nn.Module, hidden: Tensor, rows: Tensor | None, arguments: PerToken) -> QueryKey:
-    """Queries of the asking rows and keys of all rows of `hidden`, in `layer`; arguments as of `Asking`.
+    """Extract the queries of the query rows and the keys of all rows.
 
     Raises:
-        NoAttentionError: if the layer does not reach the attention interface.
+        NoAttentionError: if the layer does not call the attention interface.
     """
     asking = Asking(layer, hidden, rows, arguments)
     way = _ways.get(layer)
-    if way is None:  # once, for the answer makes the host wait for the device
+    if way is None:  # once, because the comparison makes the host wait for the device
         way = _ways[layer] = _fastest_way(asking)
     if way is _by_module and not _is_written_as_llama(asking):
-        way = _keys_alone  # its weights are offloaded meanwhile
+        way = _keys_alone  # its weights are currently offloaded
     return way(asking)
 
 
 def _fastest_way(asking: Asking) -> Callable[[Asking], QueryKey]:
-    """The way in which the layer may be asked, of those that give what its kernel is given the fastest."""
+    """The fastest way to extract from the layer that agrees with the exact one."""
     whole = _whole(asking)
     if _is_written_as_llama(asking) and _agree(_by_module(asking), whole):
         return _by_module
@@ -147,7 +150,7 @@ def _fastest_way(asking: Asking) -> Callable[[Asking], QueryKey]:
 
 
 def _agree(found: QueryKey, exact: QueryKey) -> bool:
-    """Whether queries and keys are those that the layer's kernel is given, up to rounding."""
+    """True if queries and keys are equal up to rounding."""
     if (found.scale, found.softcap) != (exact.scale, exact.softcap) or (found.sinks is None) != (exact.sinks is None):
         return False
     pairs = ((found.queries, exact.queries), (found.keys, exact.keys))
@@ -158,19 +161,19 @@ def _agree(found: QueryKey, exact: QueryKey) -> bool:
 
 
 def _whole(asking: Asking) -> QueryKey:
-    """All that the layer computes before its kernel, for all rows."""
+    """Run the layer up to its kernel for all rows."""
     whole = _run(shadow_copy(asking.layer), asking.hidden, asking.arguments(None))
     return QueryKey(asking.take_heads(whole.queries), whole.keys, whole.scale, whole.softcap, whole.sinks)
 
 
 def _keys_alone(asking: Asking) -> QueryKey:
-    """The layer runs twice: for the asking rows, and for all rows with zeros for queries and values."""
+    """Run the layer twice: for the query rows, and for all rows with zeros as queries and values."""
     asked = _run(shadow_copy(asking.layer), asking.take(asking.hidden), asking.own_arguments())
     keyed = _run(shadow_copy(asking.layer, (*_QUERIES, *_VALUES)), asking.hidden, asking.arguments(None))
     return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
 
 
-# What the attention of a layer written as Llama's reads of itself and its module, norms of queries and keys included.
+# The attributes that Llama's attention reads, norms of queries and keys included.
 _LLAMA = {"q_proj", "k_proj", "apply_rotary_pos_emb", "scaling", "head_dim"}
 _AS_LLAMA = _LLAMA | {
     *("ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "attention_dropout", "config", "contiguous"),
@@ -180,8 +183,10 @@ _AS_LLAMA = _LLAMA | {
 
 
 def _is_written_as_llama(asking: Asking) -> bool:
-    """Whether a layer may be asked module by module: its attention reads nothing that Llama's does not read, and no
-    weights are to be fetched by accelerate."""
+    """True if a layer may be computed module by module.
+
+    Its attention then reads only attributes that Llama's reads, and accelerate does not offload its weights.
+    """
     attention: Any = getattr(asking.layer, "self_attn", None)
     if (
         attention is None
@@ -207,8 +212,8 @@ def _reads_as_llama(forward: Callable[..., Any]) -> bool:
 
 
 def _by_module(asking: Asking) -> QueryKey:
-    """What Llama's layer does before its kernel: no queries but of the asking rows, keys once, and no values."""
-    training = any(module.training for module in asking.layer.modules())  # then dropout is left out
+    """Compute what Llama's layer computes before its kernel: the queries of the query rows, all keys, no values."""
+    training = any(module.training for module in asking.layer.modules())  # without dropout
     layer: Any = shadow_copy(asking.layer) if training else asking.layer
     attention, normed = layer.self_attn, layer.input_layernorm(asking.hidden)
     rotary = asking.arguments(None)["position_embeddings"]
@@ -229,7 +234,7 @@ def _heads(attention: Any, kind: str, normed: Tensor, cos: Tensor, sin: Tensor) 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def cached_keys(layer: nn.Module, cached: Any) -> Tensor:
-    """(B, Hkv, K, d) the keys in a layer's cache. Latent attention keeps what it expands them from in each forward."""
+    """(B, Hkv, K, d) the keys in a layer's cache; latent attention caches compressed keys, which are expanded here."""
     latent: Any = next((module for module in shadow_copy(layer).modules() if hasattr(module, "expand_kv")), None)
     keys: Tensor = cached.keys if latent is None else latent.expand_kv(cached.keys, cached.values)[0]
     return keys
@@ -239,12 +244,12 @@ def _run(shadow: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _Reach
     try:
         shadow.forward(hidden, **arguments)
     except _ReachedError as reached:
-        return reached.with_traceback(None)  # whose frames would hold all that the layer has made on the way
+        return reached.with_traceback(None)  # its frames would keep all intermediate tensors of the layer alive
     raise NoAttentionError(f"{type(shadow).__name__} does not reach Transformers' attention interface")
 
 
 class _Zeros(nn.Module):
-    """Stands in for a linear module whose output is not needed: of its width, and without its work."""
+    """Replacement of a linear module whose output is not needed: zeros of the same width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -255,25 +260,26 @@ class _Zeros(nn.Module):
 
 
 def shadow_copy(layer: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
-    """A second object for the same weights, in eval mode, whose attention implementation is `_stop`.
+    """A second object on the same weights, in eval mode, whose attention implementation is `_stop`.
 
-    Nothing of `layer` is touched, not even for a moment: other threads may run it. Copied are the modules that hold a
-    configuration, and all of them if some are in training mode (dropout must neither make a decision noisy nor move the
+    `layer` itself is never changed, because other threads may run it. The modules that hold a configuration are copied;
+    all modules are copied if some are in training mode (dropout must neither make a decision noisy nor advance the
     random state of training) or run through accelerate's hooks.
 
     Args:
-        skipped: names of linear modules whose outputs are not needed; zeros stand in for them.
+        skipped: names of linear modules whose outputs are not needed, and which return zeros.
     """
     everything = any(module.training or _HOOK in module.__dict__ for module in layer.modules())
     return _shadow(layer, skipped, everything, hooked=False)
 
 
 def _shadow(module: nn.Module, skipped: tuple[str, ...], everything: bool, hooked: bool) -> nn.Module:
-    """Made without the class's `__new__`, which sharding classes override, and without an instance's own or compiled
-    `forward`, which is bound to the original.
+    """A shallow copy without an instance's own or compiled `forward`, which is bound to the original.
+
+    It is made without the class's `__new__`, which sharding classes override.
 
     Args:
-        hooked: whether it keeps its PyTorch hooks; those of layers and attention see real calls alone.
+        hooked: True to keep its PyTorch hooks; those of layers and attention must see real calls only.
     """
     shadow: nn.Module = object.__new__(type(module))
     bound = ("forward", "_compiled_call_impl")
@@ -284,7 +290,7 @@ def _shadow(module: nn.Module, skipped: tuple[str, ...], everything: bool, hooke
         shadow.__dict__["config"].__dict__["_attn_implementation_internal"] = _STOP
     if not hooked:
         shadow.__dict__.update({name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")})
-    if everything:  # accelerate puts offloaded weights into these, and takes them out again
+    if everything:  # accelerate loads offloaded weights into these and removes them again
         shadow.__dict__.update({name: copy.copy(module.__dict__[name]) for name in ("_parameters", "_buffers")})
     if _HOOK in shadow.__dict__:
         shadow.__dict__["forward"] = partial(_through_hook, shadow, shadow.__dict__[_HOOK])
@@ -304,12 +310,12 @@ def _part(name: str, part: nn.Module | None, skipped: tuple[str, ...], everythin
 
 
 def _through_hook(shadow: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> Any:
-    """The class's forward inside accelerate's hook, which moves arguments between devices and loads weights."""
+    """Run the class's forward inside accelerate's hook, which moves arguments between devices and loads weights."""
     args, kwargs = hook.pre_forward(shadow, *args, **kwargs)
     try:
         output = type(shadow).forward(shadow, *args, **kwargs)
     except _ReachedError:
-        hook.post_forward(shadow, ())  # lets go of the weights
+        hook.post_forward(shadow, ())  # releases the weights
         raise
     return hook.post_forward(shadow, output)
 
@@ -320,7 +326,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def shared_copy(model: Model) -> Model:
     """A deep copy of `model` on the same tensors, with its own modules, hooks and configuration.
 
-    accelerate's hooks, PEFT's adapters, tied and quantised weights come along; `model.compile()` does not.
+    accelerate's hooks, PEFT's adapters, tied and quantised weights are kept; `model.compile()` is not.
 
     Raises:
         ValueError: if a module's `forward` was replaced by a function that would run the original.
@@ -334,15 +340,17 @@ def shared_copy(model: Model) -> Model:
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Let deep copies share tensors; parameters do not ask, and are shared by the copy's memo."""
+    """Make deep copies share tensors; parameters ignore this mode and are shared through the copy's memo."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def _forget_wrappers(module: nn.Module, originals: Collection[int]) -> None:
-    """Take off functions that stand in for methods of this one object, which a deep copy leaves with the original:
-    accelerate puts such around `to` and `cuda`, to warn."""
+    """Remove functions that replace methods of one object, which a deep copy would leave bound to the original.
+
+    accelerate wraps `to` and `cuda` in this way, to warn.
+    """
     replaced = {name: value for name, value in module.__dict__.items() if isinstance(value, FunctionType)}
     for name, function in replaced.items():
         if not hasattr(type(module), name) or not _runs(function, originals):
@@ -356,7 +364,7 @@ def _forget_wrappers(module: nn.Module, originals: Collection[int]) -> None:
 
 
 def _runs(function: FunctionType, modules: Collection[int]) -> bool:
-    """Whether a function holds one of `modules` (by id), a method of one, or another function that does."""
+    """True if a function refers to one of `modules` (by id), to a method of one, or to another function that does."""
     seen, waiting = set[FunctionType](), [function]
     while waiting:
         seen.add(function := waiting.pop())

@@ -1,4 +1,4 @@
-"""Rank the visual tokens at a drop by what the ranking layer tells of its rows, and select the kept rows."""
+"""Rank the visual tokens at a drop by the scorer's inputs from the ranking layer, and select the kept rows."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pyramiddrop.scoring.attention import attention_by_head, attention_received
 from pyramiddrop.selection import best, compact, select
 from pyramiddrop.trace import Ranked, Trace
 
-#: (B, L) float for the visual tokens of a plan: what the vision tower knows of each.
+#: Gives the vision tower's score of each visual token of a plan, (B, L) float.
 VisionScores = Callable[[GeneralPlan], Tensor]
 
 
 class Ranking:
-    """The decisions of one prefill: scores at each drop, the kept rows, and what the trace is told of them.
+    """The decisions of one prefill: scores at each drop, the kept rows, and their record in the trace.
 
     Attributes:
-        plan: of the prefill.
+        plan: the plan of the prefill.
     """
 
     plan: Plan
@@ -41,9 +41,9 @@ class Ranking:
         """(B, n) scores for `drop`, on the device of the plan.
 
         Args:
-            kept: the remaining rows before the drop; None for all.
-            call: of the ranking layer.
-            previous: (B, N, D), what the layer before it received, or None.
+            kept: the remaining rows before the drop; None: all.
+            call: the call of the ranking layer.
+            previous: (B, N, D), the input of the layer before it, or None.
         """
         check_cache(call.layer, call.kwargs)
         check_per_token(call.layer, call.kwargs, self.plan.length)
@@ -56,18 +56,18 @@ class Ranking:
         raise NotImplementedError
 
     def move(self, device: torch.device) -> None:
-        """Decide on another device from now on."""
+        """Move to another device."""
         if self.device != device:
             self.plan = self.plan.to(device)
 
     def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
-        """The rows that `drop` leaves of those `before` it, by what `score` gave; None if there is nothing to rank."""
+        """Select the rows that `drop` keeps of those `before` it, by the scores; None if it does not rank."""
         raise NotImplementedError
 
     def record(
         self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
     ) -> None:
-        """Tell the trace of a drop; `scores` is None if it ranked nothing."""
+        """Record a drop in the trace; `scores` is None if it did not rank."""
         raise NotImplementedError
 
     def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
@@ -75,17 +75,17 @@ class Ranking:
 
 
 class LastTokenRanking(Ranking):
-    """The usual prefill, scored by attention: the last row asks, and sees every row.
+    """The usual prefill, scored by attention: the last row is the query and attends to every row.
 
     Args:
-        plan: of the prefill.
-        inputs: positions of the rows.
+        plan: the plan of the prefill.
+        inputs: gives the positions of the rows.
     """
 
     def __init__(self, plan: LastTokenPlan, inputs: LayerInputs) -> None:
         self.plan: LastTokenPlan = plan
         self.inputs = inputs
-        self._left: dict[int, Tensor] = {}  # stage -> (B, V) the columns that the drop before it has chosen
+        self._left: dict[int, Tensor] = {}  # stage -> (B, V) the columns that the drop before it has kept
 
     @property
     def device(self) -> torch.device:
@@ -121,15 +121,15 @@ class LastTokenRanking(Ranking):
 
 
 class GeneralRanking(Ranking):
-    """Any prefill, any scorer.
+    """Any prefill, with any scorer.
 
     Args:
-        plan: of the prefill.
-        schedule: of the method.
-        scorer: of the method.
-        inputs: positions of the rows.
-        earlier: stage -> what earlier calls left in the stage's cache.
-        vision: for a drop before the decoder that asks it, or None.
+        plan: the plan of the prefill.
+        schedule: the schedule of the method.
+        scorer: the scorer of the method.
+        inputs: gives the positions of the rows.
+        earlier: stage -> the slots that earlier calls left in the stage's cache.
+        vision: gives the vision tower's scores for a drop before the decoder that needs them, or None.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class GeneralRanking(Ranking):
         return documents.put(self.scorer(_by_document(scorer_inputs, plan.packing, documents)))
 
     def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
-        """The documents of packed rows in the rows of `stage`, or None if no row is packed."""
+        """The documents of the rows of `stage`; None if no row is packed."""
         packing, bounds = self.plan.packing, self.plan.document_bounds(stage)
         if packing is None or bounds is None:
             return None
@@ -184,7 +184,7 @@ class GeneralRanking(Ranking):
         return select_rows(self.plan, drop, self.active_rows(before), scores)
 
     def active_rows(self, kept: Selection | None) -> ActiveRows:
-        """`active_rows` of the plan, found once."""
+        """`active_rows` of the plan, computed once."""
         if kept not in self._active:
             self._active[kept] = active_rows(self.plan, kept)
         return self._active[kept]
@@ -202,7 +202,7 @@ class GeneralRanking(Ranking):
 
 
 def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
-    """What a scorer is shown of packed rows: each document as a row of a batch."""
+    """The scorer's inputs for packed rows, with each document as a row of a batch."""
     own = packing.owners[packing.rows] == torch.arange(packing.count, device=packing.rows.device)[:, None]
     own, valid = own.to(scorer_inputs.visual.device), documents.valid.to(scorer_inputs.visual.device)
     previous, vision = scorer_inputs.previous, scorer_inputs.vision
@@ -219,7 +219,7 @@ def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpac
 
 
 def _first_stream(hidden: Tensor) -> Tensor:
-    """(B, N, D): of models with several hidden streams (Gemma 3n), the one that their layers compute on."""
+    """(B, N, D): the stream that layers compute on, in models with several hidden streams (Gemma 3n)."""
     return hidden if hidden.dim() == 3 else hidden[0]
 
 
@@ -227,7 +227,7 @@ ActiveRows = tuple[Tensor, Tensor, Tensor]
 
 
 def active_rows(plan: GeneralPlan, kept: Selection | None) -> ActiveRows:
-    """(B, N) rows that `kept` leaves (None: all), which of them are no padding, and which are visual tokens."""
+    """(B, N) the rows in `kept` (None: all), which of them are not padding, and which are visual tokens."""
     if kept is not None:
         rows, valid = kept.rows, kept.valid
     else:
@@ -237,7 +237,7 @@ def active_rows(plan: GeneralPlan, kept: Selection | None) -> ActiveRows:
 
 
 def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor | None) -> Selection:
-    """The rows that `drop` leaves of the active ones `before` it, by their `scores` (B, N)."""
+    """Select the rows that `drop` keeps of the active ones `before` it, by their `scores` (B, N)."""
     rows, alive, visual = before
     scores = torch.zeros(rows.shape, device=rows.device) if scores is None else scores
     scores = scores.masked_fill(plan.protected.gather(1, rows), float("inf"))
@@ -247,17 +247,17 @@ def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor
 
 
 class RankingLayer:
-    """One layer at one drop. Nothing is computed before it is asked for.
+    """The ranking layer at one drop. It computes keys and attention only when they are requested.
 
     Args:
-        plan: of the prefill.
-        inputs: positions of the rows.
-        stage: of the layer.
-        earlier: stage -> what earlier calls left in the stage's cache.
-        kept: the remaining rows, or None for all.
-        rows, alive: (B, N) those rows, and which of them are no padding.
-        call: of the layer.
-        documents: in those rows, or None if no row is packed; what is asked for is then told of each document.
+        plan: the plan of the prefill.
+        inputs: gives the positions of the rows.
+        stage: the stage of the layer.
+        earlier: stage -> the slots that earlier calls left in the stage's cache.
+        kept: the remaining rows; None: all.
+        rows, alive: (B, N) the indices of these rows, and which of them are not padding.
+        call: the call of the layer.
+        documents: the documents of these rows; None if no row is packed. Results are then given for each document.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class RankingLayer:
             width = plan.packing.instruction if instruction else plan.packing.queries
             return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
         keys, key_columns, alive = self._with_past(seen.keys)
-        # The layer may be on another device than what it is about to be given: one number a row and head is moved.
+        # The layer may be on another device than its inputs; only one number for each row and head is moved.
         visible, weights = (table.to(keys.device) for table in (self._visible(columns, key_columns, alive), weights))
         received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
         return received[..., -rows.shape[1] :].to(self.call.hidden.device)
@@ -305,7 +305,7 @@ class RankingLayer:
     def _within_documents(
         self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: QueryKey, width: int
     ) -> Tensor:
-        """(S, H, W) the attention that each document's rows receive from its own query tokens, at most `width`."""
+        """(S, H, W) the attention that each document's rows, at most `width`, receive from its own query tokens."""
         numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
         asking = Unpacked(numbers, packing.count, width)
         visible = self._visible(
@@ -318,7 +318,7 @@ class RankingLayer:
 
     def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
         """Queries of the rows at `columns` (B, Q), and keys of all remaining rows."""
-        # Numbered on this layer's own cache, which may have dropped more of an earlier turn than this call has yet.
+        # Positions are those of this layer's own cache, which may have dropped more of an earlier turn than this call.
         tokens = self.inputs.tokens(self.stage, self.kept, self.call.hidden, self.call.kwargs)
         if not rotated:
             tokens = tokens | unrotated(tokens)
@@ -327,14 +327,13 @@ class RankingLayer:
         return seen
 
     def _among_rows(self, columns: Tensor) -> Tensor:
-        """(B, Q) where the tokens at `columns` stand among the remaining rows."""
+        """(B, Q) the indices of the tokens at `columns` among the remaining rows."""
         rows = self.rows
         numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
         return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)
 
     def _with_past(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (B, Hkv, K, d) with those that the layer's cache holds before them; the column of each (B, K), and which
-        are no padding."""
+        """Keys (B, Hkv, K, d) after the cached ones, the column of each (B, K), and which are not padding."""
         rows, alive, past = self.rows, self.alive, self.plan.past
         cache: Any = cache_of(self.call.kwargs)
         if not past:
@@ -353,8 +352,10 @@ class RankingLayer:
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
 
     def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
-        """(B, 1 or H, Q, K) which `columns` (B, K) those at `asking` (B, Q) see, by the text model's own full-length
-        mask; of packed rows, (S, 1, 1) `batch` tells the row of each document."""
+        """(B, 1 or H, Q, K) to which `columns` (B, K) those at `asking` (B, Q) attend, by the text model's own mask.
+
+        For packed rows, (S, 1, 1) `batch` gives the row of each document.
+        """
         plan, mask = self.plan, self.call.kwargs.get("attention_mask")
         if not self.inputs.counts_columns(self.call.index):
             mask = self.inputs.padding
@@ -378,8 +379,10 @@ class RankingLayer:
         return self.inputs.info.scopes[self.call.index]
 
     def _check_reach(self) -> None:
-        """Raise UnsupportedModelError where the ranking layer does not see every visual token: it would rank those it
-        cannot see last, whatever they show."""
+        """Raise UnsupportedModelError if the ranking layer does not attend to every visual token.
+
+        It would rank the tokens outside its window last, regardless of their content.
+        """
         scope = self._scope
         reach = self.plan.past + self.plan.length if scope.kind == "chunked" else self.plan.reach
         if scope.windowed and reach > scope.size:
@@ -392,7 +395,7 @@ class RankingLayer:
 
 
 def _heads_by_document(documents: Unpacked, heads: Tensor) -> Tensor:
-    """(S, H, W, d) queries or keys of each document, of those of rows (B, H, N, d)."""
+    """(S, H, W, d) queries or keys of each document, taken from those of rows (B, H, N, d)."""
     return documents.take(heads.transpose(1, 2)).transpose(1, 2)
 
 
@@ -400,9 +403,9 @@ _CACHING = (*CACHE_NAMES, "use_cache")
 
 
 def unrotated(tokens: Kwargs) -> Kwargs:
-    """What makes of the position arguments in `tokens` those of a prompt all of whose tokens stand at position 0.
+    """Replace the position arguments in `tokens` by those of a prompt with every token at position 0.
 
-    Of a cosine and a sine (or a complex number) only the length is left, for some models scale queries and keys by it.
+    Cosines and sines (or complex numbers) keep their length, by which some models scale queries and keys.
     """
     changed: Kwargs = {}
     embeddings = tokens.get("position_embeddings")
@@ -417,8 +420,10 @@ def unrotated(tokens: Kwargs) -> Kwargs:
 
 
 def kernel_arguments(tokens: Kwargs, kwargs: Kwargs) -> Callable[[Tensor | None], Kwargs]:
-    """What a ranking layer is called with beside some rows: rows (B, n) of `tokens`, or all of them for None, and what
-    of `kwargs` is not per token; no mask, and no cache to write to."""
+    """The further arguments of a ranking layer for rows (B, n); None: all rows.
+
+    They are these rows of `tokens`, and everything in `kwargs` that is not per token, without mask and cache.
+    """
     fixed = {name: value for name, value in kwargs.items() if name not in tokens}
     fixed |= {"attention_mask": None} | {name: None for name in _CACHING if name in kwargs}
     return lambda some: fixed | (tokens if some is None else take_tokens(tokens, some))

@@ -1,7 +1,7 @@
-"""Rows: gather those kept, scatter them back to full length, and find the documents of packed ones.
+"""Rows: gather the kept ones, scatter them back to full length, and find the documents of packed rows.
 
-Packed rows hold several documents, each of which is a sample of its own. Which they are is read on the host, once a
-prefill; what ranks is then shown the documents as rows of a batch.
+Packed rows hold several documents, each of which is a sample of its own. They are found on the host, once a prefill;
+ranking then sees the documents as rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The rows that a drop left. Written once, so that gradient checkpointing replays the same decision.
+    """The rows that a drop keeps. They are decided once, so that gradient checkpointing replays the same decision.
 
     Attributes:
         rows: (B, N) long, columns of this call.
-        index: (B, N) long, the same rows counted among those that were left before the drop.
+        index: (B, N) long, the same rows as indices among the remaining rows before the drop.
         valid: (B, N) bool, False at padding; None if there is none.
     """
 
@@ -35,7 +35,7 @@ def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
     if len(rows) == 1 and tensor.shape[dim - 1] == 1:
         return tensor.index_select(dim, rows[0])
     if dim == 1 and len(tensor) == len(rows):
-        # Whole rows are copied: several times faster than an element-wise gather of wide hidden states.
+        # Copying whole rows is several times faster than an element-wise gather of wide hidden states.
         first = torch.arange(len(rows), device=rows.device)[:, None] * tensor.shape[1]
         return tensor.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, *tensor.shape[2:])
     shape = [*tensor.shape]
@@ -51,7 +51,7 @@ def take_hidden(hidden: Tensor, rows: Tensor) -> Tensor:
 
 
 def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int, dim: int = 1) -> Tensor:
-    """Undo `take_rows`: (B, N at `dim`, ...) back to `length` columns, with zeros where no valid row is."""
+    """Undo `take_rows`: scatter (B, N at `dim`, ...) to `length` columns, with zeros at columns without a valid row."""
     rows = rows.to(tensor.device)
     if valid is not None:
         tensor = tensor * _aligned(valid.to(tensor.device), tensor.dim(), 0, dim)
@@ -66,11 +66,11 @@ def give_back(
     hidden: Callable[[int, Tensor | None], Tensor | None],
     attention: Callable[[int, Tensor | None], Tensor | None],
 ) -> Any:
-    """A text model's output with its rows where the caller expects them.
+    """Restore the rows of a text model's output to the places that the caller expects.
 
     Args:
-        last: of the last hidden state.
-        hidden, attention: of the hidden state that leaves a layer, and of its attention weights, by the layer's number.
+        last: restores the last hidden state.
+        hidden, attention: restore the output hidden state and the attention weights of a layer, given its number.
     """
     if isinstance(output, tuple):
         return (last(output[0]), *output[1:])
@@ -85,14 +85,14 @@ def give_back(
 
 
 def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N) what each of `rows` is to predict: the label behind it; -100 at padding."""
+    """(B, N) the label that each of `rows` predicts, which is the next one; -100 at padding."""
     following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     taken = take_rows(following, rows)
     return taken if valid is None else taken.masked_fill(~valid.to(taken.device), -100)
 
 
 def take_positions(ids: Tensor, rows: Tensor) -> Tensor:
-    """Gather position ids (..., B or 1, L), of one axis or several."""
+    """Gather position ids (..., B or 1, L), with one axis or several."""
     return take_rows(ids, rows, dim=ids.dim() - 1)
 
 
@@ -116,9 +116,9 @@ class Packing:
         documents: (B, L) long, the document of each column; `count` at padding.
         count: number of documents.
         rows: (S,) long, the row of the batch that holds each document.
-        owners: (B, G) long, the document of each group of visual tokens; `count` where a row has no such group.
-        lengths: (S,) long, tokens of each document.
-        queries, instruction: the most query tokens, and instruction tokens, that a document has; at least 1.
+        owners: (B, G) long, the document of each group of visual tokens; `count` if a row does not have the group.
+        lengths: (S,) long, the number of tokens of each document.
+        queries, instruction: the largest numbers of query tokens and instruction tokens of a document; at least 1.
     """
 
     documents: Tensor
@@ -137,18 +137,18 @@ class Packing:
         return replace(self, **moved)
 
     def per_document(self, per_group: Tensor) -> Tensor:
-        """(S,) the sums of what the groups (B, G) of each document have."""
+        """(S,) the sum over the groups (B, G) of each document."""
         sums = per_group.new_zeros(self.count + 1)
         return sums.scatter_add(0, self.owners.flatten(), per_group.flatten())[: self.count]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The rows that each document has in one stage.
+    """The bounds of the documents among the rows of one stage.
 
     Attributes:
-        cumulative: (S + 1,) int32, the first row of each document, and the end of the last, as flash kernels take it.
-        longest: rows of the longest document.
+        cumulative: (S + 1,) int32, the first row of each document, and the end of the last, as flash kernels take them.
+        longest: number of rows of the longest document.
     """
 
     cumulative: Tensor
@@ -160,18 +160,18 @@ class Bounds:
 
     @classmethod
     def of(cls, lengths: Tensor) -> Bounds:
-        """`lengths`: (S,) long, on the CPU."""
+        """Build from the `lengths` (S,) long of the documents, on the CPU."""
         cumulative = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         return cls(cumulative.to(torch.int32), max(1, int(lengths.max())))
 
 
 class Unpacked:
-    """Documents as the rows of a batch: S documents of at most `width` tokens, in the order that they have.
+    """Documents as the rows of a batch: S documents of at most `width` tokens, in their order.
 
     Args:
-        documents: (B, n) long, the document of each of n tokens a row; `count` at those that are in none.
+        documents: (B, n) long, the document of each of n tokens in a row; `count` at tokens outside of documents.
         count: number of documents, S.
-        width: tokens of the longest document.
+        width: number of tokens of the longest document.
     """
 
     def __init__(self, documents: Tensor, count: int, width: int) -> None:
@@ -185,30 +185,30 @@ class Unpacked:
         self.valid = columns < sizes[:count, None]  # (S, width)
 
     def take(self, tokens: Tensor) -> Tensor:
-        """(S, width, ...) of (B, n, ...)."""
+        """Gather (B, n, ...) to (S, width, ...)."""
         return tokens.flatten(0, 1)[self.index.to(tokens.device)]
 
     def put(self, values: Tensor) -> Tensor:
-        """(B, n) of (S, width); 0 at tokens that are in no document."""
+        """Scatter (S, width) to (B, n), with 0 at tokens outside of documents."""
         total = self.shape.numel()
         places = self.index.masked_fill(~self.valid, total).to(values.device)
         return values.new_zeros(total + 1).scatter(0, places.flatten(), values.flatten())[:-1].view(self.shape)
 
 
 def find_documents(call: Mapping[str, Any], shape: tuple[int, int], valid: Tensor | None, past: int) -> Tensor | None:
-    """(B, L) long on the CPU, the document of each column counted along its row from 0; None where no row is packed.
+    """(B, L) long on the CPU, the document of each column counted along its row from 0; None if no row is packed.
 
-    What says so, as Transformers reads it: `cu_seq_lens_q`; else a mask of four dimensions, in which a document's first
-    token does not see the token before; else position ids that start again. (Of positions with several axes the first
-    counts: the text's, or time.)
+    The documents are found as Transformers finds them: by `cu_seq_lens_q`; else by a mask of four dimensions, in which
+    a document's first token does not attend to the token before it; else by position ids that start again. (Of several
+    position axes, the first one counts: the text's, or time.)
 
     Args:
-        shape: of the call's tokens.
-        valid: (B, L) bool on the CPU, False at padding, or None where there is none.
-        past: columns in the KV cache.
+        shape: the shape (B, L) of the call's tokens.
+        valid: (B, L) bool on the CPU, False at padding; None if there is none.
+        past: number of columns in the KV cache before this call.
 
     Raises:
-        ValueError: where `cu_seq_lens_q` does not describe one row, and for packed rows on top of a cache.
+        ValueError: if `cu_seq_lens_q` does not describe one row, and for packed rows on top of a cache.
     """
     bounds, mask, positions = call.get("cu_seq_lens_q"), call.get("attention_mask"), call.get("position_ids")
     if isinstance(mask, Mapping):
@@ -222,7 +222,7 @@ def find_documents(call: Mapping[str, Any], shape: tuple[int, int], valid: Tenso
     else:
         return None
     valid = torch.ones(shape, dtype=torch.bool) if valid is None else valid
-    starts = starts & valid & (valid.cumsum(1) > 1)  # a row's first token begins no further document
+    starts = starts & valid & (valid.cumsum(1) > 1)  # a row's first token does not begin a further document
     if not bool(starts.any()):
         return None
     if past:
@@ -234,7 +234,7 @@ def find_documents(call: Mapping[str, Any], shape: tuple[int, int], valid: Tenso
 
 
 def _bounded(bounds: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, L) where documents begin, by their cumulative lengths."""
+    """(B, L) bool, the first tokens of documents, by cumulative lengths."""
     if shape[0] != 1 or int(bounds[-1]) != shape[1]:
         raise ValueError(
             f"cu_seq_lens_q must describe one row of packed documents, from 0 to its length; it ends at "
@@ -246,15 +246,18 @@ def _bounded(bounds: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _unseen(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, L) where a token does not see the one before it in a prepared mask (B or 1, heads or 1, L, L)."""
+    """(B, L) bool, tokens that do not attend to the one before them in a prepared mask (B or 1, heads or 1, L, L)."""
     before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
     seen = before if before.dtype == torch.bool else before >= 0
     return torch.nn.functional.pad(~seen.cpu(), (1, 0)).expand(shape)
 
 
 def _restarted(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, L) where position ids (..., B or 1, L) start again: they fall, or stay at the row's first position (a
-    document of one token; not where positions have several axes and no text axis, for an image stays there)."""
+    """(B, L) bool, tokens at which position ids (..., B or 1, L) start again.
+
+    Position ids fall there, or repeat the row's first position (a document of one token). Several axes without a text
+    axis are an exception, because an image also repeats positions.
+    """
     several_axes = positions.dim() == 3
     ids = positions[0] if several_axes else positions
     if ids.dim() != 2 or ids.shape[1] != shape[1]:

@@ -1,8 +1,8 @@
 """Differences between the supported versions of Transformers.
 
-5.24 renames the KV cache: the argument `past_key_values` of models and layers, and the output of that name, become
-`cache`. Until 5.40 models take the old name too. Before 5.18 a cache can be cropped to a length, and before 5.15
-`generate` does so; later ones say how many columns to take away.
+5.24 renames the KV cache: the argument and the output `past_key_values` become `cache`; models accept the old name
+until 5.40. Before 5.18, a cache can be cropped to a length, and before 5.15 `generate` does so; later versions give the
+number of columns to remove.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 #: The newest minor version that the tests run on.
 NEWEST_TESTED = (5, 24)
 
-#: What Transformers calls, or has called, the KV cache.
+#: All names of the KV cache in Transformers, present and past.
 CACHE_NAMES = ("cache", "past_key_values")
 
-#: What the installed Transformers calls it, in arguments and in outputs.
+#: Its name in the installed Transformers, in arguments and in outputs.
 CACHE_NAME = next((entry.name for entry in fields(BaseModelOutputWithPast) if entry.name in CACHE_NAMES), "cache")
 
 
@@ -33,7 +33,7 @@ def _installed() -> tuple[int, ...]:
 
 @memoized
 def warn_if_untested() -> None:
-    """Warn once where the installed Transformers is newer than the newest that is tested."""
+    """Warn once if the installed Transformers is newer than the newest tested one."""
     if _installed() > NEWEST_TESTED:
         installed = transformers.__version__
         tested = ".".join(map(str, NEWEST_TESTED))
@@ -45,7 +45,7 @@ def warn_if_untested() -> None:
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments that a model or a layer is called with, or None."""
+    """The KV cache among the arguments of a model or a layer, or None."""
     if CACHE_NAME in kwargs:
         return kwargs[CACHE_NAME]
     return next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
@@ -62,12 +62,12 @@ def output_cache(output: Any) -> Any:
 
 
 def let_crop_follow(cache: Any, dropped: Mapping[int, int]) -> None:
-    """Let `crop(length)` of a pruned cache, where Transformers has such a thing, cut each layer behind the same token.
+    """Make `crop(length)` of a pruned cache, if Transformers has it, crop each layer after the same token.
 
-    Transformers itself cuts each layer to `length`, which is more than a layer holds whose tokens were dropped.
+    Transformers itself crops each layer to `length`, which is more than a pruned layer holds.
 
     Args:
-        dropped: layer -> how many columns it does not hold.
+        dropped: layer -> number of columns that it does not hold.
     """
     if _installed() >= (5, 18) or cache.is_compileable:
         return
@@ -82,7 +82,7 @@ _DROPPED = "pyramiddrop_dropped"
 
 @memoized
 def _cropped_by_columns(base: type) -> Any:
-    """The class of a cache of class `base` whose `crop` takes a length in columns of the full sequence."""
+    """A subclass of the cache class `base` whose `crop` takes a length in columns of the full sequence."""
 
     class PrunedCache(base):  # type: ignore[misc]
         def crop(self, length: int) -> None:
@@ -97,19 +97,19 @@ def _cropped_by_columns(base: type) -> Any:
 
 
 def _empty_layer(base: type) -> Any:
-    """An empty cache, for copies and pickles to fill."""
+    """An empty cache, for copying and unpickling."""
     return object.__new__(_cropped_by_columns(base))
 
 
 def cache_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names under which `forward` takes a KV cache, the one that wins in front; empty where it takes none."""
+    """The names under which `forward` takes a KV cache, the one with precedence first; empty if it takes none."""
     parameters = inspect.signature(forward).parameters
     own = tuple(name for name in CACHE_NAMES if name in parameters)
     return own + tuple(old for old, new in _renamed_arguments(forward) if new in own and old not in own)
 
 
 def _renamed_arguments(forward: Callable[..., Any] | None) -> Iterator[tuple[str, str]]:
-    """Old and new name of each argument that Transformers' `deprecate_kwarg` renames on the way to `forward`."""
+    """The old and new names of arguments that Transformers' `deprecate_kwarg` renames in `forward`."""
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         names = getattr(getattr(function, "__code__", None), "co_freevars", ())
@@ -120,17 +120,17 @@ def _renamed_arguments(forward: Callable[..., Any] | None) -> Iterator[tuple[str
 
 
 def given_twice(placed: tuple[str, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether a call gives an argument by position and by name: the model itself will refuse it.
+    """True if a call gives an argument both by position and by name, which the model itself will refuse.
 
     Args:
-        placed: names of the arguments that came by position.
-        names: under which the model takes its cache.
+        placed: names of the positional arguments.
+        names: the names under which the model takes its cache.
     """
     taken = {*placed, *(names if set(names) & set(placed) else ())}
     return any(name in taken for name in kwargs)
 
 
 def with_one_cache(call: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """A call of a model that takes its cache under `names`; the one that it reads stands where `cache_of` finds it."""
+    """Move the cache that a model takes under `names` to the name at which `cache_of` finds it."""
     others = {name: value for name, value in call.items() if name not in CACHE_NAMES}
     return others | {CACHE_NAME: next((call[name] for name in names if name in call), None)}

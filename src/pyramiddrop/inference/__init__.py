@@ -1,1 +1,1 @@
-"""A checkpoint, a picture and a question in; an answer, what it cost and what was kept out."""
+"""Load a checkpoint, ask it about pictures under a method, and report the answer and its cost."""

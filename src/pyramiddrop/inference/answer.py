@@ -1,4 +1,4 @@
-"""Generate an answer under a method, with its trace; and compare it with the full model's."""
+"""Generate an answer under a method, and compare it with the full model's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyramiddrop.trace import Trace
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and the trace of its prefill (None without a method)."""
+    """A model's answer, and the trace of its prefill (None without a method)."""
 
     text: str
     trace: Trace | None
@@ -33,12 +33,12 @@ def ask(
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> Answer:
-    """Answer greedily, so that two methods differ by nothing but the tokens that they drop.
+    """Answer greedily, so that two methods differ only by the tokens that they drop.
 
     Args:
-        inputs: of :func:`pyramiddrop.inference.prompt.build_inputs`, on any device.
-        method: what drops visual tokens; None leaves the model as it is.
-        streamer: a Transformers streamer that gets the tokens as they come.
+        inputs: the result of :func:`pyramiddrop.inference.prompt.build_inputs`, on any device.
+        method: the method to apply; None: the unpatched model.
+        streamer: a Transformers streamer that receives the tokens as they are generated.
     """
     with method(checkpoint.model) if method else nullcontext() as trace:
         (text,) = answer_greedily(checkpoint, inputs, max_new_tokens, streamer)
@@ -49,7 +49,7 @@ def ask(
 def answer_greedily(
     checkpoint: Checkpoint, inputs: Mapping[str, Any], max_new_tokens: int, streamer: Any = None
 ) -> list[str]:
-    """The answers to a batch of prompts, padded on the left, under whatever method is on the model."""
+    """The answers to a batch of left-padded prompts, under the method that is applied to the model, if any."""
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     ready = on_model(model, inputs)
     ids = model.generate(
@@ -65,14 +65,14 @@ def answer_greedily(
 
 
 def pad_token(model: Any, tokenizer: Any) -> int | None:
-    """Given by name, or else `generate` prints a warning about it; answers that end before others are filled up."""
+    """The id that pads answers shorter than others; without it, `generate` prints a warning."""
     known: list[int | None] = [model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
     return next((token for token in known if token is not None), None)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to run: its answer, what its prefill used, and how long that took."""
+    """The result of one method: its answer, and the usage and time of its prefill."""
 
     answer: str
     usage: Usage
@@ -81,9 +81,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same prompt without and with a method. `trace` tells which tokens the method kept.
+    """The same prompt without and with a method, whose `trace` shows the kept tokens.
 
-    `fastest` says that the times are those of the fastest of the `runs`, not the medians.
+    Times are medians of the `runs`, or those of the fastest run if `fastest`.
     """
 
     vanilla: Outcome
@@ -94,21 +94,21 @@ class Comparison:
 
     @property
     def flops_ratio(self) -> float:
-        """Pruned FLOPs / vanilla FLOPs."""
+        """FLOPs of the pruned prefill as a share of vanilla's."""
         return self.pruned.usage.flops / self.vanilla.usage.flops
 
     @property
     def kv_ratio(self) -> float:
-        """KV cache of the pruned prefill, as a share of vanilla."""
+        """KV cache of the pruned prefill as a share of vanilla's."""
         return self.pruned.usage.kv_bytes / self.vanilla.usage.kv_bytes
 
     @property
     def time_ratio(self) -> float:
-        """Pruned wall time / vanilla wall time, of the prefill."""
+        """Wall time of the pruned prefill as a share of vanilla's."""
         return self.pruned.prefill.wall / self.vanilla.prefill.wall
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and text: FLOPs, bytes and seconds."""
+        """FLOPs, bytes and seconds as plain numbers, with text."""
         return {
             "vanilla": outcome_dict(self.vanilla),
             "pruned": outcome_dict(self.pruned),
@@ -130,7 +130,7 @@ def compare(
     """Answer `inputs` without and with `method`, and time both prefills in turn, `runs` times each.
 
     Args:
-        fastest: whether the fastest run counts, as on a machine that others use as well, or the median.
+        fastest: report the fastest run (for a machine shared with other programs) instead of the median.
     """
     plain = ask(checkpoint, inputs, None, max_new_tokens)
     pruned = ask(checkpoint, inputs, method, max_new_tokens)
@@ -147,12 +147,12 @@ def compare(
 
 
 def outcome_dict(outcome: Outcome) -> dict[str, Any]:
-    """Plain numbers and text of one way to run."""
+    """An outcome as plain numbers and text."""
     prefill = {"prefill_seconds": outcome.prefill.wall, "prefill_cpu_seconds": outcome.prefill.cpu}
     return {"answer": outcome.answer, **usage_dict(outcome.usage), **prefill}
 
 
 def usage_dict(used: Usage) -> dict[str, Any]:
-    """Plain numbers of one prefill."""
+    """The usage of a prefill as plain numbers."""
     account = {"flops": known(used.flops), "kv_bytes": known(used.kv_bytes)}
     return {**asdict(used), "stages": [asdict(stage) for stage in used.stages], **account}

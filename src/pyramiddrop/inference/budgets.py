@@ -12,7 +12,7 @@ from pyramiddrop.methods import PreLLMMethod
 from pyramiddrop.planning import Before, Budget, Plan, Profile, plan
 from pyramiddrop.schedule import PreLLMSchedule
 
-#: The command line's words for a budget, and the library's.
+#: Names of budgets on the command line, and in the library.
 KINDS = {
     "average_tokens": "tokens",
     "tflops": "tflops",
@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """What was asked for; None where nothing was said. `measure` is in milliseconds."""
+    """The options of `plan`, None if not given. `measure` is in milliseconds."""
 
     average_tokens: float | None = None
     tflops: float | None = None
@@ -40,10 +40,11 @@ class BudgetOptions:
 
 
 def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
-    """The plan that `options` ask for.
+    """Solve for the plan that `options` describe.
 
     Raises:
-        InputError: for not exactly one budget, one out of reach, two things to hold fixed, or values that cannot be.
+        InputError: if there is not exactly one budget, it is out of reach, options contradict each other, or a value is
+            not allowed.
     """
     budget = _budget(options, sizes)
     profile = None
@@ -64,7 +65,7 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
 
 
 def _before(spec: str | None, sizes: Sizes) -> Before | None:
-    """The drop before the decoder that `spec` names."""
+    """Parse `spec` as a method that drops before the decoder."""
     if spec is None:
         return None
     method = parse_method(spec)

@@ -20,14 +20,14 @@ METHOD, SCORER, OPTION = "method", "scorer", "option"
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One thing that can be chosen.
+    """A method, a scorer or an option.
 
     Attributes:
         kind: METHOD, SCORER or OPTION.
-        name: as a command line has it.
-        rule: in one sentence.
-        source: where it was published; empty for controls of this library's own.
-        arguments: names of its own arguments.
+        name: its name on the command line.
+        rule: its rule in one sentence.
+        source: its publication; empty for this library's own controls.
+        arguments: the names of its arguments.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class MethodEntry:
     arguments: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The entry as JSON values."""
         return {**asdict(self), "arguments": list(self.arguments)}
 
 
 def all_entries() -> list[MethodEntry]:
-    """Methods, then scorers, then options."""
+    """All methods, then scorers, then options."""
     return [*map(_method, NAMES), *map(_scorer, SCORERS), *OPTIONS]
 
 
@@ -58,7 +58,7 @@ def _scorer(name: str) -> MethodEntry:
 
 
 def _rule(kind: type[Method] | type[Scorer]) -> str:
-    """The first paragraph of its docstring on one line."""
+    """The first paragraph of the docstring on one line."""
     return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
 
 
@@ -66,7 +66,7 @@ def _arguments(kind: type) -> list[str]:
     return [entry.name for entry in fields(kind) if entry.init]
 
 
-#: What goes with any scorer.
+#: Options that combine with any scorer.
 OPTIONS = (
     MethodEntry(OPTION, "reserve=SHARE", _rule(GridReserveScorer), GridReserveScorer.source),
     MethodEntry(OPTION, "random_from=LAYER", _rule(RandomAfterScorer), RandomAfterScorer.source),
@@ -95,12 +95,12 @@ SAYS = {
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """One family.
+    """A model family.
 
     Attributes:
         model_type: its name in Transformers.
-        family: what is known of it; empty where it has no entry.
-        known: whether it has one.
+        family: its record; an empty one if it has none.
+        known: True if it has a record.
     """
 
     model_type: str
@@ -116,11 +116,11 @@ class FamilyEntry:
 
     @property
     def limits(self) -> list[str]:
-        """In sentences: why it is refused, or what does not go on it."""
+        """Why it is refused, or its restrictions, in sentences."""
         return [self.family.refused] if self.family.refused else [limit.description for limit in self.family.limits]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The family as JSON values."""
         return {
             "family": self.model_type,
             "text_models": list(self.family.text),
@@ -133,7 +133,7 @@ class FamilyEntry:
 
 
 def all_families() -> list[FamilyEntry]:
-    """Those with an entry by name: proven, then refused; then what else Transformers makes text of images with."""
+    """All families with a record (proven, then refused), then Transformers' other image-text-to-text models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
     known = [FamilyEntry(name, FAMILIES[name]) for name in sorted(FAMILIES)]
@@ -145,7 +145,7 @@ def find_family(model: str) -> FamilyEntry:
     """The family of a model type, or of the checkpoint in a folder.
 
     Raises:
-        InputError: where there is none of that name.
+        InputError: if there is no family of that name.
     """
     folder = Path(model)
     name = _model_type(folder) if folder.is_dir() else model

@@ -23,7 +23,7 @@ DEVICES = ("cuda", "mps", "cpu")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model with its processor; `source` is the folder or the hub's name that it came from."""
+    """A loaded model with its processor; `source` is its folder or its name on the hub."""
 
     model: Any
     processor: Any
@@ -31,7 +31,7 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """The depth of the language model."""
+        """The number of layers of the language model."""
         return decoder_layers(self.model.config)
 
 
@@ -39,7 +39,7 @@ def read_config(source: str | Path) -> Any:
     """The configuration of a checkpoint, without its weights.
 
     Raises:
-        InputError: where there is no checkpoint, or its family is not one of those that are supported.
+        InputError: if there is no checkpoint, or its family is not supported.
     """
     config = read_any_config(source)
     family = config.model_type
@@ -52,23 +52,23 @@ def read_config(source: str | Path) -> Any:
 
 
 def read_any_config(source: str | Path) -> Any:
-    """The configuration of a checkpoint of any family that Transformers knows; code that it brings along is not run.
+    """The configuration of a checkpoint of any family in Transformers; code in the checkpoint is not run.
 
     Raises:
-        InputError: where there is no checkpoint.
+        InputError: if there is no checkpoint.
     """
     _check_place(source)
     with user_input(_unread(source), (OSError, ValueError)):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)  # else Transformers asks, and waits
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)  # None would ask the user
 
 
 def read_served_config(source: str | Path) -> Any:
-    """The configuration of a checkpoint that vLLM may know and Transformers not: then that of its language model.
+    """The configuration of a checkpoint for vLLM; that of its language model if Transformers does not know the whole.
 
-    InternVL in its authors' format brings code that reads its configuration. It is not run here.
+    InternVL in its authors' format contains code that reads its configuration; it is not run here.
 
     Raises:
-        InputError: where there is no checkpoint, or its language model is none that Transformers knows.
+        InputError: if there is no checkpoint, or Transformers does not know its language model.
     """
     _check_place(source)
     with user_input(_unread(source), (OSError, ValueError)):
@@ -89,7 +89,7 @@ def _check_place(source: str | Path) -> None:
 
 
 def _is_path(source: str) -> bool:
-    """Whether `source` can be no name on the hub, or begins with a folder that is here: then the hub is not asked."""
+    """True if `source` must be a local path: it is no valid name on the hub, or begins with an existing folder."""
     folder = Path(source)
     here = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
     return here or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
@@ -111,11 +111,11 @@ def load_checkpoint(source: str | Path, device: str | None = None, dtype: str | 
 
     Args:
         source: a folder in Hugging Face's format, or a name on the hub.
-        device: `cuda`, `cuda:1`, `mps` or `cpu`; None takes the best that is there.
-        dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own; None takes what suits the device.
+        device: `cuda`, `cuda:1`, `mps` or `cpu`; None: the best one available.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own; None: one that suits the device.
 
     Raises:
-        InputError: for a checkpoint, device or dtype that cannot be used.
+        InputError: if the checkpoint, device or dtype cannot be used.
     """
     read_config(source)
     place = pick_device(device)
@@ -128,12 +128,12 @@ def load_checkpoint(source: str | Path, device: str | None = None, dtype: str | 
 
 
 def load_processor(source: str | Path) -> Any:
-    """The checkpoint's processor; its image part is Pillow's where torchvision is not installed."""
+    """The checkpoint's processor, with Pillow's image backend if torchvision is not installed."""
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(source)
     try:
         return AutoProcessor.from_pretrained(source, backend="pil")
-    except TypeError:  # a processor that has only one image backend, and does not know the argument
+    except TypeError:  # a processor with a single image backend, which does not take the argument
         return AutoProcessor.from_pretrained(source)
 
 
@@ -152,9 +152,9 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(device: torch.device, name: str | None) -> torch.dtype | str:
-    """The named dtype, or the one that suits `device`: bfloat16 on CUDA (float16 on old cards), float16 on MPS.
+    """The named dtype, or one that suits `device`: bfloat16 on CUDA (float16 on old cards), float16 on MPS.
 
-    On a CPU it is float32, whatever the checkpoint has, for half precision is slow or inexact there.
+    On a CPU it is always float32, because half precision is slow or inexact there.
     """
     if name == "auto":
         return name
@@ -171,18 +171,18 @@ SAVED = "saved"
 
 
 def load(source: str | Path, method: Method | str | None = SAVED, **options: Any) -> Any:
-    """Load a model, and apply the method that was saved beside it.
+    """Load a model, and apply the method that was saved beside it, if any.
 
-    >>> model = pyramiddrop.load("runs/my-llava")          # as it was trained; as it is where nothing was saved
+    >>> model = pyramiddrop.load("runs/my-llava")          # with the method that it was trained with
     >>> model = pyramiddrop.load("runs/my-llava", None)    # without dropping
 
     Args:
         source: a folder or a name on the hub, of a whole model or of a LoRA adapter.
-        method: another one, or None for none.
-        options: of `AutoModelForImageTextToText.from_pretrained`.
+        method: another method to apply; None: none.
+        options: arguments of `AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
-        ValueError: for a `pyramiddrop.json` that cannot be read, or a method that does not fit the model.
+        ValueError: if `pyramiddrop.json` cannot be read, or the method does not fit the model.
     """
     if isinstance(method, str) and method != SAVED:
         raise ValueError(f"method must be a Method, {SAVED!r} or None; got {method!r}")

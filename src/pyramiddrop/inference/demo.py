@@ -27,7 +27,7 @@ BATCH, BATCH_RUNS = 8, 3
 class Question:
     """A question about the picture in the file `image`, with its true answer.
 
-    `why` says, of a question that PyramidDrop answers wrongly, what the drops took from it.
+    `why` explains which dropped tokens a wrong answer of PyramidDrop needed.
     """
 
     image: Path
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, the picture, and what came of it."""
+    """A question, its picture, and the answers."""
 
     question: Question
     picture: Image.Image
@@ -47,17 +47,17 @@ class Asked:
 
     @property
     def vanilla_right(self) -> bool:
-        """Whether vanilla gave the right answer."""
+        """True if vanilla's answer is right."""
         return self.comparison.vanilla.answer == self.question.answer
 
     @property
     def pruned_right(self) -> bool:
-        """Whether the method gave the right answer."""
+        """True if the method's answer is right."""
         return self.comparison.pruned.answer == self.question.answer
 
     @property
     def why_wrong(self) -> str:
-        """What the drops took from the question, if PyramidDrop alone is wrong and it is known why; else empty."""
+        """The known reason if PyramidDrop is wrong and vanilla is right, else empty."""
         return self.question.why if self.vanilla_right and not self.pruned_right else ""
 
 
@@ -71,11 +71,11 @@ class BatchPrefill:
 
     @property
     def cpu_ratio(self) -> float:
-        """Pruned CPU time / vanilla CPU time."""
+        """CPU time of the pruned prefill as a share of vanilla's."""
         return self.pruned.cpu / self.vanilla.cpu
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, in seconds."""
+        """Seconds as plain numbers."""
         return {
             "size": self.size,
             "vanilla_prefill_cpu_seconds": self.vanilla.cpu,
@@ -86,7 +86,7 @@ class BatchPrefill:
 
 @dataclass(frozen=True)
 class Demo:
-    """All questions, each asked alone, and the prefill of a batch of them."""
+    """The results of the demo: all questions, each asked alone, and the prefill of a batch of them."""
 
     checkpoint: Checkpoint
     method: Method
@@ -95,11 +95,11 @@ class Demo:
 
     @property
     def right(self) -> list[tuple[bool, bool]]:
-        """For each question whether vanilla, and whether the method answered exactly right."""
+        """For each question, whether vanilla and the method answered exactly right."""
         return [(asked.vanilla_right, asked.pruned_right) for asked in self.asked]
 
     def medians(self, value: Callable[[Outcome], float]) -> tuple[float, float]:
-        """The median over the questions of a number of vanilla, and of the same number of the method."""
+        """The medians of a quantity over the questions, for vanilla and for the method."""
         comparisons = [asked.comparison for asked in self.asked]
         return (
             statistics.median(value(one.vanilla) for one in comparisons),
@@ -108,12 +108,12 @@ class Demo:
 
     @property
     def prefill_cpu_ratio(self) -> float:
-        """The method's CPU time of one prompt's prefill / vanilla's."""
+        """CPU time of a single prompt's pruned prefill as a share of vanilla's."""
         vanilla, pruned = self.medians(lambda one: one.prefill.cpu)
         return pruned / vanilla
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and text: FLOPs, bytes and seconds."""
+        """FLOPs, bytes and seconds as plain numbers, with text."""
         return {
             "questions": [_asked_dict(asked) for asked in self.asked],
             "vanilla_right": sum(asked.vanilla_right for asked in self.asked),
@@ -124,7 +124,7 @@ class Demo:
 
 
 def run_demo(questions: int, progress: Callable[[str], None] = lambda step: None) -> Demo:
-    """Ask `questions` of the bundled questions, on the CPU and on one thread; `progress` is told each step.
+    """Ask `questions` of the bundled questions, on one CPU thread; `progress` is called with each step.
 
     Raises:
         ValueError: for fewer than one question.
@@ -142,7 +142,7 @@ def run_demo(questions: int, progress: Callable[[str], None] = lambda step: None
 
 
 def pick_questions(count: int) -> list[Question]:
-    """The first `count` of the bundled questions, the pictures in turn; all of them if there are not so many.
+    """The first `count` bundled questions, with the pictures in turn; all of them if there are fewer.
 
     Raises:
         ValueError: for fewer than one.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. Its message is one line that names the thing and the reason."""
+    """The user's input cannot be used; the message is one line that names the input and the reason."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -15,11 +15,11 @@ class InputError(ValueError):
 
 @contextmanager
 def user_input(about: str = "", caught: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """Turn errors about what the user gave into an :class:`InputError` that says `about` what.
+    """Turn errors about user input into an :class:`InputError`.
 
     Args:
-        about: put before the first line of the error's message.
-        caught: the classes that are turned.
+        about: the subject, put before the first line of the error's message.
+        caught: the classes of errors to turn.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Time a decoder on this machine layer by layer, so that the time of any schedule is a sum."""
+"""Time one layer of a decoder on this machine, so that the time of any schedule is a sum."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ RUNS = 3
 
 
 class LayerProfiler:
-    """Milliseconds of one layer of a decoder's shape, with random weights, on the best device of this machine.
+    """Measures milliseconds of a decoder layer with random weights on the best device of this machine.
 
-    Each number of rows is measured once: a warm-up, then the median of 3 runs. What is no decoder layer (vision tower,
-    embeddings, head) is not measured.
+    Each number of rows is measured once: a warm-up, then the median of 3 runs. Only decoder layers are measured, not
+    the vision tower, the embeddings or the head.
 
     Raises:
-        InputError: for a mixture of experts, whose time depends on where its router sends the tokens, and for layers
-            that do not all attend to everything with the same heads.
+        InputError: for a mixture of experts, whose time depends on its router, and for layers that do not all have full
+            attention with the same heads.
     """
 
     def __init__(self, shape: DecoderShape) -> None:
@@ -49,7 +49,7 @@ class LayerProfiler:
         self._seen: dict[tuple[str, int], float] = {}
 
     def layer(self, rows: int) -> float:
-        """Milliseconds of one layer over `rows` rows."""
+        """Milliseconds of a layer over `rows` rows."""
         return self._measured("layer", rows, self._run_layer)
 
     def ranking(self, rows: int) -> float:

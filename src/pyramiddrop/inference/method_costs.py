@@ -1,4 +1,4 @@
-"""Vanilla and methods in words, each with what it costs in a model of given sizes."""
+"""The costs of vanilla and of methods, given as text, in a model of given sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyramiddrop.method_spec import NAMES, VANILLA, method_label, with_defaults
 
 @dataclass(frozen=True)
 class MethodCost:
-    """One method (None is vanilla), what to call it, and what it costs."""
+    """A method (None: vanilla), its label, and its cost."""
 
     label: str
     method: Method | None
@@ -23,10 +23,10 @@ class MethodCost:
 
 
 def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) -> list[MethodCost]:
-    """Vanilla, and the methods that `specs` name, each with its own options and the `shared` ones that it knows.
+    """The costs of vanilla and of the methods in `specs`, each with its own options and the `shared` ones that it has.
 
     Raises:
-        InputError: for an unknown method or option, a bad value, or a shared option that none of the methods knows.
+        InputError: for an unknown method or option, a bad value, or a shared option that no method has.
     """
     with user_input():
         full = [with_defaults(spec, shared) for spec in specs]
@@ -41,10 +41,10 @@ def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) 
 def published_costs(
     specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes
 ) -> tuple[list[MethodCost], list[str]]:
-    """The same for methods that nobody named: those that this model cannot have are left out. And why they are.
+    """`method_costs` of default methods, without those that the model does not allow; and the reasons for these.
 
     Raises:
-        InputError: where it can have none of them.
+        InputError: if the model allows none of them.
     """
     found, errors = method_costs([], {}, sizes), dict[str, InputError]()
     for spec in specs:

@@ -12,12 +12,12 @@ SIXTEEN_BITS = ("PNG", "PPM")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A copy of `picture` in RGB; transparency is left out, as Transformers' processors do.
+    """A copy of `picture` in RGB, without transparency, as in Transformers' processors.
 
     Pillow alone clips values above 255 to white. Here 16-bit values are scaled from 0..65535, and floats from 0..1.
 
     Raises:
-        InputError: for integers of 32 bits and floats beyond 0..1, whose range is not known, and for a mode that Pillow
+        InputError: for 32-bit integers and floats outside 0..1, whose range is unknown, and for modes that Pillow
             cannot convert.
     """
     largest = _largest(picture)
@@ -31,7 +31,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _largest(picture: Image.Image) -> float | None:
-    """The value that means white, or None where Pillow knows it."""
+    """The value of white, or None if Pillow knows it."""
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format in SIXTEEN_BITS):
         return 65535

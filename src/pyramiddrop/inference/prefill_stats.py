@@ -1,4 +1,4 @@
-"""The cost of one prefill: visual tokens after each drop, FLOPs, and bytes of KV cache."""
+"""The usage of one prefill: visual tokens after each drop, FLOPs, and bytes of KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyramiddrop.trace import Trace
 
 @dataclass(frozen=True)
 class StageTokens:
-    """How many visual tokens stay from `layer` on."""
+    """The number of visual tokens from `layer` on."""
 
     layer: int
     keep: float
@@ -26,16 +26,16 @@ class StageTokens:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one prefill of one prompt used.
+    """The usage of one prefill of one prompt.
 
     Attributes:
-        visual_tokens: what the pictures brought.
-        text_tokens: all others.
-        stages: the drops; none without a method.
-        flops: of the decoder's layers, predicted by the cost model; a multiply-add is 2.
-        kv_bytes: of the cache after the prefill.
+        visual_tokens: number of visual tokens.
+        text_tokens: number of all other tokens.
+        stages: the drops; empty without a method.
+        flops: FLOPs of the decoder's layers, by the cost model; 2 for a multiply-add.
+        kv_bytes: bytes of the KV cache after the prefill.
 
-    Both are NaN for a text model that the cost model does not know.
+    `flops` and `kv_bytes` are NaN for a text model that the cost model does not know.
     """
 
     visual_tokens: int
@@ -46,17 +46,17 @@ class Usage:
 
     @property
     def tokens_by_stage(self) -> list[int]:
-        """Visual tokens at the start, then after each drop."""
+        """The number of visual tokens at the start, then after each drop."""
         return [self.visual_tokens, *(stage.tokens for stage in self.stages)]
 
     def by_layer(self, layers: int) -> list[int]:
-        """Visual tokens in each of the model's `layers` layers."""
+        """The number of visual tokens in each of the model's `layers` layers."""
         counts = self.tokens_by_stage
         return [counts[sum(stage.layer <= layer for stage in self.stages)] for layer in range(layers)]
 
 
 def usage(trace: Trace) -> Usage:
-    """The account of the last prefill (of a single sample) in `trace`."""
+    """The usage of the last prefill (of a single sample) in `trace`."""
     stages = tuple(StageTokens(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
     visual = trace.visual_tokens[0]
     text = trace.length - visual
@@ -67,18 +67,18 @@ def usage(trace: Trace) -> Usage:
 
 
 def vanilla_usage(model: Any, inputs: Mapping[str, Any]) -> Usage:
-    """The account of a prefill of `inputs` (a single sample) in which nothing is dropped."""
+    """The usage of a prefill of `inputs` (a single sample) without dropping."""
     return batch_usage(model, inputs)[0]
 
 
 def batch_usage(
     model: Any, inputs: Mapping[str, Any], method: Method | None = None, trace: Trace | None = None
 ) -> list[Usage]:
-    """The account of each sample of a batch, each for itself: padding is not counted, so its mates do not matter.
+    """The usage of each sample of a batch, without padding, so that it does not depend on the other samples.
 
     Args:
-        inputs: of the batch.
-        method, trace: what dropped tokens in its prefill, and what that told; None where nothing was dropped.
+        inputs: the inputs of the batch.
+        method, trace: the method of its prefill, and the trace; None without dropping.
     """
     info = inspect_model(model)
     kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []
@@ -90,7 +90,7 @@ def batch_usage(
 
 
 def batch_prompts(model: Any, inputs: Mapping[str, Any]) -> list[Prompt]:
-    """What each sample of a batch brings, told by its ids: nothing has to run. Each sample needs a picture."""
+    """The token counts of each sample of a batch, from its ids, without running it. Each sample needs a picture."""
     return [
         Prompt(visual, text, instruction_tokens=instruction)
         for visual, text, instruction in _counted(inspect_model(model), inputs)
@@ -98,7 +98,7 @@ def batch_prompts(model: Any, inputs: Mapping[str, Any]) -> list[Prompt]:
 
 
 def _counted(info: ModelInfo, inputs: Mapping[str, Any], trace: Trace | None = None) -> list[tuple[int, int, int]]:
-    """Of each sample of a batch, without padding: visual tokens, all others, and those of them behind the pictures."""
+    """For each sample, without padding: numbers of visual tokens, of all others, and of those after the pictures."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids) if mask is None else mask
     marked = torch.isin(ids, torch.tensor(info.visual_ids, device=ids.device))
@@ -118,7 +118,7 @@ def _account(
     instruction: int,
     stages: tuple[StageTokens, ...],
 ) -> Usage:
-    """The account of one sample: `visual` tokens, `text` tokens, of which the `instruction` is behind the pictures."""
+    """The usage of one sample with `visual` and `text` tokens, of which `instruction` follow the pictures."""
     unknown = Usage(visual, text, stages, math.nan, math.nan)
     if shape is None:
         return unknown
@@ -133,5 +133,5 @@ def _account(
 
 
 def known(number: float) -> float | None:
-    """The number, or None where it is not known: JSON has no NaN."""
+    """The number, or None instead of NaN, which JSON does not have."""
     return None if math.isnan(number) else number

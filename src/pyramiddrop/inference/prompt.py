@@ -1,4 +1,4 @@
-"""Turn pictures, frames and a question into the tensors that a model reads."""
+"""Build a model's input tensors from pictures, video frames and a question."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pyramiddrop.inference.pixels import to_rgb
 if TYPE_CHECKING:
     from pyramiddrop.inference.video import Video
 
-#: For a processor without a chat template: the format of the first LLaVA models.
+#: The prompt for processors without a chat template: the format of the first LLaVA models.
 PLAIN = "USER: {images}\n{prompt} ASSISTANT:"
 #: Several questions, each about its own pictures.
 Questions = Sequence[tuple[Sequence[Image.Image], str]]
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
-    """The picture in a file, or in the bytes of one, upright and in RGB.
+    """Open a picture from a file or its bytes, upright and in RGB.
 
     Raises:
-        InputError: for a file that is not there, is no picture, or holds values whose range is not known.
+        InputError: if the file does not exist, is not a picture, or has values of unknown range.
     """
     with opened(source) as picture:
         upright = ImageOps.exif_transpose(picture)
@@ -35,17 +35,17 @@ def open_picture(source: Path | bytes) -> Image.Image:
 
 
 def check_picture(path: Path) -> None:
-    """Raise InputError for a file that is not there or does not begin as a picture does; its pixels are not read."""
+    """Raise InputError if a file does not exist or has no picture's header; pixels are not read."""
     with opened(path):
         pass
 
 
 @contextmanager
 def opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """The picture in a file, or in the bytes of one, of which no more than the header is read yet.
+    """Context manager that opens a picture from a file or its bytes and reads its header only.
 
     Raises:
-        InputError: for a file that is not there or is no picture, and for whatever is wrong with it in the block.
+        InputError: if the file does not exist or is not a picture, and for errors about it inside the block.
     """
     name = "in the data" if isinstance(source, bytes) else str(source)
     try:
@@ -61,7 +61,7 @@ def opened(source: Path | bytes) -> Iterator[Image.Image]:
 
 
 def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
-    """Raise InputError for an empty prompt, or one without a picture or a video."""
+    """Raise InputError if the prompt is empty, or has neither a picture nor a video."""
     if not pictures and not videos:
         raise InputError(
             "a prompt needs an image or a video: without one there are no visual tokens to drop (--image, --video)"
@@ -71,13 +71,13 @@ def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
 
 
 def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, video: Video | None = None) -> Any:
-    """The tensors for one question, on the CPU: batch size 1, the pictures before the video, and both before the words.
+    """Build the tensors of one question, batch size 1, on the CPU: pictures, then the video, then the text.
 
-    The processor takes the video's frames as they are, and samples none.
+    The processor uses all of the video's frames without sampling.
 
     Raises:
-        InputError: for neither picture nor video, an empty prompt, one with the processor's own image token, and a
-            video for a processor of images alone.
+        InputError: if there is neither picture nor video, the prompt is empty or contains the processor's own image
+            token, or the processor does not take videos.
     """
     if video and getattr(processor, "video_processor", None) is None:
         raise InputError("the checkpoint's processor takes no videos; give the frames as images")
@@ -85,17 +85,17 @@ def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, v
 
 
 def build_batch(processor: Any, questions: Questions) -> Any:
-    """The tensors for several questions, each about its own pictures: one row a question, padded on the left.
+    """Build the tensors of several questions, each about its own pictures: one row each, left-padded.
 
     Raises:
-        InputError: as for `build_inputs`, for any of them.
+        InputError: as for `build_inputs`.
     """
     return _build(processor, questions)
 
 
 def image_token(processor: Any) -> str:
-    """What stands for an image in a text that the processor is given."""
-    placeholder = getattr(processor, "image_placeholder_token", None)  # where the token itself is another one
+    """The placeholder of an image in the processor's text."""
+    placeholder = getattr(processor, "image_placeholder_token", None)  # if it differs from the token itself
     return str(placeholder or getattr(processor, "image_token", "<image>"))
 
 
@@ -110,7 +110,7 @@ def _build(processor: Any, questions: Questions, video: Video | None = None) -> 
     with _left_padding(processor.tokenizer):
         build = _of_template if getattr(processor, "chat_template", None) is not None else _of_text
         inputs = build(processor, questions, video, settings)
-    inputs.pop("video_metadata", None)  # no tensor, and nothing for the model
+    inputs.pop("video_metadata", None)  # not a tensor, and not an argument of the model
     return inputs
 
 
@@ -168,7 +168,10 @@ def _content(pictures: Sequence[Image.Image], prompt: str, video: Video | None) 
 
 @contextmanager
 def _left_padding(tokenizer: Any) -> Iterator[None]:
-    """Pad on the left: every prompt ends where its answer begins. Without a padding token, the end's is taken."""
+    """Make the processor pad on the left, so that every prompt ends where its answer begins.
+
+    Without a padding token, the end token pads.
+    """
     before = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -180,6 +183,6 @@ def _left_padding(tokenizer: Any) -> Iterator[None]:
 
 
 def on_model(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`inputs` on the model's device, the pixels in its dtype."""
+    """Move `inputs` to the model's device, and pixels to its dtype."""
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}

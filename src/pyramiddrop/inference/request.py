@@ -1,4 +1,4 @@
-"""Turn what a user gave into a prepared request, and run it; cheap checks come before weights are loaded."""
+"""Prepare a user's request and run it; cheap checks come before weights are loaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ KNOWS = "the bundled model knows only its own kind of scenes, documents and char
 
 @dataclass(frozen=True)
 class Request:
-    """A question about pictures, then a video, and what shall answer it.
+    """A question about pictures and a video, with the model and method that answer it.
 
-    `model` None is the bundled one; `method` is in words, None takes the saved one or the paper's; `frames` is how many
-    are taken of the video.
+    Attributes:
+        model: a folder or a name on the hub; None: the bundled model.
+        method: a method specification; None: the saved method, or the paper's.
+        frames: number of frames to read from the video.
     """
 
     prompt: str
@@ -44,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request that can run. `method` is None for vanilla."""
+    """A request that is ready to run. `method` is None for vanilla."""
 
     request: Request
     checkpoint: Checkpoint
@@ -55,7 +57,7 @@ class PreparedRequest:
 
     @property
     def remarks(self) -> list[str]:
-        """What the bundled model cannot know of the request; empty for a model that was named."""
+        """Warnings about what the bundled model was not trained on; empty for a model that was named."""
         if self.request.model is not None:
             return []
         return bundled_remarks(self.checkpoint.processor, self.request.prompt, self.pictures)
@@ -65,7 +67,7 @@ def prepare(request: Request) -> PreparedRequest:
     """Check the request, load its checkpoint, and build the model's inputs.
 
     Raises:
-        InputError: for anything that the user gave and that cannot be used.
+        InputError: if any part of the request cannot be used.
     """
     source = request.model or str(reader_checkpoint())
     check_prompt(request.prompt, len(request.images), videos=request.video is not None)
@@ -83,9 +85,9 @@ def prepare(request: Request) -> PreparedRequest:
 
 
 def bundled_remarks(processor: Any, prompt: str, pictures: Sequence[Image.Image]) -> list[str]:
-    """Why the bundled model's answer may mean nothing; empty if nothing is seen that is foreign to it.
+    """Reasons why the bundled model's answer may be meaningless; empty if the request looks like its training data.
 
-    A picture is told by its size alone: a photograph of the size that the model was trained on is not noticed.
+    Pictures are recognised by size alone, so a photograph of the training size is not noticed.
     """
     remarks = []
     tokens = processor.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
@@ -109,7 +111,7 @@ def bundled_remarks(processor: Any, prompt: str, pictures: Sequence[Image.Image]
 
 
 def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
-    """A model or a method that cannot work says so when it is taken apart or attached; better now than half way."""
+    """Inspect the model and attach the method once, so that an unsupported combination fails before anything runs."""
     inspect_model(checkpoint.model)
     if method is not None:
         with method(checkpoint.model):
@@ -118,7 +120,7 @@ def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a request. `trace` is None for vanilla, `comparison` where none was asked for."""
+    """The result of a request. `trace` is None for vanilla, and `comparison` is None if none was requested."""
 
     ready: PreparedRequest
     answer: str
@@ -129,11 +131,11 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The name of what answered."""
+        """The name of the method that answered."""
         return type(self.ready.method).__name__ if self.ready.method else "vanilla"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and text: FLOPs, bytes and seconds."""
+        """FLOPs, bytes and seconds as plain numbers, with text."""
         request, model = self.ready.request, self.ready.checkpoint.model
         return {
             "model": request.model or "bundled",
@@ -153,13 +155,13 @@ class Run:
         }
 
     def _video(self) -> dict[str, Any] | None:
-        """The video, and the numbers of the frames that were taken of it."""
+        """The video and the numbers of its frames that were read."""
         video = self.ready.video
         return {"path": str(self.ready.request.video), "frames": video.metadata["frames_indices"]} if video else None
 
 
 def run(ready: PreparedRequest, max_new_tokens: int, streamer: Any = None) -> Run:
-    """Answer the request; `streamer` is a Transformers streamer that gets the tokens as they come."""
+    """Answer the request; `streamer` is a Transformers streamer that receives the tokens as they are generated."""
     answer = ask(ready.checkpoint, ready.inputs, ready.method, max_new_tokens, streamer)
     plain = vanilla_usage(ready.checkpoint.model, ready.inputs)
     return Run(ready, answer.text, usage(answer.trace) if answer.trace else plain, plain, answer.trace)
@@ -169,7 +171,7 @@ def run_compared(ready: PreparedRequest, max_new_tokens: int) -> Run:
     """Answer the request without and with its method, and time both prefills.
 
     Raises:
-        InputError: where the request is for vanilla itself.
+        InputError: if the request is for vanilla itself.
     """
     if ready.method is None:
         raise InputError("there is nothing to compare vanilla with; name a method that drops tokens")

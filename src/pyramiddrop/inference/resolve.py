@@ -1,4 +1,4 @@
-"""Find the method to run: the one in words, the one saved beside a checkpoint, or the paper's."""
+"""Find the method to run: the specified one, the one saved beside a checkpoint, or the paper's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyramiddrop.methods import FILE_NAME, Compose, Method, PyramidDrop
 
 
 def resolve_method(spec: str | None, source: str | Path, num_layers: int) -> Method | None:
-    """The method that `spec` names, fit for a model of `num_layers` layers; None for vanilla.
+    """Parse the method in `spec` and check it against a model of `num_layers` layers; None for vanilla.
 
     Args:
-        spec: as `parse_method_spec` takes it; None takes the method saved beside the checkpoint `source`, or else
-            PyramidDrop as the paper has it.
+        spec: as for `parse_method_spec`; None: the method saved beside the checkpoint `source`, or else the paper's
+            PyramidDrop.
 
     Raises:
         InputError: for an unknown method, an option that the method does not have, or a bad value.
@@ -29,13 +29,13 @@ def resolve_method(spec: str | None, source: str | Path, num_layers: int) -> Met
 
 
 def parse_method(spec: str) -> Method | None:
-    """`parse_method_spec` of what a user gave: its errors are InputErrors."""
+    """`parse_method_spec` whose errors are InputErrors."""
     with user_input():
         return parse_method_spec(spec)
 
 
 def with_logits(method: Method, logits: str) -> Method:
-    """The same method with other `logits`: "auto", "full" or "kept"; a composition with them in both of its methods."""
+    """The same method with other `logits` ("auto", "full" or "kept"), in a composition in both of its methods."""
     changes: dict[str, Any] = {"logits": logits}
     if isinstance(method, Compose):
         changes = {
@@ -48,13 +48,13 @@ def saved_method(source: str | Path) -> Method | None:
     """The method saved beside the checkpoint `source` (a folder or a name on the hub), or None.
 
     Raises:
-        InputError: for a file that cannot be read as a method.
+        InputError: if its file cannot be read as a method.
     """
     from transformers.utils import cached_file
 
     try:
         found = cached_file(source, FILE_NAME)
-    except OSError:  # there is none, or the hub cannot be reached and it was never fetched
+    except OSError:  # the file does not exist, or the hub is out of reach and it was never downloaded
         return None
     with user_input(f"cannot use the {FILE_NAME} of {source}"):
         return Method.from_pretrained(Path(str(found)).parent)

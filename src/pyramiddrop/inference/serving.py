@@ -1,4 +1,4 @@
-"""The command that starts a server, and an estimate of what dropping saves there."""
+"""Build the command that starts a server, and estimate the savings of dropping there."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pyramiddrop.vllm import hf_overrides
 BACKENDS = ("vllm", "transformers")
 OVERRIDES, TEMPLATE = "--hf-overrides", "--chat-template"
 HEADERS = ("--middleware", "pyramiddrop.vllm.response_headers.PruningHeaders")
-# Of models whose pictures have no fixed number of tokens: about what a picture of a megapixel brings.
+# For models whose pictures have no fixed number of tokens: about that of a megapixel picture.
 VISUAL_TOKENS, TEXT_TOKENS = 1024, 64
 
 
 @dataclass(frozen=True)
 class Saving:
-    """One prompt without and with dropping."""
+    """The cost of one prompt without and with dropping."""
 
     prompt: Prompt
     vanilla: CostBreakdown
@@ -37,24 +37,24 @@ class Saving:
 
     @property
     def flops_ratio(self) -> float:
-        """Of the whole prefill, the vision tower included where its sizes are known."""
+        """The share of FLOPs of the whole prefill, including the vision tower if its sizes are known."""
         return self.pruned.full.total / self.vanilla.full.total
 
     @property
     def kv_ratio(self) -> float:
-        """Of the KV cache that the prompt needs."""
+        """The share of the prompt's KV cache."""
         return self.pruned.kv_bytes / self.vanilla.kv_bytes
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A server that can be started.
+    """A server that is ready to start.
 
     Attributes:
-        command: of vLLM or of Transformers.
-        method: what it drops by.
-        saving: None where the cost model does not know the text model.
-        notes: what else is done, one line each.
+        command: the command line of vLLM or of Transformers.
+        method: the method that it applies.
+        saving: the estimated saving; None if the cost model does not know the text model.
+        notes: further information, one line each.
     """
 
     command: list[str]
@@ -66,7 +66,7 @@ class Launch:
         """Start the server in this process; returns when it ends.
 
         Raises:
-            InputError: where the server is not installed, or cannot serve what was asked for.
+            InputError: if the server is not installed, or refuses the request.
         """
         if self.command[0] == "vllm":
             _run_vllm(self.command)
@@ -75,16 +75,16 @@ class Launch:
 
 
 def prepare_launch(model: str, spec: str | None, arguments: Sequence[str], backend: str | None = None) -> Launch:
-    """Work out the command that serves `model` under a method.
+    """Build the command that serves `model` under a method.
 
     Args:
-        model: folder or hub name of a checkpoint; its configuration alone is read, and its tokenizer.
-        spec: the method in words; None takes the one saved beside the checkpoint, or the paper's.
-        arguments: for the server, as they are.
-        backend: one of `BACKENDS`; None takes vLLM where it is installed.
+        model: folder or hub name of a checkpoint; only its configuration and its tokenizer are read.
+        spec: the method specification; None: the method saved beside the checkpoint, or the paper's.
+        arguments: further arguments of the server.
+        backend: one of `BACKENDS`; None: vLLM if it is installed.
 
     Raises:
-        InputError: for anything that the user gave and that cannot be used.
+        InputError: if any of these cannot be used.
     """
     if backend is None:
         backend = "vllm" if find_spec("vllm") is not None else "transformers"
@@ -121,10 +121,9 @@ def _transformers_command(model: str, method: Method, arguments: Sequence[str]) 
 
 
 def template_with_bos(model: str) -> str | None:
-    """The checkpoint's chat template with the token that begins a sequence before it, if Transformers would add one
-    and vLLM not; else None.
+    """The checkpoint's chat template with the beginning-of-sequence token, if Transformers adds it and vLLM does not.
 
-    LLaVA's template leaves it out. Transformers' processor adds it as it tokenizes; vLLM tokenizes chats without.
+    LLaVA's template lacks the token: Transformers' processor adds it when tokenizing, and vLLM does not. Else None.
     """
     try:
         processor = load_processor(model)
@@ -135,13 +134,13 @@ def template_with_bos(model: str) -> str | None:
             return None
         if processor.apply_chat_template(said).startswith(begin):
             return None
-    except Exception:  # a checkpoint without a processor or a template: vLLM says so, if it needs one
+    except Exception:  # no processor or template: vLLM reports it if it needs one
         return None
     return f"{{{{ bos_token }}}}{processor.chat_template}"
 
 
 def _merged(overrides: dict[str, Any], arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """`overrides` with those that stand among vLLM's `arguments`, and the arguments without them."""
+    """Merge the overrides among vLLM's `arguments` into `overrides`, and remove them from the arguments."""
     others = list(arguments)
     while OVERRIDES in others:
         place = others.index(OVERRIDES)
@@ -173,7 +172,7 @@ def _run_vllm(command: list[str]) -> None:
     try:
         with _known_as_vllm():
             main()
-    except ValueError as error:  # also pydantic's, around what the plugin refuses
+    except ValueError as error:  # also pydantic's, around a refusal of the plug-in
         if "pyramiddrop" not in str(error):
             raise
         raise InputError(_reason(error)) from None
@@ -181,7 +180,7 @@ def _run_vllm(command: list[str]) -> None:
 
 @contextmanager
 def _known_as_vllm() -> Iterator[None]:
-    """vLLM's command asks for the version of the distribution `vllm`; that of the CPU build has another name."""
+    """Make the version of the CPU build visible under the name `vllm`, for which vLLM's command asks."""
     version = importlib.metadata.version
 
     def known(distribution_name: str) -> str:
@@ -200,7 +199,7 @@ def _known_as_vllm() -> Iterator[None]:
 
 
 def _reason(error: ValueError) -> str:
-    """What was refused, without what pydantic writes around it."""
+    """The reason of a refusal, without pydantic's text around it."""
     details = getattr(error, "errors", None)
     return str(details()[0].get("ctx", {}).get("error", error)) if callable(details) else str(error)
 
@@ -221,7 +220,7 @@ def _run_transformers(command: list[str], method: Method) -> None:
         apply(model, method)
         return model
 
-    # Transformers' own asks for torchvision to prepare pictures; this one takes Pillow where there is none.
+    # Transformers' own loader needs torchvision for pictures; this one takes Pillow if torchvision is missing.
     ModelManager._load_processor = lambda *arguments, **options: load_processor(command[2])
     ModelManager._load_model = load_with_method
     app(command[1:])

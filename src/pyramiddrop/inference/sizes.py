@@ -1,4 +1,4 @@
-"""Parse a model's sizes: a named preset, a checkpoint's configuration, or plain numbers."""
+"""Read a model's sizes from a named preset, a checkpoint's configuration, or plain numbers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ NEEDED = NUMBERS[:3]
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """What was asked for; None where nothing was said. Without any, the shape is `llava-1.5-7b`.
+    """The options of a model's sizes, None if not given. Without any, the shape is `llava-1.5-7b`.
 
     Attributes:
         shape: a name in `pyramiddrop.cost.PRESETS`.
-        model: a folder or a hub name; its config.json alone is read.
-        num_layers, hidden, intermediate, heads, kv_heads: plain numbers of a decoder with gated MLPs. Without heads,
-            their width is 128; without kv_heads, there are as many as heads.
-        visual_tokens, text_tokens, crops: of the prompt.
-        dtype: of the KV cache.
+        model: a folder or a hub name; only its config.json is read.
+        num_layers, hidden, intermediate, heads, kv_heads: sizes of a decoder with gated MLPs. Without heads, heads are
+            128 wide; without kv_heads, there are as many as heads.
+        visual_tokens, text_tokens, crops: the token and crop counts of the prompt.
+        dtype: the dtype of the KV cache.
     """
 
     shape: str | None = None
@@ -43,7 +43,7 @@ class SizeOptions:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes, the prompt, and what they are called."""
+    """A model's sizes and a prompt, with their name."""
 
     name: str
     shape: ModelShape
@@ -51,22 +51,22 @@ class Sizes:
 
     @property
     def about(self) -> str:
-        """What is counted, for a reader."""
+        """A description of what is counted."""
         return f"{self.name}: {self.prompt.visual_tokens} visual and {self.prompt.text_tokens} text tokens"
 
     @property
     def remark(self) -> str:
-        """What of a model is not counted, for a reader; empty where all of it is."""
+        """A note on parts of the model that are not counted; empty if there are none."""
         if self.shape.vision is not None or self.name == PLAIN:
             return ""
         return "No vision tower and no projector are counted: their sizes are not known."
 
 
 def choose_sizes(options: SizeOptions) -> Sizes:
-    """The sizes that `options` name.
+    """The sizes that `options` describe.
 
     Raises:
-        InputError: for two sources of sizes, an unknown name, or numbers that are missing or make no sense.
+        InputError: for two sources of sizes, an unknown name, or missing or impossible numbers.
     """
     given = [name for name in NUMBERS if getattr(options, name) is not None]
     sources = [name for name in ("shape", "model") if getattr(options, name) is not None]

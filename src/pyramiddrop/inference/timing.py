@@ -1,4 +1,4 @@
-"""Timing: clocks for CPU and CUDA, spreads of repeated runs, and prefills timed in turn under several methods."""
+"""Clocks for CPU and CUDA, statistics of repeated runs, and prefills timed in turn under several methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Variant = TypeVar("Variant")
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """Seconds of one prefill: by the clock on the wall, and of this process's CPU time over all threads."""
+    """Seconds of one prefill: wall time, and CPU time of this process over all threads."""
 
     wall: float
     cpu: float
@@ -33,15 +33,14 @@ def time_prefills(
     runs: int = 5,
     over: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[str, PrefillTime]:
-    """Time the prefill of `inputs` under each of `methods` (None: the model as it is), after one warm-up each.
+    """Time the prefill of `inputs` under each of `methods` (None: vanilla), after one warm-up each.
 
-    The whole forward is timed, the vision tower included: that is what a user waits for. What is done once is not: each
-    method stays on a view of the model, and its first forward, which checks how the layers are best asked, is the
-    warm-up.
+    The whole forward is timed, including the vision tower, because a user waits for all of it. One-time work is not:
+    each method stays on a view of the model, whose first forward is the warm-up.
 
     Args:
-        runs: how often each is measured; the ways take turns.
-        over: what is taken of the runs: the median, or `min` where other programs disturb them, which only add to it.
+        runs: number of runs of each method; the methods take turns.
+        over: the statistic of the runs: the median, or `min` on a machine shared with other programs.
     """
     ready = on_model(model, inputs)
     models = {name: method.view(model) if method else model for name, method in methods.items()}
@@ -57,9 +56,9 @@ def time_prefills(
 
 
 def in_turn(variants: Sequence[Variant], rounds: int) -> Iterator[tuple[int, Variant]]:
-    """Every way once a round, with the round's number. Each round starts with another way: none is always first.
+    """Yield every item once a round, with the round's number; each round starts with another item.
 
-    Noise that lasts longer than a round falls on all alike.
+    Noise that lasts longer than a round then affects all items alike.
     """
     for turn in range(rounds):
         first = turn % len(variants)
@@ -69,7 +68,7 @@ def in_turn(variants: Sequence[Variant], rounds: int) -> Iterator[tuple[int, Var
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on `count` CPU threads: small models gain nothing from several, and those of a busy machine wait."""
+    """Compute on `count` CPU threads within the block; threads of small models would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -88,14 +87,14 @@ def _one(model: Any, ready: dict[str, Any]) -> PrefillTime:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has finished; its work goes on after the call has returned."""
+    """Wait until an accelerator has finished its asynchronous work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one quantity: the median, the quartiles, and every run."""
+    """Repeated measurements of a quantity: the median, the quartiles, and every run."""
 
     median: float
     low: float
@@ -104,7 +103,7 @@ class Spread:
 
     @classmethod
     def of(cls, runs: Sequence[float]) -> Spread:
-        """Sum up at least one run. Quartiles are those of the runs themselves, interpolated."""
+        """Summarise at least one run; quartiles are interpolated between runs."""
         if len(runs) == 1:
             return cls(runs[0], runs[0], runs[0], tuple(runs))
         low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
@@ -112,17 +111,17 @@ class Spread:
 
 
 class Clock(ABC):
-    """Marks moments of a device's work; the difference of two is known when the work is done.
+    """Marks moments of a device's work; the time between two marks is known when the work is done.
 
     Attributes:
-        name: what its seconds are.
+        name: what kind of seconds it measures.
     """
 
     name: str
 
     @abstractmethod
     def mark(self) -> Any:
-        """This moment, behind all work that has been asked for so far."""
+        """Mark the moment at which all work submitted so far is done."""
 
     @abstractmethod
     def seconds(self, start: Any, end: Any) -> float:
@@ -130,7 +129,7 @@ class Clock(ABC):
 
 
 class CpuClock(Clock):
-    """CPU seconds of this process, for one thread: what other programs take of the machine is not counted."""
+    """CPU seconds of this process, for a single thread; other programs on the machine are not counted."""
 
     name = "CPU seconds"
 
@@ -142,7 +141,7 @@ class CpuClock(Clock):
 
 
 class WallClock(CpuClock):
-    """Seconds on the wall, for several CPU threads, whose CPU seconds would add up to more than a user waits."""
+    """Wall seconds, for several CPU threads, whose CPU seconds would add up to more than the waiting time."""
 
     name = "wall seconds"
 
@@ -151,10 +150,10 @@ class WallClock(CpuClock):
 
 
 class CudaClock(Clock):
-    """CUDA events: marks cost no synchronisation, and count what the device waits for Python, too.
+    """CUDA events: marks need no synchronisation, and include the time that the device waits for Python.
 
     Args:
-        device: whose work is timed; it need not be the current one.
+        device: the device to time; it need not be the current one.
     """
 
     name = "CUDA event seconds"
@@ -173,7 +172,7 @@ class CudaClock(Clock):
 
 
 def clock_for(device: torch.device, threads: int) -> Clock:
-    """The clock for work on `device`, of `threads` threads where that is a CPU."""
+    """The clock for work on `device`, with `threads` threads on a CPU."""
     if device.type == "cuda":
         return CudaClock(device)
     return CpuClock() if threads == 1 else WallClock()

@@ -16,31 +16,30 @@ from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.inference.prompt import open_picture
 
-#: Decoders of video files that Transformers can call, in the order in which they are tried: what it calls them, the
-#: module that they are.
+#: Decoders of video files that Transformers can call, in the order of trial: their name there, and their module.
 DECODERS = {"pyav": "av", "torchcodec": "torchcodec", "decord": "decord", "opencv": "cv2"}
-#: Frames a second where a video does not tell.
+#: Frames a second, if a video does not tell.
 UNTOLD = 1.0
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of a video, all of one size, and what a processor must know of them (its `video_metadata`)."""
+    """Frames of a video, all of one size, and the processor's `video_metadata` for them."""
 
     frames: list[Image.Image]
     metadata: dict[str, Any]
 
 
 def open_video(path: Path, count: int) -> Video:
-    """`count` evenly spaced frames of a video, or all where it has fewer.
+    """Read `count` evenly spaced frames of a video, or all if it has fewer.
 
     Args:
         path: a video file, an animated picture (GIF, WebP, PNG), or a folder of frames in the order of their names.
         count: at least 1.
 
     Raises:
-        InputError: for what is not there or cannot be read, a file that needs a decoder where none is installed, and
-            frames of several sizes.
+        InputError: if the path does not exist or cannot be read, no decoder for it is installed, or frames differ in
+            size.
     """
     if not path.exists():
         raise InputError(f"no such video: {path}")
@@ -53,7 +52,7 @@ def open_video(path: Path, count: int) -> Video:
 
 
 def check_video(family: str, source: str | Path) -> None:
-    """Raise InputError where the model `source` of a family cannot be shown a video, or no video on this machine."""
+    """Raise InputError if the model `source` does not take videos, or cannot on this machine."""
     if family in FAMILIES and "video" not in FAMILIES[family].modalities:
         raise InputError(f"model family {family!r} of {source} takes no videos; give it frames as --image")
     if not is_torchvision_available():
@@ -61,7 +60,7 @@ def check_video(family: str, source: str | Path) -> None:
 
 
 def default_metadata(count: int) -> dict[str, Any]:
-    """What a processor must know of so many frames that do not tell when they were taken."""
+    """The `video_metadata` of so many frames without timestamps."""
     return _metadata(count, range(count), UNTOLD)
 
 
@@ -96,7 +95,7 @@ def _moving_picture(path: Path, count: int) -> Video | None:
         taken = _spaced(total, count)
         for place in range(total):
             picture.seek(place)
-            picture.load()  # WebP tells a frame's duration only then
+            picture.load()  # WebP gives a frame's duration only after loading it
             milliseconds += picture.info.get("duration", 0)
             if place in taken:
                 frames[place] = to_rgb(picture)
@@ -110,7 +109,7 @@ def _video_file(path: Path, count: int) -> Video:
     def places(metadata: Any, **_: Any) -> list[int]:
         return _spaced(metadata.total_num_frames, count)
 
-    with user_input(f"cannot read the video {path}", (Exception,)):  # each decoder has its own errors
+    with user_input(f"cannot read the video {path}", (Exception,)):  # each decoder raises its own errors
         pixels, told = load_video(str(path), backend=_decoder(path), sample_indices_fn=places)
         if not len(pixels):
             raise InputError(f"there is no frame in {path}")

@@ -1,1 +1,1 @@
-"""Measured speed: models and methods side by side, on this machine's clock and in its memory."""
+"""Measure time and memory of models and methods side by side on this machine."""

@@ -1,4 +1,4 @@
-"""Run a benchmark: from the user's options to a record of what was measured."""
+"""Run a benchmark: from the user's options to a record of measurements."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ TEXT_TOKENS = 64
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What was asked for; None where nothing was said. Without a shape and a model, the bundled model runs.
+    """The options of `bench`, None if not given. Without a shape and a model, the bundled model runs.
 
     Attributes:
         shape: a name in :data:`pyramiddrop.speed.subject.SHAPES`, for random weights.
-        num_layers, visual_tokens, text_tokens, pictures, padded: of a shape: its depth and its prompt, see
+        num_layers, visual_tokens, text_tokens, pictures, padded: depth and prompt of a shape, see
             :func:`pyramiddrop.speed.subject.shape_subject`.
-        model, images, prompt: a checkpoint and what it is asked.
-        methods: in words, e.g. `fastv:layer=3`.
-        batches: sizes, each measured on its own.
-        threads: of a CPU.
+        model, images, prompt: a checkpoint, and a question with its pictures.
+        methods: method specifications such as `fastv:layer=3`.
+        batches: batch sizes, measured one by one.
+        threads: number of CPU threads.
     """
 
     shape: str | None = None
@@ -70,7 +70,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark that can run: the model in memory, and vanilla and methods side by side."""
+    """A benchmark that is ready to run: the model in memory, with vanilla and the methods."""
 
     subject: Subject
     variants: Sequence[MethodCost]
@@ -81,7 +81,7 @@ class Bench:
         """Measure prefill, decoding, memory and KV cache of generating `new_tokens`.
 
         Args:
-            repeats: runs of each method that count.
+            repeats: number of measured runs of each method.
             tick: called after each of :meth:`runs` runs.
         """
         clock = clock_for(self.subject.model.device, self.threads)
@@ -101,10 +101,10 @@ class Bench:
         tick: Callable[[], None] = lambda: None,
         lora_rank: int | None = None,
     ) -> dict[str, Any]:
-        """Measure training steps, with AdamW's update where `optimizer`; see :meth:`generation`.
+        """Measure training steps, with AdamW's update if `optimizer`; see :meth:`generation`.
 
         Args:
-            lora_rank: of the adapters that are trained; None: all weights are.
+            lora_rank: rank of the trained adapters; None: all weights are trained.
         """
         clock = clock_for(self.subject.model.device, self.threads)
         variants = training_variants(self.variants)
@@ -128,7 +128,7 @@ class Bench:
         compilers: Mapping[str, Compiler],
         tick: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """Measure steps on a static cache, by each of `compilers`; see :meth:`generation`."""
+        """Measure decode steps on a static cache with each of `compilers`; see :meth:`generation`."""
         clock = clock_for(self.subject.model.device, self.threads)
         with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
             results = [
@@ -142,7 +142,7 @@ class Bench:
         return self._record("decoding", setting, decoding_records(results))
 
     def overhead(self, repeats: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Count operations of a prefill and a step, and time both; see :meth:`generation`."""
+        """Count the operations of a prefill and a decode step, and time both; see :meth:`generation`."""
         clock = clock_for(self.subject.model.device, self.threads)
         with cpu_threads(self.threads), user_input("out of memory", (torch.OutOfMemoryError,)):
             results = [
@@ -155,14 +155,14 @@ class Bench:
     def graphs(
         self, visual_tokens: Sequence[int], backend: str, tick: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Count graphs of compiled layers over pictures of so many visual tokens; see :meth:`generation`."""
+        """Count graphs of compiled layers over pictures with these `visual_tokens`; see :meth:`generation`."""
         with cpu_threads(self.threads):
             results = count_graphs(self.subject, self.variants, visual_tokens, backend, tick)
         setting = {"visual_tokens": list(visual_tokens), "backend": backend}
         return self._record("graphs", setting, graph_records(results))
 
     def runs(self, repeats: int, train: bool) -> int:
-        """How many runs there will be, the warm-up among them."""
+        """The number of runs, including the warm-up."""
         variants = len(training_variants(self.variants)) if train else len(self.variants)
         return variants * len(self.batches) * (repeats + 1)
 
@@ -177,13 +177,13 @@ class Bench:
 
 
 def prepare_bench(options: BenchOptions, tell: Callable[[str], None] = lambda reason: None) -> Bench:
-    """Check what was asked for, and load or make the model.
+    """Check the options, and load or make the model.
 
     Args:
-        tell: told why a method that nobody named is left out.
+        tell: called with the reason if a default method is left out.
 
     Raises:
-        InputError: for anything that was asked for and cannot be done.
+        InputError: if any option cannot be used.
     """
     device = _device(options.device)
     with cpu_threads(options.threads):

@@ -1,4 +1,4 @@
-"""Measure decoding on a static cache, eager and compiled: seconds of a step, and graphs."""
+"""Measure decoding on a static cache, eager and compiled: seconds of a step, and compiled graphs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread
 from pyramiddrop.speed.subject import Subject
 
-#: What makes the function that runs a step of the model itself.
+#: Builds the function that runs a step from the model.
 Compiler = Callable[[Any], Any]
 
 
 def eager(model: Any) -> Any:
-    """Leaves the model as it is."""
+    """Run the model without compiling it."""
     return model
 
 
-#: A step as one CUDA graph, without a break.
+#: Compile a step into one CUDA graph without breaks.
 reduce_overhead: Compiler = partial(torch.compile, mode="reduce-overhead", fullgraph=True)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Measurements of one variant, summed up over its runs.
+    """Measurements of one variant, summarised over its runs.
 
     Attributes:
-        compiled: how a step was compiled, by name.
-        step: seconds of a token, on average over a run.
-        graphs: compiled graphs that all runs took; 0 where nothing is compiled.
-        not_captured: those of them that PyTorch would not make CUDA graphs of.
+        compiled: the name of the compiler of a step.
+        step: seconds of a decode step, averaged over a run.
+        graphs: number of compiled graphs in all runs; 0 if nothing is compiled.
+        not_captured: number of graphs that PyTorch did not capture as CUDA graphs.
     """
 
     variant: str
@@ -61,12 +61,12 @@ def measure_decoding(
 ) -> list[Decoding]:
     """Decode `steps` tokens of `batch` equal samples for each of `variants` and `compilers`, `repeats` times each.
 
-    The prompt runs as it is. Methods come one after another, for a compiled step holds the hooks that it was compiled
-    with; all runs of one share a cache, whose place in memory a CUDA graph holds. A first run compiles, and does not
-    count.
+    The prompt is not compiled. Methods run one after another, because a compiled step contains the hooks that it was
+    compiled with; all runs of a method share a cache, whose address a CUDA graph contains. The first run compiles and
+    is not counted.
 
     Args:
-        tick: called after every run, also of the first ones.
+        tick: called after every run, including first ones.
     """
     found = []
     for name, compiler in compilers.items():
@@ -86,7 +86,7 @@ def measure_decoding(
 
 
 def _decode(subject: Subject, batch: int, steps: int, clock: Clock, cache: StaticCache, step: Any) -> float:
-    """Seconds of `steps` greedy tokens behind the prompt, in a cache that is emptied first."""
+    """Seconds of `steps` greedy tokens after the prompt, in a cache that is reset first."""
     cache.reset()
     inputs = subject.batch(batch)
     mask = inputs["attention_mask"]
@@ -100,7 +100,7 @@ def _decode(subject: Subject, batch: int, steps: int, clock: Clock, cache: Stati
 
 
 def _prepared(model: Any, tokens: Tensor, mask: Tensor, cache: StaticCache) -> dict[str, Any]:
-    """The arguments of a step, as `generate` prepares them."""
+    """The arguments of a decode step, as `generate` prepares them."""
     positions = (mask.cumsum(1) - 1)[:, -1:].contiguous()
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(
         tokens, attention_mask=mask, position_ids=positions, **cache_argument(cache)

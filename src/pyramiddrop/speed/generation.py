@@ -1,4 +1,4 @@
-"""Measure generation: time to the first token, of each step and in all, peak memory and KV bytes."""
+"""Measure generation: time to the first token, of a step and of the whole call, peak memory and KV bytes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class GenerationTimes:
     """Seconds of one call of `generate`.
 
     Attributes:
-        first_token: from the call to the first token's logits: the prefill.
-        decoder: the part of it inside the text model, and in the method's hooks around it.
-        dropping: the part of it inside the method's hooks: planning, ranking, gathering rows, masks and positions.
-        step: a later token's, on average; None where there is but one token.
-        whole: from the call to its return.
+        first_token: time to the first token's logits, which is the prefill.
+        decoder: the part of it in the text model and in the method's hooks around it.
+        dropping: the part of it in the method's hooks: planning, ranking, gathering rows, masks and positions.
+        step: average time of a later token; None if there is only one token.
+        whole: time of the whole call.
     """
 
     first_token: float
@@ -41,13 +41,13 @@ class GenerationTimes:
 
 @dataclass(frozen=True)
 class Generation:
-    """Measurements of one variant, summed up over its runs.
+    """Measurements of one variant, summarised over its runs.
 
     Attributes:
         first_token, decoder, dropping, step, whole: seconds, see :class:`GenerationTimes`.
-        peak_bytes: the most memory during the call, above the weights and the inputs.
-        kv_bytes: of the keys, values and states that the cache holds after the prefill.
-        predicted: by the cost model.
+        peak_bytes: peak memory during the call, above the weights and the inputs.
+        kv_bytes: bytes of keys, values and states in the cache after the prefill.
+        predicted: the cost model's prediction.
     """
 
     variant: str
@@ -73,10 +73,10 @@ def measure_generation(
 ) -> list[Generation]:
     """Generate `new_tokens` for `batch` equal samples for each of `variants`, taken in turn, `repeats` times each.
 
-    A first round warms up and is watched for its memory; its times are not counted.
+    A first round warms up and measures memory; its times are not counted.
 
     Args:
-        tick: called after every run, also of the first round.
+        tick: called after every run, including the first round.
     """
     times: dict[str, list[GenerationTimes]] = {variant.label: [] for variant in variants}
     memory: dict[str, tuple[int, int]] = {}
@@ -112,7 +112,7 @@ def _summed(
 def _generate(
     subject: Subject, variant: MethodCost, batch: int, new_tokens: int, clock: Clock
 ) -> tuple[GenerationTimes, int]:
-    """One call of `generate`: its times, and the KV bytes after its prefill."""
+    """Call `generate` once: its times, and the KV bytes after its prefill."""
     inputs, cache = subject.batch(batch), DynamicCache(config=subject.info.text.config)
     watch = _PrefillWatch(subject.info, clock)
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def _generate(
 
 
 class _Tokens:
-    """Stands among the logits processors: marks when each token's logits are there, and looks at the first cache."""
+    """A logits processor that marks when each token's logits are ready, and measures the cache after the prefill."""
 
     def __init__(self, clock: Clock, cache: Any, watch: _PrefillWatch) -> None:
         self.clock, self.cache, self.watch = clock, cache, watch
@@ -161,38 +161,41 @@ class _Tokens:
 
 
 def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch) -> None:
-    """A prefill that is not timed. The first one after a method is put on asks its ranking layers whether they may give
-    their keys alone, and waits for the device to answer: that belongs to putting it on."""
+    """Run an untimed prefill.
+
+    The first one after a method was applied checks how to extract keys from its ranking layers, and waits for the
+    device; this belongs to applying the method.
+    """
     subject.model(**inputs, use_cache=False, logits_to_keep=1)
     watch.forget()
 
 
 class _PrefillWatch:
-    """Marks the time inside a method's hooks, by hooks that stand before and after them, and inside the text model."""
+    """Marks the time in a method's hooks, by further hooks before and after them, and the time in the text model."""
 
     def __init__(self, info: ModelInfo, clock: Clock) -> None:
         self.text, self.clock = info.text, clock
         self.around, self.inside = info.wrappers, (info.text, *info.layers)
-        self.spans: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}  # inside the text model, or around it
+        self.spans: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}  # in the text model (True), or around it
         self.entered: Any = None
         self.handles: list[Any] = []
         self._open: Any = None
 
     def before_method(self) -> None:
-        """Hooks run in the order in which they were put on: these come first."""
+        """Install the hooks that run before the method's; hooks run in the order of installation."""
         self.handles.append(self.text.register_forward_pre_hook(self._enter))
         self.handles += [module.register_forward_pre_hook(self._start) for module in (*self.around, *self.inside)]
         self.handles.append(self.text.register_forward_hook(self._start))
 
     def after_method(self) -> None:
-        """These come last."""
+        """Install the hooks that run after the method's."""
         for inside, modules in ((False, self.around), (True, self.inside)):
             end = partial(self._end, inside)
             self.handles += [module.register_forward_pre_hook(end) for module in modules]
         self.handles.append(self.text.register_forward_hook(partial(self._end, True)))
 
     def forget(self) -> None:
-        """What was marked so far."""
+        """Discard all marks so far."""
         self.spans = {True: [], False: []}
 
     def remove(self) -> None:

@@ -18,8 +18,8 @@ class Graphs:
     """Graph counts of one variant.
 
     Attributes:
-        graphs: with each layer compiled, how many there are after each of the pictures.
-        waits: how often the host waits for the device in a prefill that is not compiled; None where there is no GPU.
+        graphs: number of graphs after each of the pictures, with each layer compiled.
+        waits: how often the host waits for the device in an eager prefill; None without a GPU.
     """
 
     variant: str
@@ -34,11 +34,11 @@ def count_graphs(
     backend: str,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Graphs]:
-    """Prefill one sample of each of `visual_tokens` for each of `variants`, with no cache. A graph that breaks raises.
+    """Prefill one sample of each of `visual_tokens` for each of `variants`, without a cache; a graph break raises.
 
     Args:
-        subject: of a shape.
-        backend: of `torch.compile`.
+        subject: the subject of a shape.
+        backend: the backend of `torch.compile`.
         tick: called after each method.
     """
     found = []
@@ -59,7 +59,7 @@ def _counts(subject: Subject, variant: MethodCost, visual_tokens: Sequence[int],
         return [_prefilled(resized(subject, tokens), variant) for tokens in visual_tokens]
     finally:
         for layer in layers:
-            del layer.forward  # of this layer; its class's stands behind it
+            del layer.forward  # an attribute of this layer that hides its class's method
 
 
 def _prefilled(subject: Subject, variant: MethodCost) -> int:
@@ -72,9 +72,9 @@ _WAITED = "synchronizing CUDA operation"
 
 
 def count_waits(subject: Subject, variant: MethodCost) -> int | None:
-    """Waits in one prefill of one sample, once the method is settled; None where there is no CUDA device.
+    """Number of host waits in one prefill of one sample, after a warm-up; None without a CUDA device.
 
-    PyTorch's own watch counts them; it does not know of every way to wait.
+    They are counted by PyTorch's sync debug mode, which does not notice every way to wait.
     """
     if subject.model.device.type != "cuda":
         return None

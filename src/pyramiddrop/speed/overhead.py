@@ -1,4 +1,4 @@
-"""Count what a method adds to a forward where launching is the time: operations of a prefill and of a decoding step."""
+"""Count the operations that a method adds to a prefill and to a decode step, whose time is that of launching them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.subject import Subject
 
-PREFILLS, STEPS = 4, 16  # in each round, one of every method after the other
+PREFILLS, STEPS = 4, 16  # in each round, one step of every method in turn
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Measurements of one variant, summed up over its runs.
+    """Measurements of one variant, summarised over its runs.
 
     Attributes:
-        prefill_ops, step_ops: ATen operations, on the device and on the host, of a prefill and of a decoding step.
-            Views are not counted, for they compute nothing and launch nothing.
+        prefill_ops, step_ops: number of ATen operations, on the device and on the host, of a prefill and of a decode
+            step, without views, which launch nothing.
         prefill, step: seconds.
     """
 
@@ -61,17 +61,17 @@ def measure_overhead(
     """Run a prefill and some steps of `batch` equal samples for each of `variants`, in turn; a first round warms up.
 
     Args:
-        tick: called once for each method after every round, also after the first one.
+        tick: called once for each method after every round, including the first one.
     """
     names = [variant.label for variant in variants]
     prefills, steps = ({name: list[float]() for name in names} for _ in range(2))
     with torch.no_grad(), ExitStack() as stack:
-        # A model object for each method, on the same weights: so steps, too, take turns.
+        # One model object for each method, on the same weights, so that steps take turns too.
         subjects = {name: replace(subject, model=shared_copy(subject.model)) for name in names}
         for variant in variants:
             stack.enter_context(subjects[variant.label].under(variant.method))
         for name in names:
-            _forward(subjects[name], batch)  # what a method asks once
+            _forward(subjects[name], batch)  # one-time checks of the method
         ops = {name: _count_ops(subjects[name], batch) for name in names}
         for turn in range(repeats + 1):
             caches: dict[str, Any] = {}
@@ -98,12 +98,12 @@ def _count_ops(subject: Subject, batch: int) -> tuple[int, int]:
 
 
 def _forward(subject: Subject, batch: int) -> Any:
-    """The cache that a prefill fills."""
+    """Run a prefill and return its cache."""
     return output_cache(subject.model(**subject.batch(batch), use_cache=True, logits_to_keep=1))
 
 
 def _step(subject: Subject, batch: int, cache: Any) -> Tensor:
-    """The logits of one token more."""
+    """Run one decode step and return its logits."""
     tokens = torch.zeros(batch, 1, dtype=torch.long, device=subject.model.device)
     logits: Tensor = subject.model(input_ids=tokens, **cache_argument(cache), use_cache=True).logits
     return logits

@@ -15,12 +15,12 @@ PUBLISHED = ("pyramiddrop", "fastv")
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the cost model says of a prefill of the whole batch, before it has run.
+    """The cost model's prediction for a prefill of the whole batch.
 
     Attributes:
-        flops: of the decoder's layers and the ranking, attention over all pairs of rows.
-        causal_flops: the same with attention over each row and those before it, where a causal kernel skips the rest.
-        kv_bytes: of the cache after the prefill.
+        flops: FLOPs of the decoder's layers and of ranking, with attention over all pairs of rows.
+        causal_flops: the same with attention over each row and those before it, as a causal kernel computes it.
+        kv_bytes: bytes of the cache after the prefill.
     """
 
     flops: int
@@ -31,11 +31,11 @@ class Predicted:
 def choose_variants(
     words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
 ) -> list[MethodCost]:
-    """Vanilla first, then the methods that `words` name, as in `fastv:layer=3`; for none, those of the two published
-    ones that the model can have.
+    """Vanilla, then the methods in `words` (such as `fastv:layer=3`); by default, the published ones that the model
+    allows.
 
     Args:
-        tell: told why one of the published ones is left out.
+        tell: called with the reason if a default method is left out.
 
     Raises:
         InputError: for an unknown method, option or value, one that does not fit the model, or one that is named twice.
@@ -57,14 +57,14 @@ def choose_variants(
 
 
 def predict(variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
-    """The cost of a prefill of `batch` equal samples."""
+    """Predict the cost of a prefill of `batch` equal samples."""
     flops = variant.cost.full.decoder + variant.cost.full.ranking
     above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(variant, prompt)))
     return Predicted(batch * flops, batch * (flops - above), batch * variant.cost.kv_bytes)
 
 
 def _skipped(mixer: Mixer, rows: int) -> int:
-    """FLOPs of the pairs whose key stands behind its query."""
+    """FLOPs of the pairs whose key comes after the query."""
     return rows * (rows - 1) * (mixer.query_width + mixer.value_width)
 
 
@@ -77,13 +77,13 @@ def predict_step(
     checkpointing: bool,
     frozen: bool = False,
 ) -> int:
-    """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward is two forwards.
+    """FLOPs of a training step on `batch` equal samples: layers, ranking and head; a backward counts as two forwards.
 
-    Where the weights are `frozen`, the backward of a matrix is one forward, the gradient of its input; that of
-    attention stays two. Adapters around frozen weights, which are few, are not counted.
+    With `frozen` weights, the backward of a matrix counts as one forward (the gradient of its input), and that of
+    attention as two. The few adapters around frozen weights are not counted.
 
-    Checkpointing computes the layers' forward twice, but for the MLP's last product, of which the backward needs but
-    the factors; the ranking and the head it does not.
+    Checkpointing repeats the layers' forward, except the MLP's last product, of which the backward needs only the
+    factors. Ranking and head are not repeated.
     """
     rows = rows_by_layer(variant, prompt)
     spared = _attention(shape, rows) - variant.cost.full.decoder if frozen else 0
@@ -97,11 +97,11 @@ def predict_step(
 
 
 def _attention(shape: DecoderShape, rows: Sequence[int]) -> int:
-    """FLOPs of the products of queries with keys and of weights with values, over all pairs of rows."""
+    """FLOPs of attention's two products over all pairs of rows."""
     mixers = (shape.mixer(layer) for layer in range(len(rows)))
     return sum(2 * n * n * (one.query_width + one.value_width) for one, n in zip(mixers, rows, strict=True))
 
 
 def rows_by_layer(variant: MethodCost, prompt: Prompt) -> list[int]:
-    """The rows of one sample in each layer."""
+    """The number of rows of one sample in each layer."""
     return [visual + prompt.text_tokens for visual in variant.cost.visual_by_layer]

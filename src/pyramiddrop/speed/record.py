@@ -1,4 +1,4 @@
-"""The record of a measurement as plain values: the machine, the settings and the results."""
+"""Records of measurements as plain values: the machine, the settings and the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyramiddrop.speed.training import TrainingStep
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """What ran: the processor's kind or the GPU's name, and versions; nothing that tells one machine from its like."""
+    """The kind of processor or GPU, and versions; nothing that identifies the individual machine."""
     on_gpu = device.type == "cuda"
     return {
         "architecture": platform.machine(),
@@ -39,7 +39,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def subject_record(subject: Subject) -> dict[str, Any]:
-    """The model's sizes and the prompt's."""
+    """The sizes of the model and the prompt."""
     shape = subject.info.shape
     return {
         "name": subject.name,
@@ -61,23 +61,23 @@ def subject_record(subject: Subject) -> dict[str, Any]:
 
 
 def generation_records(results: Sequence[Generation]) -> list[dict[str, Any]]:
-    """Each result with its ratios to vanilla of the same batch. Seconds, bytes and FLOPs.
+    """Each result in seconds, bytes and FLOPs, with its ratios to vanilla of the same batch.
 
-    `of_predicted` is the decoder's speed-up in the prefill over the one that FLOPs predict; `dropping_share` is the
-    share of its own prefill that a method's hooks take.
+    `of_predicted` is the decoder's speed-up in the prefill divided by the speed-up in FLOPs; `dropping_share` is the
+    share of a method's hooks in its own prefill.
     """
     vanilla = {result.batch: result for result in results if result.variant == VANILLA}
     return [_generation(result, vanilla[result.batch]) for result in results]
 
 
 def training_records(results: Sequence[TrainingStep]) -> list[dict[str, Any]]:
-    """Each result with its ratios to vanilla of the same batch, with or without checkpointing as it is."""
+    """Each result with its ratios to vanilla of the same batch and checkpointing."""
     vanilla = {(result.batch, result.checkpointing): result for result in results if result.variant == VANILLA}
     return [_training(result, vanilla[result.batch, result.checkpointing]) for result in results]
 
 
 def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
-    """Each result with its ratio to vanilla of the same batch, compiled or not as it is."""
+    """Each result with its ratio to vanilla of the same batch and compiler."""
     vanilla = {(result.batch, result.compiled): result.step.median for result in results if result.variant == VANILLA}
     return [
         {
@@ -90,7 +90,7 @@ def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
 
 
 def overhead_records(results: Sequence[Overhead]) -> list[dict[str, Any]]:
-    """Each result with what it adds to vanilla of the same batch: operations, and ratios of seconds."""
+    """Each result with the operations that it adds to vanilla of the same batch, and ratios of seconds."""
     vanilla = {result.batch: result for result in results if result.variant == VANILLA}
     return [
         {
@@ -147,7 +147,7 @@ def _training(result: TrainingStep, vanilla: TrainingStep) -> dict[str, Any]:
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds to the microsecond, so that a file can be read."""
+    """Round seconds to the microsecond, so that files are readable."""
     return {name: _round(value) for name, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""The model to measure: a checkpoint with a user's picture, or random weights of a real model's sizes."""
+"""The model to measure: a checkpoint with the user's pictures, or random weights of a real model's sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory
 
-#: A decoder's sizes, and the visual tokens of its usual picture; beside the real models five small ones.
+#: Sizes of a decoder, and the visual tokens of its usual picture: real models and five small shapes.
 SHAPES: dict[str, tuple[DecoderShape, int]] = {
     "tiny": (DecoderShape(8, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     "small": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=1000), 576),
-    "small-16k": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=16_000), 2880),  # logits weigh as of a real head
+    "small-16k": (DecoderShape(12, 384, 1024, 6, 6, 64, vocabulary=16_000), 2880),  # logits as heavy as a real head's
     "mid": (DecoderShape(24, 1024, 2816, 16, 16, 64, vocabulary=1000), 2880),
     "deep": (DecoderShape(32, 64, 176, 4, 4, 16, vocabulary=1000), 64),
     **{
@@ -40,13 +40,13 @@ class Subject:
     """A model with one sample to run.
 
     Attributes:
-        name: of the checkpoint or the shape.
-        about: what is run and what is not, for a reader.
-        inputs: of the model's forward, batch size 1, on its device.
+        name: the name of the checkpoint or the shape.
+        about: a description of what runs.
+        inputs: the arguments of the model's forward, batch size 1, on its device.
         visual: (1, L) bool on the CPU, the visual tokens.
-        labels: (1, L) long on the model's device, a made-up answer at the end; -100 elsewhere.
-        masked: whether a method needs `visual` given, for the model is fed with embeddings.
-        padded: whether the samples of a batch are of different lengths; see :meth:`batch`.
+        labels: (1, L) long on the model's device, an artificial answer at the end; -100 elsewhere.
+        masked: True if a method needs `visual`, because the model is called with embeddings.
+        padded: True if the samples of a batch differ in length; see :meth:`batch`.
     """
 
     name: str
@@ -60,23 +60,23 @@ class Subject:
 
     @property
     def info(self) -> ModelInfo:
-        """What is known of the model."""
+        """The parts and properties of the model."""
         return inspect_model(self.model)
 
     @property
     def pictures(self) -> int:
-        """How many runs of visual tokens the prompt has."""
+        """The number of runs of visual tokens in the prompt."""
         return int((self.visual[0, 1:] & ~self.visual[0, :-1]).sum()) + int(self.visual[0, 0])
 
     @property
     def prompt(self) -> Prompt:
-        """What one sample brings."""
+        """The token counts of one sample."""
         visual, length = int(self.visual.sum()), self.visual.shape[1]
         behind = length - 1 - int(self.visual[0].nonzero().max())
         return Prompt(visual, length - visual, instruction_tokens=behind)
 
     def batch(self, count: int) -> dict[str, Tensor]:
-        """The inputs of `count` equal samples; padded ones have less and less text before their first picture."""
+        """The inputs of `count` equal samples; padded ones have ever less text before their first picture."""
         inputs = {name: torch.cat([value] * count) for name, value in self.inputs.items()}
         if self.padded:
             before = int(self.visual[0].nonzero().min())
@@ -85,14 +85,14 @@ class Subject:
         return inputs
 
     def under(self, method: Method | None) -> AbstractContextManager[Any]:
-        """The model under `method` for the time of a `with` block; None leaves it as it is."""
+        """Context manager that applies `method` to the model; None: vanilla."""
         if method is None:
             return nullcontext()
         return method(self.model, visual_mask=self.visual if self.masked else None)
 
 
 def checkpoint_subject(ready: PreparedRequest) -> Subject:
-    """A checkpoint with the pictures and the question of `ready`; its vision tower runs, too."""
+    """A checkpoint with the pictures and the question of `ready`; its vision tower runs too."""
     model = ready.checkpoint.model
     inputs = on_model(model, ready.inputs)
     ids = inputs["input_ids"].cpu()
@@ -112,15 +112,15 @@ def shape_subject(
     pictures: int = 1,
     padded: bool = False,
 ) -> Subject:
-    """Random weights of a named shape; the decoder alone, fed with random embeddings.
+    """A decoder of a named shape with random weights, called with random embeddings.
 
     Args:
-        dtype: float32, float16 or bfloat16; None takes what suits the device.
-        depth: run so many layers only; None runs all.
-        visual: number of visual tokens; None takes those of the shape's usual picture.
+        dtype: float32, float16 or bfloat16; None: one that suits the device.
+        depth: number of layers; None: all of the shape's.
+        visual: number of visual tokens; None: those of the shape's usual picture.
         text: number of text tokens, half of them before the last picture.
-        pictures: how many pictures the visual tokens are divided among, a text token between two.
-        padded: whether the samples of a batch are of different lengths.
+        pictures: number of pictures among which the visual tokens are divided, with a text token between two.
+        padded: True for samples of different lengths in a batch.
 
     Raises:
         InputError: for an unknown shape, a depth that it does not have or that does not fit into memory, and for more
@@ -143,7 +143,7 @@ def shape_subject(
 
 
 def resized(subject: Subject, visual: int) -> Subject:
-    """The random weights of a shape with a prompt of another number of visual tokens."""
+    """The same random weights with another number of visual tokens in the prompt."""
     return _fed_with_embeddings(subject.name, subject.model, visual, subject.prompt.text_tokens)
 
 
@@ -219,7 +219,7 @@ def _fed_with_embeddings(name: str, model: Any, visual_tokens: int, text: int, p
 
 
 def _labels(ids: Tensor, visual: Tensor) -> Tensor:
-    """A made-up answer: the second half of what stands behind the last visual token, at least one token."""
+    """An artificial answer: the second half of the tokens after the last visual one, at least one token."""
     length = ids.shape[1]
     behind = length - 1 - int(visual[0].nonzero().max())
     answer = torch.arange(length) >= length - max(1, behind // 2)

@@ -24,12 +24,12 @@ LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 @dataclass(frozen=True)
 class TrainingVariant:
-    """A method, and how its training step runs.
+    """A method, and the settings of its training step.
 
     Attributes:
-        cost: of the method, or of vanilla.
-        logits: "full": of every row; "kept": of the remaining rows, which only a method can do.
-        checkpointing: whether layers are computed again in the backward pass, to save memory.
+        cost: the method, or vanilla, with its cost.
+        logits: "full": of every row; "kept": of the remaining rows, for methods only.
+        checkpointing: True to recompute layers in the backward pass, which saves memory.
     """
 
     cost: MethodCost
@@ -44,7 +44,7 @@ class TrainingVariant:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one training step: `gradients` is forward and backward; `optimizer` is None where none runs."""
+    """Seconds of one training step: `gradients` is forward and backward; `optimizer` is None if none runs."""
 
     forward: float
     backward: float
@@ -55,13 +55,13 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Measurements of one variant, summed up over its steps.
+    """Measurements of one variant, summarised over its steps.
 
     Attributes:
         forward, backward, gradients, optimizer, whole: seconds, see :class:`StepTimes`.
-        peak_bytes: the most memory during forward and backward, above the weights and the inputs: activations and
-            gradients. The optimizer's own state is the same in all methods and not in it.
-        predicted_flops: of the decoder's layers, the ranking and the head; a backward pass is two forwards.
+        peak_bytes: peak memory of forward and backward above the weights and the inputs: activations and gradients. The
+            optimizer's state is the same for all methods and not included.
+        predicted_flops: FLOPs of the decoder's layers, ranking and head; a backward pass counts as two forwards.
     """
 
     variant: str
@@ -78,7 +78,7 @@ class TrainingStep:
 
 
 def training_variants(variants: Sequence[MethodCost]) -> list[TrainingVariant]:
-    """Each method with full and (of a method) kept logits, without and with gradient checkpointing."""
+    """Each method with full and (except vanilla) kept logits, without and with gradient checkpointing."""
     return [
         TrainingVariant(variant, logits, checkpointing)
         for checkpointing in (False, True)
@@ -99,12 +99,12 @@ def measure_training(
 ) -> list[TrainingStep]:
     """Train for a step on `batch` equal samples for each of `variants`, in turn, `repeats` times each.
 
-    A first round warms up and is watched for its memory; its times are not counted.
+    A first round warms up and measures memory; its times are not counted.
 
     Args:
-        optimizer: whether AdamW steps, too. Its learning rate is zero: every step starts from the same weights.
-        tick: called after every step, also of the first round.
-        lora_rank: of adapters on every linear layer of the decoder, which are trained; None: all weights are.
+        optimizer: True to step AdamW, with a learning rate of zero, so that every step starts from the same weights.
+        tick: called after every step, including the first round.
+        lora_rank: rank of trained adapters on every linear layer of the decoder; None: all weights are trained.
     """
     times: list[list[StepTimes]] = [[] for _ in variants]
     peaks = [0] * len(variants)
@@ -157,7 +157,7 @@ def _summed(
 
 
 def _step(subject: Subject, variant: TrainingVariant, batch: int, adam: Any, clock: Clock) -> StepTimes:
-    """One step: loss, gradients, and the optimizer's update where there is one."""
+    """Run one step: loss, gradients, and the optimizer's update if there is one."""
     start, middle, end = _gradients(subject, variant, batch, clock)
     _update(adam)
     updated = clock.mark() if adam else end
@@ -171,7 +171,7 @@ def _step(subject: Subject, variant: TrainingVariant, batch: int, adam: Any, clo
 
 
 def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Clock) -> tuple[Any, Any, Any]:
-    """Marks before the forward, between forward and backward, and after."""
+    """Compute loss and gradients, with marks before the forward, between forward and backward, and after."""
     inputs = subject.batch(batch)
     labels = torch.cat([subject.labels] * batch)
     with subject.under(variant.method), _checkpointing(subject.model, variant.checkpointing):
@@ -183,7 +183,7 @@ def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Cl
 
 
 def _adam(model: Any) -> torch.optim.AdamW:
-    """On a GPU fused: else it takes memory of the weights' size once more, and 7B would not fit where they could."""
+    """AdamW, fused on a GPU: otherwise it needs memory of the weights' size once more."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=0.0, fused=model.device.type == "cuda")
 
@@ -204,7 +204,7 @@ def _training(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _adapted(subject: Subject, rank: int | None) -> Iterator[None]:
-    """Adapters of this rank around the decoder's linear layers, and all other weights frozen; None changes nothing."""
+    """Add adapters of this rank to the decoder's linear layers and freeze all other weights; None changes nothing."""
     if rank is None:
         yield
         return
@@ -225,7 +225,7 @@ def _adapted(subject: Subject, rank: int | None) -> Iterator[None]:
 @contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     with warnings.catch_warnings():
-        # Of the two names of this switch, the one that the oldest supported Transformers knows is deprecated.
+        # Of the two names of this switch, the one in the oldest supported Transformers is deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         if wanted:
             model.gradient_checkpointing_enable({"use_reentrant": False})
