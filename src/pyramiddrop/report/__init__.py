@@ -1,4 +1,4 @@
-"""Pictures, tables and pages of what a run kept and what it cost.
+"""Pictures, tables and pages that show which tokens were kept and what they cost.
 
 >>> from pyramiddrop.report import visualize
 >>> visualize(trace, model.config, processor, images, inputs).save("kept.html")
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Visual", "visualize"]
 
 
-def __getattr__(name: str) -> Any:  # when first asked for: the command line's tables need no matplotlib
+def __getattr__(name: str) -> Any:  # lazy, because the command line's tables need no matplotlib
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("pyramiddrop.report.pictures.visual"), name)

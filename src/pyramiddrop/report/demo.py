@@ -1,4 +1,4 @@
-"""The demo's files: one HTML page without a network, and one overlay picture for each question."""
+"""Write the demo's files: a self-contained HTML page, and an overlay picture for each question."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ README_ONLINE = "https://github.com/pyramiddrop/pyramiddrop#readme"
 
 @dataclass(frozen=True)
 class Written:
-    """Where the demo's files are."""
+    """The paths of the demo's files."""
 
     page: Path
     overlays: list[Path]
 
 
 def write_demo(demo: Demo, folder: Path) -> Written:
-    """Write `index.html` and `overlay-N-KIND.png` for each question into `folder`, which is there already."""
+    """Write `index.html` and `overlay-N-KIND.png` for each question into the existing `folder`."""
     visuals = [_visual(demo, asked) for asked in demo.asked]
     overlays = []
     for number, (asked, visual) in enumerate(zip(demo.asked, visuals, strict=True), start=1):
@@ -56,7 +56,7 @@ def _visual(demo: Demo, asked: Asked) -> Visual:
 
 @dataclass(frozen=True)
 class Card:
-    """One question on the page: what was asked, the views of its picture, and what was alive in each stage."""
+    """One question on the page: the answers, the views of its picture, and the remaining tokens of each stage."""
 
     asked: Asked
     seen: Sequence[PlacedView]
@@ -64,12 +64,12 @@ class Card:
 
     @property
     def picture(self) -> str:
-        """The name of the question's picture on the page."""
+        """The id of the question's picture on the page."""
         return self.asked.question.image.stem
 
     @cached_property
     def panels(self) -> list[dict[str, Any]]:
-        """One for each stage: its layers, and for the picture's first view the shape of what is dropped."""
+        """For each stage its layers, and an SVG path over the dropped patches of the picture's first view."""
         view = self.seen[0].view
         return [
             {"layers": stage.layers, "tokens": stage.tokens, "dropped": dropped_path(view, stage.cells[0])}
@@ -78,23 +78,23 @@ class Card:
 
     @property
     def view(self) -> View:
-        """Where the tokens of the first view lie."""
+        """The grid of the first view."""
         return self.seen[0].view
 
     @property
     def token_status(self) -> list[int]:
-        """For each patch in reading order the number of the last stage in which it is alive."""
+        """For each patch, in reading order, the last stage in which it is present."""
         return token_status(self.stages, 0, self.view)
 
 
 def readme_link(folder: Path, source: Path = Path(__file__).parents[3]) -> str:
-    """The link from a page in `folder` to the README: in the source tree, or the project's page if there is none."""
+    """The link from a page in `folder` to the README in the source tree, or else to the project's page."""
     readme = source / "README.md"
     return os.path.relpath(readme, folder) if readme.is_file() else README_ONLINE
 
 
 def render_page(demo: Demo, cards: Sequence[Card], readme: str) -> str:
-    """The whole page as text; `readme` is where its link to the README leads."""
+    """The page as HTML text; `readme` is the target of its link to the README."""
     return template("demo").render(
         demo=demo,
         cards=cards,

@@ -1,4 +1,4 @@
-"""Plot measured speed: bars for each method and batch, and marks where the cost model predicted them."""
+"""Plot measured speed: bars for each method and batch, with marks at the cost model's predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLORS = ("#8a8f98", "#1f6fb2", "#d9822b", "#3a8f5c", "#8d5fb0", "#b0413e")
 
 @dataclass(frozen=True)
 class _Panel:
-    """One quantity: its title, its value and quartiles in a result, and what was predicted (None for nothing)."""
+    """One quantity: its title, its value and quartiles in a result, and its prediction (None: none)."""
 
     title: str
     value: Callable[[Record], float]
@@ -28,7 +28,7 @@ class _Panel:
 
 
 def draw_speed(record: Record) -> Figure:
-    """One panel a quantity, one bar a method; predictions are scaled from vanilla of the same batch."""
+    """Draw a panel for each quantity with a bar for each method; predictions are relative to vanilla's measurement."""
     results: Sequence[Record] = record["results"]
     panels = _training_panels() if record["kind"] == "training" else _generation_panels(results)
     width = 3.1 * len(panels) + 2.2
@@ -48,7 +48,7 @@ def draw_speed(record: Record) -> Figure:
 
 
 def check_plot_path(path: Path) -> None:
-    """Raise ValueError where no plot can be written to `path`: no format has its suffix, or it has no folder."""
+    """Raise ValueError if no plot can be written to `path`: unknown suffix or missing folder."""
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise ValueError(f"a plot must be one of {', '.join(sorted(formats))} by its suffix; got {path.name!r}")
@@ -79,7 +79,7 @@ def _training_panels() -> list[_Panel]:
 
 
 def _timed(title: str, name: str, ratio: str | None = None) -> _Panel:
-    """A panel of seconds; where a `ratio` predicts them, it is of vanilla's median."""
+    """A panel of seconds; a predicting `ratio` is relative to vanilla's median."""
     predicted = None
     if ratio is not None:
 

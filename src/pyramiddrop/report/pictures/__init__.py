@@ -1,1 +1,1 @@
-"""Pictures of what a prefill kept."""
+"""Pictures of the tokens that a prefill kept."""

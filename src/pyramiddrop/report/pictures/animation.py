@@ -1,4 +1,4 @@
-"""GIFs: stages of stills one after the other, or a video that plays in all stages side by side."""
+"""GIFs: the stages of still pictures one after another, or a video with all stages side by side."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pyramiddrop.report.pictures.figure_grid import Stage
 
-#: How long a GIF shows a stage of stills, and a frame of a video, in milliseconds.
+#: Milliseconds for which a GIF shows a stage of stills, and a frame of a video.
 STEP, FRAME = 900, 400
-#: Pixels: between pictures, the line of a head, and its letters.
+#: Pixels: the gap between pictures, the height of a heading, and its font size.
 GAP, HEAD, LETTERS = 6, 24, 15
 
 
 def step_through(stages: Sequence[Stage], path: Path) -> None:
-    """One frame a stage, its pictures one below another."""
+    """Write one frame for each stage, with its pictures one below another."""
     _save([_headed(stage.head, _stacked(stage.panels)) for stage in stages], STEP, path)
 
 
 def play(stages: Sequence[Stage], frame_ranges: Sequence[int | None], path: Path) -> None:
-    """One frame a moment of the video: what each stage has of it, side by side. Stills stand below, all the time."""
+    """Write one frame for each moment of the video, with all stages side by side and still pictures below."""
     frames = []
     for moment in sorted({moment for moment in frame_ranges if moment is not None}):
         shown = [place for place, own in enumerate(frame_ranges) if own in (moment, None)]

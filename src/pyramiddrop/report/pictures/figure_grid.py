@@ -1,4 +1,4 @@
-"""Figures made of panels: a table of views and stages, or the contact sheet of a video."""
+"""Figures of panels: a table of views and stages, or the contact sheet of a video."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-#: Inches: the side of a panel of a still and of a video's frame, the gap between panels, the margin of the figure, a
-#: line of text, and a colour bar with its numbers.
+#: Inches: the side of a panel of a still and of a video frame, the gap between panels, the margin of the figure, the
+#: height of a line of text, and the height of a colour bar with its labels.
 STILL, FRAME, GAP, MARGIN, LINE, BAR = 2.6, 1.3, 0.1, 0.12, 0.24, 0.42
-#: A panel is at most so many times as high as it is wide.
+#: The largest ratio of a panel's height to its width.
 TALLEST = 1.25
-#: Frames of a video in one line, and the narrowest figure (inches): its title needs room.
+#: Frames of a video in a line, and the smallest width of a figure in inches, for its title.
 FRAMES, NARROWEST = 8, 5.0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A colour bar: the name of its colours, and what stands at equal distances from its left end to its right one."""
+    """A colour bar: the name of its colour map, and its labels at equal distances from left to right."""
 
     colours: str
     ticks: Sequence[str]
@@ -32,7 +32,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is shown of one stage: its head, and for each view the pixels."""
+    """One stage of a figure: its heading, and the pixels of each view."""
 
     head: str
     panels: Sequence[Image.Image]
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass
 class _Page:
-    """A figure that is filled from the top; all measures are inches from its top left corner."""
+    """A figure that is filled from the top; all lengths are inches from its top left corner."""
 
     width: float
     height: float
@@ -65,7 +65,7 @@ class _Page:
         bar = Colorbar(axis, colours, orientation="horizontal", ticks=places)
         bar.ax.set_xticklabels(scale.ticks, fontsize=7, color="#444")
         bar.ax.tick_params(length=2, pad=2)
-        for label, place in zip(bar.ax.get_xticklabels(), places, strict=True):  # the outer ones stay inside the panel
+        for label, place in zip(bar.ax.get_xticklabels(), places, strict=True):  # outer labels stay inside the panel
             label.set_horizontalalignment("left" if place == 0 else "right" if place == 1 else "center")
 
     def text(self, words: str, left: float, down: float, **style: Any) -> None:
@@ -74,17 +74,17 @@ class _Page:
             1 - down / self.height,
             words,
             va=style.pop("va", "top"),
-            parse_math=False,  # a price in dollars is no formula
+            parse_math=False,  # dollar signs do not begin formulas
             **style,
         )
 
     def line(self, words: str, down: float, per_inch: float, **style: Any) -> None:
-        """Write `words` on one line, cut where the figure ends; `per_inch` letters of its size go into an inch."""
+        """Write `words` on one line, cut at the edge of the figure; an inch holds `per_inch` letters."""
         line, limit = " ".join(words.split()), int((self.width - MARGIN) * per_inch)
         self.text(line if len(line) <= limit else line[: limit - 1] + "…", MARGIN, down, **style)
 
     def titles(self, title: str, subtitle: str) -> float:
-        """Write both, and say how far down they reach."""
+        """Write both titles, and return the position of their lower end."""
         self.line(title, 0.1, per_inch=9.5, fontsize=13, weight="bold")
         self.line(subtitle, 0.37, per_inch=12.5, fontsize=10, color="#444")
         return _title_height(subtitle)
@@ -94,7 +94,7 @@ class _Page:
 
 
 def draw_table(stages: Sequence[Stage], names: Sequence[str], title: str, subtitle: str = "") -> Figure:
-    """One row a view (of these `names`), one column a stage; a name stands beside its row where there are several."""
+    """Draw one row for each view and one column for each stage; several rows have their `names` beside them."""
     margin = MARGIN + (0.2 if len(names) > 1 else 0)
     sizes = [_fitted(panel, STILL) for panel in stages[0].panels]
     scaled = any(stage.scale for stage in stages)
@@ -125,7 +125,7 @@ def draw_table(stages: Sequence[Stage], names: Sequence[str], title: str, subtit
 
 
 def draw_contact_sheet(stages: Sequence[Stage], names: Sequence[str], title: str, subtitle: str = "") -> Figure:
-    """A band a stage, in it all views (frames of a video) from left to right, as many lines as they need."""
+    """Draw a band for each stage with all views (frames of a video) from left to right, in several lines if needed."""
     across = min(FRAMES, len(names))
     sizes = [_fitted(panel, FRAME) for panel in stages[0].panels]
     high = max(height for _, height in sizes)
@@ -152,6 +152,6 @@ def _title_height(subtitle: str) -> float:
 
 
 def _fitted(panel: Image.Image, side: float) -> tuple[float, float]:
-    """Width and height of a panel of this shape that is as wide as `side`, but not higher than `TALLEST` of it."""
+    """Width and height of a panel of this shape, `side` wide and at most `TALLEST` times as high."""
     height = min(side * panel.height / panel.width, side * TALLEST)
     return height * panel.width / panel.height, height

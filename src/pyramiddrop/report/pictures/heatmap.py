@@ -1,4 +1,4 @@
-"""Score heatmaps: the picture under the colours of the scores that ranked its tokens at one drop."""
+"""Score heatmaps: the picture under colours of the scores that ranked its tokens at a drop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from pyramiddrop.report.pictures.overlay import mask_dropped, patch_pixels
 from pyramiddrop.report.token_layout.geometry import View, values_by_view
 
-#: The colours, dark for low and light for high scores, and how much of them covers the picture.
+#: The colour map, dark for low and light for high scores, and its opacity over the picture.
 COLOURS, COVER = "magma", 0.72
 
 Grid = list[list[float]]
@@ -24,9 +24,9 @@ Grid = list[list[float]]
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of one drop, before `layer`: (N,) `values` in the order of the prompt, NaN where one was gone.
+    """The scores of the drop before `layer`: (N,) `values` in the order of the prompt, NaN at tokens dropped before.
 
-    A few tokens get almost all attention, so colours go with the rank: half of the tokens are darker than the middle.
+    A few tokens receive almost all attention, so that colours show ranks instead of values.
     """
 
     layer: int
@@ -35,23 +35,23 @@ class Scored:
 
     @cached_property
     def scores(self) -> list[Grid]:
-        """For each view its rows of scores, NaN where a token was gone."""
+        """For each view its rows of scores, NaN at tokens dropped before."""
         return values_by_view(self.views, self.values.tolist())
 
     @cached_property
     def ranks(self) -> list[Grid]:
-        """For each view its rows of ranks among all tokens that were there, 1 for the highest score."""
+        """For each view its rows of ranks among all ranked tokens, 1 for the highest score."""
         order = self._sorted
         ranks = len(order) - torch.searchsorted(order, self.values.double(), right=True) + 1
         return values_by_view(self.views, torch.where(self.values.isnan(), torch.nan, ranks.double()).tolist())
 
     @property
     def tokens(self) -> int:
-        """How many tokens were ranked, those without a place in the picture among them."""
+        """The number of ranked tokens, including those without a place in the picture."""
         return len(self._sorted)
 
     def at(self, shares: Sequence[float]) -> list[float]:
-        """The scores below which these shares of the tokens lie: 0 for the lowest score, 1 for the highest."""
+        """The quantiles of the scores: 0 gives the lowest score, 1 the highest."""
         return [float(self._sorted[round(share * (self.tokens - 1))]) for share in shares]
 
     @cached_property
@@ -60,9 +60,9 @@ class Scored:
 
 
 def draw_heatmap(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float]], tokens: int) -> Image.Image:
-    """`pixels` (of `overlay.seen_pixels`) under the colours of (rows, columns) `ranks`.
+    """Colour `pixels` (from `overlay.seen_pixels`) by (rows, columns) `ranks`.
 
-    Tokens with NaN were gone before the stage ranked, and are veiled as in a picture of what was kept.
+    Tokens with NaN were dropped before, and are masked as in a picture of kept tokens.
     """
     values: NDArray[np.float64] = np.asarray(ranks, dtype=np.float64)
     alive = np.argwhere(~np.isnan(values)).tolist()

@@ -1,4 +1,4 @@
-"""Read from a trace which visual tokens are alive in which layers, and where they lie in the picture."""
+"""Read from a trace which visual tokens are present in which layers, and their places in the picture."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pyramiddrop.trace import Trace
 
 @dataclass(frozen=True)
 class StageTokens:
-    """The layers from `first` to `last` (0-based, both included) and the visual tokens that they compute on.
+    """The layers from `first` to `last` (0-based, both included) and their visual tokens.
 
     Attributes:
-        tokens: how many visual tokens, those without a place in the picture among them.
-        cells: for each view of the picture the places of these tokens.
-        unplaced: how many of them have no place in the picture, by what they are called.
+        tokens: number of visual tokens, including those without a place in the picture.
+        cells: for each view of the picture, the places of these tokens.
+        unplaced: number of tokens without a place in the picture, by name.
     """
 
     first: int
@@ -30,14 +30,14 @@ class StageTokens:
 
     @property
     def layers(self) -> str:
-        """The layers in words."""
+        """The layers as text."""
         if self.last < self.first:
             return "before the decoder"
         return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
 
 
 def token_status(layers: Sequence[StageTokens], number: int, view: View) -> list[int]:
-    """For each cell of `view`, the one of this `number`, row by row: the last of `layers` in which it is alive."""
+    """For each cell of `view` (view number `number`), row by row, the last of the stages in which it is present."""
     return [sum(cell in stage.cells[number] for stage in layers) - 1 for cell in view.grid]
 
 
@@ -45,7 +45,7 @@ def visual_columns(trace: Trace, sample: int) -> Tensor:
     """The columns of the visual tokens of a sample.
 
     Raises:
-        ValueError: where the trace has no prefill.
+        ValueError: if the trace is empty.
     """
     if not trace.visual_columns:
         raise ValueError("the trace is empty: run the patched model first")
@@ -53,10 +53,10 @@ def visual_columns(trace: Trace, sample: int) -> Tensor:
 
 
 def stage_tokens(trace: Trace, views: Sequence[View], sample: int = 0) -> list[StageTokens]:
-    """The stages of a model, cut at the drops of `trace`: the first has every token, the last the fewest.
+    """The stages between the drops of `trace`: the first has every token, the last the fewest.
 
     Raises:
-        ValueError: where the trace has no prefill, or `views` do not have as many tokens as its sample brought.
+        ValueError: if the trace is empty, or `views` do not have as many tokens as its sample.
     """
     columns = visual_columns(trace, sample)
     expected = sum(view.tokens for view in views)

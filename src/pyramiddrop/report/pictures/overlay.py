@@ -1,4 +1,4 @@
-"""Pixels of a view of the picture, and the overlay mask on the places whose visual tokens were dropped."""
+"""The pixels of a view of the picture, and the overlay mask on the places of dropped tokens."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from PIL import Image
 from pyramiddrop.inference.pixels import to_rgb
 from pyramiddrop.report.token_layout.geometry import Cell, View
 
-#: Share of a dropped patch's own colour that still shows through the overlay.
+#: Share of a dropped patch's own colour that shows through the overlay.
 SHOWS_THROUGH = 0.14
 LIGHT_OVERLAY, DARK_OVERLAY = 232, 24
-#: How much of the line between two crops covers the picture.
+#: Opacity of the line between two crops.
 SEAM = 0.6
 
 
 def seen_pixels(picture: Image.Image, view: View, long_side: int = 448) -> Image.Image:
-    """The part of `picture` that `view` covers, scaled so that every patch is the same whole number of pixels.
+    """The part of `picture` that `view` covers, scaled so that every patch has the same whole number of pixels.
 
-    The longer side comes close to `long_side` pixels. What sticks out of the picture is black, as a model pads it.
+    The longer side has about `long_side` pixels. Parts outside the picture are black, like a model's padding.
     """
     box = view.box
     scale = long_side / max(box.width, box.height)
@@ -37,14 +37,14 @@ def seen_pixels(picture: Image.Image, view: View, long_side: int = 448) -> Image
 
 
 def patch_pixels(pixels: Image.Image, view: View) -> tuple[int, int]:
-    """Height and width of a patch in `pixels` (of :func:`seen_pixels`)."""
+    """Height and width of a patch in `pixels` (from :func:`seen_pixels`)."""
     return pixels.height // view.rows, pixels.width // view.columns
 
 
 def mask_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Image.Image:
-    """`pixels` (of :func:`seen_pixels`) with the place of every token that is not `kept` under an overlay.
+    """Cover the places of tokens that are not `kept` in `pixels` (from :func:`seen_pixels`) with an overlay.
 
-    Kept pixels are untouched. The overlay is light on a dark picture and dark on a light one, so that dropped patches
+    Kept pixels are unchanged. The overlay is light on a dark picture and dark on a light one, so that dropped patches
     do not look like kept ones.
     """
     values = np.asarray(pixels, dtype=np.float32)
@@ -58,12 +58,12 @@ def mask_dropped(pixels: Image.Image, view: View, kept: Collection[Cell]) -> Ima
 
 
 def overlay_grey(pixels: Image.Image) -> int:
-    """The grey that dropped patches of this picture fade into, 0 to 255."""
+    """The grey value of the overlay on this picture, 0 to 255."""
     return LIGHT_OVERLAY if float(np.asarray(pixels.convert("L")).mean()) < 128 else DARK_OVERLAY
 
 
 def with_seams(pixels: Image.Image, view: View) -> Image.Image:
-    """`pixels` with a line where another crop of the picture begins."""
+    """Draw lines between the crops of the picture on `pixels`."""
     values = np.array(pixels, dtype=np.float32)
     height, width = patch_pixels(pixels, view)
     rows, columns = view.seams
@@ -75,7 +75,7 @@ def with_seams(pixels: Image.Image, view: View) -> Image.Image:
 
 
 def picture_data(pixels: Image.Image) -> str:
-    """`pixels` as a `data:` address: PNG, or JPEG where that is smaller (a photograph)."""
+    """`pixels` as a `data:` URL: PNG, or JPEG if that is smaller (for photographs)."""
     files = {kind: _encoded(pixels, kind) for kind in ("png", "jpeg")}
     kind = min(files, key=lambda name: len(files[name]))
     return f"data:image/{kind};base64," + base64.b64encode(files[kind]).decode()

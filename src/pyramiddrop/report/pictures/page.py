@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def render(visual: Visual) -> str:
-    """The whole page as text; it needs no network."""
+    """The page as HTML text; it needs no network."""
     data = {
         "stages": [_stage(visual, number) for number in range(len(visual.stages))],
         "views": [_view(visual, number) for number in range(len(visual.seen))],
@@ -28,7 +28,7 @@ def render(visual: Visual) -> str:
 
 
 def _stage(visual: Visual, number: int) -> dict[str, Any]:
-    """A stage; and of the drop that ends it, if it ranked: its layer, its tokens, the outer scores."""
+    """A stage; and the layer, tokens, lowest and highest score of the drop after it, if that ranked."""
     stage, after = visual.stages[number], visual.stages[number + 1 : number + 2]
     ranked = next((one for one in visual.scored if after and one.layer == after[0].first), None)
     scores = None
@@ -47,7 +47,7 @@ def _stage(visual: Visual, number: int) -> dict[str, Any]:
 
 
 def _view(visual: Visual, number: int) -> dict[str, Any]:
-    """What a view draws: `tokens`, `status`, each of `scores` and of `ranks` have an entry a cell, row by row."""
+    """The data of a view; `tokens`, `status`, and each of `scores` and `ranks` have an entry for each cell."""
     view, pixels = visual.seen[number].view, visual.pixels[number]
     before = sum(one.view.tokens for one in visual.seen[:number])
     numbers = {cell: before + token for token, cell in enumerate(view.cells) if cell is not None}
@@ -69,6 +69,6 @@ def _view(visual: Visual, number: int) -> dict[str, Any]:
 
 
 def _flat(grid: list[list[float]], digits: int) -> list[float | None]:
-    """Row after row, to so many digits (0: whole numbers); None for NaN, which JSON does not have."""
+    """Flatten row by row and round to `digits` (0: whole numbers); None for NaN, which JSON does not have."""
     values = [value for line in grid for value in line]
     return [None if math.isnan(value) else float(f"{value:.{digits}g}") if digits else int(value) for value in values]

@@ -1,4 +1,4 @@
-"""Everything drawn of one sample of a prefill: from its trace to a picture, an animation or a page on disk."""
+"""Draw one sample of a prefill: from its trace to a picture, an animation or a page on disk."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import CannotPlaceError, PlacedView, place_pictures
 from pyramiddrop.trace import Trace
 
-#: What a page and an animation have for a suffix; every other one is matplotlib's.
+#: Suffixes of pages and animations; all others are matplotlib's.
 PAGE, ANIMATION = ".html", ".gif"
-#: A notebook's cell is as wide as it likes.
+#: Height in a notebook, whose cells have any width.
 FRAME = "width: 100%; height: 760px; border: 0"
-#: Tokens without a known place, and the empty cells behind the last of them.
+#: Greys of tokens without a known place, and of the empty cells after the last of them.
 UNPLACED, EMPTY = (108, 142, 191), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Visual:
-    """Everything that is drawn of one sample of a prefill.
+    """One sample of a prefill, ready to draw.
 
     Attributes:
-        seen: the pictures and the views of them, in the order of the prompt.
-        stages: of layers, with the tokens alive in each.
-        scored: the drops that ranked.
-        made_by: the model and the method, in words.
-        cost: of the whole prefill against vanilla, where it is known.
-        note: why the tokens are not drawn where they lie in the picture; empty where they are.
+        seen: the pictures and their views, in the order of the prompt.
+        stages: the stages, with the tokens of each.
+        scored: the scores of the drops that ranked.
+        made_by: the model and the method, as text.
+        cost: the cost of the whole prefill beside vanilla's, if known.
+        note: why tokens are not drawn at their places in the picture; empty if they are.
     """
 
     seen: list[PlacedView]
@@ -58,10 +58,10 @@ class Visual:
     note: str = ""
 
     def save(self, path: str | Path, scores: bool = False) -> None:
-        """Write what was kept, or the `scores`; the suffix chooses html (it has both), gif, or png, pdf, svg, ...
+        """Write the kept tokens, or the `scores`, to a file: html (with both), gif, png, pdf, svg, ... by its suffix.
 
         Raises:
-            ValueError: for another suffix, a folder that is not there, and `scores` where no stage ranked a token.
+            ValueError: for another suffix, a missing folder, and `scores` if no drop ranked.
         """
         path = Path(path)
         check_picture_path(path, scores)
@@ -73,33 +73,32 @@ class Visual:
             (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
 
     def draw(self) -> Figure:
-        """The tokens alive in each stage; places of dropped ones are veiled (the paper's Figure 5).
+        """Draw the tokens of each stage, with dropped ones masked (the paper's Figure 5).
 
-        One row a view and one column a stage; of a video a contact sheet for each stage.
+        The figure has a row for each view and a column for each stage, or for a video a contact sheet for each stage.
         """
         return self._sheet(self._kept())
 
     def draw_scores(self) -> Figure:
-        """The scores at each drop that ranked: light is high, tokens that were gone are veiled.
+        """Draw the scores at each drop that ranked: light for high scores, with earlier dropped tokens masked.
 
         Raises:
-            ValueError: where no stage ranked a token.
+            ValueError: if no drop ranked.
         """
         if not self.scored:
             raise ValueError("no scores to draw: no stage of this run ranked a token")
         return self._sheet([self._heat(stage) for stage in self.scored])
 
     def html(self) -> str:
-        """One page without a network: stages to step through and to play, scores under the pointer."""
+        """A self-contained page: stages to step through and to play, scores under the pointer."""
         return page.render(self)
 
     def _repr_html_(self) -> str:
-        """The page in a notebook: in a frame of its own, for it brings a document with styles and scripts."""
+        """The page in a frame for notebooks, because it is a document with its own styles and scripts."""
         return f'<iframe srcdoc="{escape(self.html())}" style="{FRAME}"></iframe>'
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers: for each stage the visual tokens alive, how many of them in each view, and without a
-        place in any of them."""
+        """For each stage, the numbers of visual tokens in all, in each view, and without a place."""
         names = [one.view.name for one in self.seen]
         return {
             "views": [{"name": one.view.name, "tokens": one.view.tokens} for one in self.seen],
@@ -117,12 +116,12 @@ class Visual:
 
     @cached_property
     def pixels(self) -> list[Image.Image]:
-        """Each view's part of its picture."""
+        """The pixels of each view."""
         return [seen_pixels(one.picture, one.view) for one in self.seen]
 
     @property
     def has_frames(self) -> bool:
-        """Whether there is a video among the pictures."""
+        """True if there is a video among the pictures."""
         return any(one.moment is not None for one in self.seen)
 
     def _sheet(self, stages: list[Stage]) -> Figure:
@@ -170,25 +169,25 @@ def visualize(
     sample: int = 0,
     videos: Sequence[Sequence[Image.Image]] = (),
 ) -> Visual:
-    """Place the visual tokens of a prefill in its pictures: `visualize(trace, ...).save("kept.html")`.
+    """Draw the visual tokens of a prefill over its pictures: `visualize(trace, ...).save("kept.html")`.
 
-    Where nobody knows which part of a picture a family's tokens are made from, they are drawn as a plain grid in the
-    order of the prompt, and `note` says so.
+    If it is unknown which part of a picture a family's tokens stand for, they are drawn as a plain grid in the order of
+    the prompt, and `note` says so.
 
     Args:
-        trace: of the prefill.
+        trace: the trace of the prefill.
         config: the model's configuration.
         processor: the checkpoint's processor.
-        images: of this sample, in the order of the prompt.
-        inputs: what the processor returned for this sample alone; families that keep a picture's shape need it.
-        question: written above.
-        answer: written under the question; empty for none.
-        made_by: the model and the method in words, for the page; empty for none.
-        sample: which one of the batch.
-        videos: the frames of each one, as the model saw them; they stand behind the images.
+        images: the images of this sample, in the order of the prompt.
+        inputs: the processor's outputs for this sample alone; families that keep a picture's shape need them.
+        question: the title.
+        answer: the line below it; empty for none.
+        made_by: the model and the method as text, for the page; empty for none.
+        sample: the index of the sample in the batch.
+        videos: the frames of each video, as the model saw them; videos come after the images.
 
     Raises:
-        ValueError: for an empty trace, and images that are not this trace's.
+        ValueError: if the trace is empty, or the images are not those of the trace.
     """
     tokens, note = len(visual_columns(trace, sample)), ""
     try:
@@ -203,7 +202,7 @@ def visualize(
 
 
 def check_picture_path(path: Path, scores: bool = False) -> None:
-    """Raise ValueError where no picture can be written to `path`, by its suffix or for want of its folder."""
+    """Raise ValueError if no picture can be written to `path`: unknown suffix or missing folder."""
     suffix = path.suffix.lower()
     known = [*sorted(Figure().canvas.get_supported_filetypes()), *([] if scores else [PAGE[1:], ANIMATION[1:]])]
     if scores and suffix in (PAGE, ANIMATION):
@@ -215,7 +214,7 @@ def check_picture_path(path: Path, scores: bool = False) -> None:
 
 
 def check_drawn_method(method: Method | str | None) -> None:
-    """Raise ValueError if there is nothing to draw of a method, which may be given in words; None is vanilla."""
+    """Raise ValueError if a method (or its specification) has nothing to draw; None is vanilla."""
     if isinstance(method, str):
         method = parse_method_spec(method)
     if method is None:
@@ -226,7 +225,7 @@ def check_drawn_method(method: Method | str | None) -> None:
 
 
 def _unplaced(tokens: int) -> PlacedView:
-    """A grid of so many tokens in the order of the prompt, over a picture that shows nothing."""
+    """A grid of `tokens` in the order of the prompt, over an empty picture."""
     columns = math.ceil(math.sqrt(tokens * 4 / 3))
     rows = math.ceil(tokens / columns)
     picture = Image.new("RGB", (columns, rows), UNPLACED)
@@ -238,10 +237,10 @@ def _unplaced(tokens: int) -> PlacedView:
 
 
 def run_visual(done: Run) -> Visual:
-    """What the run's method kept of its pictures.
+    """The tokens that the run's method kept, ready to draw.
 
     Raises:
-        ValueError: where its method is none of which anything could be drawn, vanilla for one.
+        ValueError: if the method has nothing to draw, such as vanilla.
     """
     check_drawn_method(done.ready.method)
     ready, method, trace = done.ready, done.ready.method, done.trace

@@ -15,7 +15,7 @@ from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds,
 from pyramiddrop.report.studies.tradeoff import kind_sheet, scored_cells, way_numbers
 from pyramiddrop.report.tables.evaluation import share_cell
 
-#: The number of the paper's table.
+#: The number of the table in the paper.
 ABLATION = 4
 LEAD = (
     "PyramidDrop in 4 equal stages: after drop k the share λ^k of the visual tokens stays. A smaller λ is cheaper. "
@@ -24,7 +24,7 @@ LEAD = (
 
 
 def show_ablation(record: Record) -> Shown:
-    """The figure and the tables of a study's `record`."""
+    """Build the figure and the tables of a study's `record`."""
     vanilla, *points = record["methods"]
     figure = draw_ablation(vanilla, points, record["kinds"])
     return Shown(
@@ -42,7 +42,7 @@ def show_ablation(record: Record) -> Shown:
 
 
 def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
-    """What the smallest and the largest λ spend and lose."""
+    """A sentence on the costs and losses of the smallest and the largest λ."""
     mean = vanilla["scores"]["all"]["mean"]
     said = [
         f"λ = {point['lam']:g} spends {share_cell(point['flops_ratio'])} of vanilla's decoder FLOPs and scores "
@@ -53,7 +53,7 @@ def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
 
 
 def ablation_sheets(record: Record) -> list[Sheet]:
-    """The tables: what each λ costs and scores, its scores by kind of question, and the paper's beside."""
+    """The tables: costs and scores of each λ, its scores by kind of question, and the paper's table."""
     variants = record["methods"]
     vanilla, *points = variants
     names = ["vanilla", *(f"{point['lam']:g}" for point in points)]
@@ -65,7 +65,7 @@ def ablation_sheets(record: Record) -> list[Sheet]:
 
 
 def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:
-    """Costs and scores as parts of vanilla's own, here and in the paper's Table 4: what can be compared over models."""
+    """Costs and scores relative to vanilla's, here and in the paper's Table 4, to compare across models."""
     paper = next(table.rows for table in paper_tables() if table.number == ABLATION)
     models = list(dict.fromkeys(row.settings["model"] for row in paper))
     rows = []
@@ -79,7 +79,7 @@ def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> S
 
 
 def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str, str]:
-    """FLOPs and average score; empty where the paper did not try this λ."""
+    """FLOPs and average score in the paper; empty if it did not try this λ."""
     own = {row.settings["lambda"]: row for row in rows if row.settings["model"] == model}
     tried, vanilla = own.get(f"{lam:g}"), own["vanilla"]
     if tried is None:
@@ -88,18 +88,18 @@ def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str,
     return share_cell(cost), share_cell(score)
 
 
-#: What is drawn of the costs, by their names in `costs_of`.
+#: The costs that are drawn, by their names in `costs_of`.
 COSTS = {"flops": "decoder FLOPs", "kv": "KV cache", "tokens": "visual tokens of a layer"}
-#: λ of vanilla: each drop would leave everything.
+#: λ of vanilla, with which every drop would keep everything.
 VANILLA = 1.0
 
 
 def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
-    """Left the score, of all and of each kind of question, over λ; right the costs. Vanilla stands at λ = 1.
+    """Draw scores over λ (left: of all questions and of each kind) and costs (right). Vanilla is at λ = 1.
 
     Args:
-        vanilla: a method of an evaluation's record.
-        points: methods, each with its `lam`, ascending.
+        vanilla: vanilla's entry in an evaluation's record.
+        points: the methods' entries, each with its `lam`, ascending.
     """
     places = [*(point["lam"] for point in points), VANILLA]
     with rc_context(styled()):
@@ -119,7 +119,7 @@ def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str
 
 
 def costs_of(variant: Record, vanilla: Record) -> dict[str, float | None]:
-    """Parts of vanilla's FLOPs, KV cache and visual tokens of a layer; None where the cost model does not know them."""
+    """FLOPs, KV cache and visual tokens in a layer relative to vanilla's; None if the cost model does not know them."""
     tokens = variant["visual_tokens"]["per_layer"] / vanilla["visual_tokens"]["per_layer"]
     return {"flops": variant["flops_ratio"], "kv": variant["kv_ratio"], "tokens": tokens}
 

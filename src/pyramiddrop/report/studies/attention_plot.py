@@ -22,12 +22,12 @@ HEAT = "inferno"
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What one prompt looked at.
+    """The attention of one prompt on its visual tokens.
 
     Attributes:
         title: the question, and the answer.
         seen: the views of its pictures; the first one is drawn.
-        scores: for each layer the attention on each visual token, (N,).
+        scores: layer -> (N,) the attention on each visual token.
     """
 
     title: str
@@ -36,8 +36,11 @@ class AttentionMaps:
 
 
 def draw_attention(looks: Sequence[AttentionMaps]) -> Figure:
-    """One row a prompt: the picture, then a map a layer. The maps of a row share their colours, from nothing to the
-    most that a token gets in any of its layers; colours go with the square root, so that little is seen, too."""
+    """Draw a row for each prompt: the picture, then a map for each layer.
+
+    The maps of a row share their colours, from 0 to the highest attention in any of its layers. Colours follow the
+    square root, so that small values are visible.
+    """
     columns = 1 + len(looks[0].scores)
     side = PAGE / columns
     heights = [side * one.seen[0].view.box.height / one.seen[0].view.box.width + 0.42 for one in looks]
@@ -62,7 +65,7 @@ def _draw_row(axes: Sequence[Axes], one: AttentionMaps) -> None:
 
 
 def spread(scores: NDArray[np.float64], view: View) -> NDArray[np.float64]:
-    """(rows, columns) what of `scores` (N,) belongs to each place of the first `view`; tokens without a place: none."""
+    """(rows, columns) the `scores` (N,) at the places of the first `view`, without tokens that have no place."""
     heat = np.zeros((view.rows, view.columns))
     for token in range(min(view.tokens, len(scores))):
         cell = view.cell(token)

@@ -1,4 +1,4 @@
-"""Write a study's files: numbers as JSON and CSV, figures as PNG and SVG, and one HTML page without a network."""
+"""Write a study's files: numbers as JSON and CSV, figures as PNG and SVG, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = "index.html"
 
 
 def write_study(folder: Path, name: str, record: Record, shown: Shown) -> Path:
-    """Write everything into `folder`, which is there already; returns the page."""
+    """Write all files into the existing `folder`; returns the path of the page."""
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _write_csv(folder / f"{name}.csv", shown)
     svgs = {plot.name: save(plot.figure, folder, plot.name).read_text("utf-8") for plot in shown.plots}
@@ -32,17 +32,17 @@ def _write_csv(path: Path, shown: Shown) -> None:
         writer.writerows(shown.numbers)
 
 
-#: Of the page, for an inch of a figure.
+#: Pixels on the page for an inch of a figure.
 PIXELS = 150
 
 
 def render_study(name: str, shown: Shown, record: Record, svgs: Mapping[str, str]) -> str:
-    """The whole page as text.
+    """The page as HTML text.
 
     Args:
-        name: of the study.
-        record: holds its `command` and its `setting`.
-        svgs: for each plot, by its name, the text of its SVG file.
+        name: the name of the study.
+        record: its record, with `command` and `setting`.
+        svgs: the text of each plot's SVG file, by the plot's name.
     """
     return template("study").render(
         name=name,
@@ -54,13 +54,13 @@ def render_study(name: str, shown: Shown, record: Record, svgs: Mapping[str, str
 
 
 def _figure(plot: Plot, svg: str) -> dict[str, Any]:
-    """The SVG element alone, without the head of its file, which names addresses."""
+    """The SVG element without the header of its file, which contains web addresses."""
     width = round(PIXELS * plot.figure.get_figwidth())
     return {"caption": plot.caption, "svg": svg[svg.index("<svg") :], "width": width}
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """What was set, and the machine; without what was left open."""
+    """The settings that were given, and the machine."""
     asked = {name: value for name, value in record["setting"].items() if value not in (None, (), [])}
     return {**asked, **{f"machine: {name}": value for name, value in record["machine"].items()}}
 

@@ -1,4 +1,4 @@
-"""Style of figures for a paper: sizes, type, colours that colour-blind readers tell apart, and file formats."""
+"""The style of figures for papers: sizes, type, colours for colour-blind readers, and file formats."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-#: Inches: a column of a two-column paper, and its whole page.
+#: Inches: a column of a two-column paper, and its full width.
 COLUMN, PAGE = 3.4, 6.9
-#: Okabe and Ito's colours, without black (vanilla has that) and without the yellow that is too light for a line.
+#: Okabe and Ito's colours, without black (which is vanilla's) and without yellow (which is too light for lines).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 2)))
-#: Of an SVG: left out, so that a file depends on what it shows alone.
+#: Metadata of an SVG that is left out, so that a file depends only on its content.
 _METADATA = ("Creator", "Date", "Format", "Type")
 
 _STYLE = {
@@ -39,24 +39,24 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and edited
+    "svg.fonttype": "none",  # keep text as text, so that it can be searched and edited
     "svg.hashsalt": "pyramiddrop",
 }
 
 
 def styled() -> matplotlib.RcParams:
-    """What figures for a paper are drawn and saved under: `with rc_context(styled())`."""
+    """Matplotlib's settings for figures of a paper: `with rc_context(styled())`."""
     return matplotlib.RcParams(**(dict(matplotlib.rcParamsDefault) | _STYLE))
 
 
 def depth_colors(count: int) -> list[str]:
-    """Colours for things that have an order (layers, shares), dark to light; the order survives a grey print."""
+    """Colours for ordered things (layers, shares), dark to light, also in grey prints."""
     ramp = colormaps["viridis"]
     return [to_hex(ramp(0.88 * place / max(1, count - 1))) for place in range(count)]
 
 
 def share_axis(axis: Axes, shares: Sequence[float], label: str = "visual tokens kept (%)") -> None:
-    """Make the x axis one of shares kept: logarithmic, and a tick at each of the `shares`, written in percent."""
+    """Make the x axis an axis of keep ratios: logarithmic, with a tick in percent at each of the `shares`."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(shares), [f"{100 * share:.3g}" for share in shares])
     axis.minorticks_off()
@@ -64,17 +64,17 @@ def share_axis(axis: Axes, shares: Sequence[float], label: str = "visual tokens 
 
 
 def literal(text: str) -> str:
-    """A user's `text` as a label: a price in dollars is no formula."""
+    """Escape dollar signs in a label, so that matplotlib does not read them as formulas."""
     return text.replace("$", r"\$")
 
 
 def band(axis: Axes, places: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
-    """Shade what lies between `low` and `high` around a line of this color."""
+    """Shade the band between `low` and `high` around a line of this color."""
     axis.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write `figure` as NAME.png (300 dots an inch) and NAME.svg; returns the latter."""
+    """Write `figure` as NAME.png (300 dots per inch) and NAME.svg; returns the path of the latter."""
     with rc_context(styled()):
         figure.savefig(folder / f"{name}.png", facecolor="white", dpi=300)
         figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=dict.fromkeys(_METADATA))

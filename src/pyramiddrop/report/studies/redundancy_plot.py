@@ -1,4 +1,4 @@
-"""Draw the curves of the paper's Figures 1 and 3: a score over the share of visual tokens kept, by layer."""
+"""Draw the curves of the paper's Figures 1 and 3: a score over the keep ratio, by layer."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Metric:
     """How a metric of the study is shown.
 
     Attributes:
-        label: of its axis.
-        full: its value where nothing is dropped; None for the record's own.
-        part: whether it is a part of one, shown in percent; else it is shown as it is, and logarithmically.
+        label: the label of its axis.
+        full: its value without dropping; None: the one in the record.
+        part: True if it lies in 0..1 and is shown in percent; others are shown on a logarithmic axis.
     """
 
     label: str
@@ -49,7 +49,7 @@ METRICS = {
 
 
 def draw_redundancy(models: Sequence[Record], metric: str) -> Figure:
-    """The curves of `metric`: one line a layer for one model; for several, one panel a layer and one line a model."""
+    """Draw `metric`: a line for each layer of one model; for several models, a panel for each layer."""
     with rc_context(styled()):
         return _one_model(models[0], metric) if len(models) == 1 else _several_models(models, metric)
 
@@ -96,11 +96,11 @@ def _several_models(models: Sequence[Record], metric: str) -> Figure:
 
 
 def _line(axis: Axes, model: Record, metric: str, layer: int, style: Mapping[str, Any], label: str) -> None:
-    """A line through the cells of `layer`, from the full model at the right, in a band of one standard error."""
+    """Draw a line through the cells of `layer`, with the full model at the right and a band of one standard error."""
     cells = [cell for cell in model["cells"] if cell["layer"] == layer and cell["keep"] < 1]
     scores = {cell["keep"]: cell[metric] for cell in cells} | {1.0: _full(model, metric)}
     if not METRICS[metric].part:
-        scores = {share: score for share, score in scores.items() if score["mean"] > 0}  # a logarithm has no zero
+        scores = {share: score for share, score in scores.items() if score["mean"] > 0}  # log axes have no zero
     shares = sorted(scores)
     low, middle, high = bounds([scores[share] for share in shares], METRICS[metric].part)
     band(axis, shares, low, high, style["color"])
@@ -108,7 +108,7 @@ def _line(axis: Axes, model: Record, metric: str, layer: int, style: Mapping[str
 
 
 def _full(model: Record, metric: str) -> Record:
-    """What the full model scores."""
+    """The score of the full model."""
     full = METRICS[metric].full
     return model["vanilla"][metric] if full is None else {"mean": full, "error": 0.0}
 

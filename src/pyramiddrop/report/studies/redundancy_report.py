@@ -20,7 +20,7 @@ LEAD = (
     "each share kept. The flatter a line, the more of the picture is redundant from that layer on. Bands and ± are one "
     "standard error, clustered by picture."
 )
-#: The loss up to which dropped tokens count as redundant.
+#: The largest loss at which dropped tokens count as redundant.
 REDUNDANT = 0.01
 CAPTIONS = {
     "accuracy": "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
@@ -38,7 +38,7 @@ TITLES = {
 
 
 def show_redundancy(record: Record, looks: Sequence[AttentionMaps] = ()) -> Shown:
-    """The figures and tables of a study's `record`, and maps of the attention where there are `looks`."""
+    """Build the figures and tables of a study's `record`, and attention maps of `looks`, if any."""
     models = record["models"]
     metrics = _metrics(models)
     plots = [Plot(f"redundancy-{metric}", CAPTIONS[metric], draw_redundancy(models, metric)) for metric in metrics]
@@ -56,7 +56,7 @@ def show_redundancy(record: Record, looks: Sequence[AttentionMaps] = ()) -> Show
 
 
 def _conclusion(model: Record) -> str:
-    """From which layer on the largest and the smallest share that was tried are enough."""
+    """A sentence on the layers from which the largest and the smallest keep ratio are enough."""
     metric, whole = "agreement", 1.0
     if model["vanilla"]["accuracy"]:
         metric, whole = "accuracy", model["vanilla"]["accuracy"]["mean"]
@@ -68,7 +68,7 @@ def _conclusion(model: Record) -> str:
 
 
 def _enough(model: Record, metric: str, whole: float, share: float) -> str:
-    """`are enough from layer 6 on`: the first layer at which no deeper one that was tried loses more."""
+    """`are enough from layer 6 on`: the first layer from which no measured layer loses more than allowed."""
     first = None
     for cell in sorted((cell for cell in model["cells"] if cell["keep"] == share), key=lambda cell: -cell["layer"]):
         if whole - cell[metric]["mean"] > REDUNDANT:
@@ -78,22 +78,22 @@ def _enough(model: Record, metric: str, whole: float, share: float) -> str:
 
 
 def redundancy_sheets(record: Record) -> list[Sheet]:
-    """The tables: a metric by layer and share, one for each metric and model; and the attention of each model."""
+    """The tables: a metric by layer and keep ratio, for each metric and model; and each model's attention."""
     models = record["models"]
     sheets = [_cells(model, metric) for metric in _metrics(models) for model in models]
     return [*sheets, *(_attention(model) for model in models if model["attention"])]
 
 
 def attention_maps(examples: Sequence[AttentionExample]) -> tuple[list[AttentionMaps], str]:
-    """What can be drawn of the attention on pictures; and why nothing can, or nothing."""
+    """The attention maps that can be drawn, and the reason if none can."""
     try:
         return [_look(glance) for glance in examples if glance.scores], ""
-    except ValueError as error:  # a family whose visual tokens cannot be placed in the picture
+    except ValueError as error:  # a family whose visual tokens have no known place in the picture
         return [], str(error)
 
 
 def write_profiles(record: Record, folder: Path) -> list[Path]:
-    """A redundancy profile of each model: `profile.json`, or `profile-NAME.json` where there are several."""
+    """Write a redundancy profile of each model: `profile.json`, or `profile-NAME.json` for several."""
     models = record["models"]
     paths = [folder / name for name in _profile_names([model["name"] for model in models])]
     for path, model in zip(paths, models, strict=True):
@@ -102,12 +102,12 @@ def write_profiles(record: Record, folder: Path) -> list[Path]:
 
 
 def _metrics(models: Sequence[Record]) -> list[str]:
-    """Those that were scored: no accuracy without answers."""
+    """The measured metrics; accuracy needs known answers."""
     return [metric for metric in CAPTIONS if any(cell[metric] for cell in models[0]["cells"])]
 
 
 def _profile_names(models: Sequence[str]) -> list[str]:
-    """Names of files after names of models, with a number where two would be the same."""
+    """File names after the names of models, with a number if two would be equal."""
     if len(models) == 1:
         return ["profile.json"]
     plain = [re.sub(r"[^\w.-]+", "-", name) for name in models]
@@ -132,7 +132,7 @@ def _attention_caption(name: str) -> str:
 
 
 def _cells(model: Record, metric: str) -> Sheet:
-    """One row a layer, one column a share."""
+    """A row for each layer and a column for each keep ratio."""
     cells = {(cell["layer"], cell["keep"]): cell[metric] for cell in model["cells"]}
     layers, shares = (sorted({cell[name] for cell in model["cells"]}) for name in ("layer", "keep"))
     shares.reverse()
@@ -155,7 +155,7 @@ def _vanilla(model: Record) -> str:
 
 
 def _numbers(model: Record, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row a cell, metric and kind of question; the full model's have no layer."""
+    """A row for each cell, metric and kind of question; rows of the full model have no layer."""
     full = model["vanilla"]
     yield from _rows({"model": model["name"], "layer": "", "keep": 1, "flops_ratio": 1}, full, ["accuracy"])
     for cell in model["cells"]:

@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, the name of its files, and what it says."""
+    """A figure with the name of its files and a caption."""
 
     name: str
     caption: str
@@ -27,14 +27,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: its title, its head, and rows of text."""
+    """A table of text: title, head and rows."""
 
     title: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
     def table(self) -> Table:
-        """For the terminal."""
+        """The table for a terminal."""
         table = new_table(*self.head)
         table.title, table.title_justify, table.title_style = self.title, "left", "bold"
         for row in self.rows:
@@ -42,21 +42,21 @@ class Sheet:
         return table
 
     def markdown(self) -> str:
-        """For a document."""
+        """The table in Markdown."""
         lines = [self.head, ("---",) * len(self.head), *self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A study as people see it.
+    """The presentation of a study.
 
     Attributes:
-        title: what was asked.
-        conclusion: the answer, in a sentence made of the numbers.
+        title: the question of the study.
+        conclusion: the answer, in a sentence with numbers.
         lead: how to read the figures.
-        remarks: what is worth knowing beside.
-        numbers: rows of the CSV file, all with the same names.
+        remarks: further notes.
+        numbers: the rows of the CSV file, all with the same keys.
     """
 
     title: str
@@ -69,12 +69,12 @@ class Shown:
 
 
 def percent(score: Record | None) -> str:
-    """`88.3 ± 1.0`, of a score that is a part of one; nothing where there is none."""
+    """`88.3 ± 1.0`, for a score in 0..1; empty for None."""
     return "" if score is None else score_cell(score)
 
 
 def small(score: Record | None) -> str:
-    """`0.0021 ± 0.0003`, to two digits; nothing where there is none."""
+    """`0.0021 ± 0.0003`, to two digits; empty for None."""
     if score is None:
         return ""
     error = "" if score["error"] is None else f" ± {score['error']:.2g}"
@@ -82,16 +82,16 @@ def small(score: Record | None) -> str:
 
 
 def from_vanilla(vanilla: float, mean: float) -> str:
-    """`4.4 points below vanilla`, of two scores that are parts of one."""
+    """`4.4 points below vanilla`, for two scores in 0..1."""
     return f"{100 * abs(vanilla - mean):.1f} points {'above' if mean > vanilla else 'below'} vanilla"
 
 
 def bounds(scores: Sequence[Record], part: bool = True) -> tuple[list[float], list[float], list[float]]:
-    """One standard error below, the mean, and one above.
+    """One standard error below each mean, the means, and one above.
 
     Args:
-        part: whether the scores are parts of one: then they are given in percent, and the bounds are within 0..100.
-            Others are positive, and the lower bound is at least a tenth of the mean, for logarithmic axes.
+        part: True for scores in 0..1, which are returned in percent, within 0..100. Others are positive, with a lower
+            bound of at least a tenth of the mean, for logarithmic axes.
     """
     ends = [(one["mean"], one["error"] or 0.0) for one in scores]
     scale, most = (100, 1.0) if part else (1, math.inf)

@@ -22,7 +22,7 @@ LEAD = (
 
 
 def show_tradeoff(record: Record) -> Shown:
-    """The figures and the table of a study's `record`."""
+    """Build the figures and the table of a study's `record`."""
     vanilla, *points = record["methods"]
     kinds = record["kinds"]
     plots = [Plot("tradeoff", "Accuracy over what the decoder computes in a prefill.", draw_tradeoff(vanilla, points))]
@@ -45,7 +45,7 @@ def show_tradeoff(record: Record) -> Shown:
 
 
 def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
-    """Which method scores best at the smallest and at the largest budget, and how far from vanilla."""
+    """A sentence on the best method at the smallest and at the largest budget, beside vanilla."""
     budgets = sorted({point["percent"] for point in points})
     best = [_best([point for point in points if point["percent"] == budget]) for budget in budgets]
     mean = vanilla["scores"]["all"]["mean"]
@@ -64,7 +64,7 @@ def _best(points: Sequence[Record]) -> tuple[str, float]:
 
 
 def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
-    """Rows of the CSV file for one method: one for each kind of question."""
+    """The rows of one method in the CSV file, one for each kind of question."""
     costs = {name: variant[name] for name in ("percent", "flops", "flops_ratio", "kv_bytes", "kv_ratio")}
     tokens = variant["visual_tokens"]["per_layer"]
     for kind, score in variant["scores"].items():
@@ -72,7 +72,7 @@ def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
 
 
 def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
-    """Mean scores by kind of question, a row a method with its head; no table where there is one kind."""
+    """Mean scores by kind of question, with a row for each method; no table if there is only one kind."""
     if len(kinds) < 2:
         return []
     rows = [
@@ -83,7 +83,7 @@ def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence
 
 
 def tradeoff_sheets(record: Record) -> list[Sheet]:
-    """The tables: what each method costs and scores, and its scores by kind of question."""
+    """The tables: costs and scores of each method, and its scores by kind of question."""
     variants = record["methods"]
     head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
     return [
@@ -93,7 +93,7 @@ def tradeoff_sheets(record: Record) -> list[Sheet]:
 
 
 def scored_cells(variant: Record) -> tuple[str, ...]:
-    """FLOPs and KV cache of vanilla's, the score, and its difference to vanilla's."""
+    """FLOPs and KV cache relative to vanilla's, the score, and its difference to vanilla's."""
     return (
         share_cell(variant["flops_ratio"]),
         share_cell(variant["kv_ratio"]),
@@ -102,18 +102,18 @@ def scored_cells(variant: Record) -> tuple[str, ...]:
     )
 
 
-#: What FLOPs are counted in, largest first.
+#: Units of FLOPs, largest first.
 UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))
 COSTS = "decoder FLOPs of the prefill (% of vanilla)"
 SCORE = "accuracy (%)"
 
 
 def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
-    """The score of all questions: one line a method through its `points`, and vanilla's score as a level.
+    """Draw the score of all questions: a line through the `points` of each method, and vanilla's level.
 
     Args:
-        vanilla: a method of an evaluation's record.
-        points: methods, each with the name of its `line` beside.
+        vanilla: vanilla's entry in an evaluation's record.
+        points: the methods' entries, each with the name of its `line`.
     """
     with rc_context(styled()):
         figure = Figure(figsize=(COLUMN, 2.75), layout="constrained")
@@ -126,7 +126,7 @@ def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
 
 
 def draw_tradeoff_by_kind(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
-    """The same for each kind of question, a panel each."""
+    """Draw the same for each kind of question, in a panel each."""
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
     with rc_context(styled()):
@@ -161,7 +161,7 @@ def _draw(axis: Axes, vanilla: Record, points: Sequence[Record], kind: str) -> N
 
 
 def _label_flops(axis: Axes, flops: float) -> None:
-    """FLOPs of a prompt above, beside the percents below."""
+    """Add an upper axis in FLOPs of a prompt to the lower one in percent."""
     size, unit = next(entry for entry in UNITS if flops >= entry[0])
     one = flops / size / 100
     upper = axis.secondary_xaxis("top", functions=(lambda x: np.multiply(x, one), lambda y: np.divide(y, one)))

@@ -1,4 +1,4 @@
-"""Show model families, methods and scorers: tables on the terminal, and the page docs/families.md."""
+"""Tables of model families, methods and scorers, and the page docs/families.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyramiddrop.inference.catalog import (
 from pyramiddrop.report.tables.style import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
-#: What stands above each kind of entry of `methods_list`, and how wide the names are.
+#: The heading of each kind of entry in `methods_list`, and the width of its names.
 KINDS = {
     METHOD: "--method NAME, or NAME:argument=value,...",
     SCORER: "which tokens are kept; any of them goes with any method that ranks",
@@ -46,7 +46,7 @@ follow the same code.
 
 
 def families_list(entries: Sequence[FamilyEntry]) -> list[RenderableType]:
-    """The families of each status; it fits a terminal of 80 columns. `family_in_full` has the rest of each."""
+    """The families of each status, within 80 columns; `family_in_full` shows more of each."""
     of = {status: [entry for entry in entries if entry.status == status] for status in COLORS}
     proven = _names_first("family", "modalities", "limits")
     for family, _, modalities, _, limits, _ in map(_cells, of[PROVEN]):
@@ -62,7 +62,7 @@ def families_list(entries: Sequence[FamilyEntry]) -> list[RenderableType]:
 
 
 def _names_first(*columns: str) -> Table:
-    """A table whose last column alone is wrapped."""
+    """A table in which only the last column is wrapped."""
     table = new_table(*columns)
     for column in table.columns[:-1]:
         column.no_wrap = True
@@ -74,7 +74,7 @@ def _heading(title: str, says: str, color: str = "") -> Text:
 
 
 def family_in_full(entry: FamilyEntry) -> Table:
-    """All that is known of one family: a line for each thing."""
+    """All facts about one family, a line each."""
     table = new_table("", entry.model_type)
     table.add_row("text model", _text(entry))
     table.add_row("modalities", _modalities(entry))
@@ -97,7 +97,7 @@ def families_page(entries: Sequence[FamilyEntry]) -> str:
 
 
 def _rows(entries: Sequence[FamilyEntry]) -> list[str]:
-    """The lines of a Markdown table; families are code, for some have underscores."""
+    """The lines of a Markdown table; families are code, because some have underscores."""
     cells = [_cells(entry) for entry in entries]
     rows = [(f"`{family}`", _code(text), *others) for family, text, *others in cells]
     return [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
@@ -108,7 +108,7 @@ def _names(entries: Sequence[FamilyEntry]) -> list[str]:
 
 
 def _legend(entries: Sequence[FamilyEntry]) -> list[str]:
-    """What the short names of limits mean; a name may stand for several sentences, of which one holds for a family."""
+    """The meaning of the short names of limits; a name may have several meanings, one for each family."""
     meanings: dict[str, dict[str, None]] = {}
     for limit in (limit for entry in entries for limit in entry.family.limits):
         meanings.setdefault(limit.name, {})[limit.description] = None
@@ -145,7 +145,7 @@ def _sentence(words: str) -> str:
 
 
 def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:
-    """Methods, scorers and options, each with its rule, its arguments and its source; it fits 80 columns."""
+    """Methods, scorers and options, each with its rule, arguments and source, within 80 columns."""
     parts: list[RenderableType] = []
     for kind, says in KINDS.items():
         table = Table.grid(padding=(0, 2))
@@ -159,7 +159,7 @@ def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:
 
 
 def _origin(entry: MethodEntry) -> str:
-    """Behind the rule: arguments and source, where there are any."""
+    """The arguments and the source after the rule, if there are any."""
     arguments = f"arguments: {', '.join(entry.arguments)}" if entry.arguments else ""
     told = "; ".join(filter(None, (arguments, entry.source)))
     return f" ({told})" if told else ""

@@ -1,4 +1,4 @@
-"""Tables of the cost model: methods side by side, the paper's figures beside ours, the stages of a plan."""
+"""Tables of the cost model: methods side by side, the paper's figures beside ours, and the stages of a plan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
 
 def cost_table(costs: Sequence[tuple[str, CostBreakdown]]) -> Table:
-    """One column for each (label, cost), the first of which the others are compared with."""
+    """A column for each (label, cost); the first one is the reference of the others."""
     table = new_table("", *(label for label, _ in costs))
     accounts = [cost for _, cost in costs]
     table.add_row("visual tokens by stage", *(units.arrow(_steps(one.visual_by_layer)) for one in accounts))
@@ -49,7 +49,7 @@ def cost_table(costs: Sequence[tuple[str, CostBreakdown]]) -> Table:
 
 
 def stages_table(plan: Plan) -> Table:
-    """One row a stage of a plan."""
+    """A row for each stage of a plan."""
     table = new_table("before layer", "keep", "visual tokens")
     counts = plan.schedule.counts(plan.prompt.visual_tokens)
     if plan.before is None:
@@ -60,7 +60,7 @@ def stages_table(plan: Plan) -> Table:
 
 
 def published_table(plans: Sequence[PublishedPlan]) -> Table:
-    """One row a pyramid, a section a budget: what it is, what it leaves, what it costs."""
+    """A row for each published pyramid, in a section for each budget: its schedule, tokens and costs."""
     table = new_table(*PUBLISHED_HEAD)
     for _, rows in groupby(plans, key=lambda one: one.tokens):
         for one in rows:
@@ -103,7 +103,7 @@ def shapes_markdown() -> list[str]:
 
 
 def paper_summary(figures: Sequence[Figure]) -> str:
-    """How many of the figures agree to the printed digit."""
+    """A line on how many of the figures agree to the printed digit."""
     agreeing = sum(figure.agrees for figure in figures)
     return f"{agreeing} of {len(figures)} figures agree to the printed digit, in TFLOPs of the `paper` convention."
 
@@ -125,7 +125,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
 
 
 def _add(table: Table, name: str, values: Sequence[int], written: Callable[[float], str] = units.flops) -> None:
-    """A row of values, each with its share of the first one; left out where there is nothing to count."""
+    """Add a row of values, each with its share of the first one, unless all are zero."""
     if any(values):
         first, *others = values
         shares = [f"  ({units.share(value / first)})" if first else "" for value in others]
@@ -133,12 +133,12 @@ def _add(table: Table, name: str, values: Sequence[int], written: Callable[[floa
 
 
 def _kv_by_stage(cost: CostBreakdown) -> list[float]:
-    """Bytes of a layer's cache, on average over the layers with equally many visual tokens: where some have windows or
-    states, each has its own."""
+    """Bytes of a layer's cache, averaged over the layers with equally many visual tokens, because layers with windows
+    or states differ."""
     layers = zip(cost.visual_by_layer, cost.kv_by_layer, strict=True)
     return [mean(size for _, size in stage) for _, stage in groupby(layers, key=lambda layer: layer[0])]
 
 
 def _steps(values: Sequence[int]) -> list[int]:
-    """Each run of equal values once."""
+    """The values without repetitions of neighbours."""
     return [value for value, _ in groupby(values)]

@@ -1,4 +1,4 @@
-"""Show the record of an evaluation: its heading, and its tables on the terminal and in Markdown."""
+"""Show an evaluation's record: its heading, and its tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 
-#: What a prefill is timed by.
+#: Names of the clocks of a prefill.
 CLOCKS = {"cpu": "CPU time", "wall": "time"}
-#: Columns of one table on a terminal, beside the heads of the rows.
+#: Columns of a table on a terminal, beside the row headings.
 WIDE = 4
 
 
 def eval_heading(record: Record) -> list[str]:
-    """What was asked, on what: a line each."""
+    """The questions and the machine, a line each."""
     task, machine = record["task"], record["machine"]
     origin = ", ".join(f"{name} {task[name]}" for name in ("split", "seed") if name in task)
     where = "" if machine["device"] == "cpu" else f", {machine['device']}"
@@ -33,7 +33,7 @@ def eval_heading(record: Record) -> list[str]:
 
 
 def eval_notes(record: Record) -> list[str]:
-    """How the numbers are to be read."""
+    """Notes on how to read the numbers."""
     return [
         *(_draws_line(one) for one in record.get("draws", ())),
         *(f"{name} is left out: {why}" for name, why in record.get("left_out", {}).items()),
@@ -68,7 +68,7 @@ def eval_tables(record: Record) -> list[Table]:
 
 
 def eval_markdown(record: Record) -> str:
-    """The heading, the answers, those of finer kinds, and what they cost, in Markdown: a method a row."""
+    """The heading, scores, scores of finer kinds, and costs in Markdown, with a row for each method."""
     variants = record["methods"]
     columns = [_column(record, variant) for variant in variants]
     costs = list(_costs(record, variants[0]))
@@ -86,20 +86,20 @@ def _table(variants: Sequence[Record], heads: Sequence[str], columns: Sequence[M
 
 
 def budget_cell(variant: Record) -> str:
-    """`60 %` or `192 tokens`: what the method was solved for; empty for vanilla."""
+    """`60 %` or `192 tokens`: the budget of the method; empty for vanilla."""
     if variant.get("average_tokens") is not None:
         return f"{variant['average_tokens']:g} tokens"
     return "" if variant["percent"] is None else f"{variant['percent']:g} %"
 
 
 def _finer(record: Record, variant: Record) -> dict[str, str]:
-    """Mean scores in percent of the finer kinds of question, by the heads of their columns."""
+    """Mean scores in percent of the finer kinds of question, by column heading."""
     scores = {kind: variant["subscores"][kind] for kind in record.get("subkinds", ())}
     return {f"{kind} ({one['count']})": f"{100 * one['mean']:.0f}" for kind, one in scores.items()}
 
 
 def _column(record: Record, variant: Record) -> dict[str, str]:
-    """What is said of one method, by the heads of the rows."""
+    """The cells of one method, by row heading."""
     scores = variant["scores"]
     return {
         **_costs(record, variant),
@@ -113,7 +113,7 @@ def _column(record: Record, variant: Record) -> dict[str, str]:
 
 
 def _agreement(record: Record, variant: Record) -> dict[str, str]:
-    """Agreement with vanilla, and the questions that downsampling gets wrong; earlier versions recorded neither."""
+    """Agreement with vanilla, and scores on the questions that downsampling gets wrong (not in old records)."""
     rows = {}
     if "agreement" in variant:
         rows["the same answer as vanilla"] = score_cell(variant["agreement"])
@@ -124,7 +124,7 @@ def _agreement(record: Record, variant: Record) -> dict[str, str]:
 
 
 def _kept_place(record: Record, variant: Record) -> dict[str, str]:
-    """Where the kept tokens lie; earlier versions did not record it."""
+    """The mean place of the kept tokens (not in old records)."""
     if not any(one.get("kept_place") for one in record["methods"]):
         return {}
     place = variant["kept_place"]
@@ -144,9 +144,9 @@ def _costs(record: Record, variant: Record) -> dict[str, str]:
 
 
 def _schedule(tokens: Record) -> str:
-    """`576 → 288 (3) → 144 (6)`: how many visual tokens there are from which layer on."""
+    """`576 → 288 (3) → 144 (6)`: the numbers of visual tokens, with the layers of the drops."""
     first, *others = (f"{count:.0f}" for count in tokens["by_stage"])
-    layers = tokens.get("drop_layers") or [None] * len(others)  # records of earlier versions do not tell them
+    layers = tokens.get("drop_layers") or [None] * len(others)  # old records do not have them
     dropped = [count if layer is None else f"{count} ({layer})" for count, layer in zip(others, layers, strict=True)]
     return " → ".join([first, *dropped])
 
@@ -156,13 +156,13 @@ def _timed(record: Record) -> bool:
 
 
 def folded(label: str) -> str:
-    """A method's Python expression as a narrow column's head: an argument a line."""
+    """A method's Python expression as the heading of a narrow column, with one argument a line."""
     name, _, arguments = label.removesuffix(")").partition("(")
     return "\n".join([name, *re.split(r", (?=\w+=)", arguments)]).strip()
 
 
 def _bases(record: Record) -> dict[str, str]:
-    """What is subtracted from each score, and the head of its row."""
+    """The scores to compare with, and the headings of their rows."""
     compared = {name for variant in record["methods"] for name in variant["differences"]}
     heads = {"to_vanilla": "minus vanilla", "to_first": "minus the first method"}
     return {name: head for name, head in heads.items() if name in compared}
@@ -178,13 +178,13 @@ def share_cell(ratio: float | None) -> str:
 
 
 def score_cell(score: Record) -> str:
-    """`88.0 ± 0.6`, in percent; without the error where nothing is known about it."""
+    """`88.0 ± 0.6`, in percent; without the error if it is unknown."""
     error = score["error"]
     return f"{100 * score['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def difference_cell(difference: Record | None) -> str:
-    """`-2.5 [-3.6, -1.4]`, in percent, with the interval; nothing where there is none."""
+    """`-2.5 [-3.6, -1.4]`, in percent, with its interval; empty for None."""
     if difference is None:
         return ""
     interval = (

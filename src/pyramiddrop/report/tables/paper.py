@@ -1,4 +1,4 @@
-"""Show the paper's tables on the terminal, with measured scores beside them."""
+"""The paper's tables on the terminal, beside measured scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 
 def suite_tables(record: Record) -> Iterator[str | Table]:
-    """A title and a table for each model of each of the paper's tables."""
+    """A title and a table for each model in each of the paper's tables."""
     for table in paper_tables():
         for model, rows in groupby(table.rows, lambda row: row.model):
             yield f"{table.title}. {model}"
@@ -26,7 +26,7 @@ def suite_tables(record: Record) -> Iterator[str | Table]:
 
 
 def budget_tables(record: Record) -> Iterator[str | Table]:
-    """What was measured, then a title and a table for each model and budget with what was printed of each method."""
+    """The measured scores, then a title and a table of published scores for each model and budget."""
     if record["measured"]:
         yield "Measured"
         yield _measured_table(record["measured"])
@@ -65,7 +65,7 @@ def _measured_table(measured: Sequence[Record]) -> Table:
 
 
 def tasks_table() -> Table:
-    """The paper's benchmarks and what measures them."""
+    """The paper's benchmarks and the tasks that measure them."""
     table = new_table("benchmark", "task of lmms-eval 0.7", "metric", "note")
     for benchmark in paper_benchmarks().values():
         table.add_row(benchmark.name, benchmark.task or "none", benchmark.metric, benchmark.note)
@@ -73,7 +73,7 @@ def tasks_table() -> Table:
 
 
 def benchmarks_table(measured: Sequence[Measured]) -> Table:
-    """What lmms-eval measured under each method, in its own units."""
+    """The scores that lmms-eval measured under each method, in its own units."""
     table = new_table("task", "metric", *(folded(one.name) for one in measured))
     named = dict.fromkeys(
         (task, metric) for one in measured for task, metrics in one.scores.items() for metric in metrics

@@ -1,4 +1,4 @@
-"""Tables and lines on the terminal: what an answer cost, a comparison, and the demo's questions."""
+"""Tables and lines on the terminal: the cost of an answer, a comparison, and the demo's questions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.style import new_table
 
-#: Of a number that each variant has: that of vanilla, and that of the method.
+#: A quantity of vanilla and of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]
 
 
@@ -28,7 +28,7 @@ def comparison_table(comparison: Comparison, method: str) -> Table:
 
 
 def questions_table(demo: Demo) -> Table:
-    """One row a question: its picture, the true answer, and both answers."""
+    """A row for each question: its picture, the true answer, and both answers."""
     table = new_table("question", "picture", "true answer", "vanilla", "PyramidDrop")
     for asked in demo.asked:
         table.add_row(
@@ -42,7 +42,7 @@ def questions_table(demo: Demo) -> Table:
 
 
 def costs_table(demo: Demo) -> Table:
-    """The tokens, and the medians over the demo's questions of cost and time."""
+    """The tokens, and the medians of cost and time over the demo's questions."""
     first = demo.asked[0].comparison
     table = new_table("a prompt, median of all", "vanilla", "PyramidDrop", "ratio")
     _add_costs(table, first.vanilla.usage, first.pruned.usage, demo.medians, timed(first))
@@ -54,7 +54,7 @@ def costs_table(demo: Demo) -> Table:
 
 
 def summary(demo: Demo) -> list[str]:
-    """What the demo's numbers say, and what they do not say, a paragraph each."""
+    """What the demo's numbers show and do not show, in paragraphs."""
     total, flops = len(demo.asked), demo.asked[0].comparison.flops_ratio
     plain, pruned = (sum(right) for right in zip(*demo.right, strict=True))
     runs = timed(demo.asked[0].comparison)
@@ -75,12 +75,12 @@ def failures(demo: Demo) -> list[str]:
     return [f"Where dropping fails: {one.question.question} {one.why_wrong}" for one in demo.asked if one.why_wrong]
 
 
-#: The way on, after the demo.
+#: Next steps after the demo.
 OWN_MODEL = 'pyramiddrop generate --model ID_OR_FOLDER --image photo.jpg --prompt "What is this?" --compare'
 
 
 def usage_line(used: Usage, plain: Usage) -> str:
-    """What one answer used, on one line."""
+    """The usage of one answer, on one line."""
     return (
         f"visual tokens {units.arrow(used.tokens_by_stage)} · "
         f"prefill {units.flops(used.flops)} ({units.share(used.flops / plain.flops)} of vanilla) · "
@@ -89,7 +89,7 @@ def usage_line(used: Usage, plain: Usage) -> str:
 
 
 def timed(comparison: Comparison) -> str:
-    """`fastest of 5 runs`: what the times of a comparison are."""
+    """`fastest of 5 runs`: the statistic of a comparison's times."""
     return f"{'fastest' if comparison.fastest else 'median'} of {comparison.runs} runs"
 
 

@@ -1,4 +1,4 @@
-"""Show a record of measured speed: its heading, and its tables on the terminal and in Markdown."""
+"""Show a speed measurement's record: its heading, and its tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 
-#: A table's head, and its rows.
+#: The head and the rows of a table.
 Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def speed_heading(record: Record) -> list[str]:
-    """What was run, on what, and how it was timed: a line each."""
+    """What was run, on which machine, and how it was timed, a line each."""
     machine, subject, setting = record["machine"], record["subject"], record["setting"]
     visual = ", ".join(map(str, setting.get("visual_tokens", [subject["visual_tokens"]])))
     prompt = f"{visual} visual + {subject['text_tokens']} text tokens"
@@ -49,7 +49,7 @@ def _how(kind: str, setting: Record) -> str:
 
 
 def speed_notes(record: Record) -> list[str]:
-    """How the columns of the table are to be read."""
+    """Notes on how to read the columns."""
     if record["kind"] == "training":
         return [
             "FLOPs: predicted ratio of layers, ranking and head. Peak: activations and gradients at their most, above "
@@ -70,7 +70,7 @@ def speed_notes(record: Record) -> list[str]:
 
 
 def speed_tables(record: Record) -> list[Table]:
-    """The results for a terminal, a table for each batch size."""
+    """A table for each batch size, for the terminal."""
     tables = []
     for head, rows in speed_grids(record):
         table = new_table(*head)
@@ -87,8 +87,7 @@ def speed_markdown(record: Record) -> str:
 
 
 def speed_grids(record: Record) -> list[Grid]:
-    """The methods side by side, a grid for each batch size; of training also with and without checkpointing, of
-    decoding for each way to compile."""
+    """The methods side by side, in a grid for each batch size (and for each checkpointing or compiler setting)."""
     column = _COLUMNS[record["kind"]]
     grids: list[Grid] = []
     for title, found in groupby(record["results"], _title):
@@ -100,7 +99,7 @@ def speed_grids(record: Record) -> list[Grid]:
 
 
 def way_label(result: Record) -> str:
-    """The method, and whether it keeps the logits of kept rows alone."""
+    """The method, with a note if it computes the logits of kept rows alone."""
     return f"{result['variant']}, kept logits" if result.get("logits") == "kept" else str(result["variant"])
 
 
@@ -169,7 +168,7 @@ def _overhead_column(result: Record) -> dict[str, str]:
 
 
 def _step_rows(result: Record) -> dict[str, str]:
-    """Of a step of decoding, and what it comes to."""
+    """The rows of a decode step and of the whole call."""
     return {
         "a step": units.seconds(result["step"]["median"]),
         "a step, quartiles": _quartiles(result["step"]),
@@ -193,7 +192,7 @@ _COLUMNS = {
 
 
 def _quartiles(spread: Record) -> str:
-    """How far the quartiles lie from the median."""
+    """The distances of the quartiles from the median."""
     low, high = (100 * (spread[name] / spread["median"] - 1) for name in ("low", "high"))
     return f"{low:+.1f} {high:+.1f} %"
 

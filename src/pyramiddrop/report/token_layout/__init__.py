@@ -1,1 +1,1 @@
-"""Token layout: the part of the picture that each visual token is made from, by model family."""
+"""Token layout: the part of the picture that each visual token stands for, by model family."""

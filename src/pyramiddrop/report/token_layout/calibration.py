@@ -1,8 +1,8 @@
 """Find which part of a picture each crop shows, by giving the processor a calibration image.
 
-The picture's red grows from left to right, its green from top to bottom, and its blue is all the same. What red and
-green a crop has where it has this blue tells where it was cut, however it was resized; where its blue is another one it
-was padded. So no family's arithmetic of crops is repeated here, and a processor's settings count as they are.
+Its red grows from left to right, its green from top to bottom, and its blue is constant. The red and green of a crop
+tell where it was cut, regardless of resizing, and another blue marks padding. No family's arithmetic of crops is
+repeated here, and the processor's settings are followed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pyramiddrop.report.token_layout.prompt import CannotPlaceError
 
 _AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
 _FULL = 255
-_BLUE, _NEARLY = 200, 3  # no processor pads with it; resampling changes the blue of pixels beside padding
-_READING = 2 / _FULL  # how exact the ruler is read, as a share of the picture; edges so near to its own are its own
+_BLUE, _NEARLY = 200, 3  # a blue that no processor pads with; resampling changes it beside padding
+_READING = 2 / _FULL  # precision of positions, as a share of the picture; edges within it count as the picture's own
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What a vision tower gets at one time: the part `box` of the picture, as `height` x `width` pixels."""
+    """One input of the vision tower: the part `box` of the picture, as `height` x `width` pixels."""
 
     box: Box
     height: int
@@ -40,24 +40,24 @@ class Crop:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a processor makes of a picture of one size: its crops in order, and how many visual tokens in all."""
+    """The processor's result for a picture of some size: its crops in order, and the number of visual tokens."""
 
     crops: list[Crop]
     tokens: int
 
 
 def calibrate(config: Any, processor: Any, size: tuple[int, int]) -> Calibration:
-    """Show `processor` a ruled picture of `size` (width, height).
+    """Process a calibration image of `size` (width, height).
 
     Raises:
-        CannotPlaceError: where a crop shows too little of the picture to be read.
+        CannotPlaceError: if a crop shows too little of the picture.
     """
     made = processor(images=[_calibration_image(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
     return _calibration(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
 
 
 def calibrate_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Calibration:
-    """Show `processor` a video of so many ruled pictures; the crops are those of all frames. See :func:`calibrate`."""
+    """Process a video of calibration images; the crops are those of all frames. See :func:`calibrate`."""
     made = processor(
         videos=[[_calibration_image(*size)] * frames],
         text=[processor.video_token],
@@ -71,16 +71,16 @@ def calibrate_video(config: Any, processor: Any, size: tuple[int, int], frames: 
 
 def _calibration(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Calibration:
     pixels = next(made[name] for name in names if name in made)
-    local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens stand before the whole picture's
+    local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens precede those of the whole picture
     crops = [_crop(crop, size) for crop in [*_crops(local), *_crops(unpatched(made, pixels))] if _blue(crop).any()]
     ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
     return Calibration(crops, int(torch.isin(ids, visual).sum()))
 
 
 def _visual_ids(config: Any) -> list[int]:
-    """The ids of the placeholders of images and videos."""
+    """The ids of image and video placeholders."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    parts = (config, getattr(config, "vision_config", None))  # Phi-4-multimodal's vision has it
+    parts = (config, getattr(config, "vision_config", None))  # Phi-4-multimodal has it in its vision configuration
     found = {getattr(part, name, None) for part in parts for name in names}
     return sorted(int(number) for number in found if number is not None)
 
@@ -93,7 +93,7 @@ def _calibration_image(width: int, height: int) -> Image.Image:
 
 
 def _crops(pixels: Any) -> list[NDArray[np.float64]]:
-    """Every (3, H, W) in tensors or lists of any depth."""
+    """All (3, H, W) crops in tensors or nested lists."""
     if hasattr(pixels, "shape"):
         flat = torch.as_tensor(pixels).double().numpy()
         return list(flat.reshape(-1, *flat.shape[-3:]))
@@ -109,15 +109,15 @@ def _crop(pixels: NDArray[np.float64], size: tuple[int, int]) -> Crop:
 
 
 def _blue(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where (3, H, W) shows the picture, and no padding."""
+    """(H, W) bool, True where (3, H, W) shows the picture, not padding."""
     near: NDArray[np.bool_] = np.abs(pixels[2] - _BLUE) <= _NEARLY
     return near
 
 
 def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> tuple[float, float]:
-    """Where in `length` pixels of the picture the first of the columns of `values` begins, and the last one ends."""
+    """Begin of the first and end of the last column of `values`, in pixels of a picture that is `length` long."""
     columns = np.flatnonzero(blue.any(0))
-    inner = columns[len(columns) // 8 : len(columns) - len(columns) // 8]  # resampling bends the ruler at its ends
+    inner = columns[len(columns) // 8 : len(columns) - len(columns) // 8]  # resampling distorts the gradient's ends
     if len(inner) < 2 or length < 2:
         raise CannotPlaceError(
             "cannot place the visual tokens of a crop that shows but one row or column of the picture"
@@ -134,10 +134,10 @@ def _snapped(place: float, length: int) -> float:
 
 
 def unpatched(made: Any, pixels: Any) -> Any:
-    """Crops as (3, H, W), where a processor's outputs `made` tell that its `pixels` are patches; else those.
+    """Rebuild crops (3, H, W) from `pixels` that are patches, as the processor's outputs `made` tell; else `pixels`.
 
-    Kimi's are (patches, 3, side, side). LFM2-VL's are (crops, patches, flat) with the colours last, padded to the most
-    patches of any crop.
+    Kimi's are (patches, 3, side, side). LFM2-VL's are (crops, patches, flat) with the colours last, padded to the
+    largest number of patches.
     """
     if "spatial_shapes" in made:
         return [

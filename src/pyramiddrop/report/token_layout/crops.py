@@ -1,4 +1,4 @@
-"""Views of families that cut crops of one size: crops that tile the picture are joined again."""
+"""Views of families with crops of one size; crops that tile the picture are joined."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pyramiddrop.report.token_layout.calibration import Calibration, Crop, calib
 from pyramiddrop.report.token_layout.geometry import Box, View, crop_order, reading_order
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
 
-#: A crop that misses less than this share of each side shows the whole picture.
+#: A crop that lacks less than this share of each side counts as the whole picture.
 _SLACK = 0.05
 
 
 def calibrated_views(prompt: Prompt, size: Size) -> list[View]:
-    """The views of a picture whose crops stand one after another, each one's tokens row by row."""
+    """The views of a picture whose crops follow each other, with the tokens of each row by row."""
     return crop_views(calibrate(prompt.config, prompt.processor, size), size)
 
 
 def calibrated_whole_view(prompt: Prompt, size: Size, class_token: bool) -> list[View]:
-    """The view of a picture that is one crop, cut into the tower's patches, a class token before them or none."""
+    """The view of a picture that is one crop of patches, optionally after a class token."""
     (crop,) = calibrate(prompt.config, prompt.processor, size).crops
     patch = prompt.config.vision_config.patch_size
     rows, columns = crop.height // patch, crop.width // patch
@@ -33,14 +33,14 @@ def calibrated_whole_view(prompt: Prompt, size: Size, class_token: bool) -> list
 def calibrated_frame_ranges(
     prompt: Prompt, frames: Sequence[Image.Image], leading: int, trailing: int
 ) -> list[FrameRange]:
-    """The views of a video each frame of which is one crop.
+    """The views of a video with one crop for each frame.
 
     Args:
-        leading: tokens without a place before each frame.
-        trailing: tokens without a place behind the last frame.
+        leading: number of tokens without a place before each frame.
+        trailing: number of tokens without a place after the last frame.
 
     Raises:
-        CannotPlaceError: where tokens and frames do not go together.
+        CannotPlaceError: if tokens and frames do not match.
     """
     count = len(frames)
     found = calibrate_video(prompt.config, prompt.processor, frames[0].size, count)
@@ -56,12 +56,12 @@ def calibrated_frame_ranges(
 
 
 def crop_views(found: Calibration, size: tuple[int, int]) -> list[View]:
-    """The crops in their order; those between or beside the ones that show the whole picture are one view, `tiles`.
+    """The crops in their order; those that do not show the whole picture form one view, `tiles`.
 
-    A crop has as many tokens as go with its pixels; tiles are all of one size.
+    The number of tokens of a crop is proportional to its pixels, and all tiles have one size.
 
     Raises:
-        CannotPlaceError: where tokens and crops do not go together.
+        CannotPlaceError: if tokens and crops do not match.
     """
     crops, area = found.crops, sum(crop.height * crop.width for crop in found.crops)
     shares = [divmod(found.tokens * crop.height * crop.width, area) for crop in crops]
@@ -95,7 +95,7 @@ def _alone(crop: Crop, tokens: int) -> View:
 
 
 def _together(tiles: Sequence[Crop], tokens: int) -> list[View]:
-    """One view of crops that come row after row and fill a rectangle."""
+    """Join crops that fill a rectangle row by row into one view."""
     if not tiles:
         return []
     first = tiles[0].box
@@ -111,7 +111,7 @@ def _together(tiles: Sequence[Crop], tokens: int) -> list[View]:
 
 
 def _grid(crop: Crop, tokens: int) -> tuple[int, int]:
-    """Rows and columns of so many tokens, as near to squares as they come."""
+    """Rows and columns of `tokens` whose cells are as square as possible."""
     rows = max(round(math.sqrt(tokens * crop.height / crop.width)), 1)
     if tokens % rows:
         raise CannotPlaceError(f"cannot place {tokens} visual tokens in {crop.height} x {crop.width} pixels")
@@ -119,9 +119,9 @@ def _grid(crop: Crop, tokens: int) -> tuple[int, int]:
 
 
 def phi4_views(prompt: Prompt) -> list[list[View]]:
-    """`image_attention_mask` tells which patches of each tile are no padding, `image_sizes` the pixels of all tiles.
+    """Phi-4: `image_attention_mask` has the padding patches of each tile, `image_sizes` the pixels of all tiles.
 
-    A newline token ends each row of both grids, and one token stands between them.
+    A newline token ends each row of both grids, and one token separates them.
     """
     masks, sizes = prompt.of_pictures("image_attention_mask"), prompt.of_pictures("image_sizes")
     return [_phi4_views(prompt, *one) for one in zip(prompt.pictures, masks, sizes, strict=True)]

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-#: A place in a grid of visual tokens: row and column, both from 0.
+#: A place in a grid of visual tokens: row and column, from 0.
 Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels of the picture. It may stick out where a model pads; the padding is black."""
+    """A rectangle in pixels of the picture. It may exceed the picture where a model pads; padding is black."""
 
     left: float
     top: float
@@ -23,23 +23,23 @@ class Box:
 
     @property
     def width(self) -> float:
-        """In pixels of the picture."""
+        """Width in pixels of the picture."""
         return self.right - self.left
 
     @property
     def height(self) -> float:
-        """In pixels of the picture."""
+        """Height in pixels of the picture."""
         return self.bottom - self.top
 
 
 @dataclass(frozen=True)
 class View:
-    """One look at a picture: a grid of `rows` x `columns` visual tokens that is spread evenly over `box`.
+    """A view of a picture: a grid of `rows` x `columns` visual tokens spread evenly over `box`.
 
     Args:
-        cells: the place of each token in the order of the prompt, None for one that has no place in the picture; an
+        cells: the place of each token in the order of the prompt, None for tokens without a place in the picture; an
             empty tuple for reading order. See :func:`reading_order` and :func:`crop_order`.
-        seams: the rows and the columns at which another crop of the picture begins.
+        seams: the rows and columns at which another crop of the picture begins.
     """
 
     name: str
@@ -55,12 +55,12 @@ class View:
 
     @property
     def tokens(self) -> int:
-        """How many visual tokens this view puts into the prompt, those without a place among them."""
+        """The number of visual tokens of this view in the prompt, including those without a place."""
         return len(self.cells)
 
     @property
     def grid(self) -> list[Cell]:
-        """All cells, row after row."""
+        """All cells, row by row."""
         return [(row, column) for row in range(self.rows) for column in range(self.columns)]
 
     @property
@@ -69,27 +69,27 @@ class View:
         return frozenset(cell for cell in self.cells if cell is not None)
 
     def unplaced_name(self, token: int) -> str:
-        """What the view's `token`-th token, which has no place, is called: by where it stands among the others."""
+        """The name of the view's `token`-th token, which has no place, by its position among the others."""
         before = [cell for cell in self.cells[:token] if cell is not None]
         if not before:
             return "start tokens"
         return "row ends" if before[-1][1] == self.columns - 1 else "others"
 
     def cell(self, token: int) -> Cell | None:
-        """The place of the view's `token`-th token; None for one that has none."""
+        """The place of the view's `token`-th token, or None."""
         if not 0 <= token < self.tokens:
             raise ValueError(f"token must be in 0..{self.tokens - 1}; got {token}")
         return self.cells[token]
 
 
 def reading_order(rows: int, columns: int, leading: int = 0, newline: bool = False) -> tuple[Cell | None, ...]:
-    """Row after row. `leading` tokens without a place (a class token) stand before, and a `newline` behind each row."""
+    """Row by row, after `leading` tokens without a place (a class token), with a `newline` after each row."""
     lines = [(*((row, column) for column in range(columns)), *[None] * newline) for row in range(rows)]
     return (*[None] * leading, *chain.from_iterable(lines))
 
 
 def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | None, ...]:
-    """Crop after crop, of which there are (down, across): each one's `rows` x `columns` tokens in reading order."""
+    """Crop by crop, of which there are (down, across), each with `rows` x `columns` tokens in reading order."""
     return tuple(
         (down * rows + row, across * columns + column)
         for down in range(crops[0])
@@ -100,10 +100,10 @@ def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | 
 
 
 def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozenset[Cell]]:
-    """The places of `tokens`, which are numbered through all `views`, one after the other.
+    """The places of `tokens`, numbered through all `views`, in each view.
 
     Raises:
-        ValueError: for a token that lies beyond the last view.
+        ValueError: for a token beyond the last view.
     """
     located, places = _located(views), [set[Cell]() for _ in views]
     for token in tokens:
@@ -116,17 +116,17 @@ def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozense
 
 
 def unplaced_by_name(views: Sequence[View], tokens: Iterable[int]) -> dict[str, int]:
-    """How many of `tokens`, which are numbered through all `views`, have no place in the picture, by their names."""
+    """The number of `tokens`, numbered through all `views`, without a place in the picture, by name."""
     located = [(view, token) for view in views for token in range(view.tokens)]
     views_and_numbers = (located[token] for token in tokens)
     return dict(Counter(view.unplaced_name(number) for view, number in views_and_numbers if view.cell(number) is None))
 
 
 def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[list[float]]]:
-    """For each view its rows of `values`, of which there is one a token through all `views`.
+    """Split `values`, one for each token through all `views`, into the rows of each view.
 
     Raises:
-        ValueError: where there are more or fewer values than tokens.
+        ValueError: if there are more or fewer values than tokens.
     """
     located = _located(views)
     if len(values) != len(located):
@@ -139,5 +139,5 @@ def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[
 
 
 def _located(views: Sequence[View]) -> list[tuple[int, Cell | None]]:
-    """For each token through all `views` the number of its view, and its place there."""
+    """The number of the view and the place of each token through all `views`."""
     return [(index, cell) for index, view in enumerate(views) for cell in view.cells]

@@ -1,4 +1,4 @@
-"""Views of families that cut a picture into a grid: LLaVA-NeXT's tiles, and grids of the picture's own aspect ratio."""
+"""Views of families with grids: LLaVA-NeXT's tiles, and grids of the picture's own aspect ratio."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyramiddrop.hf.images import unpadded
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.prompt import FrameRange, Prompt, Size
 
-#: LLaVA-OneVision makes its tiles' grid smaller where it has this much more than the tokens of so many tiles on a side.
+#: LLaVA-OneVision shrinks the grid of its tiles if it exceeds this multiple of so many tiles.
 _TOLERANCE = 1.1
 
 
 def next_views(prompt: Prompt, size: Size) -> list[View]:
-    """LLaVA-NeXT: the base view, then the tiles with one newline token a row."""
+    """LLaVA-NeXT: the base view, then the tiles with a newline token in each row."""
     width, height = size
     best = select_best_resolution((height, width), prompt.config.image_grid_pinpoints)
     vision = prompt.config.vision_config
@@ -25,9 +25,9 @@ def next_views(prompt: Prompt, size: Size) -> list[View]:
 
 
 def onevision_views(prompt: Prompt, size: Size) -> list[View]:
-    """LLaVA-OneVision: as LLaVA-NeXT, but the tiles' grid is made smaller where it is large.
+    """LLaVA-OneVision: as LLaVA-NeXT, with large grids of tiles made smaller.
 
-    Of several pictures each is one view, padded to a square, with one newline token behind it.
+    Each of several pictures is one view, padded to a square, with a newline token after it.
     """
     side = prompt.config.vision_config.image_size // prompt.config.vision_config.patch_size
     if any(count > 1 for count in prompt.inputs.get("batch_num_images", [1])):
@@ -43,11 +43,11 @@ def onevision_views(prompt: Prompt, size: Size) -> list[View]:
 
 
 def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch: int) -> list[View]:
-    """LLaVA-NeXT: the order is the base features, then the high-resolution grid with one newline token a row.
+    """LLaVA-NeXT: the base features, then the high-resolution grid with a newline token in each row.
 
-    The base view is the whole picture, squeezed into one square tile. For the other one the picture is fitted into
-    `best` (height, width, multiples of `tile`), centred and padded; the tokens of its tiles are put together again to
-    one grid, and the rows or columns that are nothing but padding are cut off.
+    The base view is the whole picture, resized to one square tile. For the grid, the picture is fitted into `best`
+    (height, width, multiples of `tile`), centred and padded; the tokens of its tiles are joined to one grid, without
+    rows or columns of padding.
     """
     side = tile // patch
     base = View("base", side, side, Box(0, 0, width, height))
@@ -74,7 +74,7 @@ def _squared(size: Size, side: int) -> View:
 
 
 def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
-    """The largest size (height, width) of the picture's own shape that fits into `best`."""
+    """The largest size (height, width) with the picture's aspect ratio that fits into `best`."""
     scale_y, scale_x = best[0] / height, best[1] / width
     if scale_x < scale_y:
         return min(math.ceil(height * scale_x), best[0]), best[1]
@@ -82,12 +82,12 @@ def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
 
 
 def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
-    """Where in `count` rows or columns, the first of which is number `start`, another crop of `side` begins."""
+    """The indices among `count` rows or columns, from number `start` on, at which another crop of `side` begins."""
     return tuple(place - start for place in range(side, start + count, side) if place > start)
 
 
 def patch_grids(prompt: Prompt) -> list[list[View]]:
-    """Qwen-VL and its kin: `image_grid_thw` tells the patches, a square of which is one token."""
+    """Qwen-VL and relatives: `image_grid_thw` has the patches, squares of which are merged into tokens."""
     merge = merge_size(prompt)
     return [
         [View("picture", rows // merge, columns // merge, whole(picture))]
@@ -96,7 +96,7 @@ def patch_grids(prompt: Prompt) -> list[list[View]]:
 
 
 def newline_grids(prompt: Prompt) -> list[list[View]]:
-    """HunYuan-VL: `image_grid_thw`, too; a newline ends each row, one token stands before the grid and one behind."""
+    """HunYuan-VL: `image_grid_thw` too, with a newline after each row and one token before and after the grid."""
     merge, found = merge_size(prompt), []
     for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True):
         down, across = rows // merge, columns // merge
@@ -106,7 +106,7 @@ def newline_grids(prompt: Prompt) -> list[list[View]]:
 
 
 def pixel_sizes(prompt: Prompt) -> list[list[View]]:
-    """Pixtral and its kin: `image_sizes` tells the pixels, (height, width); tokens that break the rows are text."""
+    """Pixtral and relatives: `image_sizes` has the pixels, (height, width); tokens that break rows are text."""
     side = prompt.config.vision_config.patch_size * getattr(prompt.config, "spatial_merge_size", 1)
     return [
         [View("picture", height // side, width // side, whole(picture))]
@@ -115,10 +115,10 @@ def pixel_sizes(prompt: Prompt) -> list[list[View]]:
 
 
 def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
-    """Qwen-VL and its kin: `video_grid_thw` tells the patches, each of which covers a few frames, one after another.
+    """Qwen-VL and relatives: `video_grid_thw` has the patches, each of which covers a few consecutive frames.
 
     Raises:
-        ValueError: where the processor took other frames than those of the prompt.
+        ValueError: if the processor took other frames than those of the prompt.
     """
     depth, merge = prompt.processor.video_processor.temporal_patch_size, prompt.processor.video_processor.merge_size
     found = []
@@ -132,7 +132,7 @@ def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
 
 
 def placed_patches(prompt: Prompt) -> list[list[View]]:
-    """Gemma 4: `image_position_ids` tells the place of each patch, (column, row), and -1 for padding."""
+    """Gemma 4: `image_position_ids` has the place of each patch, (column, row), with -1 for padding."""
     return [
         [_placed(prompt, picture, places)]
         for picture, places in zip(prompt.pictures, prompt.of_pictures("image_position_ids"), strict=True)
@@ -140,7 +140,7 @@ def placed_patches(prompt: Prompt) -> list[list[View]]:
 
 
 def placed_patches_in_time(prompt: Prompt) -> list[list[FrameRange]]:
-    """The same of each frame: `video_position_ids`."""
+    """Gemma 4: `video_position_ids` has the same for each frame."""
     places = iter(prompt.of_frames("video_position_ids"))
     return [
         [FrameRange(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
@@ -149,17 +149,17 @@ def placed_patches_in_time(prompt: Prompt) -> list[list[FrameRange]]:
 
 
 def _placed(prompt: Prompt, picture: Image.Image, places: list[tuple[int, int]]) -> View:
-    pooled = prompt.config.model_type == "gemma4"  # the other ones' patches are merged before they are placed
+    pooled = prompt.config.model_type == "gemma4"  # other families merge patches before placing them
     side = prompt.config.vision_config.pooling_kernel_size if pooled else 1
     columns, rows = (1 + max(place[axis] for place in places) for axis in (0, 1))
     return View("picture", rows // side, columns // side, whole(picture))
 
 
 def merge_size(prompt: Prompt) -> int:
-    """How many patches, down and across, are one token."""
+    """The number of patches of a token, down and across."""
     return int(prompt.processor.image_processor.merge_size)
 
 
 def whole(picture: Image.Image) -> Box:
-    """All of a picture."""
+    """The box of the whole picture."""
     return Box(0, 0, picture.width, picture.height)

@@ -1,4 +1,4 @@
-"""Views of Molmo 2: the whole picture in few tokens, then in many; a token pools a small window of patches."""
+"""Views of Molmo 2: the whole picture with few tokens, then with many; a token pools a window of patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyramiddrop.report.token_layout.prompt import FrameRange, Prompt
 
 
 def molmo_views(prompt: Prompt) -> list[list[View]]:
-    """`image_grids` tells the rows and columns of both grids, `image_token_pooling` the patches of each token."""
+    """`image_grids` has the rows and columns of both grids, `image_token_pooling` the patches of each token."""
     grids = prompt.of_pictures("image_grids")
     windows = iter(_split(prompt, "image_token_pooling", [each for grid in grids for each in (grid[:2], grid[2:])]))
     return [
@@ -25,7 +25,7 @@ def molmo_views(prompt: Prompt) -> list[list[View]]:
 
 
 def molmo_frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
-    """`video_grids` tells frames, rows and columns, `video_token_pooling` the patches of each token."""
+    """`video_grids` has frames, rows and columns, `video_token_pooling` the patches of each token."""
     grids = prompt.of_videos("video_grids")
     windows = iter(_split(prompt, "video_token_pooling", [grid[1:] for grid in grids for _ in range(grid[0])]))
     return [
@@ -40,7 +40,7 @@ def _split(prompt: Prompt, name: str, grids: Sequence[Sequence[int]]) -> Sequenc
 
 
 def _view(name: str, picture: Image.Image, grid: Sequence[int], windows: Tensor) -> View:
-    """All of the picture, and what windows that are not full (-1) stick out of it."""
+    """A view of the whole picture, which incomplete windows (-1) exceed."""
     rows, columns = grid
     side = math.isqrt(windows.shape[-1])
     real = (windows >= 0).reshape(rows, columns, side, side)
@@ -50,6 +50,6 @@ def _view(name: str, picture: Image.Image, grid: Sequence[int], windows: Tensor)
 
 
 def _ends(real: Tensor, length: int) -> tuple[float, float]:
-    """Where rows or columns of patches begin and end, of which the `real` ones cover `length` pixels."""
+    """The begin and end of rows or columns of patches, of which the `real` ones cover `length` pixels."""
     patch, before = length / int(real.sum()), int(real.int().argmax())
     return -before * patch, (len(real) - before) * patch

@@ -1,4 +1,4 @@
-"""The visual part of a prompt, and the error for families whose tokens have no known place."""
+"""The visual part of a prompt, and the error for tokens without a known place."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from PIL import Image
 
 from pyramiddrop.report.token_layout.geometry import View
 
-#: Of a picture in pixels: width and height.
+#: Width and height of a picture in pixels.
 Size = tuple[int, int]
 
 
 class CannotPlaceError(ValueError):
-    """Nobody knows here which part of the picture each visual token of this model is made from."""
+    """It is unknown which part of the picture each visual token of the model stands for."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The visual part of one prompt, and what made tokens of it.
+    """The visual part of a prompt, with its model and processor.
 
     Attributes:
-        config: of the model.
-        processor: of the checkpoint.
-        pictures: in the order of the prompt.
-        inputs: what the processor returned for this prompt alone; empty where that is not known.
-        videos: the frames of each one, as the model saw them; they stand behind the pictures.
+        config: the model's configuration.
+        processor: the checkpoint's processor.
+        pictures: the pictures in the order of the prompt.
+        inputs: the processor's outputs for this prompt alone; empty if unknown.
+        videos: the frames of each video, as the model saw them; videos come after the pictures.
     """
 
     config: Any
@@ -38,19 +38,19 @@ class Prompt:
     videos: Sequence[Sequence[Image.Image]] = ()
 
     def of_pictures(self, name: str) -> list[Any]:
-        """The rows of `inputs[name]` as lists of numbers, one a picture.
+        """The rows of `inputs[name]` as lists of numbers, one for each picture.
 
         Raises:
-            ValueError: where the processor's outputs are not those of these pictures.
+            ValueError: if the processor's outputs are not those of these pictures.
         """
         return self._per_item(name, len(self.pictures), "picture")
 
     def of_videos(self, name: str) -> list[Any]:
-        """The same, one a video."""
+        """The same, one for each video."""
         return self._per_item(name, len(self.videos), "video")
 
     def of_frames(self, name: str) -> list[Any]:
-        """The same, one a frame of any video."""
+        """The same, one for each frame of all videos."""
         return self._per_item(name, sum(map(len, self.videos)), "frame")
 
     def _per_item(self, name: str, count: int, what: str) -> list[Any]:
@@ -64,7 +64,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class FrameRange:
-    """What the visual tokens of one time of a video are made from: its frames from `first` to `last`, both from 0."""
+    """The frames from `first` to `last` (0-based, both included) that one grid of video tokens covers."""
 
     first: int
     last: int
@@ -72,5 +72,5 @@ class FrameRange:
 
     @property
     def name(self) -> str:
-        """Frames are counted from 1 for people."""
+        """The frames as text, counted from 1."""
         return f"frame {self.first + 1}" if self.first == self.last else f"frames {self.first + 1}-{self.last + 1}"

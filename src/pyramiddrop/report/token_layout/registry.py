@@ -1,4 +1,4 @@
-"""Where the visual tokens of a family lie in its pictures, by the layout that its record names."""
+"""The token layouts by name, as the records in `families.py` use them."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange,
 #: The views of each picture of a prompt.
 Views = list[list[View]]
 
-#: How the tokens of pictures lie, and those of videos where it is known.
+#: The layout of the tokens of pictures, and of videos if it is known.
 Layout = tuple[Callable[[Prompt], Views], Callable[[Prompt], list[list[FrameRange]]] | None]
 
-#: Vision towers that cut a picture of one fixed size into a grid of patches.
+#: Vision towers whose input is a grid of patches of one fixed size.
 WITH_CLASS_TOKEN, WITHOUT_CLASS_TOKEN = ("clip_vision_model",), ("siglip_vision_model",)
 
 
 def views(prompt: Prompt) -> Views:
-    """The views of each picture, in the order in which their tokens stand in the prompt.
+    """The views of each picture, in the order of their tokens in the prompt.
 
     Raises:
-        CannotPlaceError: for a family, or a setting of it, whose visual tokens have no known place.
-        ValueError: where the processor's outputs are needed and were not given.
+        CannotPlaceError: if the places of the family's visual tokens are unknown, or unknown under its settings.
+        ValueError: if the processor's outputs are needed and missing.
     """
     layout, _ = _layout(prompt, "", "a picture")
     return layout(prompt) if prompt.pictures else []
 
 
 def frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
-    """The views of each video, in the order of the prompt. Raises as :func:`views` does."""
+    """The views of each video, in the order of the prompt; raises like :func:`views`."""
     if not prompt.videos:
         return []
     _, layout = _layout(prompt, " of a video", "a frame")
@@ -71,7 +71,7 @@ def _nowhere(prompt: Prompt, where: str, what: str) -> CannotPlaceError:
 
 
 def _each(one: Callable[[Prompt, Size], list[View]]) -> Callable[[Prompt], Views]:
-    """By the size of each picture: those of one size are cut alike, and a processor is asked once for all of them."""
+    """Lay out each picture by its size alone, so that pictures of one size are processed once."""
 
     def each(prompt: Prompt) -> Views:
         of_size = cache(partial(one, prompt))
@@ -98,7 +98,7 @@ def _each_video(leading: int = 0, trailing: int = 0) -> Callable[[Prompt], list[
     return lambda prompt: [calibrated_frame_ranges(prompt, frames, leading, trailing) for frames in prompt.videos]
 
 
-#: By the name that a record in `families.py` has for it.
+#: The layouts by their names in `families.py`.
 LAYOUTS: dict[str, Layout] = {
     "llava": (_llava, None),
     "one crop": (_of_one_crop, _each_video(leading=1)),  # each frame keeps its class token

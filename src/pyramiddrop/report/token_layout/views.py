@@ -17,7 +17,7 @@ __all__ = ["CannotPlaceError", "PlacedView", "place_pictures"]
 
 @dataclass(frozen=True)
 class PlacedView:
-    """A picture, and one view of it. For a video the picture is one frame, and `moment` its number among those seen."""
+    """A picture and one of its views. For a video, the picture is a frame, and `moment` its index."""
 
     picture: Image.Image
     view: View
@@ -31,18 +31,18 @@ def place_pictures(
     inputs: Mapping[str, Any] | None = None,
     videos: Sequence[Sequence[Image.Image]] = (),
 ) -> list[PlacedView]:
-    """All views of all pictures and videos, in the order in which their tokens stand in the prompt.
+    """All views of all pictures and videos, in the order of their tokens in the prompt.
 
     Args:
-        config: the model's configuration; `config.model_type` says which family it is.
+        config: the model's configuration; `config.model_type` names the family.
         processor: the checkpoint's processor.
-        pictures: those of one prompt, in its order.
-        inputs: what the processor returned for this prompt alone; families that keep a picture's shape need it.
-        videos: the frames of each one, as the model saw them; they stand behind the pictures.
+        pictures: the pictures of one prompt, in its order.
+        inputs: the processor's outputs for this prompt alone; families that keep a picture's shape need them.
+        videos: the frames of each video, as the model saw them; videos come after the pictures.
 
     Raises:
-        CannotPlaceError: for a family, or a setting of it, whose visual tokens have no known place.
-        ValueError: for such a family without its `inputs`, or where these are of other frames.
+        CannotPlaceError: if the places of the family's visual tokens are unknown, or unknown under its settings.
+        ValueError: if `inputs` are needed and missing, or belong to other frames.
     """
     prompt = Prompt(config, processor, pictures, inputs or {}, videos)
     return [*_stills(prompt), *_frames(prompt)]
