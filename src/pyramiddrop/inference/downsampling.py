@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,8 @@ def has_pixel_budget(processor: Any) -> bool:
     images = getattr(processor, "image_processor", None)
     bounds = dict(getattr(images, "size", None) or {})
     return (
-        "image_grid_thw" in getattr(images, "model_input_names", ())
+        images is not None
+        and "image_grid_thw" in getattr(images, "model_input_names", ())
         and all(bounds.get(name) is not None for name in ANY_SIZE)
         and hasattr(images, "merge_size")
         and isinstance(images.get_number_of_image_patches(64, 64, {}), int)
@@ -77,7 +78,7 @@ def _budget(pixels: int) -> dict[str, Any]:
     }
 
 
-def _largest(fits: Any) -> int:
+def _largest(fits: Callable[[int], bool]) -> int:
     """The largest whole number from 1 on that fits; all below one that fits do, and 1 does."""
     above = 2
     while fits(above):
