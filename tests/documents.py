@@ -118,10 +118,11 @@ def runnable(command: str) -> list[str]:
 
 
 def make_folder(folder: Path) -> Path:
-    """Write what the pages' commands take for given: pictures, questions, a profile, a checkpoint."""
+    """Write what the pages' commands take for given: pictures, questions, a profile, bench's record, a checkpoint."""
     _write_pictures(folder)
     _write_questions(folder)
     _write_profile(folder / "profile.json")
+    shutil.copy(ROOT / "benchmarks" / "results" / "llava-1.5-7b-cpu.json", folder / "bench.json")
     (folder / "path" / "or").mkdir(parents=True)
     (folder / "path" / "or" / "hub-id").symlink_to(digits_checkpoint())
     return folder

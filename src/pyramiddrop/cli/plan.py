@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli.options import AsJson, SizeOptions, with_groups
+from pyramiddrop.cli.options import OUTPUT, AsJson, SizeOptions, with_groups
 from pyramiddrop.cli.terminal import spinner, stdout
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.budgets import BudgetOptions
     from pyramiddrop.inference.sizes import Sizes
-    from pyramiddrop.planning import Plan
+    from pyramiddrop.planning import MeasuredTimes, Plan
 
 BUDGET, SOLVE = "The budget (exactly one)", "What is solved"
 EARLIER = (
@@ -78,6 +78,14 @@ def plan(
             rich_help_panel=BUDGET,
         ),
     ] = False,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `pyramiddrop bench --json` printed for this model and prompt: milliseconds beside FLOPs and KV.",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     size_options: SizeOptions,
     as_json: AsJson = False,
 ) -> None:
@@ -86,14 +94,15 @@ def plan(
     Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with at most
     four drops, for which λ is 0.4 or more; if there are none, four drops that begin earlier (concave).
     """
-    from pyramiddrop.inference.budgets import BudgetOptions, make_plan
+    from pyramiddrop.inference.budgets import BudgetOptions, make_plan, read_times
 
     sizes = size_options.sizes()
+    times = read_times(bench, sizes) if bench else None
     options = BudgetOptions(
         average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, pyramid, profile, before
     )
     if published:
-        _show_published(options, sizes, as_json)
+        _show_published(options, sizes, times, as_json)
         return
     if measure is None:
         found = make_plan(options, sizes)
@@ -101,16 +110,28 @@ def plan(
         with spinner("measuring layers"):
             found = make_plan(options, sizes)
     if as_json:
-        print(json.dumps({"name": sizes.name, **found.as_dict()}, indent=2))
+        print(json.dumps({"name": sizes.name, **found.as_dict(), **_measured(times, found)}, indent=2))
     else:
-        _show(sizes, found, asked=pyramid is not None)
+        _show(sizes, found, times, asked=pyramid is not None)
 
 
-def _show_published(options: BudgetOptions, sizes: Sizes, as_json: bool) -> None:
+def _measured(times: MeasuredTimes | None, found: Plan) -> dict[str, Any]:
+    """What bench's record tells of a plan, for JSON: milliseconds of the decoder's prefill."""
+    if times is None:
+        return {}
+    return {
+        "milliseconds": times.milliseconds(found.cost),
+        "vanilla_milliseconds": times.milliseconds(found.vanilla),
+        "interpolation_error": times.error,
+        "measured": times.about,
+    }
+
+
+def _show_published(options: BudgetOptions, sizes: Sizes, times: MeasuredTimes | None, as_json: bool) -> None:
     from pyramiddrop.inference.budgets import BudgetOptions
     from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.planning import published_plans
-    from pyramiddrop.report.tables.cost import published_table
+    from pyramiddrop.report.tables.cost import published_table, times_line
 
     if options != BudgetOptions():
         raise InputError("--published has budgets of its own, and every pyramid for each: leave the other options out")
@@ -119,17 +140,20 @@ def _show_published(options: BudgetOptions, sizes: Sizes, as_json: bool) -> None
     if as_json:
         rows = [
             {"tokens": one.tokens, "pyramid": one.pyramid, "within_reach": one.within_reach, **one.plan.as_dict()}
+            | _measured(times, one.plan)
             for one in found
         ]
         print(json.dumps({"name": sizes.name, "plans": rows}, indent=2))
         return
-    stdout().print(published_table(found))
+    stdout().print(published_table(found, times))
     stdout().print(f"\n{sizes.about}", soft_wrap=True)
+    if times is not None:
+        stdout().print(f"\n{times_line(times)}", soft_wrap=True)
 
 
-def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
+def _show(sizes: Sizes, found: Plan, times: MeasuredTimes | None, asked: bool) -> None:
     from pyramiddrop.method_spec import VANILLA
-    from pyramiddrop.report.tables.cost import cost_table, stages_table
+    from pyramiddrop.report.tables.cost import cost_table, stages_table, times_line
 
     console = stdout()
     names = [part.partition("(")[0] for part in found.line.split(" | ")]
@@ -137,7 +161,9 @@ def _show(sizes: Sizes, found: Plan, asked: bool) -> None:
     console.print(f"method = {found.line}\n", soft_wrap=True)
     console.print(stages_table(found))
     console.print(f"\n{sizes.about}\n", soft_wrap=True)
-    console.print(cost_table([(VANILLA, found.vanilla), (" | ".join(names), found.cost)]))
+    console.print(cost_table([(VANILLA, found.vanilla), (" | ".join(names), found.cost)], times))
+    if times is not None:
+        console.print(f"\n{times_line(times, found)}", soft_wrap=True)
     if sizes.remark:
         console.print(f"\n{sizes.remark}", soft_wrap=True)
     if found.pyramid == "concave" and not asked:

@@ -15,6 +15,7 @@ from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.downsampling import ANY_SIZE, downsample, downsampled_usage, split_downsampling
 from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
 from pyramiddrop.inference.prompt import build_batch, on_model
 from pyramiddrop.methods import Method
@@ -64,7 +65,8 @@ class Answerer:
             for start in range(0, len(samples), self.batch):
                 batch = samples[start : start + self.batch]
                 inputs = self.inputs(batch)
-                replies += self._answer(inputs, method, trace, self._views(batch, inputs) if method else ())
+                views = self._views(batch, inputs) if method else ()
+                replies += self._answer(batch, inputs, method, trace, views)
                 advance(len(batch))
         return replies
 
@@ -73,9 +75,8 @@ class Answerer:
 
         The vision tower and the layers before a method's first drop run once for all methods, where they can.
         """
-        model = self.checkpoint.model
-        inputs = on_model(model, self.inputs(samples))
-        starts = [None if one is None else first_layer_seen(one, drop_layers(model, one)) for one in methods]
+        inputs = on_model(self.checkpoint.model, self.inputs(samples))
+        starts = [None if one is None else first_layer_seen(one, drop_layers(self.checkpoint, one)) for one in methods]
         views = self._views(samples, inputs) if any(methods) else ()
         replay = self._shared_prefill(samples[0], inputs, methods, starts)
         for method, start in zip(methods, starts, strict=True):
@@ -84,15 +85,27 @@ class Answerer:
             else:
                 shared = replay.recorded() if start is None else replay.replayed(start)
             with self._applied(method) as trace, shared:
-                replies = self._answer(inputs, method, trace, views)
+                replies = self._answer(samples, inputs, method, trace, views)
             yield replies
 
-    def _applied(self, method: Method | None) -> AbstractContextManager[Trace | None]:
-        return method(self.checkpoint.model) if method else nullcontext()
+    def split(self, method: Method | None) -> tuple[float | None, Method | None]:
+        """The share of the visual tokens that smaller pictures leave (None: they stay as they are), and the method that
+        is on the model."""
+        return split_downsampling(method, self.checkpoint.processor)
 
-    def inputs(self, samples: Sequence[Sample]) -> Any:
-        """The tensors of one batch, on the CPU."""
-        return build_batch(self.checkpoint.processor, [(list(one.images), one.question) for one in samples])
+    def _applied(self, method: Method | None) -> AbstractContextManager[Trace | None]:
+        _, inside = self.split(method)
+        return inside(self.checkpoint.model) if inside else nullcontext()
+
+    def inputs(self, samples: Sequence[Sample], share: float | None = None) -> Any:
+        """The tensors of one batch, on the CPU; of pictures with no more than the `share` of their visual tokens, if
+        one is given."""
+        processor = self.checkpoint.processor
+        questions = [(list(one.images), one.question) for one in samples]
+        if share is None:
+            return build_batch(processor, questions)
+        smaller = [(downsample(processor, images, share), question) for images, question in questions]
+        return build_batch(processor, smaller, ANY_SIZE)
 
     def prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
         """What each sample brings, told by the processor alone: nothing is answered."""
@@ -106,11 +119,21 @@ class Answerer:
         return batch_views(config, self.checkpoint.processor, [list(one.images) for one in samples], inputs)
 
     def _answer(
-        self, inputs: Any, method: Method | None, trace: Trace | None, views: Sequence[Sequence[PlacedView]]
+        self,
+        samples: Sequence[Sample],
+        inputs: Any,
+        method: Method | None,
+        trace: Trace | None,
+        views: Sequence[Sequence[PlacedView]],
     ) -> list[Reply]:
-        texts = answer_greedily(self.checkpoint, inputs, self.max_new_tokens)
+        """The replies to `samples`, whose tensors are `inputs`, with what `method` leaves for the model on it."""
+        share, inside = self.split(method)
+        given = inputs if share is None else self.inputs(samples, share)
+        texts = answer_greedily(self.checkpoint, given, self.max_new_tokens)
         plain = batch_usage(self.checkpoint.model, inputs)
-        used = batch_usage(self.checkpoint.model, inputs, method, trace) if trace else plain
+        used = batch_usage(self.checkpoint.model, given, inside, trace) if inside or share else plain
+        if share is not None:
+            used = list(map(downsampled_usage, used, plain))
         places = kept_places(trace, method, views) if trace else [None] * len(texts)
         return [Reply(*one) for one in zip(texts, used, plain, places, strict=True)]
 

@@ -11,6 +11,8 @@ from typing import Any
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
 from pyramiddrop.cost.estimate import visual_by_layer
 from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference.checkpoint import Checkpoint
+from pyramiddrop.inference.downsampling import split_downsampling
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
 from pyramiddrop.method_spec import VANILLA, method_label
@@ -191,13 +193,18 @@ def control_methods(methods: Sequence[Method]) -> list[Method]:
     return [control for control in controls if control not in methods]
 
 
-def drop_layers(model: Any, method: Method) -> tuple[int, ...]:
-    """The layers before which `method` drops in `model`, where it also sees whether it can work there.
+def drop_layers(checkpoint: Checkpoint, method: Method) -> tuple[int, ...]:
+    """The layers before which `method` drops in a model, where it also sees whether it can work there; 0 where the
+    model is shown smaller pictures.
 
     Raises:
         UnsupportedModelError, ValueError: where it cannot.
     """
-    with method(model):
-        attachment = attachment_of(model)
+    share, inside = split_downsampling(method, checkpoint.processor)
+    smaller = () if share is None else (0,)
+    if inside is None:
+        return smaller
+    with inside(checkpoint.model):
+        attachment = attachment_of(checkpoint.model)
         assert attachment is not None
-        return attachment.rules.schedule.layers
+        return *smaller, *attachment.rules.schedule.layers

@@ -131,7 +131,7 @@ class Evaluator:
         self.checkpoint = load_checkpoint(source, options.device, options.dtype)
         with user_input(caught=(UnsupportedModelError, ValueError)):
             self._info = inspect_model(self.checkpoint.model)
-            self._layers = [drop_layers(self.checkpoint.model, method) for method in self.methods]
+            self._layers = [drop_layers(self.checkpoint, method) for method in self.methods]
         self._left_out: dict[str, str] = {}
         if options.controls:
             self._add_controls()
@@ -149,7 +149,7 @@ class Evaluator:
             )
         for control in control_methods(self.methods):
             try:
-                self._layers.append(drop_layers(self.checkpoint.model, control))
+                self._layers.append(drop_layers(self.checkpoint, control))
                 self.methods.append(control)
             except (UnsupportedModelError, ValueError) as error:
                 self._left_out[method_label(control)] = str(error)
@@ -212,9 +212,13 @@ class Evaluator:
 
     def _times(self, methods: Sequence[Method | None]) -> Times:
         def measure() -> Times:
-            inputs = self.answerer.inputs(self.task.samples[: self.options.batch])
-            variants = {str(number): method for number, method in enumerate(methods)}
-            return list(time_prefills(self.checkpoint.model, inputs, variants, self.options.rounds).values())
+            first = self.task.samples[: self.options.batch]
+            split = {str(number): self.answerer.split(method) for number, method in enumerate(methods)}
+            variants = {name: inside for name, (_, inside) in split.items()}
+            smaller = {name: self.answerer.inputs(first, share) for name, (share, _) in split.items() if share}
+            inputs, rounds = self.answerer.inputs(first), self.options.rounds
+            times = time_prefills(self.checkpoint.model, inputs, variants, rounds, own_inputs=smaller)
+            return list(times.values())
 
         return self._store.times(methods, measure) if self._store else measure()
 

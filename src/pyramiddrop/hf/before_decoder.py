@@ -90,7 +90,8 @@ class Tower:
             fixed = [name for name, family in FAMILIES.items() if family.fixed_patches]
             raise UnsupportedModelError(
                 f"{config.model_type!r}: which patch of the vision tower a visual token is, is known for "
-                f"{', '.join(fixed)} with vision_feature_select_strategy='default' alone"
+                f"{', '.join(fixed)} with vision_feature_select_strategy='default' alone. For smaller pictures of any "
+                "size give the processor fewer pixels, as `pyramiddrop eval --method downsample` does"
             )
         self.module: nn.Module = module
         vision = config.vision_config

@@ -9,7 +9,7 @@ from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import parse_method
 from pyramiddrop.inference.sizes import Sizes
 from pyramiddrop.methods import PreLLMMethod
-from pyramiddrop.planning import Before, Budget, Plan, Profile, plan
+from pyramiddrop.planning import Before, Budget, MeasuredTimes, Plan, Profile, plan
 from pyramiddrop.schedule import PreLLMSchedule
 
 #: Names of budgets on the command line, and in the library.
@@ -62,6 +62,18 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
             profile=profile,
             before=_before(options.before, sizes),
         )
+
+
+def read_times(path: Path, sizes: Sizes) -> MeasuredTimes:
+    """What bench has measured of the model and the prompt in `sizes`.
+
+    Raises:
+        InputError: for a file that cannot be read, is no such record, or is one of another model or prompt.
+    """
+    with user_input(f"cannot read {path}", (OSError,)), user_input():
+        times = MeasuredTimes.read(path)
+        times.check(sizes.shape, sizes.prompt)
+    return times
 
 
 def _before(spec: str | None, sizes: Sizes) -> Before | None:

@@ -84,13 +84,16 @@ def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, v
     return _build(processor, [(pictures, prompt)], video)
 
 
-def build_batch(processor: Any, questions: Questions) -> Any:
+def build_batch(processor: Any, questions: Questions, size: Mapping[str, int] | None = None) -> Any:
     """Build the tensors of several questions, each about its own pictures: one row each, left-padded.
+
+    Args:
+        size: the size of pictures that replaces the processor's own `size`.
 
     Raises:
         InputError: as for `build_inputs`.
     """
-    return _build(processor, questions)
+    return _build(processor, questions, settings={"images_kwargs": {"size": dict(size)}} if size else {})
 
 
 def image_token(processor: Any) -> str:
@@ -99,12 +102,14 @@ def image_token(processor: Any) -> str:
     return str(placeholder or getattr(processor, "image_token", "<image>"))
 
 
-def _build(processor: Any, questions: Questions, video: Video | None = None) -> Any:
+def _build(
+    processor: Any, questions: Questions, video: Video | None = None, settings: Mapping[str, Any] | None = None
+) -> Any:
     for pictures, prompt in questions:
         _check_question(processor, pictures, prompt, video)
     questions = [([to_rgb(picture) for picture in pictures], prompt) for pictures, prompt in questions]
     single = len(questions) == 1
-    settings: dict[str, Any] = {} if single else {"padding": True}
+    settings = {**(settings or {}), **({} if single else {"padding": True})}
     if video:
         settings |= {"video_metadata": [video.metadata], "do_sample_frames": False, "return_metadata": True}
     with _left_padding(processor.tokenizer):

@@ -32,6 +32,7 @@ def time_prefills(
     methods: Mapping[str, Method | None],
     runs: int = 5,
     over: Callable[[Iterable[float]], float] = statistics.median,
+    own_inputs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, PrefillTime]:
     """Time the prefill of `inputs` under each of `methods` (None: vanilla), after one warm-up each.
 
@@ -41,12 +42,14 @@ def time_prefills(
     Args:
         runs: number of runs of each method; the methods take turns.
         over: the statistic of the runs: the median, or `min` on a machine shared with other programs.
+        own_inputs: inputs of methods, by name, that replace `inputs`, such as smaller pictures.
     """
-    ready = on_model(model, inputs)
+    given = {name: (own_inputs or {}).get(name, inputs) for name in methods}
+    ready = {name: on_model(model, one) for name, one in given.items()}
     models = {name: method.view(model) if method else model for name, method in methods.items()}
     seen: dict[str, list[PrefillTime]] = {name: [] for name in methods}
     for turn, name in in_turn(list(methods), runs + 1):
-        measured = _one(models[name], ready)
+        measured = _one(models[name], ready[name])
         if turn:
             seen[name].append(measured)
     return {

@@ -1,6 +1,7 @@
 """From a budget to a schedule: how to drop, for what a prefill may cost."""
 
 from pyramiddrop.planning.budget import Budget, Clock
+from pyramiddrop.planning.measured import MeasuredTimes
 from pyramiddrop.planning.profile import Profile
 from pyramiddrop.planning.published import PublishedPlan, published_plans
 from pyramiddrop.planning.solve import PYRAMIDS, Before, InfeasibleBudgetError, Plan, plan
@@ -11,6 +12,7 @@ __all__ = [
     "Budget",
     "Clock",
     "InfeasibleBudgetError",
+    "MeasuredTimes",
     "Plan",
     "Profile",
     "PublishedPlan",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pyramiddrop.cost import PRESETS, CostBreakdown, Preset
 from pyramiddrop.evaluation.paper import Figure
-from pyramiddrop.planning import Plan, PublishedPlan
+from pyramiddrop.planning import MeasuredTimes, Plan, PublishedPlan
 from pyramiddrop.report import units
 from pyramiddrop.report.tables.style import new_table
 
@@ -29,8 +29,11 @@ PUBLISHED_HEAD = ("average", "pyramid", "method", "visual tokens by stage", "dec
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
 
-def cost_table(costs: Sequence[tuple[str, CostBreakdown]]) -> Table:
-    """A column for each (label, cost); the first one is the reference of the others."""
+def cost_table(costs: Sequence[tuple[str, CostBreakdown]], times: MeasuredTimes | None = None) -> Table:
+    """A column for each (label, cost); the first one is the reference of the others.
+
+    Milliseconds are shown if bench has measured the model.
+    """
     table = new_table("", *(label for label, _ in costs))
     accounts = [cost for _, cost in costs]
     table.add_row("visual tokens by stage", *(units.arrow(_steps(one.visual_by_layer)) for one in accounts))
@@ -45,7 +48,39 @@ def cost_table(costs: Sequence[tuple[str, CostBreakdown]]) -> Table:
     by_stage = [[units.size(bytes_held) for bytes_held in _kv_by_stage(one)] for one in accounts]
     table.add_row("  mean layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
     _add(table, "activations (estimate)", [one.activation_bytes for one in accounts], units.size)
+    if times is not None:
+        table.add_row("decoder's prefill", *_times_cells(accounts, times))
     return table
+
+
+def _times_cells(costs: Sequence[CostBreakdown], times: MeasuredTimes) -> list[str]:
+    """Milliseconds of each, with its share of the first one, or that it is not known."""
+    first, *others = (times.milliseconds(one) for one in costs)
+    assert first is not None  # the record is of this model, and the first one is vanilla
+    shares = [units.UNKNOWN if one is None else f"{_time(one)}  ({units.share(one / first)})" for one in others]
+    return [_time(first), *shares]
+
+
+def _time(milliseconds: float) -> str:
+    return units.seconds(milliseconds / 1000)
+
+
+def times_line(times: MeasuredTimes, found: Plan | None = None) -> str:
+    """Where the milliseconds come from, how far they may be off, and how to have those that are missing."""
+    told = f"Milliseconds of the decoder are bench's, of {times.about}, on the line between the measured methods."
+    if times.error is not None:
+        told += f" Each of these, told by the others so, is at most {times.error:.0%} off."
+    if found is not None and times.milliseconds(found.cost) is None:
+        told += f" This plan spends less than any of them: measure it, by bench --method '{_in_words(found)}'."
+    return told
+
+
+def _in_words(found: Plan) -> str:
+    """The plan's drops inside the decoder as the command line takes a method."""
+    values = {
+        name: "/".join(map(str, value)) if isinstance(value, list) else value for name, value in found.arguments.items()
+    }
+    return f"pyramiddrop:{','.join(f'{name}={value}' for name, value in values.items())}"
 
 
 def stages_table(plan: Plan) -> Table:
@@ -59,12 +94,16 @@ def stages_table(plan: Plan) -> Table:
     return table
 
 
-def published_table(plans: Sequence[PublishedPlan]) -> Table:
-    """A row for each published pyramid, in a section for each budget: its schedule, tokens and costs."""
-    table = new_table(*PUBLISHED_HEAD)
+def published_table(plans: Sequence[PublishedPlan], times: MeasuredTimes | None = None) -> Table:
+    """A row for each published pyramid, in a section for each budget: its schedule, tokens and costs.
+
+    Times are shown if bench has measured the model.
+    """
+    table = new_table(*PUBLISHED_HEAD, *(["decoder's prefill"] if times else []))
     for _, rows in groupby(plans, key=lambda one: one.tokens):
         for one in rows:
-            table.add_row(*_published_cells(one))
+            timed = _times_cells([one.plan.vanilla, one.plan.cost], times)[1:] if times and one.within_reach else []
+            table.add_row(*_published_cells(one), *timed)
         table.add_section()
     return table
 

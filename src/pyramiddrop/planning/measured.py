@@ -1,0 +1,127 @@
+"""Milliseconds of a plan from what `pyramiddrop bench` has measured of the same model and prompt."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pyramiddrop.cost import CostBreakdown, ModelShape, Prompt, estimate_cost
+
+#: Sizes of the decoder, then of the prompt, that have to be the record's.
+SIZES = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
+TOKENS = ("visual_tokens", "text_tokens")
+#: FLOPs that differ by no more than this part are the same: versions differ in how they count the ranking.
+ALIKE = 0.005
+
+
+@dataclass(frozen=True)
+class MeasuredTimes:
+    """Times of a decoder's prefill, one prompt at a time, of vanilla and of methods, by the FLOPs of each.
+
+    Attributes:
+        subject: the record's sizes of the model and the prompt.
+        about: what was measured, on what, for a reader.
+        vanilla: FLOPs of the untouched prefill, as predicted.
+        points: FLOPs of the decoder's layers and the ranking, as predicted, and milliseconds, as measured; ascending.
+    """
+
+    subject: dict[str, Any]
+    about: str
+    vanilla: float
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> MeasuredTimes:
+        """Read what `pyramiddrop bench --json` printed.
+
+        Raises:
+            OSError: where it cannot be read.
+            ValueError: where it is no such record, or has no times of single prompts; the message says why.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        except (TypeError, KeyError, ValueError) as error:
+            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is no record of `pyramiddrop bench --json`: {reason}") from error
+
+    @classmethod
+    def from_dict(cls, record: Any) -> MeasuredTimes:
+        """Make them of a record.
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything else.
+        """
+        if record["kind"] != "generation":
+            raise ValueError(f"it measures {record['kind']}; run bench without --train and --overhead")
+        single = [one for one in record["results"] if one["batch"] == 1]
+        if not single:
+            raise ValueError("it has no batch of 1, and a plan is of one prompt; run bench with --batch 1")
+        found = [(float(one["predicted"]["flops"]), 1000 * float(one["decoder"]["median"])) for one in single]
+        alike = groupby(sorted(found), key=lambda point: point[0])
+        points = tuple((flops, mean(time for _, time in same)) for flops, same in alike)
+        if len(points) < 2:
+            raise ValueError("a line needs two measurements that differ in FLOPs; name a --method that drops tokens")
+        vanilla = next((float(one["predicted"]["flops"]) for one in single if one["variant"] == "vanilla"), None)
+        if vanilla is None:
+            raise ValueError("it has no vanilla")
+        subject, machine = record["subject"], record["machine"]
+        about = (
+            f"{subject['name']}, {subject['dtype']}, on {machine['device']} ({machine['architecture']}, "
+            f"{machine['threads']} thread(s)), {record['setting']['clock']}"
+        )
+        return cls({name: subject[name] for name in (*SIZES, *TOKENS)}, about, vanilla, points)
+
+    def check(self, model: ModelShape, prompt: Prompt) -> None:
+        """Raise ValueError if the record is of another model or another prompt."""
+        own = {name: getattr(model.decoder, name) for name in SIZES} | {name: getattr(prompt, name) for name in TOKENS}
+        for name, value in own.items():
+            if self.subject[name] != value:
+                way_out = f"give --{name.replace('_', '-')} {self.subject[name]}, or " if name in TOKENS else ""
+                raise ValueError(
+                    f"the record's {name} is {self.subject[name]}, and the plan's is {value}: {way_out}run bench for "
+                    "the model and prompt of the plan"
+                )
+        flops = decoder_flops(estimate_cost(model, prompt))
+        if abs(flops - self.vanilla) > ALIKE * self.vanilla:
+            raise ValueError(
+                f"the record's untouched prefill has {self.vanilla:.4g} FLOPs, and the plan's has {flops:.4g}: "
+                "run bench for the model of the plan"
+            )
+
+    def milliseconds(self, cost: CostBreakdown) -> float | None:
+        """The time of a prefill of this cost, on the line between the two measurements whose FLOPs are nearest; None
+        below the least and above the most that was measured, where nothing is known."""
+        flops, (least, *_, most) = decoder_flops(cost), [point[0] for point in self.points]
+        if least * (1 - ALIKE) <= flops <= most * (1 + ALIKE):
+            return interpolated(self.points, min(max(flops, least), most))
+        return None
+
+    @property
+    def error(self) -> float | None:
+        """The largest relative error where each measurement is predicted by its two neighbours; None for fewer than
+        three."""
+        inner = range(1, len(self.points) - 1)
+        missed = []
+        for number in inner:
+            flops, time = self.points[number]
+            told = interpolated((self.points[number - 1], self.points[number + 1]), flops)
+            missed.append(abs(told - time) / time)
+        return max(missed, default=None)
+
+
+def decoder_flops(cost: CostBreakdown) -> int:
+    """FLOPs of the decoder's layers and the ranking, which is what bench's record predicts."""
+    return cost.full.decoder + cost.full.ranking
+
+
+def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The value `at` a place between the first and the last of ascending `points`, on the line between neighbours."""
+    above = max(1, bisect_left(points, (at, float("-inf"))))
+    (left, before), (right, value) = points[above - 1], points[above]
+    return before + (value - before) * (at - left) / (right - left)
