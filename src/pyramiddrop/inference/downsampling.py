@@ -59,7 +59,8 @@ def downsample(processor: Any, pictures: Sequence[Image.Image], keep: float) -> 
 
 def _downsample(images: Any, picture: Image.Image, keep: float) -> Image.Image:
     def tokens(**size: Any) -> int:
-        return int(images.get_number_of_image_patches(picture.height, picture.width, size)) // images.merge_size**2
+        patches = int(images.get_number_of_image_patches(picture.height, picture.width, size))
+        return patches // int(images.merge_size) ** 2
 
     allowed = max(1, math.floor(tokens() * keep))
     pixels = _largest(lambda pixels: tokens(**_budget(pixels)) <= allowed)
