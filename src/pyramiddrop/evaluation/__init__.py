@@ -1,1 +1,1 @@
-"""Benchmarks of any model under any method."""
+"""Evaluate any model under any method: benchmarks, scores and studies."""

@@ -29,7 +29,7 @@ class Generation:
 
 
 def generate_with_logits(checkpoint: Checkpoint, inputs: Mapping[str, Any], max_new_tokens: int) -> Generation:
-    """Answer a batch of left-padded prompts under the method that is on the model, if any."""
+    """Answer a batch of left-padded prompts under the method that is applied to the model, if any."""
     found: list[Tensor] = []
 
     def keep_first(module: Any, args: Any, output: Any) -> None:

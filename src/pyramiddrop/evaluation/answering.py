@@ -37,11 +37,11 @@ class Reply:
 
 
 class Answerer:
-    """A checkpoint that answers samples. A sample's reply does not depend on those that share its batch.
+    """A checkpoint that answers samples. A sample's reply does not depend on the others in its batch.
 
     Attributes:
-        batch: samples of one forward.
-        max_new_tokens: the longest answer.
+        batch: number of samples in a forward.
+        max_new_tokens: length of the longest answer.
     """
 
     def __init__(self, checkpoint: Checkpoint, batch: int = 16, max_new_tokens: int = 32) -> None:
@@ -108,13 +108,13 @@ class Answerer:
         return build_batch(processor, smaller, ANY_SIZE)
 
     def prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
-        """What each sample brings, told by the processor alone: nothing is answered."""
+        """The token counts of each sample, from the processor alone."""
         starts = range(0, len(samples), self.batch)
         batches = (self.inputs(samples[start : start + self.batch]) for start in starts)
         return [prompt for inputs in batches for prompt in batch_prompts(self.checkpoint.model, inputs)]
 
     def _views(self, samples: Sequence[Sample], inputs: Any) -> list[Sequence[PlacedView]]:
-        """Where the visual tokens of each sample lie."""
+        """The views of each sample's pictures, which place its visual tokens."""
         config = self.checkpoint.model.config
         return batch_views(config, self.checkpoint.processor, [list(one.images) for one in samples], inputs)
 

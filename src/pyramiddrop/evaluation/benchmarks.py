@@ -21,7 +21,7 @@ _STDERR = "_stderr"
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A score in lmms-eval's unit, and its standard error where lmms-eval has one."""
+    """A score in lmms-eval's unit, with its standard error if lmms-eval gives one."""
 
     value: float
     error: float | None = None
@@ -29,11 +29,11 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Measured:
-    """What lmms-eval measured under one method.
+    """The results of lmms-eval under one method.
 
     Attributes:
-        name: the method, for people.
-        scores: by task and metric.
+        name: the label of the method.
+        scores: the scores by task and metric.
         costs: averages over all requests (`flops_ratio`, `retained_visual_tokens`, ...).
     """
 
@@ -56,15 +56,15 @@ def run_benchmarks(
     """Run tasks of lmms-eval under vanilla and `methods`; empty in all processes of a parallel run but the first.
 
     Args:
-        methods: in words, as `pyramiddrop.evaluation.budgets.choose_methods` takes them.
-        model: None for the bundled one.
-        output: where lmms-eval's files are kept. Each run asks anew: lmms-eval keeps answers only once all are there,
-            and without what they cost.
-        include: a folder with tasks of one's own.
-        progress: is told the method that runs.
+        methods: method specifications, as for `pyramiddrop.evaluation.budgets.choose_methods`.
+        model: a folder or a name on the hub; None: the bundled model.
+        output: the folder of lmms-eval's files. Each run answers again, because lmms-eval stores answers only at the
+            end, and without their cost.
+        include: a folder with the user's own tasks.
+        progress: called with the label of the running method.
 
     Raises:
-        InputError: where lmms-eval is not installed, or for what the user gave and that cannot be used.
+        InputError: if lmms-eval is not installed, or an argument cannot be used.
     """
     check_installed()
     source = model or str(digits_checkpoint())
@@ -79,15 +79,15 @@ def run_benchmarks(
 
 
 def benchmarks_record(measured: Sequence[Measured], model: str | None) -> dict[str, Any]:
-    """Plain values; `read_measured` reads them back."""
+    """The results as plain values, which `read_measured` reads."""
     return {"suite": "lmms-eval", "model": model or "bundled", "methods": [asdict(one) for one in measured]}
 
 
 def read_measured(path: Path) -> list[Measured]:
-    """What was measured: from a file of lmms-eval's results or of ours, or all of a folder.
+    """Read results from a file of lmms-eval's or ours, or from all files of a folder.
 
     Raises:
-        InputError: where there is none.
+        InputError: if there are none.
     """
     if path.is_dir():
         own = path / RESULTS
@@ -127,7 +127,7 @@ def _measured(name: str, results: Mapping[str, Any]) -> Measured:
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
-    """`{"anls,none": 0.7, "anls_stderr,none": 0.01}` as scores by metric; what is no number is left out."""
+    """Parse `{"anls,none": 0.7, "anls_stderr,none": 0.01}` to scores by metric, without values that are not numbers."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     found = {}
     for name, value in numbers.items():
@@ -139,7 +139,7 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
 
 
 def _arguments(found: Mapping[str, Any]) -> str:
-    """What lmms-eval was told of the method."""
+    """The method's arguments in lmms-eval's configuration."""
     told = [
         word for word in found["config"]["model_args"].split(",") if not word.startswith(("pretrained=", "backend="))
     ]

@@ -1,8 +1,8 @@
 """The digits benchmark: handwritten digits on a coloured canvas, and questions about them with one right answer.
 
-The digits are the 1797 real ones of scikit-learn's ``load_digits``, split by image; the scenes are split by seed. So a
-test scene shares neither a digit image nor an arrangement with what a model was trained on. The training script of
-``examples/digits`` draws its batches from the same :class:`SceneGenerator`: there is one source of truth.
+The digits are the 1797 real ones of scikit-learn's ``load_digits``, split by image; the scenes are split by seed. A
+test scene therefore shares neither a digit image nor an arrangement with the training data. The training script of
+``examples/digits`` draws its batches from the same :class:`SceneGenerator`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CELL = 10
 CANVAS = GRID * CELL
 EMPTY = -1
 SPLITS = ("train", "val", "test")
-HELD_OUT = 200  # digit images of each of the two held-out splits
+HELD_OUT = 200  # digit images in each of the two held-out splits
 VARIANTS = {"train": 24, "val": 9, "test": 9}  # renderings of each digit image; those of "train" are distorted
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 COLOUR_NAMES = tuple(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32) / 255
 
-#: Each kind of question, and how it is put.
+#: The wording of each kind of question.
 KINDS: dict[str, str] = {
     "digit_at": "What digit is at row {row} column {column}?",
     "colour_at": "What colour is at row {row} column {column}?",
@@ -51,25 +51,25 @@ KINDS: dict[str, str] = {
     "read_row": "Read row {row}.",
 }
 KIND_NAMES = tuple(KINDS)
-#: How many different arguments each kind can have: a cell, a digit, a colour or a row.
+#: The number of different arguments of each kind: cells, digits, colours or rows.
 ARGUMENTS = {"digit_at": 64, "colour_at": 64, "colour_of": 10, "digit_of": 8, "row_of": 10, "read_row": 8}
 
 MAX_ANSWER = 3
-#: An answer is at most three of these words; arrays hold their indices, filled up with ``EMPTY``.
+#: An answer is at most three of these words; arrays hold their indices, padded with ``EMPTY``.
 ANSWER_WORDS = (*map(str, range(10)), *COLOUR_NAMES, *(f"row {row + 1}" for row in range(GRID)))
 FIRST_COLOUR, FIRST_ROW = 10, 10 + len(COLOUR_NAMES)
 
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """How full and how cluttered a scene is."""
+    """The numbers of digits and of clutter in a scene."""
 
     fewest: int = 8
     most: int = 22
     clutter: float = 0.5
 
     def scaled(self, factor: float) -> SceneStyle:
-        """The same style with fewer digits and less clutter: what training begins with."""
+        """The same style with fewer digits and less clutter, for the beginning of training."""
         return SceneStyle(round(self.fewest * factor), max(1, round(self.most * factor)), self.clutter * factor)
 
 
@@ -93,7 +93,7 @@ class QuestionBatch:
 
 @dataclass(frozen=True)
 class DigitsSample:
-    """One question about one picture. ``scene`` numbers the picture, for errors that are clustered by scene."""
+    """One question about one picture. ``scene`` is the picture's number, by which errors are clustered."""
 
     image: Image.Image
     kind: str
@@ -104,13 +104,13 @@ class DigitsSample:
 
 @dataclass(frozen=True)
 class DigitsBenchmark:
-    """A fixed list of questions, the same for everybody: iterate it, and compare exact answers.
+    """A fixed list of questions: iterate it, and compare exact answers.
 
     Args:
         split: ``"test"``, ``"val"`` or ``"train"``; no two of them share a digit image or a scene.
-        scenes: how many pictures.
-        questions_per_scene: how many different questions about each, as evenly over the kinds as the picture allows.
-        seed: another seed is another list of scenes of the same split. Scene ``i`` does not depend on ``scenes``.
+        scenes: number of pictures.
+        questions_per_scene: number of different questions about each, as evenly over the kinds as the picture allows.
+        seed: selects another list of scenes of the same split. Scene ``i`` does not depend on ``scenes``.
     """
 
     split: str = "test"
@@ -131,7 +131,7 @@ class DigitsBenchmark:
                 yield DigitsSample(image, name, question_text(name, int(argument)), answer_text(answer), scene)
 
     def arrays(self, scene: int) -> tuple[SceneBatch, QuestionBatch]:
-        """Scene number ``scene`` and its questions as arrays of batch size 1."""
+        """Scene number ``scene`` and its questions, as arrays of batch size 1."""
         generator = SceneGenerator(self.split)
         rng = generator.rng(self.seed, scene)
         batch = generator.scenes(rng, 1)
@@ -139,7 +139,7 @@ class DigitsBenchmark:
 
 
 class SceneGenerator:
-    """Draws scenes whose digit images all come from one split."""
+    """Draws scenes with digit images of one split."""
 
     def __init__(self, split: str) -> None:
         self.split = _checked(split)
@@ -147,11 +147,11 @@ class SceneGenerator:
         self.by_digit = [np.flatnonzero(self.labels == digit) for digit in range(10)]
 
     def rng(self, *seed: int) -> np.random.Generator:
-        """A random generator that no other split can have."""
+        """A random generator that differs from those of other splits."""
         return np.random.default_rng([SPLITS.index(self.split), *seed])
 
     def scenes(self, rng: np.random.Generator, count: int, style: SceneStyle = SceneStyle()) -> SceneBatch:
-        """``count`` fresh scenes."""
+        """Draw ``count`` new scenes."""
         layouts = [_layout(rng, style) for _ in range(count)]
         digits, colours = (np.stack(part) for part in zip(*layouts, strict=True))
         return SceneBatch(digits, colours, self._render(rng, digits, colours, style.clutter))
@@ -199,7 +199,7 @@ def digit_bank(split: str) -> tuple[Array, Array]:
 
 
 def split_indices(split: str, total: int = 1797) -> Array:
-    """Which of the digit images belong to a split. The three sets are disjoint and cover all."""
+    """The indices of a split's digit images. The three sets are disjoint and cover all images."""
     order = np.random.RandomState(1234).permutation(total)
     bounds = {"val": slice(0, HELD_OUT), "test": slice(HELD_OUT, 2 * HELD_OUT), "train": slice(2 * HELD_OUT, None)}
     return order[bounds[_checked(split)]]
@@ -212,7 +212,7 @@ def draw_questions(
     weights: Mapping[str, float] | None = None,
     read_lengths: Sequence[int] = (2, 3),
 ) -> QuestionBatch:
-    """Random questions for a whole batch (the training path). A kind that a scene cannot ask becomes ``digit_at``."""
+    """Draw random questions for a batch (for training). A kind that a scene does not allow becomes ``digit_at``."""
     masks = _candidates(scenes, read_lengths)
     share = np.array([(weights or {}).get(kind, 1.0) for kind in KIND_NAMES])
     count = len(scenes.digits)
@@ -226,7 +226,7 @@ def draw_questions(
 
 
 def distinct_questions(rng: np.random.Generator, scenes: SceneBatch, count: int) -> QuestionBatch:
-    """``count`` different questions about one scene, as evenly over the kinds as it allows (the benchmark path)."""
+    """Draw ``count`` different questions about one scene, as evenly over the kinds as it allows (for the benchmark)."""
     masks = _candidates(scenes, (2, 3))[0]
     queues = [list(rng.permutation(np.flatnonzero(mask))) for mask in masks]
     chosen: list[tuple[int, int]] = []
@@ -239,14 +239,14 @@ def distinct_questions(rng: np.random.Generator, scenes: SceneBatch, count: int)
 
 
 def question_text(kind: str, argument: int) -> str:
-    """The words of a question: ``question_text("colour_of", 7)`` is ``"What colour is the 7?"``."""
+    """The text of a question: ``question_text("colour_of", 7)`` is ``"What colour is the 7?"``."""
     row, column = divmod(argument, GRID) if kind.endswith("_at") else (argument, 0)
     colour = COLOUR_NAMES[argument % len(COLOUR_NAMES)]
     return KINDS[kind].format(row=row + 1, column=column + 1, digit=argument, colour=colour)
 
 
 def answer_text(codes: Sequence[int] | Array) -> str:
-    """The words of an answer, given as indices into ``ANSWER_WORDS`` filled up with ``EMPTY``."""
+    """The text of an answer, given as indices into ``ANSWER_WORDS`` padded with ``EMPTY``."""
     return " ".join(ANSWER_WORDS[code] for code in codes if code != EMPTY)
 
 
@@ -269,7 +269,7 @@ def _candidates(scenes: SceneBatch, read_lengths: Sequence[int]) -> Array:
 
 
 def _ask(scenes: SceneBatch, kinds: Array, cells: Array) -> QuestionBatch:
-    """The arguments and the answers of questions of these kinds about these cells, both (B, K)."""
+    """The arguments (B, K) and the answers of questions of these kinds about these cells."""
     digit = np.take_along_axis(scenes.digits.reshape(len(cells), -1), cells, axis=1)
     colour = np.take_along_axis(scenes.colours.reshape(len(cells), -1), cells, axis=1)
     row = cells // GRID
@@ -290,14 +290,14 @@ def _row_digits(digits: Array) -> Array:
 
 
 def _unique(values: Array, classes: int) -> Array:
-    """(B, 64): True where a cell's value occurs once in its scene."""
+    """(B, 64) bool, True if a cell's value occurs once in its scene."""
     counts = (values[..., None] == np.arange(classes)).sum(1)
     own: Array = np.take_along_axis(counts, np.maximum(values, 0), axis=1)
     return np.asarray((values != EMPTY) & (own == 1))
 
 
 def _layout(rng: np.random.Generator, style: SceneStyle) -> tuple[Array, Array]:
-    """One scene's digits and colours, (8, 8) each. A few digits and two colours occur once, and can be asked for."""
+    """Draw one scene's digits and colours, (8, 8) each. A few digits and two colours occur once, for questions."""
     digits, colours = np.full(GRID * GRID, EMPTY), np.full(GRID * GRID, EMPTY)
     classes, shades = rng.permutation(10), rng.permutation(len(COLOUR_NAMES))
     lone = classes[: rng.integers(2, 5)]

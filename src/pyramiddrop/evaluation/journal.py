@@ -18,7 +18,7 @@ from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 
 
 def digest(parts: Iterable[bytes | str]) -> str:
-    """A short name for `parts`, each of which counts."""
+    """A short hash of all `parts`."""
     found = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -27,17 +27,17 @@ def digest(parts: Iterable[bytes | str]) -> str:
 
 
 def key_digest(key: Mapping[str, Any]) -> str:
-    """The same for plain values by name."""
+    """A short hash of plain values by name."""
     return digest([json.dumps(key, sort_keys=True)])
 
 
 class Journal:
-    """A file of JSON lines: the first is the key, each later one an entry. Each key has a file of its own.
+    """A file of JSON lines: the first line is the key, each later one an entry. Each key has its own file.
 
     Args:
-        folder: where the file is.
-        name: what its name begins with, for people.
-        key: what the entries depend on, as plain values.
+        folder: the folder of the file.
+        name: the readable beginning of its name.
+        key: everything that the entries depend on, as plain values.
     """
 
     def __init__(self, folder: Path, name: str, key: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Journal:
         self._head = _line(key)
 
     def entries(self) -> list[Any]:
-        """The entries before the first broken line. A file that does not begin with the key has none.
+        """The entries before the first broken line; none if the file does not begin with the key.
 
         Raises:
             InputError: if the file cannot be read.
@@ -57,7 +57,7 @@ class Journal:
         return _whole(lines) if head == self._head else []
 
     def keep(self, entries: Sequence[Any]) -> None:
-        """Cut the file to these entries, the first that it holds.
+        """Truncate the file to these entries, which are its first ones.
 
         Raises:
             InputError: if the file cannot be written.
@@ -70,7 +70,7 @@ class Journal:
             os.truncate(self.path, sum(map(len, lines[: 1 + len(entries)])) or len(self._head))
 
     def append(self, entries: Sequence[Any]) -> None:
-        """Write entries down to the disk, after `keep`.
+        """Append entries and flush them to the disk; call `keep` before.
 
         Raises:
             InputError: if the file cannot be written.
@@ -85,10 +85,10 @@ class ReplyJournal(Journal):
     """The replies of one method."""
 
     def read(self, batch: int, total: int) -> list[Reply]:
-        """The replies that were written: all `total`, or those up to the last whole batch; the rest is cut off.
+        """The stored replies: all `total`, or those up to the last whole batch; the rest is truncated.
 
-        A batch that was interrupted is answered again as a whole, so that its numbers equal those of an unbroken run
-        to the last bit.
+        An interrupted batch is answered again as a whole, so that its numbers equal those of an uninterrupted run to
+        the last bit.
 
         Raises:
             InputError: if the file cannot be read or written.
@@ -100,7 +100,7 @@ class ReplyJournal(Journal):
         return replies
 
     def append_replies(self, replies: Sequence[Reply]) -> None:
-        """Write the replies of one batch.
+        """Append the replies of one batch.
 
         Raises:
             InputError: if the file cannot be written.
@@ -113,7 +113,7 @@ def _line(values: Any) -> bytes:
 
 
 def _whole(lines: Sequence[bytes]) -> list[Any]:
-    """The lines before the first that is broken."""
+    """The lines before the first broken one."""
     found: list[Any] = []
     for line in lines:
         if not line.endswith(b"\n"):
@@ -126,7 +126,7 @@ def _whole(lines: Sequence[bytes]) -> list[Any]:
 
 
 def _replies(entries: Sequence[Any]) -> list[Reply]:
-    """The replies before the first entry that is none."""
+    """The replies before the first invalid entry."""
     found: list[Reply] = []
     for entry in entries:
         try:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: What an answer scores against the right ones, from 0 to 1.
+#: Scores an answer against the right ones, from 0 to 1.
 Match = Callable[[str, Sequence[str]], float]
 
 
 def same(answer: str, right: Sequence[str]) -> float:
-    """1 where the answer is one of the right ones to the letter."""
+    """1 if the answer equals one of the right ones exactly."""
     return float(answer in right)
 
 
 def exact(answer: str, right: Sequence[str]) -> float:
-    """1 where it is one of the right ones; case, surrounding space and a final full stop do not matter."""
+    """1 if it is one of the right ones, ignoring case, surrounding space and a final full stop."""
     return float(plain(answer) in map(plain, right))
 
 
 def vqa(answer: str, right: Sequence[str]) -> float:
-    """VQA's soft accuracy (arXiv 1505.00468) of an answer that several people gave theirs for, under `plain`.
+    """VQA's soft accuracy (arXiv 1505.00468) of an answer against those of several people, compared by `plain`.
 
-    Each person is left out in turn; with n of the others giving the answer it scores min(1, n / 3), and the mean of
-    that counts. The official script rewrites articles, number words and punctuation besides; this does not. With
-    fewer than four right answers it is `exact`.
+    Each person is left out in turn; if n of the others gave the answer, it scores min(1, n / 3), and the score is the
+    mean of these. The official script also normalises articles, number words and punctuation; this function does not.
+    With fewer than four right answers it is `exact`.
     """
     given = [plain(one) for one in right]
     if len(given) < 4:
         return exact(answer, right)
     agree = given.count(plain(answer))
-    missing_one = min(1.0, (agree - 1) / 3)  # one of those who gave this answer is left out
+    missing_one = min(1.0, (agree - 1) / 3)  # if one of those who gave this answer is left out
     return (agree * missing_one + (len(given) - agree) * min(1.0, agree / 3)) / len(given)
 
 
@@ -38,5 +38,5 @@ def plain(text: str) -> str:
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
-#: By the names that a command line has for them.
+#: The rules by their names on the command line.
 MATCHES: dict[str, Match] = {"same": same, "exact": exact, "vqa": vqa}

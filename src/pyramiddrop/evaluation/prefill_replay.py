@@ -23,7 +23,7 @@ Forward = Callable[..., Any]
 
 
 class PrefillReplay:
-    """What the first layers of one untouched prefill left, for prefills of the same call that drop tokens later.
+    """The state after the first layers of one unpatched prefill, for prefills of the same call that drop tokens later.
 
     >>> replay = PrefillReplay(inspect_model(model), layers=[8, 16])
     >>> with replay.recorded():
@@ -31,13 +31,12 @@ class PrefillReplay:
     >>> with PyramidDrop(layers=[16], keep=[0.5])(model), replay.replayed(16):
     ...     model.generate(**inputs)                    # layers 0..15 and the vision tower do not run again
 
-    The numbers are those of a prefill that computes everything, to the bit: hidden states and caches are copies. A
-    method that changes anything before the replayed layers end (an earlier drop, `rank_layer="last"`) must not be used
-    with it.
+    The numbers equal those of a whole prefill to the bit, because hidden states and caches are copied. A method must
+    not change anything before the end of the replayed layers (by an earlier drop or `rank_layer="last"`).
 
     Args:
-        info: of the model.
-        layers: 0-based layers before which prefills will drop; each one's input is held in memory.
+        info: the parts of the model.
+        layers: 0-based layers before which prefills will drop; the input of each is held in memory.
     """
 
     def __init__(self, info: ModelInfo, layers: Collection[int]) -> None:
@@ -50,18 +49,18 @@ class PrefillReplay:
 
     @staticmethod
     def can_share(info: ModelInfo) -> bool:
-        """Whether a layer's input and cache are all that the layers before leave: not where layers share keys."""
+        """True if a layer depends only on its input and the cache; False for models whose layers share keys."""
         return info.sources == tuple(range(len(info.layers)))
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record the first prefill in the block; nothing may be dropped in it."""
+        """Record the first prefill in the block, which must not drop tokens."""
         with self._standing_in(max(self._ends) + 1, self._recording, self._seeing):
             yield
 
     @contextmanager
     def replayed(self, layer: int) -> Iterator[None]:
-        """Let the next prefill start with what `layer` was given in the recorded one. Enter it after the method."""
+        """Start the next prefill at `layer`, with its recorded input. Enter it after the method."""
 
         def replaying(index: int, forward: Forward) -> Forward:
             return self._replaying(index, layer - 1, forward)
@@ -72,7 +71,7 @@ class PrefillReplay:
     def _standing_in(
         self, count: int, layers: Callable[[int, Forward], Forward], features: Callable[[Forward], Forward]
     ) -> AbstractContextManager[None]:
-        """Others for the forwards of the first `count` layers, and for what makes features of pictures."""
+        """Replacements of the forwards of the first `count` layers and of the picture encoder."""
         others: dict[tuple[nn.Module, str], Forward] = {
             (layer, "forward"): layers(index, layer.forward) for index, layer in enumerate(self._layers[:count])
         }
@@ -98,7 +97,7 @@ class PrefillReplay:
             cache = cache_of(kwargs)
             if cache is not None:
                 cache.layers[index] = deepcopy(self._caches[index])
-            return deepcopy(self._outputs[last])  # of the layers in between only the shape matters
+            return deepcopy(self._outputs[last])  # only the shape matters to the layers in between
 
         return replay
 
@@ -115,13 +114,13 @@ class PrefillReplay:
 
 
 def first_layer_seen(method: Method, layers: Sequence[int]) -> int | None:
-    """The first layer whose input `method` ranks or changes: the layers before it run as in the untouched model.
+    """The first layer whose input `method` ranks or changes; all layers before it run as in the unpatched model.
 
     Args:
-        layers: before which the method drops.
+        layers: the layers before which the method drops.
 
     Returns:
-        a 0-based layer; None if the method drops before the decoder, or its scorer looks back at an earlier layer.
+        A 0-based layer; None if the method drops before the decoder, or its scorer reads an earlier layer.
     """
     if layers[0] == 0 or method.scorer().needs_previous_hidden:
         return None
@@ -131,7 +130,7 @@ def first_layer_seen(method: Method, layers: Sequence[int]) -> int | None:
 def replays_exactly(
     checkpoint: Checkpoint, inputs: Mapping[str, Any], method: Method, layer: int, max_new_tokens: int
 ) -> bool:
-    """Whether `method` answers `inputs` alike, to the bit, when its prefill starts from a recorded one at `layer`."""
+    """True if `method` answers `inputs` bit-identically when its prefill is replayed up to `layer`."""
     model = checkpoint.model
     if not PrefillReplay.can_share(inspect_model(model)):
         return False
@@ -146,7 +145,7 @@ def replays_exactly(
 
 
 def _once(forward: Forward) -> Callable[[Forward], Forward]:
-    """Decorates what stands in for the first call of `forward`; later calls (steps of decoding) are its own."""
+    """Decorator of a replacement for the first call of `forward`; later calls (decode steps) run the original."""
 
     def decorate(stand_in: Forward) -> Forward:
         called = False
@@ -166,7 +165,7 @@ def _once(forward: Forward) -> Callable[[Forward], Forward]:
 
 @contextmanager
 def _replaced(others: Mapping[tuple[nn.Module, str], Forward]) -> Iterator[None]:
-    """Replace methods of modules, on these objects alone, until the block ends."""
+    """Replace methods of these module objects within the block."""
     held = {key: key[0].__dict__.get(key[1]) for key in others}
     try:
         for (module, name), other in others.items():

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
-#: Bootstrap draws: enough for the ends of a 95 % interval to be steady to about a thirtieth of the standard error.
+#: Bootstrap draws: the ends of a 95 % interval then vary by about a thirtieth of the standard error.
 DRAWS = 10_000
 LEVEL = 0.95
 #: Numbers drawn at once, so that memory does not grow with the benchmark.
@@ -20,7 +20,7 @@ AT_ONCE = 1_000_000
 
 @dataclass(frozen=True)
 class Score:
-    """A mean and its standard error, as parts of one, over `count` questions."""
+    """A mean and its standard error in 0..1, over `count` questions."""
 
     mean: float
     error: float
@@ -30,7 +30,7 @@ class Score:
         return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}"
 
     def signed(self) -> str:
-        """The same for a difference."""
+        """The score with its sign, for differences."""
         return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f}"
 
 
@@ -43,17 +43,17 @@ class Difference(Score):
 
 
 def score(values: ArrayLike, clusters: ArrayLike) -> Score:
-    """The mean of `values` over all questions; its error takes the questions of a cluster as one draw.
+    """The mean of `values` over all questions, with an error clustered by `clusters`.
 
-    The error is the cluster-robust one of a mean, with the usual correction g / (g - 1) for g clusters. With a single
-    cluster nothing is known about it: it is NaN.
+    The error is the cluster-robust one of a mean, with the usual correction g / (g - 1) for g clusters. It is NaN for a
+    single cluster.
 
     Args:
-        values: (N,) what each question scored.
-        clusters: (N,) what is equal for questions that are not independent, such as those of one picture.
+        values: (N,) the score of each question.
+        clusters: (N,) labels that are equal for questions that are not independent, such as those of one picture.
 
     Raises:
-        ValueError: for no values, or not one cluster for each of them.
+        ValueError: if there are no values, or not as many clusters.
     """
     sums, counts = cluster_sums(values, clusters)
     mean = sums.sum() / counts.sum()
@@ -63,7 +63,7 @@ def score(values: ArrayLike, clusters: ArrayLike) -> Score:
 
 
 def score_by_kind(values: ArrayLike, clusters: ArrayLike, kinds: Sequence[str]) -> dict[str, Score]:
-    """The score of each kind of question, in the order in which `kinds` (N,) first names them, and of "all"."""
+    """The score of each kind of question, in the order of their first occurrence in `kinds` (N,), and of "all"."""
     points, groups, names = np.asarray(values), np.asarray(clusters), np.asarray(kinds)
     found = {kind: score(points[names == kind], groups[names == kind]) for kind in dict.fromkeys(kinds)}
     return {**found, "all": score(points, groups)}
@@ -72,14 +72,14 @@ def score_by_kind(values: ArrayLike, clusters: ArrayLike, kinds: Sequence[str]) 
 def difference(
     values: ArrayLike, base: ArrayLike, clusters: ArrayLike, draws: int = DRAWS, seed: int = 0
 ) -> Difference:
-    """By how much `values` are above `base`, question by question: both are (N,), of the same questions.
+    """The paired difference of `values` and `base`, (N,) each, of the same questions.
 
-    The interval is the percentile bootstrap's: whole clusters are drawn with replacement, so that questions of one
-    picture stay together, and a question's two values stay a pair. NaN with a single cluster.
+    The interval is that of the percentile bootstrap. Whole clusters are drawn with replacement, so that the questions
+    of a picture, and the two values of a question, stay together. NaN for a single cluster.
 
     Args:
-        draws: bootstrap samples.
-        seed: of the draws; the same seed gives the same interval.
+        draws: number of bootstrap samples.
+        seed: seed of the draws; the same seed gives the same interval.
     """
     gained = np.asarray(values, float) - np.asarray(base, float)
     own = score(gained, clusters)
@@ -89,10 +89,10 @@ def difference(
 
 
 def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
-    """(G,) the sum of the values of each cluster, and (G,) how many there are.
+    """(G,) the sum, and (G,) the number of the values of each cluster.
 
     Raises:
-        ValueError: for no values, or not one cluster for each of them.
+        ValueError: if there are no values, or not as many clusters.
     """
     points, groups = np.asarray(values, float), np.asarray(clusters)
     if points.ndim != 1 or not len(points) or points.shape != groups.shape:
@@ -102,7 +102,7 @@ def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
 
 
 def _interval(sums: Array, counts: Array, draws: int, seed: int) -> Array:
-    """The ends between which the middle 95 % of the means of redrawn clusters lie."""
+    """The ends of the middle 95 % of the means of redrawn clusters."""
     generator, groups = np.random.default_rng(seed), len(sums)
     some = max(1, AT_ONCE // groups)
     means = []

@@ -26,10 +26,10 @@ Times = list[PrefillTime]
 
 
 class Store:
-    """The folder.
+    """The output folder.
 
     Attributes:
-        shared: the part of every key that does not depend on a method, as plain values.
+        shared: the part of all keys that does not depend on a method, as plain values.
     """
 
     def __init__(self, folder: Path, answerer: Answerer, samples: Sequence[Sample]) -> None:
@@ -44,12 +44,12 @@ class Store:
         }
 
     def journal(self, method: Method | None) -> ReplyJournal:
-        """Where the replies under `method` are kept."""
+        """The journal of the replies under `method`."""
         name = VANILLA if method is None else type(method).__name__
         return ReplyJournal(self.folder / "replies", name, {**self.shared, "method": _settings(method)})
 
     def times(self, methods: Sequence[Method | None], measure: Callable[[], Times]) -> Times:
-        """The times that were measured of the same methods on the same kind of machine before, or else now."""
+        """The times of these methods: stored ones from the same kind of machine, or else measured now."""
         key = {**self.shared, "machine": self._machine, "methods": [_settings(method) for method in methods]}
         path = self.folder / f"prefill-{key_digest(key)}.json"
         if path.exists():
@@ -61,10 +61,10 @@ class Store:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values, whole or not at all.
+    """Write plain values atomically.
 
     Raises:
-        InputError: where that cannot be.
+        InputError: if the file cannot be written.
     """
     with user_input(f"cannot write {path}", (OSError,)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,20 +77,20 @@ def _settings(method: Method | None) -> Mapping[str, Any]:
     return {} if method is None else method.settings()
 
 
-#: Values of each weight tensor that are looked at: training changes nearly all, and reading all of 7B takes minutes.
+#: Sampled values of each weight tensor: training changes almost all of them, and reading all of 7B takes minutes.
 PROBES = 256
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """Of the configuration, of evenly spaced values of every weight, of the dtype and the device, and of the processor.
+    """A hash of the configuration, evenly spaced values of every weight, dtype, device and processor.
 
-    It does not depend on where the checkpoint lies.
+    It does not depend on the path of the checkpoint.
     """
     return digest(_model_parts(checkpoint))
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Of questions and pictures, in their order. The right answers do not matter: no model sees them."""
+    """A hash of questions and pictures in their order, without the right answers, which no model sees."""
     return digest(part for sample in samples for part in _sample_parts(sample))
 
 

@@ -1,4 +1,4 @@
-"""Tasks: samples, and the rule by which their answers are right."""
+"""Tasks: samples, and the rule that scores their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a budget to a schedule: how to drop, for what a prefill may cost."""
+"""Find schedules for a budget of tokens, FLOPs, KV cache or time."""
 
 from pyramiddrop.planning.budget import Budget, Clock
 from pyramiddrop.planning.measured import MeasuredTimes

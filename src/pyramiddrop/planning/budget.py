@@ -1,4 +1,4 @@
-"""A budget: the limit, its unit, and the part of it that each layer and each ranking costs."""
+"""A budget: the limit, its unit, and the cost of each layer and each ranking in it."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ KINDS = ("tokens", "tflops", "percent", "kv_bytes", "milliseconds")
 
 
 class Clock(Protocol):
-    """Milliseconds of one decoder layer, and of one ranking, over so many rows on some machine."""
+    """Gives the milliseconds of one decoder layer and of one ranking over some rows, on some machine."""
 
     def layer(self, rows: int) -> float:
-        """Milliseconds of one decoder layer."""
+        """Milliseconds of one decoder layer over `rows` rows."""
         ...
 
     def ranking(self, rows: int) -> float:
-        """Milliseconds of one ranking."""
+        """Milliseconds of one ranking of `rows` rows."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a prefill may cost at most: exactly one of the five limits.
+    """The largest cost of a prefill: exactly one of the five limits.
 
     Attributes:
-        tokens: visual tokens of a layer, on average over the layers.
+        tokens: visual tokens in a layer, averaged over the layers.
         tflops: TFLOPs of the prefill, counted by `convention`.
-        percent: of vanilla's FLOPs, counted by `convention`.
-        kv_bytes: of the KV cache after the prefill.
-        milliseconds: of the decoder's layers and the rankings, as `clock` measures them.
+        percent: percentage of vanilla's FLOPs, counted by `convention`.
+        kv_bytes: bytes of the KV cache after the prefill.
+        milliseconds: time of the decoder's layers and the rankings, measured by `clock`.
         convention: "full", "paper" or "fastv"; see `pyramiddrop.cost`.
 
     Raises:
-        ValueError: where not exactly one limit is given, or it is not positive; the message says which.
+        ValueError: if not exactly one limit is given, or it is not positive; the message names it.
     """
 
     tokens: float | None = None
@@ -73,16 +73,16 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which limit was given."""
+        """The name of the given limit."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def limit(self) -> float:
-        """The limit, in its own unit."""
+        """The limit in its own unit."""
         return float(getattr(self, self.kind))
 
     def describe(self, value: float) -> str:
-        """`value`, which is in the budget's unit, for people."""
+        """`value`, in the budget's unit, as text."""
         return {
             "tokens": f"an average of {value:g} visual tokens",
             "tflops": f"{value:.4g} TFLOPs ({self.convention})",
@@ -94,14 +94,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a schedule spends of a budget: a sum over layers and rankings.
+    """The cost of a schedule in a budget's unit: a sum over layers and rankings.
 
     Attributes:
-        layer: of the 0-based layer, with so many visual tokens in it, and in the layer whose keys it attends to.
-        ranking: of a ranking of so many visual tokens and the text.
-        sources: of each layer the one whose keys it attends to: itself, or an earlier one.
-        fixed: what no schedule changes.
-        whole: the sum that makes `units` of the budget's units.
+        layer: gives the cost of a 0-based layer, by the visual tokens in it and in the layer whose keys it reads.
+        ranking: gives the cost of ranking some visual tokens and the text.
+        sources: for each layer, the layer whose keys it attends to.
+        fixed: the cost that does not depend on the schedule.
+        whole: the sum that corresponds to `units` of the budget's unit.
     """
 
     layer: Callable[[int, int, int], float]
@@ -114,24 +114,24 @@ class Meter:
 
     @property
     def layers(self) -> int:
-        """How many layers the model has."""
+        """The number of layers of the model."""
         return len(self.sources)
 
     def spent(self, schedule: Schedule | None) -> float:
-        """What `schedule` (None for vanilla) spends, in the budget's unit."""
+        """The cost of `schedule` (None: vanilla) in the budget's unit."""
         visual = visual_by_layer(schedule, self.tokens, self.layers)
         layers = sum(self.layer(layer, count, visual[self.sources[layer]]) for layer, count in enumerate(visual))
         drops = drop_counts(schedule, Prompt(self.tokens))
-        ranked = sum(self.ranking(drop.visual) for drop in drops if drop.layer)  # before the decoder no layer ranks
+        ranked = sum(self.ranking(drop.visual) for drop in drops if drop.layer)  # no layer ranks before the decoder
         return self.in_units(layers + ranked)
 
     def in_units(self, amount: float) -> float:
-        """The sum `amount` over layers and rankings, with what is fixed, in the budget's unit."""
+        """The sum `amount` over layers and rankings, plus the fixed cost, in the budget's unit."""
         return self.units * (self.fixed + amount) / self.whole
 
 
 def meter(budget: Budget, model: ModelShape, prompt: Prompt, ranking_before: int = 0) -> Meter:
-    """The meter of `budget` for a prefill of `prompt`; `ranking_before` the decoder takes so many FLOPs."""
+    """The meter of `budget` for a prefill of `prompt`; ranking before the decoder costs `ranking_before` FLOPs."""
     shape, text = model.decoder, prompt.text_tokens
     made = partial(Meter, sources=shape.sources, tokens=prompt.visual_tokens)
     if budget.clock is not None:
@@ -158,5 +158,5 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt, ranking_before: int
 
 
 def _nothing(visual: int) -> float:
-    """The ranking, where it is not counted."""
+    """The cost of ranking in budgets that do not count it."""
     return 0

@@ -1,4 +1,4 @@
-"""The Pareto frontier of a redundancy profile: schedules that no other beats in both cost and predicted loss."""
+"""The Pareto frontier of a redundancy profile: schedules that are best in cost or predicted loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pyramiddrop.planning.budget import Meter
 from pyramiddrop.planning.profile import Profile
 from pyramiddrop.schedule import Stage
 
-#: What the cost of the layers to come depends on: the share that is kept, and the visual tokens in each layer so far
-#: whose keys a later one attends to.
+#: What the cost of later layers depends on: the keep ratio, and the visual tokens in each earlier layer whose keys a
+#: later one attends to.
 State = tuple[float, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A schedule: what it spends (before what is fixed), what it is predicted to lose, and its (layer, keep) drops."""
+    """A schedule: its cost (without the fixed cost), its predicted loss, and its (layer, keep) drops."""
 
     amount: float
     loss: float
@@ -25,16 +25,16 @@ class Point:
 
 
 def frontier(profile: Profile, meter: Meter) -> list[Point]:
-    """All schedules on the profile's grid that none beats, cheapest first, the loss falling.
+    """All Pareto-optimal schedules on the profile's grid, by increasing cost and decreasing loss.
 
-    Exact: cost and loss are sums over layers and drops, so of two ways to reach a layer in the same state, one that is
-    worse in both can never become better.
+    The result is exact: cost and loss are sums over layers and drops, so that of two schedules that reach a layer in
+    the same state, one that is worse in both stays worse.
     """
     tokens = {share: Stage(1, share).count(meter.tokens) for share in profile.keep}
     shared = sorted({source for layer, source in enumerate(meter.sources) if source != layer})
 
     def through(first: int, end: int, share: float, held: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
-        """What the layers from `first` to `end` spend, and the visual tokens in the shared ones then."""
+        """The cost of the layers from `first` to `end`, and the visual tokens in shared layers after them."""
         spent, here = 0.0, tokens[share]
         for layer in range(first, end):
             source = meter.sources[layer]
@@ -63,7 +63,7 @@ def frontier(profile: Profile, meter: Meter) -> list[Point]:
 
 
 def _unbeaten(points: Iterable[Point]) -> list[Point]:
-    """Those that are cheaper than all with a smaller loss; of equals, the one with fewer drops."""
+    """The points that are cheaper than all points with a smaller loss; of equal ones, that with fewer drops."""
     found: list[Point] = []
     for point in sorted(points, key=lambda one: (one.amount, one.loss, len(one.drops))):
         if not found or point.loss < found[-1].loss:

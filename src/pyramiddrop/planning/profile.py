@@ -1,4 +1,4 @@
-"""The redundancy profile: how much a model loses when tokens are dropped once, by layer and keep ratio."""
+"""The redundancy profile: a model's loss after a single drop, by layer and keep ratio."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Profile:
 
     Attributes:
         num_layers: the model's decoder layers.
-        layers: 0-based layers before which the drop was tried, ascending.
-        keep: shares of the original visual tokens that were kept, descending, 1 (no loss) first.
-        losses: by (layer, keep), what the score falls short of vanilla's; never negative, and never smaller for a
-            smaller share, so that noise in a measurement buys nothing.
+        layers: 0-based layers of the drop, ascending.
+        keep: keep ratios of the original visual tokens, descending, from 1 (no loss).
+        losses: by (layer, keep), the score below vanilla's; never negative, and never smaller for a smaller keep ratio,
+            so that measurement noise has no advantage.
     """
 
     num_layers: int
@@ -30,7 +30,7 @@ class Profile:
     losses: Mapping[tuple[int, float], float]
 
     def loss(self, layer: int, before: float, after: float) -> float:
-        """The loss of dropping, before `layer`, from the share `before` to the share `after`."""
+        """The loss of a drop before `layer` from keep ratio `before` to `after`."""
         return self.losses[layer, after] - self.losses[layer, before]
 
     @classmethod
@@ -38,8 +38,8 @@ class Profile:
         """Read a JSON file.
 
         Raises:
-            OSError: where it cannot be read.
-            ValueError: where it is no profile; the message says why.
+            OSError: if it cannot be read.
+            ValueError: if it is not a profile; the message says why.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
@@ -52,8 +52,8 @@ class Profile:
         """Make a profile of `{"num_layers": 32, "vanilla": 0.67, "cells": [{"layer": 8, "keep": 0.5, "accuracy": 0.66},
         ...]}`.
 
-        A cell is one drop before `layer` that leaves the share `keep` of the visual tokens, and the model's score with
-        it: `accuracy`, or `agreement` with the answers of vanilla (then `vanilla` may be left out: it is 1).
+        A cell is a single drop before `layer` to the keep ratio `keep`, with the model's score: `accuracy`, or
+        `agreement` with vanilla's answers (then `vanilla` is 1 and may be omitted).
 
         Raises:
             KeyError, TypeError, ValueError: for anything else.

@@ -1,4 +1,4 @@
-"""The budgets of papers, and what each pyramid makes of them: no paper prints the schedule that it ran."""
+"""The budgets of papers, and each pyramid's schedule for them, because no paper prints the schedule that it ran."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pyramiddrop.cost import ModelShape, Prompt
 from pyramiddrop.planning.budget import Budget
 from pyramiddrop.planning.solve import PAPER_STAGES, InfeasibleBudgetError, Plan, plan
 
-#: Visual tokens of a model -> the average visual tokens of a layer at which papers compare methods on it.
+#: Visual tokens of a model -> the average visual tokens in a layer at which papers compare methods on it.
 PUBLISHED = {576: (192, 128, 64), 2880: (640, 320, 160)}
 PAPER_PYRAMID = f"{PAPER_STAGES} equal stages"
 
 
 @dataclass(frozen=True)
 class PublishedPlan:
-    """One pyramid for one of the budgets.
+    """A pyramid for one of the budgets.
 
     Attributes:
-        tokens: the budget, visual tokens of a layer on average.
-        pyramid: where the drops lie, for people.
-        plan: the schedule, or the nearest one where the budget is out of reach.
-        within_reach: whether it is within the budget.
+        tokens: the budget, average visual tokens in a layer.
+        pyramid: a description of the drop layers.
+        plan: the schedule, or the nearest one if the budget is out of reach.
+        within_reach: True if the plan is within the budget.
     """
 
     tokens: int
@@ -33,10 +33,10 @@ class PublishedPlan:
 
 
 def published_plans(model: ModelShape, prompt: Prompt) -> list[PublishedPlan]:
-    """Every pyramid for every published budget of so many visual tokens.
+    """All pyramids for all published budgets of a model with `visual_tokens`.
 
     Raises:
-        ValueError: where no budgets are published for so many.
+        ValueError: if there are no published budgets for this number.
     """
     budgets = PUBLISHED.get(prompt.visual_tokens)
     if budgets is None:

@@ -1,4 +1,4 @@
-"""Solve a budget for a schedule: the best that the budget affords, or the nearest that is within reach."""
+"""Solve for the best schedule within a budget, or the nearest one if the budget is out of reach."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from pyramiddrop.schedule import (
 PAPER_STAGES = 4
 #: The smallest λ that the paper tried (its Table 4).
 SMALLEST_PAPER_LAM = 0.4
-#: More of them nobody runs: each is a ranking, and moves rows.
+#: The most drops of a plan: each one ranks and gathers rows.
 MOST_DROPS = 4
-#: Where the drops lie: between equal stages, each at twice the depth of the one before, one drop, or as in HiDrop.
+#: Shapes of a pyramid: equal stages, drops at doubling depths, a single drop, or HiDrop's.
 PYRAMIDS = ("equal", "concave", "single", "hidrop")
-#: FastV's layer, the earliest at which attention tells much.
+#: FastV's layer, the earliest one at which attention is informative.
 SINGLE_LAYER = 2
-#: HiDrop's drops of LLaVA-1.5-7B, and the layer from which on no visual token is left (arXiv 2602.23699), of 32 layers.
+#: HiDrop's drop layers in LLaVA-1.5-7B, and the layer of its early exit (arXiv 2602.23699), of 32 layers.
 HIDROP_LAYERS, HIDROP_EXIT, HIDROP_DEPTH = (10, 14, 16, 18), 25, 32
 
 
 @dataclass(frozen=True)
 class Before:
-    """A drop before the decoder, behind which a plan is solved.
+    """A drop before the decoder, after which a plan is solved.
 
     Attributes:
-        schedule: of that drop.
-        line: the Python expression that makes its method.
-        ranking_flops: of the method.
+        schedule: the schedule of that drop.
+        line: the Python expression that builds its method.
+        ranking_flops: FLOPs of its ranking, as `Method.ranking_flops` gives them.
     """
 
     schedule: PreLLMSchedule
@@ -69,16 +69,16 @@ class Before:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule and what it costs.
+    """A schedule and its cost.
 
     Attributes:
-        arguments: of `PyramidDrop`, which make this schedule for this depth.
-        schedule: all drops, also one before the decoder.
-        spent, vanilla_spent: what it spends, and what vanilla would, in the budget's unit.
-        cost, vanilla: every measure, with and without dropping.
-        pyramid: "equal", "concave", "single", "hidrop" or "profile": where its drops lie.
-        loss: what a redundancy profile predicts it to lose; None without a profile.
-        before: the drop before the decoder, behind which it was solved; None for none.
+        arguments: the arguments of `PyramidDrop` that give this schedule for this depth.
+        schedule: all drops, including one before the decoder.
+        spent, vanilla_spent: its cost and vanilla's in the budget's unit.
+        cost, vanilla: all costs, with and without dropping.
+        pyramid: the shape: "equal", "concave", "single", "hidrop" or "profile".
+        loss: the loss that a redundancy profile predicts; None without a profile.
+        before: the drop before the decoder; None if there is none.
     """
 
     arguments: dict[str, Any]
@@ -95,12 +95,12 @@ class Plan:
 
     @property
     def line(self) -> str:
-        """The Python expression that makes the method."""
+        """The Python expression that builds the method."""
         inside = f"PyramidDrop({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
         return f"{self.before.line} | {inside}" if self.before else inside
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and text."""
+        """The plan as plain numbers and text."""
         counts = self.schedule.counts(self.prompt.visual_tokens)
         stages = [
             {"layer": stage.layer, "keep": stage.keep, "tokens": count}
@@ -126,7 +126,7 @@ class Plan:
 
 
 class InfeasibleBudgetError(ValueError):
-    """No schedule of the asked kind is within the budget. `nearest` is the cheapest one, which is the nearest."""
+    """No schedule of the requested shape is within the budget; `nearest` is the cheapest one."""
 
     def __init__(self, nearest: Plan, kind: str) -> None:
         self.nearest = nearest
@@ -148,20 +148,24 @@ def plan(
     profile: Profile | None = None,
     before: Before | None = None,
 ) -> Plan:
-    """The schedule that spends most of `budget`, and never more.
+    """Find the schedule that uses as much of `budget` as possible without exceeding it.
 
-    With `stages`, λ is solved for so many equal stages; with `lam`, the number of equal stages. With `pyramid`, λ is
-    solved for that shape: "equal" (the fewest stages, from the paper's 4 on and with four drops at most, that leave λ
-    at 0.4, the smallest that the paper tried, or above; else the largest λ), "concave" (up to four drops, each at twice
-    the depth of the one before), "single" (one drop before layer 2) or "hidrop" (before layers 10, 14, 16 and 18 of 32,
-    and none left from layer 25 on: arXiv 2602.23699, without its late entry of the visual tokens). With none of them:
-    equal stages where they leave λ at 0.4 or above, else the concave pyramid. With `profile`, layers and shares are
-    chosen from its grid so that the predicted loss is least: the sum over the drops of what a single drop at that layer
-    loses by going from the share before to the share after. With `before`, what it leaves before the decoder is dropped
-    on inside it, and the budget is that of both; it goes with all of them but `profile`.
+    Args:
+        stages: solve λ for this number of equal stages.
+        lam: solve the number of equal stages for this λ.
+        pyramid: solve λ for a shape: "equal" (the fewest stages, from the paper's 4 on and with at most four drops, for
+            which λ is at least 0.4, the smallest one in the paper; else the largest λ), "concave" (up to four drops,
+            each at twice the depth of the one before), "single" (one drop before layer 2) or "hidrop" (drops before
+            layers 10, 14, 16 and 18 of 32 and an early exit at layer 25: arXiv 2602.23699, without its late entry).
+        profile: choose layers and keep ratios on the profile's grid that minimise the predicted loss, which is the sum
+            over the drops of the loss of a single drop from the keep ratio before to the one after.
+        before: a drop before the decoder, after which the schedule drops; the budget is that of both. Not with
+            `profile`.
+
+    Without `stages`, `lam`, `pyramid` and `profile`, the shape is "equal" if λ is at least 0.4, else "concave".
 
     Raises:
-        InfeasibleBudgetError: where no such schedule is within the budget; its `nearest` is the cheapest.
+        InfeasibleBudgetError: if no such schedule is within the budget; its `nearest` is the cheapest.
         ValueError: for more than one of `lam`, `stages`, `pyramid` and `profile`, or values that do not fit the model.
     """
     asked = {"lam": lam, "stages": stages, "pyramid": pyramid, "profile": profile}
@@ -205,7 +209,7 @@ class _Solver:
 
     @cached_property
     def allowed(self) -> tuple[int, ...]:
-        """Before which layers the model is best pruned."""
+        """The layers before which tokens are best dropped."""
         return self.model.decoder.drop_layers()
 
     @property
@@ -213,11 +217,11 @@ class _Solver:
         return len(self.allowed) + 1
 
     def falling(self, layers: Sequence[int], lam: float) -> Schedule:
-        """λ, λ², λ³, ... before these layers, of what is left before the decoder."""
+        """Drops to λ, λ², λ³, ... before these layers, of the tokens that a drop before the decoder keeps."""
         return self.behind(Schedule.of(layers, powers(lam, len(layers))))
 
     def behind(self, schedule: Schedule) -> Schedule:
-        """`schedule` behind the drop before the decoder, if there is one."""
+        """`schedule` after the drop before the decoder, if there is one."""
         return self.before.schedule.inside(schedule) if self.before else schedule
 
     def lam_for(self, stages: int) -> Plan:
@@ -235,7 +239,7 @@ class _Solver:
         return self._judged(found, bool(feasible), f"equal stages with lam={lam:g}")
 
     def best(self) -> Plan:
-        """Equal stages with a λ that the paper would have tried, or else drops that begin earlier."""
+        """Equal stages if λ is in the paper's range, else drops that begin earlier."""
         found = []
         for solve in (self.equal, self.concave):
             with suppress(InfeasibleBudgetError):
@@ -302,8 +306,10 @@ class _Solver:
         return self._judged(self._planned({"lam": lam, **given}, self.falling(layers, lam), pyramid), feasible, kind)
 
     def _largest_lam(self, layers: Sequence[int], leaves: int | None = None) -> tuple[float, bool]:
-        """The largest λ within the budget, and True; or the smallest λ of use, and False. From layer `leaves` on, if
-        given, no visual token is left."""
+        """The largest λ within the budget, and True; or the smallest useful λ, and False.
+
+        If `leaves` is given, no visual token is left from that layer on.
+        """
 
         def fits(lam: float) -> bool:
             schedule = self.falling(layers, lam)
@@ -311,7 +317,7 @@ class _Solver:
                 schedule = type(schedule)((*schedule.stages, Stage(leaves, 0.0)))
             return self.meter.spent(schedule) <= self.budget.limit
 
-        # Below this λ one token stays after the first drop; its powers must not become 0 in floating point.
+        # Below this λ one token is left after the first drop; its powers must not become 0 in floating point.
         smallest = max(1 / self.prompt.visual_tokens, 10 ** (-300 / len(layers)))
         if fits(1.0):
             return 1.0, True
@@ -320,7 +326,7 @@ class _Solver:
         return self._short(largest(fits, smallest, 1.0), layers), True
 
     def _short(self, lam: float, layers: Sequence[int]) -> float:
-        """The shortest decimal up to λ that keeps as many tokens."""
+        """The shortest decimal up to λ that keeps equally many tokens."""
 
         def counts(lam: float) -> list[int]:
             return self.falling(layers, lam).counts(self.prompt.visual_tokens)
@@ -329,7 +335,7 @@ class _Solver:
         return shortest(lam, lambda short: counts(short) == wanted)
 
     def _rounded(self, layers: Sequence[int], keep: Sequence[float]) -> list[float]:
-        """The shortest decimals up to `keep` that keep as many tokens."""
+        """The shortest decimals up to `keep` that keep equally many tokens."""
 
         def count(layer: int, ratio: float) -> int:
             return self.behind(Schedule.of([layer], [ratio])).counts(self.prompt.visual_tokens)[-1]
@@ -338,7 +344,7 @@ class _Solver:
             return shortest(ratio, lambda other: count(layer, other) == count(layer, ratio))
 
         found = [short(layer, ratio) for layer, ratio in zip(layers, keep, strict=True)]
-        return list(accumulate(found, min))  # one that is shortened less than the one before it keeps as many
+        return list(accumulate(found, min))  # shortened less than the one before, it keeps equally many
 
     def _planned(self, arguments: dict[str, Any], schedule: Schedule, pyramid: str, loss: float | None = None) -> Plan:
         ranking_cost = self.before.ranking_cost if self.before else attention_ranking_flops
@@ -358,7 +364,7 @@ class _Solver:
 
 
 def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest float below `high` that fits, where `low` does, `high` does not, and all between go one way."""
+    """The largest float below `high` that `fits`, by bisection: `low` fits and `high` does not."""
     while low < (middle := (low + high) / 2) < high:
         if fits(middle):
             low = middle
@@ -368,6 +374,6 @@ def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def shortest(value: float, alike: Callable[[float], bool]) -> float:
-    """The shortest decimal up to `value` that is `alike`; `value` itself where none of 16 digits is."""
+    """The shortest decimal up to `value` that is `alike`, else `value` itself."""
     candidates = (math.floor(value * 10**digits) / 10**digits for digits in range(1, 17))
     return next((short for short in candidates if short > 0 and alike(short)), value)

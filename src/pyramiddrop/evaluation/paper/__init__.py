@@ -1,4 +1,4 @@
-"""The paper's FLOPs figures as data, and the cost model's figure for each."""
+"""The paper's FLOPs figures as data, each beside the cost model's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FILE = Path(__file__).parent / "flops.csv"
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure that the paper prints, in TFLOPs, and ours.
+    """A figure that the paper prints, in TFLOPs, and ours.
 
     Attributes:
-        table: where it stands.
+        table: its table in the paper.
         preset: the model's name in `pyramiddrop.cost.PRESETS`.
-        method: the method and its settings, for people.
-        printed: as the paper prints it.
-        exact: ours by the `paper` convention, before it is rounded.
+        method: the method and its settings, as text.
+        printed: the figure as the paper prints it.
+        exact: ours by the `paper` convention, not rounded.
     """
 
     table: str
@@ -35,22 +35,22 @@ class Figure:
 
     @property
     def ours(self) -> str:
-        """Ours, rounded to as many digits as the paper prints."""
+        """Our figure, rounded to as many digits as the paper prints."""
         decimals = len(self.printed.partition(".")[2])
         return f"{self.exact:.{decimals}f}"
 
     @property
     def agrees(self) -> bool:
-        """Whether ours is the printed figure, digit by digit."""
+        """True if ours equals the printed figure, digit by digit."""
         return self.ours == self.printed
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain text and numbers; `exact` in TFLOPs."""
+        """The figure as plain text and numbers; `exact` in TFLOPs."""
         return {**vars(self), "ours": self.ours, "agrees": self.agrees}
 
 
 def paper_figures() -> list[Figure]:
-    """Every FLOPs figure of the paper beside ours, in the paper's order."""
+    """All FLOPs figures of the paper beside ours, in the paper's order."""
     with _FILE.open(encoding="utf-8", newline="") as file:
         return [_figure(row) for row in csv.DictReader(file)]
 

@@ -1,4 +1,4 @@
-"""Published scores at fixed budgets of visual tokens as data, with who printed them, and measured ones beside."""
+"""Published scores at fixed budgets of visual tokens as data, with their sources, beside measured ones."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pyramiddrop.evaluation.benchmarks import Measured
 from pyramiddrop.evaluation.paper.tables import paper_benchmarks, scores_by_column
 
 _FILE = Path(__file__).parent / "budgets.csv"
-#: Benchmarks of which rows have scores, by the columns of `benchmarks.csv`; VQAv2 is none of the paper's.
+#: Benchmarks with scores, by the columns of `benchmarks.csv`; VQAv2 is not among the paper's.
 COLUMNS = ("gqa", "mmbench", "mme", "pope", "sqa_image", "vqav2", "textvqa")
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """What somebody printed of a method at a budget.
+    """Published scores of a method at a budget.
 
     Attributes:
-        budget, unit: e.g. 64 "average tokens", or 25 "% of the tokens". What papers average over differs.
-        trained: whether the model was trained with the method: no, yes, or its part that was.
-        scores: by benchmark, as printed.
-        mean, full: the mean over `benchmarks` benchmarks, and the untouched model's; empty where not printed.
-        percent: of the untouched model's quality, as printed, or `mean` in percent of `full`.
-        source, version: who printed it, and where.
-        schedule: at which layers tokens go; "not printed", or empty for methods that have none.
-        second_hand: whether it was read in notes about the paper, not in it.
+        budget, unit: such as 64 "average tokens", or 25 "% of the tokens"; papers average over different layers.
+        trained: "no", "yes", or which part of the model was trained with the method.
+        scores: the scores by benchmark, as printed.
+        mean, full: the means over `benchmarks` benchmarks of the method and of the full model; empty if not printed.
+        percent: the share of the full model's quality, as printed, or else `mean` in percent of `full`.
+        source, version: the publication and its version.
+        schedule: the drop layers; "not printed", or empty for methods without any.
+        second_hand: True if it was taken from notes about the paper, not from the paper itself.
     """
 
     model: str
@@ -51,7 +51,7 @@ class PublishedRow:
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
-    """All of them: by model, unit and budget, PyramidDrop first."""
+    """All published rows, by model, unit and budget, with PyramidDrop first."""
     with _FILE.open(encoding="utf-8", newline="") as file:
         return tuple(_row(row) for row in csv.DictReader(file))
 
@@ -75,7 +75,7 @@ def budgets_record(measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _as_dict(row: PublishedRow) -> dict[str, Any]:
-    """Numbers where there are numbers, and None where a row has none."""
+    """The row with numbers as numbers, and None for missing ones."""
     numbers = {name: float(text) if (text := getattr(row, name)) else None for name in ("mean", "full", "percent")}
     return {**asdict(row), **numbers, "scores": {column: float(score) for column, score in row.scores.items()}}
 
@@ -86,6 +86,6 @@ def _by_column(one: Measured) -> dict[str, float]:
 
 
 def benchmark_name(column: str) -> str:
-    """As papers write it."""
+    """The benchmark's name as papers write it."""
     known = paper_benchmarks()
     return known[column].name if column in known else "VQAv2"

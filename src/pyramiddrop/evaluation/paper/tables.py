@@ -12,7 +12,7 @@ from typing import Any
 from pyramiddrop.evaluation.benchmarks import Measured, TaskScore
 
 _FOLDER = Path(__file__).parent
-#: MME's perception score is a sum; an average takes it in percent of this.
+#: MME's perception score is a sum, which averages take in percent of this value.
 _MME, _MME_MOST = "mme", 2000
 TITLES = {
     1: "Trained and asked with and without PyramidDrop",
@@ -29,11 +29,11 @@ class Benchmark:
 
     Attributes:
         column: its name in the tables.
-        name: as the paper has it.
-        task: of lmms-eval 0.7, or empty where that has none.
-        metric: lmms-eval's name of what the paper prints.
-        scale: what makes it the paper's unit.
-        note: what is to be known about the task, for people.
+        name: its name in the paper.
+        task: its task in lmms-eval 0.7; empty if there is none.
+        metric: lmms-eval's name of the printed metric.
+        scale: the factor that converts it to the paper's unit.
+        note: a note about the task.
     """
 
     column: str
@@ -46,7 +46,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row: what was run (`settings`, the columns that are no scores), and the scores by column, as printed."""
+    """A row: its `settings` (the columns that are not scores), and its scores by column, as printed."""
 
     settings: Mapping[str, str]
     scores: Mapping[str, str]
@@ -54,13 +54,13 @@ class PaperRow:
 
     @property
     def model(self) -> str:
-        """The model and, where the table tells them, its crops."""
+        """The model and, if the table has them, its crops."""
         patches = self.settings.get("patches")
         return self.settings["model"] + (f", patches: {patches}" if patches else "")
 
     @property
     def variant(self) -> str:
-        """How it was trained and asked."""
+        """The methods in training and inference."""
         told = self.settings
         if told.get("lambda", "vanilla") != "vanilla":
             return f"λ = {told['lambda']}"
@@ -70,13 +70,13 @@ class PaperRow:
 
     @property
     def tflops(self) -> str:
-        """Of inference; empty where the table does not have them."""
+        """TFLOPs of inference; empty if the table does not have them."""
         return self.settings.get("infer_tflops", "")
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper."""
+    """A table of the paper."""
 
     number: int
     benchmarks: tuple[Benchmark, ...]
@@ -84,11 +84,11 @@ class PaperTable:
 
     @property
     def title(self) -> str:
-        """Its number and what it is about."""
+        """Its number and subject."""
         return f"Table {self.number}: {TITLES[self.number]}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers where the paper has numbers."""
+        """The table as plain values, with numbers as numbers."""
         rows = [
             {
                 **row.settings,
@@ -102,19 +102,19 @@ class PaperTable:
 
 @cache
 def paper_benchmarks() -> dict[str, Benchmark]:
-    """The paper's benchmarks, by their column: its 14, and ScienceQA, which Tables 3 and 5 have besides."""
+    """The paper's benchmarks by column: its 14, and ScienceQA of Tables 3 and 5."""
     rows = _read("benchmarks")
     return {row["column"]: Benchmark(**{**row, "scale": float(row["scale"] or 1)}) for row in rows}  # type: ignore[arg-type]
 
 
 @cache
 def paper_tables() -> tuple[PaperTable, ...]:
-    """Tables 1 to 5."""
+    """The paper's Tables 1 to 5."""
     return tuple(_table(number) for number in TITLES)
 
 
 def average(scores: Mapping[str, float]) -> float:
-    """The mean of scores by column, as the paper takes it: MME in percent of 2000."""
+    """The mean of scores by column, with MME in percent of 2000, as in the paper."""
     points = [100 * score / _MME_MOST if column == _MME else score for column, score in scores.items()]
     return sum(points) / len(points)
 
@@ -152,12 +152,12 @@ def suite_record(measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 def scores_by_column(one: Measured) -> dict[str, TaskScore]:
-    """What was measured of the paper's benchmarks, in its units."""
+    """The measured scores on the paper's benchmarks, in its units."""
     return {column: score for column, benchmark in paper_benchmarks().items() if (score := _score(one, benchmark))}
 
 
 def _beside(one: Measured) -> dict[str, Any]:
-    """The scores by the paper's columns, and the average of each table that was measured as a whole."""
+    """The scores by the paper's columns, and the average of each completely measured table."""
     found = scores_by_column(one)
     values = {column: score.value for column, score in found.items()}
     averages = {
@@ -174,7 +174,7 @@ def _beside(one: Measured) -> dict[str, Any]:
 
 
 def _score(one: Measured, benchmark: Benchmark) -> TaskScore | None:
-    """What was measured of the benchmark, in the paper's unit."""
+    """The measured score on the benchmark, in the paper's unit."""
     score = one.scores.get(benchmark.task, {}).get(benchmark.metric)
     if score is None:
         return None

@@ -1,4 +1,4 @@
-"""The reader benchmark: scenes, documents and charts of 336 x 336 pixels, and questions with one right answer each."""
+"""The reader benchmark: scenes, documents and charts of 336 x 336 pixels, with questions that have one right answer."""
 
 from pyramiddrop.evaluation.reader.benchmark import GROUPS, KINDS, ReaderBenchmark, ReaderSample, draw_picture
 from pyramiddrop.evaluation.reader.canvas import IMAGE, PATCH, Picture, Question

@@ -1,4 +1,4 @@
-"""The reader benchmark as a fixed list of questions, and the pictures that a model is trained on."""
+"""The reader benchmark as a fixed list of questions, and its generator of training pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS: dict[str, Callable[[np.random.Generator, str], Picture]] = {
     "documents": draw_document,
     "charts": draw_chart,
 }
-#: The kinds of question of each group.
+#: The kinds of question in each group.
 KINDS: dict[str, tuple[str, ...]] = {
     "scenes": ("colour_of", "digit_of", "digit_at", "where", "is_there", "count"),
     "documents": ("field_value", "read_line", "line_word", "has_field", "title"),
@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReaderSample:
-    """One question about one picture. `picture` numbers the picture, for errors that are clustered by picture."""
+    """One question about one picture. `picture` is the picture's number, by which errors are clustered."""
 
     image: Image.Image
     group: str
@@ -41,13 +41,13 @@ class ReaderSample:
 
 @dataclass(frozen=True)
 class ReaderBenchmark:
-    """A fixed list of questions, the same for everybody: iterate it, and compare exact answers.
+    """A fixed list of questions: iterate it, and compare exact answers.
 
     Args:
         split: `"test"`, `"val"` or `"train"`; no two of them share a handwritten digit, a layout or a scene.
-        pictures: how many; the groups take turns.
-        questions_per_picture: how many different questions about each, as evenly over the kinds as the picture allows.
-        seed: another seed is another list of pictures of the same split. Picture `i` does not depend on `pictures`.
+        pictures: number of pictures; the groups take turns.
+        questions_per_picture: number of different questions about each, as evenly over the kinds as it allows.
+        seed: selects another list of pictures of the same split. Picture `i` does not depend on `pictures`.
     """
 
     split: str = "test"
@@ -63,7 +63,7 @@ class ReaderBenchmark:
                 yield ReaderSample(image, group, one.kind, one.text, one.answer, index)
 
     def drawn(self, index: int) -> tuple[str, Picture, list[Question]]:
-        """Picture number `index`, its group and the questions that are asked about it."""
+        """Picture number `index`, its group and its questions."""
         rng = picture_rng(self.split, self.seed, index)
         group = tuple(GROUPS)[index % len(GROUPS)]
         picture = draw_picture(group, self.split, rng)
@@ -71,14 +71,14 @@ class ReaderBenchmark:
 
 
 def picture_rng(split: str, *seed: int) -> np.random.Generator:
-    """A generator of random numbers that no other split can have."""
+    """A random generator that differs from those of other splits."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     return np.random.default_rng([SPLITS.index(split), *seed])
 
 
 def draw_picture(group: str, split: str, rng: np.random.Generator) -> Picture:
-    """A fresh picture of a group, from the handwritten digits and the layouts of a split."""
+    """Draw a new picture of a group, with the handwritten digits and the layouts of a split."""
     return GROUPS[group](rng, split)
 
 

@@ -1,4 +1,4 @@
-"""A canvas for the reader benchmark: textures, printed words, handwritten digits, and what each patch shows."""
+"""A canvas for the reader benchmark: textures, printed words, handwritten digits, and a label for each patch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Array = NDArray[Any]
 
 IMAGE, PATCH = 336, 14
 SIDE = IMAGE // PATCH
-#: The label of a patch that training leaves open.
+#: The label of a patch that training ignores.
 UNLABELLED = -1
-#: The most that a handwritten digit is turned (degrees), slanted, stretched, and bent at its corners (its own pixels).
+#: The largest rotation (degrees), slant, stretch, and shift of the corners (in its own pixels) of a handwritten digit.
 TURN, SHEAR, STRETCH, BEND = 10, 0.12, 0.1, 0.5
 FREEDOM = {"train": 1.4, "val": 0.7, "test": 0.7}
 _CODES = [{word: code for code, word in enumerate(words)} for words in CHANNELS.values()]
@@ -30,7 +30,7 @@ _CODES = [{word: code for code, word in enumerate(words)} for words in CHANNELS.
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a kind, and its one right answer."""
+    """A question with its kind and its right answer."""
 
     kind: str
     text: str
@@ -39,11 +39,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with everything that can be asked about it.
+    """A picture with its questions.
 
     Attributes:
         pixels: (336, 336, 3) uint8.
-        labels: (576, 5) int8: what each patch shows, as indices into the words of each of `CHANNELS`; -1 is open.
+        labels: (576, 5) int8, the content of each patch as indices into the words of each of `CHANNELS`; -1: ignored.
         questions: at least one of each kind that the picture allows.
     """
 
@@ -63,22 +63,22 @@ class Box:
 
     @property
     def right(self) -> int:
-        """The column behind the last one."""
+        """The column after the last one."""
         return self.left + self.width
 
     @property
     def bottom(self) -> int:
-        """The row below the last one."""
+        """The row after the last one."""
         return self.top + self.height
 
     def meets(self, other: Box, gap: int = 0) -> bool:
-        """Whether two boxes are closer than `gap` pixels to each other."""
+        """True if two boxes are closer than `gap` pixels to each other."""
         apart_across = self.right + gap <= other.left or other.right + gap <= self.left
         return not (apart_across or self.bottom + gap <= other.top or other.bottom + gap <= self.top)
 
 
 class Canvas:
-    """Pixels and the labels of their patches; `split` decides which handwritten digits may appear."""
+    """Pixels and the labels of their patches; `split` determines which handwritten digits may appear."""
 
     def __init__(self, rng: np.random.Generator, split: str, ground: Array) -> None:
         self.rng, self.split = rng, split
@@ -86,7 +86,7 @@ class Canvas:
         self.labels = np.zeros((SIDE, SIDE, len(CHANNELS)), np.int8)
 
     def finish(self, questions: Sequence[Question]) -> Picture:
-        """The picture with the noise of a camera."""
+        """The finished picture, with camera noise."""
         noise = _noise_bank()
         plane = noise[self.rng.integers(len(noise))]
         top, left = self.rng.integers(0, plane.shape[0] - IMAGE + 1, 2)
@@ -95,11 +95,11 @@ class Canvas:
         return Picture(pixels, self.labels.reshape(SIDE * SIDE, -1), questions)
 
     def paint(self, image: Image.Image) -> None:
-        """Continue from what Pillow has drawn."""
+        """Replace the pixels by a Pillow image."""
         self.pixels = np.array(image)
 
     def paste(self, alpha: Array, left: int, top: int, colour: Array) -> Box:
-        """Blend `colour` (3,) in by `alpha` (h, w) in 0..255."""
+        """Blend in `colour` (3,) with opacity `alpha` (h, w) in 0..255."""
         height, width = alpha.shape
         area = self.pixels[top : top + height, left : left + width]
         share = alpha[..., None].astype(np.uint16)
@@ -107,21 +107,21 @@ class Canvas:
         return Box(left, top, width, height)
 
     def word(self, text: str, left: int, top: int, size: int, colour: Array) -> Box:
-        """Print a word, its upper left corner at (left, top)."""
+        """Print a word with its upper left corner at (left, top)."""
         return self.paste(printed(text, size), left, top, colour)
 
     def handwriting(self, digit: int, left: int, top: int, size: int, colour: Array) -> Box:
-        """Write a digit by the hand of somebody of this split."""
+        """Write a digit with a handwritten image of this split."""
         images = digit_images(self.split)[digit]
         chosen = images[self.rng.integers(len(images))]
         return self.paste(_written(chosen, size, self.rng, FREEDOM[self.split]), left, top, colour)
 
     def number(self, value: str, left: int, top: int, size: int, step: int, colour: Array) -> list[Box]:
-        """Write a number digit by digit, `step` pixels from one to the next."""
+        """Write a number digit by digit, with `step` pixels from one to the next."""
         return [self.handwriting(int(one), left + index * step, top, size, colour) for index, one in enumerate(value)]
 
     def label(self, box: Box, **words: str) -> None:
-        """Say what the patches under a box show, for some of the channels; those that it barely touches are left."""
+        """Label the patches under a box in some of the channels, except those that it barely touches."""
         rows = _covered(box.top, box.bottom)
         columns = _covered(box.left, box.right)
         for channel, name in enumerate(CHANNELS):
@@ -129,12 +129,12 @@ class Canvas:
                 self.labels[rows, columns, channel] = _CODES[channel][words[name]]
 
     def leave_open(self, box: Box) -> None:
-        """Leave the labels of the patches under a box open."""
+        """Mark the patches under a box as ignored."""
         self.labels[_covered(box.top, box.bottom), _covered(box.left, box.right)] = UNLABELLED
 
 
 def texture(rng: np.random.Generator, darkest: int, brightest: int, spread: int = 25, tint: int = 18) -> Array:
-    """A ground of slowly changing brightness and tint: (336, 336, 3) uint8."""
+    """A background of slowly changing brightness and tint: (336, 336, 3) uint8."""
     cells = int(rng.integers(3, 9))
     level = rng.integers(darkest, brightest + 1)
     coarse = level + rng.integers(-spread, spread + 1, (cells, cells, 1)) + rng.integers(-tint, tint + 1, (1, 1, 3))
@@ -143,7 +143,7 @@ def texture(rng: np.random.Generator, darkest: int, brightest: int, spread: int 
 
 
 def scribble(rng: np.random.Generator, ground: Array, count: int, grey: tuple[int, int]) -> Image.Image:
-    """`ground` with `count` strokes and patches of greyish clutter."""
+    """Draw `count` strokes and patches of greyish clutter on `ground`."""
     image = Image.fromarray(ground)
     draw = ImageDraw.Draw(image)
     for _ in range(count):
@@ -163,19 +163,19 @@ def scribble(rng: np.random.Generator, ground: Array, count: int, grey: tuple[in
 
 
 def tinted(rng: np.random.Generator, colour: str) -> Array:
-    """One of the shades of a named colour: (3,)."""
+    """A random shade of a named colour: (3,)."""
     shade = np.array(RGB[colour]) * rng.uniform(0.85, 1) + rng.uniform(-14, 14, 3)
     return np.clip(shade, 0, 255).astype(np.uint8)
 
 
 def pick(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-    """`count` different words."""
+    """Draw `count` different words."""
     return [words[index] for index in rng.permutation(len(words))[:count]]
 
 
 @lru_cache(maxsize=1024)
 def printed(text: str, size: int) -> Array:
-    """A printed word: (h, w) in 0..255, in the font that Pillow brings."""
+    """A printed word, (h, w) in 0..255, in Pillow's own font."""
     font = ImageFont.load_default(size)
     left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
     image = Image.new("L", (right - left + 2, bottom - top + 2))
@@ -185,7 +185,7 @@ def printed(text: str, size: int) -> Array:
 
 @lru_cache(maxsize=3)
 def digit_images(split: str) -> list[list[Image.Image]]:
-    """The handwritten digits of a split, by digit: 8 x 8 in the middle of 12 x 12."""
+    """The handwritten images of a split, by digit: 8 x 8 in the middle of 12 x 12."""
     images, labels = handwritten_digits()
     chosen = split_indices(split, len(labels))
     padded = np.pad((images.astype(np.uint16) * 15).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
@@ -193,9 +193,9 @@ def digit_images(split: str) -> list[list[Image.Image]]:
 
 
 def _written(digit: Image.Image, size: int, rng: np.random.Generator, freedom: float) -> Array:
-    """The digit enlarged to (size, size): turned, slanted, stretched and bent, with a pen of some width.
+    """Enlarge a digit to (size, size) with random rotation, slant, stretch, bending and pen width.
 
-    `freedom` scales how much; training has more of it than there is in the held-out splits.
+    `freedom` scales the distortion; training uses more of it than the held-out splits.
     """
     angle, shear = np.deg2rad(freedom * rng.uniform(-TURN, TURN)), freedom * rng.uniform(-SHEAR, SHEAR)
     across, down = 4.25 * (1 + freedom * rng.uniform(-STRETCH, STRETCH, 2))
@@ -212,12 +212,12 @@ def _written(digit: Image.Image, size: int, rng: np.random.Generator, freedom: f
 
 @lru_cache(maxsize=1)
 def _noise_bank() -> Array:
-    """Planes of pixel noise to crop from: drawing a new one for each picture would take most of its time."""
+    """Planes of pixel noise to crop from, because drawing noise for each picture would take most of its time."""
     rng = np.random.default_rng(336)
     return rng.normal(0, 5, (8, IMAGE + 64, IMAGE + 64, 3)).round().astype(np.int8)
 
 
 def _covered(start: int, stop: int) -> slice:
-    """The patches that a stretch of pixels covers by at least 5 of them, and one at least."""
+    """The patches with at least 5 pixels in a range of pixels, and at least one patch."""
     first = max(0, (start + 5) // PATCH)
     return slice(first, min(SIDE, max(first, (stop - 6) // PATCH) + 1))

@@ -1,4 +1,4 @@
-"""Charts: bars, upright or lying, and lines, with printed labels and an axis of printed numbers."""
+"""Charts: vertical and horizontal bars and lines, with printed labels and an axis with printed numbers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pyramiddrop.evaluation.reader.canvas import IMAGE, Array, Box, Canvas, Pict
 from pyramiddrop.evaluation.reader.words import CATEGORIES, COLOURS, PLACES
 
 LEVELS = 8
-STEPS = (1, 2, 5, 10)  # what a level of the axis is worth
-BAR_COLOURS = tuple(colour for colour in COLOURS if colour not in ("white", "yellow"))  # those seen on light paper
+STEPS = (1, 2, 5, 10)  # the value of a level of the axis
+BAR_COLOURS = tuple(colour for colour in COLOURS if colour not in ("white", "yellow"))  # visible on light paper
 KINDS_OF_CHART = ("upright", "lying", "line")
 FEWEST, MOST = 3, 6
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a chart is laid out. One combination of nine is kept for validation, one for the test."""
+    """The layout of a chart. Of nine combinations, one is reserved for validation and one for the test."""
 
     kind: str
     count: int
     grid: str
-    wide: bool  # bars that nearly touch, or large markers
+    wide: bool  # bars almost touch; large markers
 
 
 LAYOUTS = [
@@ -43,7 +43,7 @@ def layouts_of(split: str) -> list[Layout]:
 
 @dataclass(frozen=True)
 class Plot:
-    """Where a chart's axes lie: `origin` in pixels, lengths in pixels, and whether values run to the right."""
+    """The axes of a chart: `origin` and lengths in pixels, and whether values run to the right."""
 
     origin: tuple[int, int]
     slot: float
@@ -51,7 +51,7 @@ class Plot:
     lying: bool
 
     def box(self, index: int, low: float, high: float, width: float) -> Box:
-        """The rectangle over slot `index` from level `low` to level `high`, `width` of the slot wide."""
+        """The rectangle over slot `index` from level `low` to `high`, as wide as the share `width` of the slot."""
         middle = (index + 0.5) * self.slot
         start, end = round(middle - width * self.slot / 2), round(middle + width * self.slot / 2)
         near, far = round(low * self.level), round(high * self.level)
@@ -62,7 +62,7 @@ class Plot:
 
 
 def draw_chart(rng: np.random.Generator, split: str) -> Picture:
-    """A fresh chart in one of the layouts of `split`."""
+    """Draw a new chart in one of the layouts of `split`."""
     layouts = layouts_of(split)
     layout = layouts[rng.integers(len(layouts))]
     levels = _levels(rng, layout.count)
@@ -95,7 +95,7 @@ def draw_chart(rng: np.random.Generator, split: str) -> Picture:
 
 
 def _levels(rng: np.random.Generator, count: int) -> list[int]:
-    """Whole levels of which the highest and the lowest occur once."""
+    """Draw whole levels of which the highest and the lowest occur once."""
     while True:
         levels: list[int] = rng.integers(1, LEVELS + 1, count).tolist()
         ordered = sorted(levels)
@@ -104,7 +104,7 @@ def _levels(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def _plot(rng: np.random.Generator, layout: Layout) -> Plot:
-    far = int(rng.integers(14, 24))  # free pixels beyond the last level
+    far = int(rng.integers(14, 24))  # empty pixels beyond the last level
     if layout.kind == "lying":
         left, top, bottom = int(rng.integers(52, 66)), int(rng.integers(8, 24)), int(rng.integers(28, 40))
         return Plot((left, top), (IMAGE - top - bottom) / layout.count, (IMAGE - left - far) / LEVELS, True)
@@ -163,7 +163,7 @@ def _print_ticks(canvas: Canvas, plot: Plot, step: int, ink: Array) -> None:
 
 
 def _foot(plot: Plot) -> int:
-    """Where the bars of a lying chart end."""
+    """The pixel row below the last slot of horizontal bars."""
     slots = round((IMAGE - plot.origin[1] - 28) / plot.slot)
     return round(plot.origin[1] + slots * plot.slot)
 
@@ -177,7 +177,7 @@ def _print_labels(canvas: Canvas, plot: Plot, labels: list[str], ink: Array) -> 
 
 
 def _label_value(canvas: Canvas, plot: Plot, index: int, level: int, value: str, owner: str, colour: str) -> None:
-    """A bar says its value from its end to its foot, as a number is read from left to right."""
+    """Label a bar with its value from its end to its base, as a number is read from left to right."""
     shares = np.linspace(level, 0, len(value) + 1)
     for place, digit in enumerate(value):
         box = plot.box(index, shares[place + 1], shares[place], 0.6)

@@ -1,4 +1,4 @@
-"""Documents: receipts and forms with printed words and handwritten numbers, on paper that lies on something."""
+"""Documents: receipts and forms with printed words and handwritten numbers, on paper over a background."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pyramiddrop.evaluation.reader.words import FIELDS, LINES, MOST_LINES, PLACE
 FEWEST_LINES = 4
 LONGEST_NUMBER = 3
 STEP = 29  # pixels from one handwritten digit to the next
-WORD_WIDTH = 84  # of the widest printed word
+WORD_WIDTH = 84  # pixels of the widest printed word
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a document is laid out. One combination of nine is kept for validation, one for the test."""
+    """The layout of a document. Of nine combinations, one is reserved for validation and one for the test."""
 
     labels: str  # the side of the printed words
-    title: str  # where the title stands
+    title: str  # the place of the title
     rules: str  # what separates the lines
     lines: int
 
@@ -44,7 +44,7 @@ def layouts_of(split: str) -> list[Layout]:
 
 
 def draw_document(rng: np.random.Generator, split: str) -> Picture:
-    """A fresh document in one of the layouts of `split`, filled in by its hands."""
+    """Draw a new document in one of the layouts of `split`, with its handwritten digits."""
     layouts = layouts_of(split)
     layout = layouts[rng.integers(len(layouts))]
     width, left, right = _paper(rng, layout)
@@ -85,7 +85,7 @@ def draw_document(rng: np.random.Generator, split: str) -> Picture:
 
 
 def _paper(rng: np.random.Generator, layout: Layout) -> tuple[int, int, int]:
-    """The paper's width, and where on it the left and the right column begin."""
+    """The paper's width, and the beginnings of its left and right columns."""
     number = LONGEST_NUMBER * STEP + 4
     first, second = (WORD_WIDTH, number) if layout.labels == "left" else (number, WORD_WIDTH)
     left = int(rng.integers(10, 24))
@@ -102,7 +102,7 @@ def _rule(
     lines: list[int],
     spacing: int,
 ) -> None:
-    """The rules between the lines, or the boxes around them."""
+    """Draw the rules between the lines, or the boxes around them."""
     grey = (int(rng.integers(120, 200)),) * 3
     for y in lines:
         if layout.rules == "lines":

@@ -1,4 +1,4 @@
-"""Scenes: handwritten digits and shapes in colours, of any size and anywhere, over a cluttered ground."""
+"""Scenes: coloured handwritten digits and shapes of any size and place over a cluttered background."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pyramiddrop.evaluation.reader.words import COLOURS, DIGITS, HEIGHTS, SHAPES
 SMALLEST, LARGEST = 44, 84
 FEWEST, MOST = 3, 8
 MOST_COUNTED = 5
-MARGIN = 10  # a centre this close to a border between two areas is in neither
-YES_OR_NO = 3  # questions of either answer about a scene
+MARGIN = 10  # a centre this close to a border between two areas belongs to neither
+YES_OR_NO = 3  # questions of each answer about a scene
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A digit or a shape in a colour; `area` is where its centre is, None if that is near a border."""
+    """A coloured digit or shape; `area` contains its centre, or is None if that is near a border."""
 
     name: str
     colour: str
@@ -35,20 +35,20 @@ class Thing:
 
     @property
     def nearest_area(self) -> tuple[str, str]:
-        """The ninth of the picture that holds its centre, as (height, side)."""
+        """The ninth of the picture that contains its centre, as (height, side)."""
         x, y = self.centre
         return HEIGHTS[int(3 * y / IMAGE)], SIDES[int(3 * x / IMAGE)]
 
     @property
     def area(self) -> str | None:
-        """That ninth in words; None where the centre is too near to a border."""
+        """The same as text; None if the centre is too near to a border."""
         borders = (IMAGE / 3, 2 * IMAGE / 3)
         near = any(abs(value - border) < MARGIN for value in self.centre for border in borders)
         return None if near else " ".join(self.nearest_area)
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Picture:
-    """A fresh scene of digits that belong to `split`."""
+    """Draw a new scene with digits of `split`."""
     canvas = Canvas(rng, split, texture(rng, 15, 75))
     canvas.paint(scribble(rng, canvas.pixels, int(rng.integers(0, 14)), (40, 125)))
     things = [_draw(canvas, *one) for one in _plan(rng)]
@@ -56,7 +56,7 @@ def draw_scene(rng: np.random.Generator, split: str) -> Picture:
 
 
 def _plan(rng: np.random.Generator) -> list[tuple[str, str, Box]]:
-    """What is where: names and colours are drawn from a few, so that some occur once and some several times."""
+    """Draw things from a few names and colours, so that some occur once and some several times."""
     colours = pick(rng, COLOURS, int(rng.integers(3, 7)))
     digits = pick(rng, DIGITS, int(rng.integers(3, 7)))
     plan: list[tuple[str, str, Box]] = []
@@ -133,7 +133,7 @@ def _questions(rng: np.random.Generator, things: list[Thing]) -> list[Question]:
 
 
 def _areas_touched(thing: Thing) -> list[str]:
-    """The areas that the centre of a thing may be said to be in."""
+    """The areas to which the centre of a thing may be assigned."""
     x, y = thing.centre
     heights = {HEIGHTS[int(3 * (y + shift) / IMAGE)] for shift in (-MARGIN, MARGIN)}
     sides = {SIDES[int(3 * (x + shift) / IMAGE)] for shift in (-MARGIN, MARGIN)}
@@ -141,7 +141,7 @@ def _areas_touched(thing: Thing) -> list[str]:
 
 
 def _yes_or_no(rng: np.random.Generator, things: list[Thing]) -> list[Question]:
-    """POPE's questions, as many with yes as with no: what is absent is a name or a colour that is there, apart."""
+    """POPE's questions, equally many with yes and no; an absent thing combines a name and a colour that are present."""
     there = {(one.colour, one.name) for one in things}
     names, colours = sorted({name for _, name in there}), sorted({colour for colour, _ in there})
     absent = [(colour, name) for colour in colours for name in names if (colour, name) not in there]

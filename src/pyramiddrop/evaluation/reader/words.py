@@ -1,4 +1,4 @@
-"""The words of the reader benchmark's pictures, questions and answers."""
+"""The vocabulary of the reader benchmark's pictures, questions and answers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CATEGORIES = ("fig", "nut", "pear", "plum", "kiwi", "lime", "date", "bean", "cor
 MOST_LINES = 7
 LINES = tuple(f"line {number}" for number in range(1, MOST_LINES + 1))
 EXTREMES = ("highest", "lowest")
-PLACES = ("first", "second", "third")  # of a digit in a number
+PLACES = ("first", "second", "third")  # places of a digit in a number
 
-#: What a patch can show, one word of each tuple or nothing: the labels that the training script aligns features with.
+#: The possible contents of a patch, one word of each tuple: the labels with which training aligns features.
 CHANNELS: dict[str, tuple[str, ...]] = {
     "content": (NOTHING, *DIGITS, *SHAPES, *FIELDS, *TITLES, *CATEGORIES),
     "colour": (NOTHING, *COLOURS),

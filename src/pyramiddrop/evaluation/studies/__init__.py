@@ -1,1 +1,1 @@
-"""The paper's studies on any model and data: where visual tokens are redundant, what methods cost, what λ does."""
+"""The paper's studies on any model and data: redundancy of visual tokens, trade-off of methods, ablation of λ."""

@@ -1,4 +1,4 @@
-"""Attention on the picture by layer, in the full model: as numbers, and for a few prompts as maps."""
+"""Attention on the picture by layer in the full model: as numbers, and as maps of a few prompts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prompt import build_inputs, on_model
 
-#: The part of the picture's attention whose tokens are counted by `attention_concentration`.
+#: The share of the picture's attention whose tokens `attention_concentration` counts.
 CONCENTRATION = 0.9
-#: Layers that are drawn: as many as fit on a page.
+#: The number of layers that fit on a page.
 MAX_LAYERS = 4
 
 
 @torch.inference_mode()
 def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> dict[int, list[Tensor]]:
-    """For each of the 0-based `layers` (from 1 on), for each sample: the attention on each of its visual tokens.
+    """For each of the 0-based `layers` (from 1 on) and each sample, the attention on its visual tokens.
 
-    It is that of the prompt's last token, a softmax over all keys, averaged over heads, in a model that has dropped
-    nothing so far: what a drop before that layer ranks by. Any attention implementation will do.
+    It is the attention of the prompt's last token (softmax over all keys, mean over heads) in the full model, by which
+    a drop before that layer ranks. It works with any attention implementation.
 
     Args:
-        inputs: of a prompt, on the model's device.
+        inputs: the model's inputs for a batch of prompts, on its device.
     """
     replay, shares = PrefillReplay(inspect_model(model), layers), PrefillReplay.can_share(inspect_model(model))
     if shares:
@@ -50,7 +50,7 @@ def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[i
 
 
 def attention_on_picture(scores: Tensor) -> float:
-    """The share of all attention that the visual tokens receive, given their scores (N,)."""
+    """The share of the attention that all visual tokens together receive, given their scores (N,)."""
     return float(scores.double().sum())
 
 
@@ -63,12 +63,12 @@ def attention_concentration(scores: Tensor) -> float:
 
 @dataclass(frozen=True)
 class AttentionExample:
-    """One prompt: the answer, and the attention on each visual token by layer, ready to be drawn.
+    """One prompt with its answer and the attention on each visual token by layer, to be drawn.
 
     Attributes:
-        scores: for each layer the attention on each visual token, (N,).
-        config, processor, inputs: of the model, of the checkpoint, and the processor's output for the prompt; they tell
-            where in the picture a token is.
+        scores: layer -> (N,) the attention on each visual token.
+        config, processor, inputs: the model's configuration, the processor, and its output for the prompt, which place
+            the tokens in the picture.
     """
 
     sample: Sample
@@ -88,7 +88,7 @@ def attention_examples(
 
 
 def pick_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """`count` samples, or as many as there are: of other pictures and other kinds as long as there are some."""
+    """At most `count` samples, of different pictures and kinds as far as possible."""
     picked: list[Sample] = []
     for _ in range(min(count, len(samples))):
         clusters, kinds = [one.cluster for one in picked], [one.kind for one in picked]
@@ -98,7 +98,7 @@ def pick_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def spread_layers(layers: Sequence[int]) -> list[int]:
-    """At most MAX_LAYERS of `layers`, evenly from the first to the last."""
+    """At most MAX_LAYERS of `layers`, evenly spaced from the first to the last."""
     if len(layers) <= MAX_LAYERS:
         return list(layers)
     return [layers[round(place * (len(layers) - 1) / (MAX_LAYERS - 1))] for place in range(MAX_LAYERS)]

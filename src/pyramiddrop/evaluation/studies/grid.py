@@ -1,4 +1,4 @@
-"""The grid of a redundancy study: the layers before which one drop is tried, and its keep ratios."""
+"""The grid of a redundancy study: the layers before which a single drop is tried, and its keep ratios."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ DEFAULT_KEEP = (0.5, 0.25, 0.125, 1 / 64)
 
 @dataclass(frozen=True)
 class Grid:
-    """0-based `layers`, ascending, and shares of the visual tokens to `keep`, descending."""
+    """0-based `layers`, ascending, and keep ratios `keep`, descending."""
 
     layers: tuple[int, ...]
     keep: tuple[float, ...]
 
     @property
     def cells(self) -> list[tuple[int, float]]:
-        """Every (layer, keep), layer by layer."""
+        """All (layer, keep), layer by layer."""
         return [(layer, keep) for layer in self.layers for keep in self.keep]
 
 
 def single_drop(layer: int, keep: float) -> PyramidDrop:
-    """One drop before `layer`, ranked by that layer as PyramidDrop ranks."""
+    """PyramidDrop with a single drop before `layer`."""
     return PyramidDrop(layers=[layer], keep=[keep])
 
 
 def make_grid(info: ModelInfo, layers: Sequence[int] | None = None, keep: Sequence[float] | None = None) -> Grid:
-    """The grid for one model: what the user gave, or else `usual_layers` and a half down to a sixty-fourth.
+    """The grid for a model: the user's values, or else `usual_layers` and keep ratios from 1/2 to 1/64.
 
     Raises:
-        InputError: for a layer that the model does not have or at which it cannot drop, or a share that is not in
+        InputError: for a layer that the model does not have or before which it cannot drop, or a keep ratio outside
             (0, 1].
     """
     allowed, depth = drop_layers(info, "next", AttentionScorer()), len(info.layers)
@@ -55,9 +55,9 @@ def make_grid(info: ModelInfo, layers: Sequence[int] | None = None, keep: Sequen
 
 
 def usual_layers(depth: int, allowed: Sequence[int]) -> tuple[int, ...]:
-    """Each eighth of the depth and its sixteenth, as far as they are `allowed`: of 32 layers 2, 4, 8, 12, ..., 28.
+    """The eighths of the depth and its sixteenth, if `allowed`: 2, 4, 8, 12, ..., 28 of 32 layers.
 
-    Those of the paper's Figure 3 (2, 8, 16, 24) are among them.
+    They include those of the paper's Figure 3 (2, 8, 16, 24).
     """
     wanted = {depth // 16, *(depth * eighth // 8 for eighth in range(1, 8))}
     return tuple(sorted(wanted & set(allowed))) or tuple(allowed)

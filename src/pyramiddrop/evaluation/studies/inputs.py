@@ -1,4 +1,4 @@
-"""The models of a study, as the command line gives them."""
+"""The models of a study, from the command line's options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLED = "bundled"
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A model that is studied: a folder or a name on the hub, or `bundled`; and its name in the study.
+    """A model of a study: its source (a folder, a name on the hub, or "bundled") and its name in the study.
 
     `bundled` is the folder of the bundled model.
     """
@@ -25,14 +25,14 @@ class StudyModel:
     bundled: Path
 
     def check(self) -> None:
-        """Raise InputError where there is no supported checkpoint, before any weights are read."""
+        """Raise InputError if there is no supported checkpoint, without reading weights."""
         read_config(self._place)
 
     def load(self, device: str | None, dtype: str | None) -> Checkpoint:
-        """Load it.
+        """Load the checkpoint.
 
         Raises:
-            InputError: where it cannot be loaded, or nothing can be dropped in it.
+            InputError: if it cannot be loaded, or its tokens cannot be dropped.
         """
         checkpoint = load_checkpoint(self._place, device, dtype)
         with user_input(caught=(UnsupportedModelError,)):
@@ -45,10 +45,10 @@ class StudyModel:
 
 
 def study_models(sources: Sequence[str], names: Sequence[str], bundled: Path) -> list[StudyModel]:
-    """The models of a study; without a name a model is called by the last part of its source.
+    """The models of a study; by default, a model is named by the last part of its source.
 
     Raises:
-        InputError: for not as many names as models, or two of the same.
+        InputError: if there are not as many names as models, or two are equal.
     """
     sources = sources or [BUNDLED]
     if names and len(names) != len(sources):

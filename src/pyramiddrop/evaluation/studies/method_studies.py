@@ -17,13 +17,13 @@ PERCENTS = (40.0, 50.0, 60.0, 70.0, 80.0)
 
 
 def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
-    """The study, checked and loaded; the record gives each method its words from `options` as `line`.
+    """Check and load the trade-off study, whose record adds each method's specification as `line`.
 
     Args:
-        options: METHODS and PERCENTS stand for `methods` and `percents` that are empty.
+        options: the options; METHODS and PERCENTS are the defaults of `methods` and `percents`.
 
     Raises:
-        InputError: for anything that was asked for and cannot be used.
+        InputError: if an option cannot be used.
     """
     words = tuple(word for word in options.methods or METHODS if parse_method(word) is not None)
     if not words:
@@ -33,15 +33,15 @@ def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
     return MethodStudy("tradeoff", evaluator, [{"line": word} for _ in percents for word in words])
 
 
-#: Those of the paper.
+#: The paper's values of λ.
 LAMBDAS = (0.4, 0.5, 0.6)
 
 
 def prepare_ablation(task: Task, lambdas: Sequence[float], options: EvalOptions) -> MethodStudy:
-    """The study, checked and loaded; the record gives each method its `lam`, ascending.
+    """Check and load the ablation, whose record adds each method's `lam`, ascending.
 
     Raises:
-        InputError: for anything that was asked for and cannot be used.
+        InputError: if an option cannot be used.
     """
     chosen = sorted(set(lambdas))
     methods = tuple(f"pyramiddrop:lam={lam!r}" for lam in chosen)
@@ -52,11 +52,11 @@ def prepare_ablation(task: Task, lambdas: Sequence[float], options: EvalOptions)
 
 @dataclass(frozen=True)
 class MethodStudy:
-    """An evaluation that is ready to run; it times nothing.
+    """An evaluation that is ready to run, without timing.
 
     Attributes:
         study: its name.
-        labels: what the record adds to each method after vanilla.
+        labels: values that the record adds to each method after vanilla.
     """
 
     study: str
@@ -64,7 +64,7 @@ class MethodStudy:
     labels: Sequence[dict[str, Any]]
 
     def record(self, progress: Progress = lambda step, count: None) -> dict[str, Any]:
-        """Run the evaluation. The record is its own, with the labels and the settings."""
+        """Run the evaluation; returns its record with the labels and the settings."""
         found = evaluation_record(self.evaluator.run(progress))
         vanilla, *variants = found["methods"]
         labelled = [{**label, **variant} for label, variant in zip(self.labels, variants, strict=True)]

@@ -1,4 +1,4 @@
-"""The redundancy study (the paper's Figures 1 and 3): one drop, tried at every layer and keep ratio."""
+"""The redundancy study (the paper's Figures 1 and 3): a single drop at every layer and keep ratio."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Redundancy:
     """The study of one model.
 
     Attributes:
-        name, source: of the model in the study, and where it came from.
-        task: its samples need no answers.
-        share: whether the layers before a drop run once for all shares where they can. The numbers are the same.
+        name, source: the model's name in the study, and its folder or name on the hub.
+        task: the questions, which need no answers.
+        share: True to run the layers before a drop once for all keep ratios, if possible; the numbers are the same.
     """
 
     name: str
@@ -58,17 +58,17 @@ class Redundancy:
 
     @property
     def steps(self) -> int:
-        """How often a batch is answered, in all."""
+        """The total number of answered batches."""
         return -(-len(self.task.samples) // self.answerer.batch) * (1 + len(self.grid.cells))
 
     def run(self, folder: Path, advance: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
-        """The record of the study; what `folder` holds of it already is not measured again.
+        """Run the study and return its record; results in `folder` are reused.
 
         Args:
-            advance: told how many steps are done.
+            advance: called with the number of steps that were done.
 
         Raises:
-            InputError: where the folder cannot be used.
+            InputError: if the folder cannot be used.
         """
         samples, batch = self.task.samples, self.answerer.batch
         key = {**Store(folder, self.answerer, samples).shared, "layers": self.grid.layers, "keep": self.grid.keep}
@@ -84,14 +84,14 @@ class Redundancy:
 
     @cached_property
     def shared(self) -> bool:
-        """Whether prefills start from a recorded one: tried on the first sample, it must give the same to the bit."""
+        """True if prefills can be replayed: on the first sample, a replayed one must be bit-identical."""
         layer, keep = self.grid.layers[-1], self.grid.keep[-1]
         inputs, tokens = self._inputs(self.task.samples[:1]), self.answerer.max_new_tokens
         method = single_drop(layer, keep)
         return self.share and replays_exactly(self.answerer.checkpoint, inputs, method, layer, tokens)
 
     def _measure(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> BatchRecord:
-        """What a batch says without a drop and in every cell, and what it looks at: a value a sample."""
+        """The answers of a batch without dropping and in every cell, and its attention: a value for each sample."""
         inputs = self._inputs(samples)
         replay = PrefillReplay(inspect_model(self._model), self.grid.layers) if self.shared else None
         with replay.recorded() if replay else nullcontext():
@@ -136,19 +136,19 @@ class Redundancy:
     def _generate_cell(
         self, inputs: Mapping[str, Any], layer: int, keep: float, replay: PrefillReplay | None
     ) -> tuple[Generation, Trace]:
-        """What the model says with one drop, and the trace of its prefill."""
+        """The generation with a single drop, and the trace of its prefill."""
         replayed = replay.replayed(layer) if replay else nullcontext()
         with single_drop(layer, keep)(self._model) as trace, replayed:
             return self._generate(inputs), trace
 
 
-#: Told what begins and how many steps it has; gives what is told how many of them are done.
+#: Called with a description and the number of steps; returns a function to call with the number of finished ones.
 Begin = Callable[[str, int], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
 class RedundancyOptions:
-    """What was asked for; `layers` and `keep` None take those of `grid`, `examples` is how many prompts are drawn."""
+    """The options; `layers` and `keep` None take those of `grid`, and `examples` is the number of drawn prompts."""
 
     models: Sequence[StudyModel]
     layers: Sequence[int] | None = None
@@ -163,10 +163,10 @@ class RedundancyOptions:
 def run_redundancy(
     task: Task, options: RedundancyOptions, folder: Path, begin: Begin
 ) -> tuple[dict[str, Any], list[AttentionExample]]:
-    """The record of the study, and examples of its first model. What `folder` holds already is not measured again.
+    """Run the study and return its record, and examples of its first model; results in `folder` are reused.
 
     Raises:
-        InputError: for anything that was asked for and cannot be done.
+        InputError: if an option cannot be used.
     """
     for model in options.models:
         model.check()

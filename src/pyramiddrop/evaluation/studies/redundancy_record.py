@@ -19,10 +19,10 @@ BatchRecord = Mapping[str, Any]
 
 
 def redundancy_record(task: Task, grid: Grid, batches: Sequence[BatchRecord]) -> dict[str, Any]:
-    """The scores of the full model and of every cell, and the attention by layer.
+    """The record of the full model's scores, those of every cell, and the attention by layer.
 
     Args:
-        pieces: of `Redundancy`, a batch each, in the order of the samples.
+        pieces: the results of `Redundancy`, one for each batch, in the order of the samples.
     """
     means, full = Means(task.samples), _joined(batches, "answers")
     right = _right(task, full)
@@ -55,13 +55,13 @@ def redundancy_record(task: Task, grid: Grid, batches: Sequence[BatchRecord]) ->
 
 
 def _right(task: Task, answers: Sequence[str]) -> list[float | None]:
-    """What each answer scores; None where no right answer is known."""
+    """The score of each answer; None if no right answer is known."""
     match, pairs = MATCHES[task.match], zip(answers, task.samples, strict=True)
     return [match(answer, sample.answers) if sample.answers else None for answer, sample in pairs]
 
 
 def _attention(means: Means, batches: Sequence[Sequence[BatchRecord]]) -> list[dict[str, Any]]:
-    """By layer; nothing where the prompts of some piece had too spread_layers visual tokens for any ranking."""
+    """The attention by layer; empty if some prompts had too few visual tokens to rank."""
     layers = zip(*batches, strict=True) if all(batches) else ()
     return [
         {"layer": looks[0]["layer"], **{name: means.score(_joined(looks, name)) for name in ("picture", "crowd")}}
@@ -73,24 +73,24 @@ def _joined(batches: Sequence[BatchRecord], name: str) -> list[Any]:
     return [value for piece in batches for value in piece[name]]
 
 
-#: A value a sample; None where there is nothing to score.
+#: A value for each sample; None if there is nothing to score.
 Values = Sequence[float | None]
 
 
 class Means:
-    """Means over these samples; those without a cluster are one of their own."""
+    """Means over these samples; a sample without a cluster is a cluster of its own."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.kinds = [sample.kind for sample in samples]
         self.clusters = [sample.cluster or f"#{number}" for number, sample in enumerate(samples)]
 
     def score(self, values: Values) -> dict[str, Any] | None:
-        """`mean`, its standard `error` (None where a single cluster tells nothing) and `count`; None for no values."""
+        """`mean`, its standard `error` (None for a single cluster) and `count`; None without values."""
         known, clusters, _ = self._known(values)
         return _plain(score(known, clusters)) if known else None
 
     def by_kind(self, values: Values) -> dict[str, dict[str, Any]]:
-        """The same for each kind of question, where there are several."""
+        """The same for each kind of question, if there are several."""
         known, clusters, kinds = self._known(values)
         if len(set(kinds)) < 2:
             return {}
@@ -103,12 +103,12 @@ class Means:
 
 
 def _plain(one: Score) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
     return {**asdict(one), "error": None if math.isnan(one.error) else one.error}
 
 
 def ratio(used: Values, vanilla: Values) -> float | None:
-    """What all samples used against what they use without dropping; None where some number is not known."""
+    """The usage of all samples relative to that without dropping; None if some number is unknown."""
     numbers, plain = [one for one in used if one is not None], [one for one in vanilla if one is not None]
     return sum(numbers) / sum(plain) if len(numbers) == len(used) and len(plain) == len(vanilla) else None
 
@@ -116,7 +116,7 @@ def ratio(used: Values, vanilla: Values) -> float | None:
 def profile_of(model: dict[str, Any]) -> dict[str, Any]:
     """The redundancy profile of one model of a study, as `pyramiddrop.planning.Profile` reads it.
 
-    Its score is the accuracy where answers are known, and else the agreement of whole answers with the full model's.
+    Its score is the accuracy if answers are known, else the agreement of whole answers with the full model's.
     """
     vanilla = model["vanilla"]["accuracy"]
     metric = "agreement" if vanilla is None else "accuracy"
