@@ -20,9 +20,8 @@ from pyramiddrop.evaluation.studies.attention import attention_examples, pick_sa
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.report.studies.ablation import ablation_sheets, draw_ablation
-from pyramiddrop.report.studies.attention_plot import draw_attention
 from pyramiddrop.report.studies.paper_figure import styled
-from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.redundancy_plot import draw_attention, draw_redundancy
 from pyramiddrop.report.studies.redundancy_report import attention_maps, redundancy_sheets
 from pyramiddrop.report.studies.study import Sheet
 from pyramiddrop.report.studies.tradeoff import draw_tradeoff, draw_tradeoff_by_kind, tradeoff_sheets

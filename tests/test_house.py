@@ -17,7 +17,7 @@ from pyramiddrop import METHODS
 PACKAGE = Path(pyramiddrop.__file__).parent
 # From the bottom up; a module may import from its own floor and from those below.
 FLOORS = (
-    ("naive", "families", "schedule", "scoring", "selection", "merging", "trace", "cost", "planning"),
+    ("naive", "families", "schedule", "scoring", "selection", "trace", "cost", "planning"),
     ("hf",),
     ("methods", "method_spec", "saving"),
     ("vllm",),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramiddrop import UniformDrop
-from pyramiddrop.merging import merge
+from pyramiddrop.selection import merge
 from tiny import collate, make_rows, tiny_model
 
 # One sample: text, four visual tokens in two directions, text. Token 1 is like token 3, token 2 like token 4.

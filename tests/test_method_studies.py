@@ -20,7 +20,7 @@ from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.report.studies.ablation import show_ablation
-from pyramiddrop.report.studies.files import write_study
+from pyramiddrop.report.studies.study import write_study
 from pyramiddrop.report.studies.tradeoff import show_tradeoff
 
 WORDS = ("pyramiddrop:layers=2/6", "vanilla", "fastv:layer=3")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StaticCache
 from checks import HALVES, method_of
 from pyramiddrop import FastV, Method, PyramidDrop
 from pyramiddrop.hf.versions import cache_argument, output_cache
-from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import CpuClock
 from pyramiddrop.speed.overhead import measure_overhead
 from pyramiddrop.speed.predicted import choose_variants

@@ -12,8 +12,7 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.pixels import to_rgb
-from pyramiddrop.inference.prompt import build_inputs, open_picture
+from pyramiddrop.inference.prompt import build_inputs, open_picture, to_rgb
 from pyramiddrop.inference.video import open_video
 
 GREYS = np.arange(12, dtype=np.uint8).reshape(3, 4) * 23

@@ -19,12 +19,10 @@ from PIL import Image
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.studies.attention import AttentionExample
 from pyramiddrop.planning import Profile
-from pyramiddrop.report.studies.attention_plot import AttentionMaps, draw_attention, spread
-from pyramiddrop.report.studies.files import write_study
 from pyramiddrop.report.studies.paper_figure import depth_colors, save
-from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.redundancy_plot import AttentionMaps, draw_attention, draw_redundancy, spread
 from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
-from pyramiddrop.report.studies.study import bounds, percent, small
+from pyramiddrop.report.studies.study import bounds, percent, small, write_study
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import PlacedView
 

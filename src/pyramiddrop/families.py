@@ -30,7 +30,7 @@ class Family:
             empty if the grids in the call suffice (without them, a run of visual tokens is one image).
         split: what separates the tokens of one image, so that a run of them is not a whole image; empty if nothing.
         refused: why staged dropping cannot work on the family; empty if it works.
-        layout: where the tokens lie in a picture or a frame, a name in `report.token_layout.registry.LAYOUTS`; empty if
+        layout: where the tokens lie in a picture or a frame, a name in `report.token_layout.views.LAYOUTS`; empty if
             it is unknown.
         no_layout: why its tokens have no place in a picture.
         two_way: True if image tokens attend to each other in both directions.

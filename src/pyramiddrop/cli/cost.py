@@ -12,8 +12,7 @@ from pyramiddrop.cli.options import OUTPUT, AsJson, MethodOptions, Methods, Size
 from pyramiddrop.cli.terminal import stderr, stdout
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.method_costs import MethodCost
-    from pyramiddrop.inference.sizes import Sizes
+    from pyramiddrop.inference.sizes import MethodCost, Sizes
 
 
 @with_groups
@@ -35,7 +34,7 @@ def cost(
     if paper:
         _show_paper(as_json)
         return
-    from pyramiddrop.inference.method_costs import method_costs, published_costs
+    from pyramiddrop.inference.sizes import method_costs, published_costs
 
     sizes, shared = size_options.sizes(), method_options.given
     if method:

@@ -99,7 +99,7 @@ def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
 
 
 def _show(visual: Visual, done: Run, written: list[str]) -> None:
-    from pyramiddrop.report.tables.style import new_table
+    from pyramiddrop.report.tables import new_table
 
     table = new_table("layers", "visual tokens")
     for stage in visual.stages:

@@ -16,7 +16,7 @@ from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
 from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, VisionScores
 from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
 from pyramiddrop.hf.versions import cache_of, let_crop_follow
-from pyramiddrop.merging import merge
+from pyramiddrop.selection import merge
 from pyramiddrop.trace import Trace
 
 

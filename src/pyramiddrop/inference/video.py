@@ -13,8 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from pyramiddrop.families import FAMILIES
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.inference.pixels import to_rgb
-from pyramiddrop.inference.prompt import open_picture
+from pyramiddrop.inference.prompt import open_picture, to_rgb
 
 #: Decoders of video files that Transformers can call, in the order of trial: their name there, and their module.
 DECODERS = {"pyav": "av", "torchcodec": "torchcodec", "decord": "decord", "opencv": "cv2"}

@@ -23,8 +23,7 @@ from pyramiddrop.cost import (
 )
 from pyramiddrop.cost.estimate import drop_counts
 from pyramiddrop.planning.budget import Budget, Meter, meter
-from pyramiddrop.planning.frontier import frontier
-from pyramiddrop.planning.profile import Profile
+from pyramiddrop.planning.profile import Profile, frontier
 from pyramiddrop.schedule import (
     PreLLMSchedule,
     Schedule,

@@ -14,8 +14,8 @@ from pyramiddrop.cost import Prompt
 from pyramiddrop.cost.model_sizes import decoder_shape
 from pyramiddrop.inference.checkpoint import pick_device, read_config
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.request import Request, prepare
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import clock_for, cpu_threads
 from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.speed.decoding import Compiler, measure_decoding

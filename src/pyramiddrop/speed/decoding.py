@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from pyramiddrop.hf.versions import cache_argument
-from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread
 from pyramiddrop.speed.subject import Subject
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.versions import cache_argument
-from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.memory import cache_bytes, peak_memory
 from pyramiddrop.speed.predicted import Predicted, predict

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._dynamo.utils import counters
 
-from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.speed.subject import Subject, resized
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramiddrop.hf import shared_copy
 from pyramiddrop.hf.versions import cache_argument, output_cache
-from pyramiddrop.inference.method_costs import MethodCost
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.speed.subject import Subject
 

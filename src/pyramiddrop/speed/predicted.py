@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.method_costs import MethodCost, method_costs, published_costs
-from pyramiddrop.inference.sizes import Sizes
+from pyramiddrop.inference.sizes import MethodCost, Sizes, method_costs, published_costs
 
 PUBLISHED = ("pyramiddrop", "fastv")
 

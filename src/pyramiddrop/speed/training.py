@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pyramiddrop.inference.errors import user_input
-from pyramiddrop.inference.method_costs import MethodCost
 from pyramiddrop.inference.resolve import with_logits
+from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn
 from pyramiddrop.methods import Logits, Method
 from pyramiddrop.speed.memory import peak_memory

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pyramiddrop.inference.errors import InputError
-from pyramiddrop.inference.pixels import to_rgb
-from pyramiddrop.inference.prompt import open_picture, opened
+from pyramiddrop.inference.prompt import open_picture, opened, to_rgb
 from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, located
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pyramiddrop.report.pictures.heatmap import COVER, ramp
 from pyramiddrop.report.pictures.lifetimes import token_status
-from pyramiddrop.report.pictures.overlay import SEAM, SHOWS_THROUGH, overlay_grey, picture_data
+from pyramiddrop.report.pictures.overlay import COVER, SEAM, SHOWS_THROUGH, overlay_grey, picture_data, ramp
 from pyramiddrop.report.units import template
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from pyramiddrop.methods import Compose, Downsample, Method
 from pyramiddrop.report.pictures import animation as animation
 from pyramiddrop.report.pictures import page
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
-from pyramiddrop.report.pictures.heatmap import COLOURS, Scored, draw_heatmap
 from pyramiddrop.report.pictures.lifetimes import StageTokens, stage_tokens, visual_columns
-from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels, with_seams
+from pyramiddrop.report.pictures.overlay import COLOURS, Scored, draw_heatmap, mask_dropped, seen_pixels, with_seams
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import CannotPlaceError, PlacedView, place_pictures
 from pyramiddrop.trace import Trace

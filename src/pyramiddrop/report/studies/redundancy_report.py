@@ -10,8 +10,7 @@ from typing import Any
 
 from pyramiddrop.evaluation.studies.attention import AttentionExample
 from pyramiddrop.evaluation.studies.redundancy_record import profile_of
-from pyramiddrop.report.studies.attention_plot import AttentionMaps, draw_attention
-from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
+from pyramiddrop.report.studies.redundancy_plot import AttentionMaps, draw_attention, draw_redundancy
 from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, percent, small
 from pyramiddrop.report.token_layout.views import place_pictures
 

@@ -20,7 +20,7 @@ from pyramiddrop.inference.catalog import (
     FamilyEntry,
     MethodEntry,
 )
-from pyramiddrop.report.tables.style import new_table
+from pyramiddrop.report.tables import new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
 #: The heading of each kind of entry in `methods_list`, and the width of its names.

@@ -13,7 +13,7 @@ from pyramiddrop.cost import PRESETS, CostBreakdown, Preset
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.planning import MeasuredTimes, Plan, PublishedPlan
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.style import new_table
+from pyramiddrop.report.tables import new_table
 
 SHAPES_HEAD = (
     "name",

@@ -11,8 +11,8 @@ from rich.table import Table
 from pyramiddrop.evaluation.benchmarks import Measured
 from pyramiddrop.evaluation.paper.budgets import COLUMNS, PublishedRow, benchmark_name, published_rows
 from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
+from pyramiddrop.report.tables import new_table
 from pyramiddrop.report.tables.evaluation import folded
-from pyramiddrop.report.tables.style import new_table
 
 Record = Mapping[str, Any]
 

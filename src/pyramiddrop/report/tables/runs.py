@@ -11,7 +11,7 @@ from pyramiddrop.inference.answer import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
 from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.style import new_table
+from pyramiddrop.report.tables import new_table
 
 #: A quantity of vanilla and of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]

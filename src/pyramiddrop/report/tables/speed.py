@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pyramiddrop.report import units
-from pyramiddrop.report.tables.style import new_table
+from pyramiddrop.report.tables import new_table
 
 Record = Mapping[str, Any]
 
