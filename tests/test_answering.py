@@ -141,7 +141,7 @@ def test_what_answers_will_cost_is_known_before_they_are_given(
     prompts, replies = answerer.prompts(SAMPLES), answerer.answers(SAMPLES, method)
     for prompt, reply in zip(prompts, replies, strict=True):
         assert (prompt.visual_tokens, prompt.text_tokens) == (reply.usage.visual_tokens, reply.usage.text_tokens)
-        assert 0 < prompt.asking < prompt.text_tokens  # something stands before the pictures, too
+        assert 0 < prompt.num_queries < prompt.text_tokens  # something stands before the pictures, too
     shape = inspect_model(answerer.checkpoint.model).shape
     assert decoder_flops(method, shape, Counter(prompts)) == sum(reply.usage.flops for reply in replies)
 

@@ -313,7 +313,7 @@ def test_a_score_of_the_instruction_asks_with_what_stands_behind_the_pictures() 
     )
     # A token that asks needs its query and its products with the 48 keys.
     assert whole - part == (16 - 5) * 2 * (64 * 64 + 48 * 64)
-    assert Prompt(32, 16, instruction_tokens=0).asking == 1  # where there is none, the last token asks
+    assert Prompt(32, 16, instruction_tokens=0).num_queries == 1  # where there is none, the last token asks
 
 
 def test_a_stage_that_drops_nothing_ranks_nothing() -> None:

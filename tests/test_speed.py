@@ -155,7 +155,7 @@ def test_generation_by_a_made_up_clock(subject: Subject) -> None:
 def test_what_a_method_asks_once_is_asked_before_the_clock_runs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(query_key, "_ways", WeakKeyDictionary())  # other tests have asked the same layers
+    monkeypatch.setattr(query_key, "_extractors", WeakKeyDictionary())  # other tests have asked the same layers
     asked, agree = [], query_key._agree
     monkeypatch.setattr(query_key, "_agree", lambda *given: asked.append(given) or agree(*given))
     watch = generation._PrefillWatch(subject.info, Ticks())

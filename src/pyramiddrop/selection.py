@@ -32,8 +32,8 @@ def select(scores: Tensor, candidates: Tensor, groups: Tensor, num_keep: Tensor)
     sizes = sizes.scatter_add(1, owner, torch.ones_like(owner))
     first = sizes.cumsum(1) - sizes
     rank = torch.arange(order.shape[1], device=order.device) - first.gather(1, owner)
-    stays = rank < torch.nn.functional.pad(num_keep, (0, 1)).gather(1, owner)
-    return torch.zeros_like(candidates).scatter(1, order, stays)
+    kept = rank < torch.nn.functional.pad(num_keep, (0, 1)).gather(1, owner)
+    return torch.zeros_like(candidates).scatter(1, order, kept)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -46,13 +46,13 @@ def best(scores: Tensor, count: int) -> Tensor:
     return guarded.sort(descending=True, stable=True).indices[:, :count]
 
 
-def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
+def compact(kept: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | None]:
     """Left-pad the kept rows of all samples to `length` columns, in their order.
 
     Padding is on the left so that a KV cache can still be cropped at its end.
 
     Args:
-        stays: (B, N) bool, the kept rows; no sample has more than `length`.
+        kept: (B, N) bool, the kept rows; no sample has more than `length`.
         length: number of kept rows of the longest sample.
         ragged: True if some sample keeps fewer than `length` rows.
 
@@ -60,12 +60,12 @@ def compact(stays: Tensor, length: int, ragged: bool) -> tuple[Tensor, Tensor | 
         rows: (B, length) long, the indices of the kept rows, ascending; padding has indices of dropped rows.
         valid: (B, length) bool, False at padding, or None if there is none.
     """
-    rows = stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, stays.shape[1] - length :]
-    return rows, stays.gather(1, rows) if ragged else None
+    rows = kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, kept.shape[1] - length :]
+    return rows, kept.gather(1, rows) if ragged else None
 
 
 def merge(
-    hidden: Tensor, sizes: Tensor, visual: Tensor, groups: Tensor, local: Tensor, valid: Tensor | None
+    hidden: Tensor, sizes: Tensor, visual: Tensor, groups: Tensor, index: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Average dropped visual tokens into the kept rows.
 
@@ -78,30 +78,38 @@ def merge(
         sizes: (B, N) float, how many tokens each row stands for.
         visual: (B, N) bool, the visual tokens.
         groups: (B, N) long, the group of each visual token.
-        local: (B, n) long, the kept rows.
+        index: (B, n) long, the kept rows.
         valid: (B, n) bool, False at padding, or None if there is none.
 
     Returns:
         (B, n, D) hidden states and (B, n) sizes.
     """
-    alive = torch.ones_like(local, dtype=torch.bool) if valid is None else valid
-    goes = visual & ~torch.zeros_like(visual).scatter(1, local, alive)
-    nearest, found = _nearest(hidden, groups, local, visual.gather(1, local) & alive)
-    goes = goes & found
-    wide = local[..., None].expand(-1, -1, hidden.shape[-1])
-    kept, own = hidden.gather(1, wide), sizes.gather(1, local)
-    more = (hidden.float() * sizes[..., None]).masked_fill(~goes[..., None], 0)
-    total = (kept.float() * own[..., None]).scatter_add(1, nearest[..., None].expand_as(more), more)
-    count = own.scatter_add(1, nearest, sizes.masked_fill(~goes, 0))
-    merged = (total / count[..., None]).to(hidden.dtype)
-    return torch.where((count > own)[..., None], merged, kept), count
+    alive = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    dropped = visual & ~torch.zeros_like(visual).scatter(1, index, alive)
+    target, has_target = _most_similar(hidden, groups, index, visual.gather(1, index) & alive)
+    dropped &= has_target
+    kept, kept_sizes = hidden.gather(1, _widened(index, hidden)), sizes.gather(1, index)
+    weighted = (hidden.float() * sizes[..., None]).masked_fill(~dropped[..., None], 0)
+    total = (kept.float() * kept_sizes[..., None]).scatter_add(1, _widened(target, hidden), weighted)
+    new_sizes = kept_sizes.scatter_add(1, target, sizes.masked_fill(~dropped, 0))
+    merged = (total / new_sizes[..., None]).to(hidden.dtype)
+    return torch.where((new_sizes > kept_sizes)[..., None], merged, kept), new_sizes
 
 
 @torch.no_grad()
-def _nearest(hidden: Tensor, groups: Tensor, local: Tensor, takes: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N) each: the most similar kept row of the same group that `takes` tokens (B, n), and whether there is one."""
+def _most_similar(hidden: Tensor, groups: Tensor, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row, the most similar kept row `index` (B, n) of its group among `targets` (B, n).
+
+    Returns:
+        (B, N) long, its place among the kept rows; and (B, N) bool, whether there is one.
+    """
     unit = normalize(hidden.float(), dim=-1)
-    similarity = unit @ unit.gather(1, local[..., None].expand(-1, -1, unit.shape[-1])).transpose(1, 2)
-    same = groups[:, :, None] == groups.gather(1, local)[:, None]
-    best = similarity.masked_fill(~(same & takes[:, None]), float("-inf")).max(-1)
+    similarity = unit @ unit.gather(1, _widened(index, unit)).transpose(1, 2)
+    same_group = groups[:, :, None] == groups.gather(1, index)[:, None]
+    best = similarity.masked_fill(~(same_group & targets[:, None]), float("-inf")).max(-1)
     return best.indices, best.values > float("-inf")
+
+
+def _widened(index: Tensor, hidden: Tensor) -> Tensor:
+    """(B, n, D): `index` (B, n), repeated over the D columns of `hidden`."""
+    return index[..., None].expand(-1, -1, hidden.shape[-1])

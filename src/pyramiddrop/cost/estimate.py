@@ -171,7 +171,7 @@ def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
         kept = stage.count(prompt.visual_tokens)
         if 0 < kept < before:
             rows = before + prompt.text_tokens
-            found.append(DropCounts(stage.layer, rows, before, kept, instruction=prompt.asking))
+            found.append(DropCounts(stage.layer, rows, before, kept, instruction=prompt.num_queries))
         before = kept
     return found
 

@@ -249,6 +249,6 @@ class Prompt:
         return self.visual_tokens + (self.instruction_tokens or 0)
 
     @property
-    def asking(self) -> int:
+    def num_queries(self) -> int:
         """The number of query tokens if the whole instruction is used: at least one, the prompt's last token."""
         return max(1, self.text_tokens if self.instruction_tokens is None else self.instruction_tokens)

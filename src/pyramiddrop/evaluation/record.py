@@ -13,7 +13,7 @@ from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.run import SOLVERS, Budget, Evaluation, Outcome
 from pyramiddrop.evaluation.scores import Difference, Score, difference, score, score_by_kind
-from pyramiddrop.inference.prefill_stats import known
+from pyramiddrop.inference.prefill_stats import none_if_nan
 from pyramiddrop.inference.timing import PrefillTime
 from pyramiddrop.methods import Downsample
 from pyramiddrop.scoring import RandomScorer
@@ -144,10 +144,10 @@ def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> di
     stages = np.array([one.tokens_by_stage for one in used]).mean(0)
     drops = [stage.layer for stage in used[0].stages]
     return {
-        "flops": known(float(flops)),
-        "flops_ratio": known(float(flops / np.mean([one.flops for one in plain]))),
-        "kv_bytes": known(float(kv_bytes)),
-        "kv_ratio": known(float(kv_bytes / np.mean([one.kv_bytes for one in plain]))),
+        "flops": none_if_nan(float(flops)),
+        "flops_ratio": none_if_nan(float(flops / np.mean([one.flops for one in plain]))),
+        "kv_bytes": none_if_nan(float(kv_bytes)),
+        "kv_ratio": none_if_nan(float(kv_bytes / np.mean([one.kv_bytes for one in plain]))),
         "visual_tokens": {
             "by_stage": [float(count) for count in stages],
             "drop_layers": drops,
@@ -167,4 +167,4 @@ def _difference(value: Difference, pictures: int) -> dict[str, Any]:
 
 
 def _plain(value: Score) -> dict[str, Any]:
-    return {name: known(number) for name, number in asdict(value).items()}
+    return {name: none_if_nan(number) for name, number in asdict(value).items()}

@@ -130,8 +130,8 @@ class ClsAttentionRecorder:
         hidden = args[0] if args else kwargs["hidden_states"]
         first = int(self._tower.class_token)
         count = 1 if first else hidden.shape[1]
-        asking = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
-        seen = extract(layer, hidden, asking, lambda rows: {"attention_mask": None})
+        query_rows = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
+        seen = extract(layer, hidden, query_rows, lambda rows: {"attention_mask": None})
         visible = seen.keys.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
         weights = seen.keys.new_ones(len(hidden), count)
         received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)[:, first:]

@@ -44,7 +44,7 @@ class Plan:
         drops: shallow to deep. Stage k is the run of layers between drops k - 1 and k.
         past: number of columns before this call.
         visual_tokens: the largest number of visual tokens of a sample.
-        asking: the largest numbers of query tokens and of instruction tokens of a sample.
+        num_queries: the largest numbers of query tokens and of instruction tokens of a sample.
         reach: the largest distance in columns from the first visual token to the last query token of a sample.
     """
 
@@ -53,7 +53,7 @@ class Plan:
     drops: tuple[Drop, ...]
     past: int
     visual_tokens: int
-    asking: tuple[int, int]
+    num_queries: tuple[int, int]
     reach: int
 
     @property
@@ -62,7 +62,7 @@ class Plan:
         found, rows, before = [], self.length, self.visual_tokens
         for drop in self.drops:
             if drop.ranks:
-                found.append(DropCounts(drop.layer, rows, before, drop.kept, *self.asking))
+                found.append(DropCounts(drop.layer, rows, before, drop.kept, *self.num_queries))
             rows, before = drop.length, drop.kept
         return found
 
@@ -227,7 +227,7 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
         drops=drops,
         past=masks.past,
         visual_tokens=int(tokens.sum(1).max()),
-        asking=(columns.shape[1], instruction_columns.shape[1]),
+        num_queries=(columns.shape[1], instruction_columns.shape[1]),
         reach=_reach(visual, queries, documents),
         visual=visual,
         protected=protected,
@@ -277,7 +277,7 @@ def _packing(
     owners = torch.full((len(groups), int(groups.max()) + 1), count)
     row, column = visual.nonzero(as_tuple=True)
     owners[row, groups[row, column]] = numbers[row, column]
-    lengths, asking, instructing = (
+    lengths, num_queries, num_instruction = (
         torch.zeros(count + 1, dtype=torch.long).scatter_add(0, numbers.flatten(), mask.flatten().long())[:count]
         for mask in (torch.ones_like(visual), queries, instruction)
     )
@@ -287,8 +287,8 @@ def _packing(
         rows=torch.repeat_interleave(torch.arange(len(counts)), counts),
         owners=owners,
         lengths=lengths,
-        queries=max(1, int(asking.max())),
-        instruction=max(1, int(instructing.max())),
+        queries=max(1, int(num_queries.max())),
+        instruction=max(1, int(num_instruction.max())),
     )
 
 

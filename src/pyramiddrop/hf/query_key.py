@@ -87,7 +87,7 @@ PerToken = Callable[[Tensor | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Asking:
+class Probe:
     """A layer, its input, and the rows whose queries are wanted.
 
     Attributes:
@@ -121,8 +121,8 @@ class Asking:
         return self.arguments(last.expand(self.hidden.shape[-3], 1))
 
 
-#: The way to extract from each layer, once it is known, also for a method that is applied again.
-_ways: WeakKeyDictionary[nn.Module, Callable[[Asking], QueryKey]] = WeakKeyDictionary()
+#: How to extract from each layer, once it is known, also for a method that is applied again.
+_extractors: WeakKeyDictionary[nn.Module, Callable[[Probe], QueryKey]] = WeakKeyDictionary()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -132,21 +132,21 @@ def extract(layer: nn.Module, hidden: Tensor, rows: Tensor | None, arguments: Pe
     Raises:
         NoAttentionError: if the layer does not call the attention interface.
     """
-    asking = Asking(layer, hidden, rows, arguments)
-    way = _ways.get(layer)
-    if way is None:  # once, because the comparison makes the host wait for the device
-        way = _ways[layer] = _fastest_way(asking)
-    if way is _by_module and not _is_written_as_llama(asking):
-        way = _keys_alone  # its weights are currently offloaded
-    return way(asking)
+    probe = Probe(layer, hidden, rows, arguments)
+    extractor = _extractors.get(layer)
+    if extractor is None:  # once, because the comparison makes the host wait for the device
+        extractor = _extractors[layer] = _fastest_extractor(probe)
+    if extractor is _by_module and not _is_written_as_llama(probe):
+        extractor = _keys_alone  # its weights are currently offloaded
+    return extractor(probe)
 
 
-def _fastest_way(asking: Asking) -> Callable[[Asking], QueryKey]:
-    """The fastest way to extract from the layer that agrees with the exact one."""
-    whole = _whole(asking)
-    if _is_written_as_llama(asking) and _agree(_by_module(asking), whole):
+def _fastest_extractor(probe: Probe) -> Callable[[Probe], QueryKey]:
+    """The fastest extractor that agrees with the exact one on this layer."""
+    whole = _whole(probe)
+    if _is_written_as_llama(probe) and _agree(_by_module(probe), whole):
         return _by_module
-    return _keys_alone if _agree(_keys_alone(asking), whole) else _whole
+    return _keys_alone if _agree(_keys_alone(probe), whole) else _whole
 
 
 def _agree(found: QueryKey, exact: QueryKey) -> bool:
@@ -160,16 +160,16 @@ def _agree(found: QueryKey, exact: QueryKey) -> bool:
     )
 
 
-def _whole(asking: Asking) -> QueryKey:
+def _whole(probe: Probe) -> QueryKey:
     """Run the layer up to its kernel for all rows."""
-    whole = _run(shadow_copy(asking.layer), asking.hidden, asking.arguments(None))
-    return QueryKey(asking.take_heads(whole.queries), whole.keys, whole.scale, whole.softcap, whole.sinks)
+    whole = _run(shadow_copy(probe.layer), probe.hidden, probe.arguments(None))
+    return QueryKey(probe.take_heads(whole.queries), whole.keys, whole.scale, whole.softcap, whole.sinks)
 
 
-def _keys_alone(asking: Asking) -> QueryKey:
+def _keys_alone(probe: Probe) -> QueryKey:
     """Run the layer twice: for the query rows, and for all rows with zeros as queries and values."""
-    asked = _run(shadow_copy(asking.layer), asking.take(asking.hidden), asking.own_arguments())
-    keyed = _run(shadow_copy(asking.layer, (*_QUERIES, *_VALUES)), asking.hidden, asking.arguments(None))
+    asked = _run(shadow_copy(probe.layer), probe.take(probe.hidden), probe.own_arguments())
+    keyed = _run(shadow_copy(probe.layer, (*_QUERIES, *_VALUES)), probe.hidden, probe.arguments(None))
     return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
 
 
@@ -182,27 +182,23 @@ _AS_LLAMA = _LLAMA | {
 }
 
 
-def _is_written_as_llama(asking: Asking) -> bool:
+def _is_written_as_llama(probe: Probe) -> bool:
     """True if a layer may be computed module by module.
 
     Its attention then reads only attributes that Llama's reads, and accelerate does not offload its weights.
     """
-    attention: Any = getattr(asking.layer, "self_attn", None)
-    if (
-        attention is None
-        or not hasattr(asking.layer, "input_layernorm")
-        or not _reads_as_llama(type(attention).forward)
-    ):
+    attention: Any = getattr(probe.layer, "self_attn", None)
+    if attention is None or not hasattr(probe.layer, "input_layernorm") or not _reads_as_llama(type(attention).forward):
         return False
     width: int = attention.head_dim
     norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    tables = asking.arguments(None).get("position_embeddings")
+    tables = probe.arguments(None).get("position_embeddings")
     return (
-        asking.hidden.dim() == 3
+        probe.hidden.dim() == 3
         and isinstance(tables, tuple)
         and all(table.dim() == 3 and table.shape[-1] == width for table in tables)
         and all(parameter.shape == (width,) for norm in norms for parameter in norm.parameters())
-        and not any(_HOOK in module.__dict__ for module in asking.layer.modules())
+        and not any(_HOOK in module.__dict__ for module in probe.layer.modules())
     )
 
 
@@ -211,14 +207,14 @@ def _reads_as_llama(forward: Callable[..., Any]) -> bool:
     return _LLAMA <= set(inspect.unwrap(forward).__code__.co_names) <= _AS_LLAMA
 
 
-def _by_module(asking: Asking) -> QueryKey:
+def _by_module(probe: Probe) -> QueryKey:
     """Compute what Llama's layer computes before its kernel: the queries of the query rows, all keys, no values."""
-    training = any(module.training for module in asking.layer.modules())  # without dropout
-    layer: Any = shadow_copy(asking.layer) if training else asking.layer
-    attention, normed = layer.self_attn, layer.input_layernorm(asking.hidden)
-    rotary = asking.arguments(None)["position_embeddings"]
-    own = [table[:, -1:] for table in rotary] if asking.rows is None else asking.own_arguments()["position_embeddings"]
-    queries = _heads(attention, "q", asking.take(normed), *own)
+    training = any(module.training for module in probe.layer.modules())  # without dropout
+    layer: Any = shadow_copy(probe.layer) if training else probe.layer
+    attention, normed = layer.self_attn, layer.input_layernorm(probe.hidden)
+    rotary = probe.arguments(None)["position_embeddings"]
+    own = [table[:, -1:] for table in rotary] if probe.rows is None else probe.own_arguments()["position_embeddings"]
+    queries = _heads(attention, "q", probe.take(normed), *own)
     return QueryKey(queries, _heads(attention, "k", normed, *rotary), attention.scaling, None, None)
 
 

@@ -307,12 +307,12 @@ class RankingLayer:
     ) -> Tensor:
         """(S, H, W) the attention that each document's rows, at most `width`, receive from its own query tokens."""
         numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
-        asking = Unpacked(numbers, packing.count, width)
+        query_documents = Unpacked(numbers, packing.count, width)
         visible = self._visible(
-            asking.take(columns), documents.take(self.rows), documents.valid, packing.rows[:, None, None]
+            query_documents.take(columns), documents.take(self.rows), documents.valid, packing.rows[:, None, None]
         )
-        queries, keys = _heads_by_document(asking, seen.queries), _heads_by_document(documents, seen.keys)
-        visible, weights = visible.to(keys.device), asking.valid.to(keys.device)
+        queries, keys = _heads_by_document(query_documents, seen.queries), _heads_by_document(documents, seen.keys)
+        visible, weights = visible.to(keys.device), query_documents.valid.to(keys.device)
         received = attention_by_head(queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
         return received.to(self.call.hidden.device)
 
@@ -351,8 +351,8 @@ class RankingLayer:
         columns = torch.cat([before.columns, rows + past], 1)
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
 
-    def _visible(self, asking: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
-        """(B, 1 or H, Q, K) to which `columns` (B, K) those at `asking` (B, Q) attend, by the text model's own mask.
+    def _visible(self, query_columns: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
+        """(B, 1 or H, Q, K) to which `columns` (B, K) those at `query_columns` (B, Q) attend, by the text model's own mask.
 
         For packed rows, (S, 1, 1) `batch` gives the row of each document.
         """
@@ -360,7 +360,7 @@ class RankingLayer:
         if not self.inputs.counts_columns(self.call.index):
             mask = self.inputs.padding
         if mask is None or mask.dim() == 2:
-            seen = causal(asking + plan.past, columns, alive)
+            seen = causal(query_columns + plan.past, columns, alive)
             if mask is None:
                 return seen
             shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
@@ -368,10 +368,10 @@ class RankingLayer:
         offset = plan.past + plan.length - mask.shape[-1] if self._scope.windowed else 0
         if batch is not None:
             mask = mask.expand(len(plan.visual), -1, -1, -1)
-            seen = mask[batch, :, asking[..., None], columns[:, None]].movedim(-1, 1)
+            seen = mask[batch, :, query_columns[..., None], columns[:, None]].movedim(-1, 1)
             return hide(seen, alive[:, None, None])
-        by_asking = take_rows(mask.transpose(1, 2), asking).transpose(1, 2)
-        seen = take_columns(by_asking, (columns - offset).clamp(min=0) if offset else columns)
+        query_rows = take_rows(mask.transpose(1, 2), query_columns).transpose(1, 2)
+        seen = take_columns(query_rows, (columns - offset).clamp(min=0) if offset else columns)
         return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
 
     @property

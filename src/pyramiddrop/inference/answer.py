@@ -12,7 +12,7 @@ import torch
 
 from pyramiddrop import Method
 from pyramiddrop.inference.checkpoint import Checkpoint
-from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
+from pyramiddrop.inference.prefill_stats import Usage, none_if_nan, usage, vanilla_usage
 from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.timing import PrefillTime, time_prefills
 from pyramiddrop.trace import Trace
@@ -112,8 +112,8 @@ class Comparison:
         return {
             "vanilla": outcome_dict(self.vanilla),
             "pruned": outcome_dict(self.pruned),
-            "flops_ratio": known(self.flops_ratio),
-            "kv_ratio": known(self.kv_ratio),
+            "flops_ratio": none_if_nan(self.flops_ratio),
+            "kv_ratio": none_if_nan(self.kv_ratio),
             "prefill_ratio": self.time_ratio,
             "prefill_runs": self.runs,
         }
@@ -154,5 +154,5 @@ def outcome_dict(outcome: Outcome) -> dict[str, Any]:
 
 def usage_dict(used: Usage) -> dict[str, Any]:
     """The usage of a prefill as plain numbers."""
-    account = {"flops": known(used.flops), "kv_bytes": known(used.kv_bytes)}
+    account = {"flops": none_if_nan(used.flops), "kv_bytes": none_if_nan(used.kv_bytes)}
     return {**asdict(used), "stages": [asdict(stage) for stage in used.stages], **account}

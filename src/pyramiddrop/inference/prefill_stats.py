@@ -132,6 +132,6 @@ def _account(
     return replace(unknown, flops=flops, kv_bytes=kv_bytes(shape, lengths))
 
 
-def known(number: float) -> float | None:
+def none_if_nan(number: float) -> float | None:
     """The number, or None instead of NaN, which JSON does not have."""
     return None if math.isnan(number) else number

@@ -15,7 +15,7 @@ from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.errors import InputError, user_input
-from pyramiddrop.inference.prefill_stats import Usage, known, usage, vanilla_usage
+from pyramiddrop.inference.prefill_stats import Usage, none_if_nan, usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.inference.video import Video, check_video, open_video
@@ -147,10 +147,10 @@ class Run:
             "method": {**(self.ready.method.settings() if self.ready.method else {}), "name": self.method},
             "answer": self.answer,
             **usage_dict(self.usage),
-            "vanilla_flops": known(self.vanilla.flops),
-            "vanilla_kv_bytes": known(self.vanilla.kv_bytes),
-            "flops_ratio": known(self.usage.flops / self.vanilla.flops),
-            "kv_ratio": known(self.usage.kv_bytes / self.vanilla.kv_bytes),
+            "vanilla_flops": none_if_nan(self.vanilla.flops),
+            "vanilla_kv_bytes": none_if_nan(self.vanilla.kv_bytes),
+            "flops_ratio": none_if_nan(self.usage.flops / self.vanilla.flops),
+            "kv_ratio": none_if_nan(self.usage.kv_bytes / self.vanilla.kv_bytes),
             "comparison": self.comparison.as_dict() if self.comparison else None,
         }
 

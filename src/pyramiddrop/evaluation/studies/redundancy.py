@@ -31,7 +31,7 @@ from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.errors import user_input
-from pyramiddrop.inference.prefill_stats import batch_usage, known
+from pyramiddrop.inference.prefill_stats import batch_usage, none_if_nan
 from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.speed.record import machine
 from pyramiddrop.trace import Trace
@@ -102,14 +102,14 @@ class Redundancy:
         for layer, keep in self.grid.cells:
             generation, trace = self._generate_cell(inputs, layer, keep, replay)
             used = batch_usage(self._model, inputs, single_drop(layer, keep), trace)
-            flops = [known(one.flops) for one in used]
+            flops = [none_if_nan(one.flops) for one in used]
             cells.append({"answers": generation.texts, "flops": flops, **generation.next_token(full)})
             looks[layer] = trace.stages[0].scores or looks.get(layer)
             advance(1)
         return {
             "shared": self.shared,
             "answers": full.texts,
-            "flops": [known(one.flops) for one in batch_usage(self._model, inputs)],
+            "flops": [none_if_nan(one.flops) for one in batch_usage(self._model, inputs)],
             "visual_tokens": trace.visual_tokens,
             "cells": cells,
             "attention": [
