@@ -94,7 +94,7 @@ def test_configurations_are_accelerates(path: Path) -> None:
 
 
 def test_the_examples_name_options_that_there_are() -> None:
-    commands = re.findall(r"pyramiddrop train (.*?)\n\n", (EXAMPLES / "README.md").read_text(), flags=re.DOTALL)
+    commands = re.findall(r"pyramiddrop train \\\n(.*?)\n\n", (EXAMPLES / "README.md").read_text(), flags=re.DOTALL)
     used = {word for command in commands for word in re.findall(r"--([a-z-]+)", command)}
     assert len(commands) == 2
     assert {word.replace("-", "_") for word in used} <= set(train.__annotations__)
