@@ -27,6 +27,7 @@ test: $(VENV)/.tested lint
 
 test-all: $(VENV)/.tested lint test-oldest test-newest test-lowest
 	$(BIN)/python $(PYTEST) -m "slow or not slow"
+	VENV=$(VENV) .ci/deepspeed
 
 # The fast tests on the oldest Transformers that is supported, in an environment of its own.
 test-oldest: $(OLDEST)/.tested

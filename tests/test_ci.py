@@ -16,12 +16,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("script", ["vllm", "lmms", "swift"])
+@pytest.mark.parametrize("script", ["vllm", "lmms", "swift", "deepspeed"])
 @pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
 def test_an_environment_that_cannot_be_made_is_skipped_and_in_ci_fails(
     script: str, ci: str, code: int, tmp_path: Path
 ) -> None:
-    nowhere = dict.fromkeys(("VLLM_ENV", "LMMS_ENV", "SWIFT_ENV"), str(tmp_path / "none"))
+    nowhere = dict.fromkeys(("VLLM_ENV", "LMMS_ENV", "SWIFT_ENV", "DEEPSPEED_ENV"), str(tmp_path / "none"))
     unmade = {"PYTHON": "false", "CI": ci} | nowhere
     done = subprocess.run([ROOT / ".ci" / script], env=os.environ | unmade, capture_output=True, text=True)
     assert done.returncode == code

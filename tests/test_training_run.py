@@ -28,16 +28,18 @@ from huggingface_hub import ModelCard
 
 import pyramiddrop
 from pyramiddrop import Method, PyramidDrop, VisionDrop
+from pyramiddrop.assets import digits_checkpoint, digits_images
 from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.schedule import Stage
+from pyramiddrop.training.answers import AnswerCheck
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import LENGTH, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import RECIPES
 from pyramiddrop.training.run import TrainOptions, last_whole_checkpoint, prepare_training
-from pyramiddrop.training.trainer import SeededLengths
+from pyramiddrop.training.trainer import ConversationTrainer, SeededLengths
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of Transformers, about its own new names
 
@@ -377,6 +379,107 @@ def test_the_best_adapters_are_those_at_the_end(options: TrainOptions, other_ans
     assert (job.trainer.args.weight_decay, job.trainer.optimizer.param_groups[0]["weight_decay"]) == (0.1, 0.1)
 
 
+def asked_alone(folder: Path, records: list[dict[str, Any]], method: Method) -> list[str]:
+    """The last answer of each conversation, one by one, by Transformers' own template and `generate`."""
+    processor = load_processor(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    texts = []
+    for record in records:
+        turns = [
+            {"role": turn["role"], "content": [{"type": "text", "text": turn["content"].removeprefix("<image>")}]}
+            for turn in record["messages"][:-1]
+        ]
+        if "images" in record:
+            turns[0]["content"].insert(0, {"type": "image", "path": record["images"][0]})
+        made = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(turns, **made)
+        with torch.no_grad(), method(model):
+            ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        texts.append(processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return [text.strip() for text in texts]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six conversations about bundled pictures: every other answer is the one that the digits model gives."""
+    images = [str(path) for path in digits_images()]
+    records: list[dict[str, Any]] = []
+    for number in range(6):
+        turns = [f"<image>Read row {number + 1}.", "7 0", "Read row 1 again, and then all of the others.", "3 3 2"]
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": words} for role, words in zip(roles, turns, strict=True)]
+        records.append({"messages": messages[: 2 + 2 * (number == 2)], "images": [images[number % len(images)]]})
+    records[4] = {"messages": [{"role": "user", "content": "Which digit?"}, {"role": "assistant", "content": "1"}]}
+    told = asked_alone(digits_checkpoint(), records, PyramidDrop(lam=0.4))
+    for number, record in enumerate(records):
+        record["messages"][-1]["content"] = f"{told[number].upper()}." if number % 2 else f"{told[number]} more"
+    path = tmp_path_factory.mktemp("questions") / "eval.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_answers_are_generated_and_counted(options: TrainOptions, questions: Path) -> None:
+    """In batches and by ranks they are those that Transformers generates for each sample alone, under the method."""
+    options = replace(options, model=str(digits_checkpoint()), data=str(questions), method="pyramiddrop:lam=0.4")
+    still = replace(
+        options, eval_data=str(questions), eval_every=1, learning_rate=0.0, steps=2, batch=2, device_batch=2
+    )
+    job = prepare_training(replace(still, eval_answers=6))
+    job.run()
+    assert [e["eval_exact_match"] for e in job.trainer.state.log_history if "eval_loss" in e] == [0.5, 0.5]
+    check, model = job.trainer.check, job.trainer.model
+    assert check is not None
+    expected = asked_alone(digits_checkpoint(), json.loads(questions.read_text()), PyramidDrop(lam=0.4))
+    assert check.answers(model.train()) == expected
+    assert len(set(expected)) > 2
+    assert model.training
+    parts = [check.exact_match(model, rank, 4, lambda right: right) for rank in range(4)]
+    assert sum(parts) == pytest.approx(0.5)
+    few = AnswerCheck(job.trainer.eval_dataset, AnswerCollator(load_processor(digits_checkpoint())), 3, batch=2)
+    assert few.answers(model) == expected[::2]
+
+
+@pytest.mark.fast_cases(1)
+@pytest.mark.parametrize("recipe", ["lora", "all"])
+def test_answers_leave_training_as_it_is(
+    recipe: str, options: TrainOptions, other_answers: Path, tmp_path: Path
+) -> None:
+    """To the bit, though LoRA's dropout draws in each step, and a score draws at random."""
+    options = replace(options, recipe=recipe, method="random", steps=3, save_every=None)
+    plain = prepare_training(options)
+    plain.run()
+    asked = replace(options, output=tmp_path / "asked", eval_data=str(other_answers), eval_every=1, eval_answers=5)
+    job = prepare_training(replace(asked, save_every=1))
+    job.trainer.args.load_best_model_at_end = False
+    job.run()
+    shares = [entry["eval_exact_match"] for entry in job.trainer.state.log_history if "eval_loss" in entry]
+    assert len(shares) == 3
+    assert curve(job) == curve(plain)
+    one, two = (pyramiddrop.load(folder, None).state_dict() for folder in (options.output, tmp_path / "asked"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_the_best_by_right_answers(options: TrainOptions, other_answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter((0.2, 0.8, 0.8, 0.4))
+    monkeypatch.setattr(AnswerCheck, "exact_match", lambda *_: next(shares))
+    asked = replace(options, eval_data=str(other_answers), eval_every=1, eval_answers=5, best_by="exact_match", steps=4)
+    figures = prepare_training(asked).run()
+    assert (figures["best_step"], figures["best_eval_exact_match"]) == (2, 0.8)
+    assert [path.name for path in options.output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_sharded_weights_do_not_answer(options: TrainOptions, other_answers: Path, monkeypatch: Any) -> None:
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    made = ConversationTrainer.__init__
+    monkeypatch.setattr(ConversationTrainer, "__init__", sharded)
+    with pytest.raises(InputError, match="--eval-answers 5 is not supported where weights are sharded"):
+        prepare_training(replace(options, eval_data=str(other_answers), eval_every=1, eval_answers=5))
+
+
 # --- λ that changes over the steps ----------------------------------------------------------------------------------
 
 
@@ -434,6 +537,9 @@ def test_lam_changes_over_the_steps(options: TrainOptions, other_answers: Path) 
         ({"eval_data": "a.json"}, "--eval-data and --eval-every go together"),
         ({"eval_data": "a.json", "eval_every": 2, "save_every": 4}, "--save-every 4 must be --eval-every 2"),
         ({"eval_data": "gone.json", "eval_every": 2}, "no such file: gone.json"),
+        ({"eval_answers": 5}, "--eval-answers 5 needs --eval-data"),
+        ({"best_by": "luck"}, "--best-by 'luck' is not one of loss, exact_match"),
+        ({"best_by": "exact_match"}, "--best-by exact_match needs answers; give --eval-answers N"),
         ({"report_to": ["papers"]}, "--report-to papers is not installed"),
         ({"lr_schedule": "steep"}, "--lr-schedule 'steep' is not one of linear, cosine"),
         ({"first_lam": 0.9}, r"--lam 0.9:... changes λ over the steps, and PyramidDrop\(layers="),

@@ -97,6 +97,13 @@ def train(
     eval_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between evaluations with --eval-data.", rich_help_panel=OUTPUT)
     ] = None,
+    eval_answers: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many of --eval-data are answered, too, and counted.", rich_help_panel=OUTPUT),
+    ] = None,
+    best_by: Annotated[
+        str, typer.Option(help="What says which checkpoint is best: loss, exact_match.", rich_help_panel=OUTPUT)
+    ] = "loss",
     report_to: Annotated[
         str, typer.Option(help="tensorboard, wandb, ... with commas between them; or none.", rich_help_panel=OUTPUT)
     ] = "tensorboard",
@@ -137,6 +144,8 @@ def train(
         lora_rank=lora_rank,
         eval_data=eval_data,
         eval_every=eval_every,
+        eval_answers=eval_answers,
+        best_by=best_by,
         report_to=report_to.split(","),
         max_length=max_length,
         checkpointing=checkpointing,
@@ -189,8 +198,12 @@ def _show(job: TrainingJob, figures: dict[str, Any], as_json: bool) -> None:
         print(json.dumps({"output": str(job.options.output), **figures}, indent=2))
     else:
         if "best_step" in figures:
-            best = f"of step {figures['best_step']}, with the lowest evaluation loss, {figures['best_eval_loss']:.4g}"
-            stdout().print(f"the weights are those {best}", soft_wrap=True)
+            by = job.options.best_by
+            best = "the lowest evaluation loss" if by == "loss" else "the most right answers"
+            value = f"{figures[f'best_eval_{by}']:.4g}"
+            stdout().print(
+                f"the weights are those of step {figures['best_step']}, with {best}, {value}", soft_wrap=True
+            )
         stdout().print(f"trained model: {job.options.output}", soft_wrap=True)
 
 

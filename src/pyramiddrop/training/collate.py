@@ -48,14 +48,23 @@ class AnswerCollator:
             the processor makes of the images.
         """
         written = [self.writer.write(plain_messages(row["messages"])) for row in rows]
-        pictures = [[open_image(image) for image in listed(row["images"])] for row in rows]
-        inputs = dict(self._encode(written, pictures))
+        offsets_too = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        inputs = dict(self._encode(written, [_pictures(row) for row in rows], **offsets_too))
         offsets = inputs.pop("offset_mapping")
         expansions = inputs.pop("text_replacement_offsets", None) or [[] for _ in rows]
         labels = inputs["input_ids"].clone()
         for row, one in enumerate(written):
             labels[row, ~answer_mask(offsets[row], one.answers, expansions[row])] = IGNORED_LABEL
         return {**inputs, "labels": labels}
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The inputs of `generate` that ask for the answer to the last message of each row, padded on the left.
+
+        Rows are those of a call; pictures behind their last message are left out.
+        """
+        written = [self.writer.prompt(plain_messages(row["messages"])) for row in rows]
+        pictures = [_pictures(row)[: _places(row)] for row in rows]
+        return dict(self._encode(written, pictures, padding_side="left"))
 
     @property
     def ends_answers(self) -> bool:
@@ -88,22 +97,29 @@ class AnswerCollator:
             if token and any(token in text for text in words):
                 raise BrokenSampleError(f"a text holds {token}, which stands for an image or a video in this model")
 
-    def _encode(self, written: Sequence[Rendered], pictures: list[list[Any]]) -> Any:
+    def _encode(self, written: Sequence[Rendered], pictures: list[list[Any]], **more: Any) -> Any:
         return self.processor(
             text=[one.text for one in written],
             images=pictures if any(pictures) else None,
             padding=True,
-            padding_side="right",
             add_special_tokens=self._adds_special(written[0]),
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
             return_tensors="pt",
+            **{"padding_side": "right"} | more,
         )
 
     def _adds_special(self, written: Rendered) -> bool:
         """Whether the tokenizer adds its special tokens; not where the template wrote the first of them itself."""
         first = self.processor.tokenizer.bos_token
         return first is None or not written.text.startswith(first)
+
+
+def _pictures(row: Mapping[str, Any]) -> list[Image.Image]:
+    return [open_image(image) for image in listed(row["images"])]
+
+
+def _places(row: Mapping[str, Any]) -> int:
+    """How many pictures the messages of a row have places for."""
+    return sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
 
 
 def listed(images: Any) -> Sequence[Any]:
@@ -226,6 +242,10 @@ class ConversationWriter:
             text, answers = self._render(messages, marked=True)
             return Rendered(text, [(start, stop) for start, stop in answers])
         return self._by_prefixes(messages)
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """The text of a conversation that ends where the next answer begins."""
+        return Rendered(self._render(messages, prompt=True)[0], [])
 
     def _by_prefixes(self, messages: Sequence[Message]) -> Rendered:
         text, answers = self._render(messages)[0], []

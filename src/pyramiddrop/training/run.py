@@ -22,6 +22,7 @@ from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pic
 from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method, with_logits
 from pyramiddrop.methods import Logits, Method, StagedMethod, apply
+from pyramiddrop.training.answers import EXACT_MATCH, AnswerCheck
 from pyramiddrop.training.callbacks import LamCurriculum, check_first_lam
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
@@ -34,6 +35,7 @@ from pyramiddrop.training.trainer import (
     SFTConfig,
     dummy_pixels,
     holds_whole_model,
+    name_layers_to_shard,
 )
 
 BROKEN_LIST = "broken.txt"
@@ -61,6 +63,8 @@ class TrainOptions:
         logits: see `Method`.
         eval_data: as `data`: its loss is logged, and the trained model is the one with the lowest.
         eval_every: steps between two evaluations; the last step is evaluated in any case.
+        eval_answers: samples of `eval_data` that are answered at each evaluation; the share of right ones is logged.
+        best_by: "loss", or "exact_match" for the share of right answers: what says which weights are the best.
         skip_broken: leave broken samples out instead of stopping at the first.
         resume: go on from the last whole checkpoint in `output`.
         save_every, log_every: steps; None saves at the end alone, or with `eval_data` the best checkpoint so far.
@@ -86,6 +90,8 @@ class TrainOptions:
     lora_rank: int = LORA_RANK
     eval_data: str | None = None
     eval_every: int | None = None
+    eval_answers: int | None = None
+    best_by: str = "loss"
     max_length: int | None = None
     logits: Logits = "kept"
     checkpointing: bool = True
@@ -131,7 +137,8 @@ class TrainingJob:
         resumed = last_whole_checkpoint(self.options.output) if self.options.resume else None
         figures: dict[str, float] = trainer.train(resume_from_checkpoint=resumed).metrics
         if trainer.state.best_metric is not None:
-            figures |= {"best_step": trainer.state.best_global_step, "best_eval_loss": trainer.state.best_metric}
+            best = {f"best_eval_{self.options.best_by}": trainer.state.best_metric}
+            figures |= {"best_step": trainer.state.best_global_step, **best}
         trainer.save_state()
         trainer.save_model()
         trainer.create_model_card()
@@ -175,6 +182,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
             apply(model, method)
     if arguments.world_size > 1:
         DummyImage(model, dummy_pixels(processor))
+        name_layers_to_shard(model)
         if not is_deepspeed_zero3_enabled():  # a rank whose batch is all fillers would rank nothing
             tables["train"] = with_fillers(tables["train"], options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(
@@ -188,11 +196,23 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     )
     if isinstance(method, StagedMethod) and options.first_lam is not None:
         trainer.follow(LamCurriculum(model, method, options.first_lam))
+    if options.eval_answers:
+        trainer.check = _answer_check(trainer, collator, tables["eval"], options.eval_answers)
     trainer.facts = _facts(options, recipe, arguments, report, model, method)
     if report.broken and trainer.is_world_process_zero():
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / BROKEN_LIST).write_text("\n".join(report.broken) + "\n", encoding="utf-8")
     return TrainingJob(options, trainer, method, report, _remarks(collator))
+
+
+def _answer_check(trainer: ConversationTrainer, collator: AnswerCollator, table: Dataset, count: int) -> AnswerCheck:
+    """InputError where no process holds the weights whole, so that it cannot answer for itself."""
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        raise InputError(
+            f"--eval-answers {count} is not supported where weights are sharded (FSDP, ZeRO-3); leave it out, and ask "
+            "the trained model with pyramiddrop eval"
+        )
+    return AnswerCheck(table, collator, count, trainer.args.per_device_eval_batch_size)
 
 
 def _load_tables(
@@ -263,7 +283,7 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
 
 
 def _saving(options: TrainOptions) -> dict[str, Any]:
-    """When to save and to evaluate. With `eval_data` the weights with the lowest loss are those at the end."""
+    """When to save and to evaluate. With `eval_data` the best weights, see `best_by`, are those at the end."""
     saving: dict[str, Any] = {"save_strategy": "steps" if options.save_every else "no"}
     if options.eval_data is None:
         return saving
@@ -274,8 +294,8 @@ def _saving(options: TrainOptions) -> dict[str, Any]:
         "eval_strategy": "steps",
         "eval_steps": options.eval_every,
         "per_device_eval_batch_size": options.device_batch,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "metric_for_best_model": f"eval_{options.best_by}",
+        "greater_is_better": options.best_by == EXACT_MATCH,
         "load_best_model_at_end": True,
     }
 
@@ -333,6 +353,12 @@ def _check_output(options: TrainOptions) -> None:
 def _check_settings(options: TrainOptions) -> None:
     if (options.eval_data is None) != (options.eval_every is None):
         raise InputError("--eval-data and --eval-every go together; give both, or neither")
+    if options.eval_answers is not None and options.eval_data is None:
+        raise InputError(f"--eval-answers {options.eval_answers} needs --eval-data, whose samples are answered")
+    if options.best_by not in ("loss", EXACT_MATCH):
+        raise InputError(f"--best-by {options.best_by!r} is not one of loss, {EXACT_MATCH}")
+    if options.best_by == EXACT_MATCH and not options.eval_answers:
+        raise InputError(f"--best-by {EXACT_MATCH} needs answers; give --eval-answers N with --eval-data")
     if options.eval_every and options.save_every not in (None, options.eval_every):
         raise InputError(
             f"--save-every {options.save_every} must be --eval-every {options.eval_every}, so that the best checkpoint "

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.training.answers import EXACT_MATCH, AnswerCheck, keep_random_state
 from pyramiddrop.training.callbacks import LamCurriculum, MethodCallback
 from pyramiddrop.training.model_card import TrainingFacts
 
@@ -33,10 +35,12 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
     Attributes:
         facts: what the model card says; TRL's own, where None, knows of no pictures and no method.
         curriculum: what changes λ over the steps, see `follow`.
+        check: generates answers at each evaluation, of which the share that is right is logged.
     """
 
     facts: TrainingFacts | None = None
     curriculum: LamCurriculum | None = None
+    check: AnswerCheck | None = None
 
     def follow(self, curriculum: LamCurriculum) -> None:
         """Train with a λ that changes; every evaluation drops with the last one, so that losses can be compared."""
@@ -44,11 +48,32 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
         self.add_callback(curriculum)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with the method that the trained model will have."""
+        """Evaluate with the method that the trained model will have; training goes on as if nothing had been."""
         if self.curriculum is not None:
             self.curriculum.finish()
-        figures: dict[str, float] = super().evaluate(*args, **kwargs)
+        with keep_random_state():
+            figures: dict[str, float] = super().evaluate(*args, **kwargs)
         return figures
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """Transformers' own, and the share of right answers among what it finds."""
+        found = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.check is not None:
+            with self.compute_loss_context_manager():
+                share = self.check.exact_match(
+                    self.accelerator.unwrap_model(self.model),
+                    self.args.process_index,
+                    self.args.world_size,
+                    self._total,
+                )
+            found.metrics[f"{metric_key_prefix}_{EXACT_MATCH}"] = share
+        return found
+
+    def _total(self, number: float) -> float:
+        """The sum over all ranks."""
+        return float(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), reduction="sum"))
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the model card into the output folder; called with each checkpoint, and by `push_to_hub`."""
@@ -114,6 +139,15 @@ class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
 __all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]
 
 
+def name_layers_to_shard(model: nn.Module) -> None:
+    """Let FSDP find the layers to shard: accelerate stops at one that a model's class names and the model has not.
+
+    LLaVA's class names the layers of CLIP's text model (seen in Transformers 5.24), which no LLaVA holds.
+    """
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    setattr(model, "_no_split_modules", named & {type(module).__name__ for module in model.modules()})  # noqa: B010
+
+
 def dummy_pixels(processor: Any) -> dict[str, Tensor]:
     """A model's arguments for one blank image."""
     any_size = (64, 64)  # the processor makes of it what the model takes
@@ -136,19 +170,28 @@ class DummyImage:
         info = inspect_model(model)
         self.pixels = pixels
         self.core: Any = next(module for module in reversed(info.wrappers) if hasattr(module, "get_image_features"))
-        self._blank = False
-        embeddings: Any = info.text.get_input_embeddings()
+        self.embeddings: Any = info.text.get_input_embeddings()
+        self._hook: RemovableHandle | None = None
         self.core.register_forward_pre_hook(self._look, with_kwargs=True)
-        embeddings.register_forward_hook(self._add_nothing)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # With a cache it is a step of `generate`, or its prefill, where ranks go their own ways anyway.
-        self._blank = kwargs.get("pixel_values") is None and cache_of(kwargs) is None
+        """Add the blank image where there is none; with a cache it is a step of `generate`, or its prefill, where ranks
+        go their own ways anyway.
+
+        The hook is put on anew each time, so that it comes after FSDP's own: FSDP2 fetches weights for the backward
+        pass in the order in which modules ended their forward, and with images the embeddings end before the tower.
+        """
+        self._remove_hook()
+        if kwargs.get("pixel_values") is None and cache_of(kwargs) is None:
+            self._hook = self.embeddings.register_forward_hook(self._add_nothing)
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def _add_nothing(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
-        if not self._blank:
-            return embedded
-        self._blank = False
+        self._remove_hook()
         inputs = {name: value.to(embedded.device) for name, value in self.pixels.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(embedded.dtype)
         features = self.core.get_image_features(**inputs, return_dict=True).pooler_output
