@@ -84,11 +84,11 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: p
     answered: list[int] = []
     answer: Callable[..., Any] = Answerer._answer
 
-    def stops(self: Answerer, inputs: Any, *given: Any) -> Any:
-        answered.append(len(inputs["input_ids"]))
+    def stops(self: Answerer, samples: Any, *given: Any) -> Any:
+        answered.append(len(samples))
         if len(answered) == 4:  # the second batch under the method: vanilla has answered both
             raise KeyboardInterrupt
-        return answer(self, inputs, *given)
+        return answer(self, samples, *given)
 
     monkeypatch.setattr(Answerer, "_answer", stops)
     with pytest.raises(KeyboardInterrupt):
