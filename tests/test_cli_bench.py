@@ -48,6 +48,38 @@ def test_overhead_counts_operations() -> None:
         assert row in result.stdout
 
 
+COMPOSED = "vision:score=uniform,keep=0.5 | pyramiddrop:layers=1/3,keep=0.5/0"
+
+
+def test_a_composition_is_measured_as_one_method() -> None:
+    """What its cache holds is what the cost model says of both drops together."""
+    record = record_of(*TINY, "--method", COMPOSED, "pyramiddrop:layers=1/3,keep=0.25/0")
+    vanilla, both, inside = record["results"]
+    assert both["variant"].startswith("VisionDrop(score='uniform') | PyramidDrop(")
+    for one in (vanilla, both, inside):
+        assert one["kv_bytes"] == one["predicted"]["kv_bytes"]
+    rows = [8 + tokens for tokens in (12, 6, 6, 0)]  # 24 visual tokens and 8 of text, in 4 layers
+    assert both["ratios"]["kv_bytes"] == pytest.approx(sum(rows) / (4 * 32))
+    assert both["predicted"]["flops"] < inside["predicted"]["flops"] < vanilla["predicted"]["flops"]
+
+
+@pytest.mark.slow
+def test_a_composition_in_every_mode(tmp_path: Path, picture: Path, llava_folder: Path) -> None:
+    added = record_of(*TINY, "--overhead", "--method", COMPOSED)["results"][1]["added"]
+    assert added["prefill_ops"] > 0 == added["step_ops"]
+    _, *steps = record_of(*TINY, "--train", "--method", COMPOSED)["results"]
+    assert min(one["ratios"]["flops"] for one in steps) < 0.5
+    shared = COMPOSED.replace("0.5 |", "0.5,per_image=true |") + ",per_image=true"
+    padded = record_of(*TINY, "--pictures", "2", "--batch", "2", "--padded", "--method", shared)["results"]
+    assert padded[1]["kv_bytes"] == padded[1]["predicted"]["kv_bytes"]
+    words = ["--model", str(llava_folder), "--image", str(picture), "--prompt", "w7 w8", "--repeats", "1"]
+    for before in ("vision:keep=0.5", "downsample:keep=0.25"):
+        path = tmp_path / "plot.png"
+        found = record_of(*words, "--method", f"{before} | pyramiddrop:lam=0.5", "--plot", str(path))["results"]
+        assert found[1]["kv_bytes"] == found[1]["predicted"]["kv_bytes"] < found[0]["kv_bytes"]
+        assert path.stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,6 +183,8 @@ def test_threads_are_given_back() -> None:
         (["--image", "nothing.png"], "no such picture: nothing.png"),
         (["--repeats", "0"], "--repeats"),
         (["--text-tokens", "3"], "--text-tokens"),
+        (["--shape", "tiny", "--method", "vision | pyramiddrop"], "what the vision tower sees, and --shape runs the"),
+        (["--shape", "tiny", "--method", "downsample"], "take vision:score=diversity, random or uniform, or a"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

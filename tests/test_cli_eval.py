@@ -11,7 +11,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pyramiddrop import Downsample, FastV, Method, PyramidDrop, UnsupportedModelError
+from pyramiddrop import (
+    Downsample,
+    FastV,
+    Method,
+    PyramidDrop,
+    RandomDrop,
+    UniformDrop,
+    UnsupportedModelError,
+    VisionDrop,
+)
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cli.main import app
 from pyramiddrop.evaluation import run as run_module
@@ -21,6 +30,7 @@ from pyramiddrop.evaluation.samples import read_samples
 from pyramiddrop.evaluation.scores import difference, score
 from pyramiddrop.evaluation.tasks import digits_task
 from pyramiddrop.inference.checkpoint import load_checkpoint
+from pyramiddrop.report.tables.evaluation import eval_markdown, eval_notes
 from test_cli_generate import assert_one_line
 
 WORDS = ["w7", "w8 w9 w10", "w3 w4", "w7 w8", "w9", "w5 w6 w7"]
@@ -81,6 +91,50 @@ def test_digits_are_scored_as_by_hand() -> None:
     assert (record["task"]["split"], record["task"]["seed"], record["pictures"]) == ("val", 3, 20)
 
 
+def test_questions_about_text_are_scored_apart(tiny: list[str | Path], data: Path) -> None:
+    """By the names of their kinds, or as each says itself."""
+    words = [*tiny, "--rounds", "0", "--method", "fastv:layer=1,keep=0.2"]
+    records = json.loads(data.read_text())
+    for number, (one, told) in enumerate(zip(records, (None, None, True, False, False, True), strict=True)):
+        one["kind"], one["reads_text"] = ("scene_text", "other")[number % 2], told
+    data.write_text(json.dumps(records))
+    reads = [0, 2, 5]
+    record = run_json(*words)
+    vanilla = record["methods"][0]
+    said = Answerer(load_checkpoint(str(tiny[1]), "cpu"), max_new_tokens=3).answers(read_samples(data))
+    right = [
+        reply.text.strip().strip(".").lower() in [one.strip().strip(". ").lower() for one in record["answers"]]
+        for reply, record in zip(said, records, strict=True)
+    ]
+    assert vanilla["reading"]["text"]["count"] == 3 == vanilla["reading"]["other"]["count"]
+    assert vanilla["reading"]["text"]["mean"] == pytest.approx(sum(right[number] for number in reads) / 3)
+    assert vanilla["reading"]["other"]["mean"] == pytest.approx((sum(right) - sum(right[n] for n in reads)) / 3)
+    assert "read in the picture (3)" in eval_markdown(record)
+    assert "not read in it (3)" in eval_markdown(record)
+    records[0]["reads_text"] = "yes"
+    data.write_text(json.dumps(records))
+    assert_one_line(run(*words), "\"reads_text\" must be true or false; got 'yes'")
+
+
+def test_a_report_names_the_controls_that_it_does_not_have() -> None:
+    def notes(*methods: Method, **record: Any) -> str:
+        variants = [{"method": None}, *({"method": method.settings()} for method in methods)]
+        blank = {"group_a": None, "prefill": None}
+        return " ".join(
+            eval_notes({"methods": [blank | one for one in variants], "machine": {"device": "cpu"}, **record})
+        )
+
+    before = VisionDrop(score={"name": "random", "seed": 1})
+    assert "Not compared with random inside the decoder, random before it, uniform, a smaller picture:" in notes(
+        FastV()
+    )
+    assert "Not compared with random before it, a smaller picture:" in notes(RandomDrop(), UniformDrop(), VisionDrop())
+    assert "Not compared with a smaller picture:" in notes(RandomDrop(), UniformDrop(), before)
+    for rest in ({"methods": Downsample()}, {"left_out": {"Downsample": "no such pictures"}}):
+        method = [rest.pop("methods")] if "methods" in rest else []
+        assert "Not compared" not in notes(RandomDrop(), UniformDrop(), before, *method, **rest)
+
+
 def test_below_ten_pictures_no_interval_is_drawn() -> None:
     for limit, drawn in ((9, False), (10, True)):
         words = ["--limit", str(limit), "--rounds", "0", "--method", "fastv:layer=1,keep=0.2"]
@@ -108,6 +162,7 @@ def test_controls_answer_beside_the_methods_at_their_budget() -> None:
         same = [own == plain for own, plain in zip(texts, said[0], strict=True)]
         assert variant["agreement"]["mean"] == pytest.approx(sum(same) / 5)
         assert variant["group_a"]["count"] == len(wrong) > 0
+        assert variant["reading"] is None or variant["reading"]["text"] == variant["scores"]["read_row"]
         assert variant["group_a"]["mean"] == pytest.approx(sum(points[number] for number in wrong) / len(wrong))
     assert variants[-1]["group_a"]["mean"] == 0
     means = [sum(points) / 5 for points in right]
@@ -222,11 +277,11 @@ def test_a_run_that_was_stopped_goes_on(
     answered: list[int] = []
     answer, stop_at = Answerer._answer, 4
 
-    def counted(self: Answerer, inputs: Any, *arguments: Any) -> Any:
+    def counted(self: Answerer, samples: Any, *arguments: Any) -> Any:
         if len(answered) == stop_at:
             raise KeyboardInterrupt
-        answered.append(len(inputs["input_ids"]))
-        return answer(self, inputs, *arguments)
+        answered.append(len(samples))
+        return answer(self, samples, *arguments)
 
     monkeypatch.setattr(Answerer, "_answer", counted)
     assert run(*words, "--output", tmp_path / "run").exit_code != 0

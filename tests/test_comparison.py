@@ -84,11 +84,11 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: p
     answered: list[int] = []
     answer: Callable[..., Any] = Answerer._answer
 
-    def stops(self: Answerer, inputs: Any, *given: Any) -> Any:
-        answered.append(len(inputs["input_ids"]))
+    def stops(self: Answerer, samples: Any, *given: Any) -> Any:
+        answered.append(len(samples))
         if len(answered) == 4:  # the second batch under the method: vanilla has answered both
             raise KeyboardInterrupt
-        return answer(self, inputs, *given)
+        return answer(self, samples, *given)
 
     monkeypatch.setattr(Answerer, "_answer", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,6 @@ def test_lmms_eval_without_results_is_an_error_whatever_its_exit_code(
         (FAST | {"model": ""}, "model must be a text; got ''"),
         (FAST | {"method": "fastv:kep=1"}, "kep"),
         (FAST | {"task": "mme"}, "task 'mme' needs a model: only digits and reader have a bundled one"),
-        (FAST | {"task": "mme", "model": "m", "method": "vision | pyramiddrop"}, "lmms-eval is told a method by its"),
         (FAST | {"method": "fastv", "limit": 5}, "limit is 5, and 4 in a.json: experiments of a folder differ"),
         (FAST, "a.json has the same method 'fastv:layer=1,keep=0.1'"),
     ],
@@ -155,9 +154,13 @@ def test_words_that_name_nothing_are_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_model_and_tasks_of_lmms_eval_become_experiments(tmp_path: Path) -> None:
     write(tmp_path, "reader/early", FAST | {"task": "reader", "method": "pyramiddrop:keep=0.5/0.25/0"})
-    write(tmp_path, "reader/both", FAST | {"task": "reader", "method": "vision | pyramiddrop"})
+    write(tmp_path, "reader/both", FAST | {"task": "reader", "method": "vision:keep=0.3 | pyramiddrop:lam=0.4"})
     runner.add_experiments(tmp_path, "llava-hf/llava-1.5-7b-hf", "mme,pope", limit=100)
-    [one] = [found for found in runner.read_experiments(tmp_path) if found.board == "llava-1.5-7b-hf-mme-pope"]
+    added = [found for found in runner.read_experiments(tmp_path) if found.board == "llava-1.5-7b-hf-mme-pope"]
+    both, one = added
+    told = "pretrained=llava-hf/llava-1.5-7b-hf,method=vision:keep=0.3|pyramiddrop:lam=0.4"
+    assert both.name == "both"
+    assert told in runner.lmms_command(both, Path("there"))
     assert (one.name, one.limit, one.bundled) == ("early", 100, False)
     assert runner.lmms_command(one, Path("there"), "cuda") == [
         *(sys.executable, "-m", "lmms_eval", "--model", "pyramiddrop", "--model_args"),

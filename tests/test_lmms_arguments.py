@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop, UniformDrop
+from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.evaluation.lmms import run
 from pyramiddrop.evaluation.lmms.arguments import read_arguments, write_arguments
 from pyramiddrop.evaluation.lmms.backends import pick_backend
@@ -31,6 +31,15 @@ def test_lists_have_slashes_and_fields_alone_mean_pyramiddrop() -> None:
     assert read_arguments("a", {"lam": 1}).method == PyramidDrop(lam=1.0)
 
 
+def test_a_composition_is_one_method_and_what_stands_beside_it_is_for_the_inside() -> None:
+    words = {"method": "vision:keep=0.3 | pyramiddrop:layers=8/16:keep=0.5/0.25"}
+    inside = PyramidDrop(layers=[8, 16], keep=[0.5, 0.25])
+    assert read_arguments("a", words).method == VisionDrop(keep=0.3) | inside
+    words = {"method": "vision|fastv", "layer": 3, "positions": "compact", "per_image": True}
+    shared = {"positions": "compact", "per_image": True}
+    assert read_arguments("a", words).method == VisionDrop(**shared) | FastV(layer=3, **shared)
+
+
 def test_without_a_word_the_saved_method_counts(tmp_path: Path) -> None:
     assert read_arguments(str(tmp_path), {}).method == PyramidDrop()
     FastV(layer=1, keep=0.75).save_pretrained(tmp_path)
@@ -46,6 +55,7 @@ def test_without_a_word_the_saved_method_counts(tmp_path: Path) -> None:
         ({"method": "vanilla", "lam": 0.5}, "vanilla drops no tokens"),
         ({"lam": "half"}, "lam .*must be a number; got 'half'"),
         ({"lam": 1.5}, "lam|share|keep"),
+        ({"method": "fastv|vision"}, "the one that drops before the decoder comes first"),
     ],
 )
 def test_bad_arguments_are_one_line(given: dict[str, object], message: str) -> None:
@@ -65,11 +75,14 @@ def test_bad_arguments_are_one_line(given: dict[str, object], message: str) -> N
         UniformDrop(lam=0.25),
         FastV(score="key_norm", random_from=3),
         PyramidDrop(score="diversity", reserve=0.1, merge=True),
+        VisionDrop(keep=0.3) | PyramidDrop(layers=[1, 5], keep=[0.7, 0.0]),
+        VisionDrop(score="random", positions="compact") | FastV(positions="compact"),
+        Downsample() | PyramidDrop(),
     ],
 )
 def test_what_is_written_is_read_again(method: Method | None) -> None:
     text = write_arguments("some/model", method, {"dtype": "float32", "backend": None})
-    parts = dict(part.split("=") for part in text.split(","))
+    parts = dict(part.split("=", 1) for part in text.split(","))  # as lmms-eval splits it
     assert parts.pop("pretrained") == "some/model"
     read = read_arguments("some/model", parts)
     assert read.method == method
@@ -84,6 +97,8 @@ def test_what_cannot_be_written_is_refused() -> None:
         write_arguments("runs/a,b", None, {})
     with pytest.raises(InputError, match="Mine has none"):
         write_arguments("a", Mine(), {})
+    with pytest.raises(InputError, match="Mine has none"):
+        write_arguments("a", VisionDrop() | Mine(), {})
     with pytest.raises(InputError, match="a scorer by its name alone"):
         write_arguments("a", PyramidDrop(score={"name": "top_heads", "share": 0.5}), {})
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.evaluation.digits import DigitsBenchmark
-from pyramiddrop.evaluation.samples import digits_samples, read_samples
+from pyramiddrop.evaluation.samples import digits_samples, named_reading, read_samples
 from pyramiddrop.evaluation.tasks import digits_task, reader_task
 from pyramiddrop.inference.errors import InputError
 
@@ -165,3 +165,14 @@ def test_the_reader_task_has_groups_and_its_own_model() -> None:
     assert task.bundled == reader_checkpoint()
     with pytest.raises(InputError, match="split='odd' is not one of"):
         reader_task("odd")
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        *((name, True) for name in ("read_row", "ocr", "OCRBench", "text", "scene_text", "DocVQA", "chart")),
+        *((name, False) for name in ("spread", "colour_of", "texture", "all", "context", "podcast", "")),
+    ],
+)
+def test_the_name_of_a_kind_says_whether_it_reads(name: str, reads: bool) -> None:
+    assert named_reading("other", name) == reads

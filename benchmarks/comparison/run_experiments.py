@@ -33,7 +33,7 @@ from pyramiddrop.evaluation.store import write_json
 from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, READER, choose_task
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method
-from pyramiddrop.methods import Compose, Method
+from pyramiddrop.methods import Method
 
 HERE = Path(__file__).parent
 #: Replies, and what lmms-eval writes: a stopped run goes on from them.
@@ -171,16 +171,12 @@ def _check(given: Any) -> None:
 
 
 def add_experiments(root: Path, model: str, tasks: str, limit: int | None = None, batch: int = 1) -> None:
-    """Write a folder of experiments with the methods of experiments/reader; files that are there already stay.
-
-    lmms-eval is told a method by one name: compositions are left out of its tasks.
-    """
+    """Write a folder of experiments with the methods of experiments/reader; files that are there already stay."""
     board = re.sub(r"[^\w.]+", "-", f"{Path(model).name}-{tasks}").strip("-")
     values = {"task": tasks, "model": model, "batch": batch, **({"limit": limit} if limit else {})}
     for one in read_experiments(root):
         path = root / "experiments" / board / f"{one.name}.json"
-        composed = isinstance(parse_method(one.method), Compose) and tasks not in BUNDLED_TASKS
-        if one.board == READER and not composed and not path.exists():
+        if one.board == READER and not path.exists():
             _check({**values, "method": one.method})
             write_json(path, {**values, "method": one.method})
 

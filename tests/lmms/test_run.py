@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 from digits_task import LONGEST, TASK, expected, samples
 
-from pyramiddrop import FastV, Method, PyramidDrop
+from pyramiddrop import FastV, Method, PyramidDrop, VisionDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer, Reply
+from pyramiddrop.evaluation.lmms import run as run_module
 from pyramiddrop.evaluation.lmms.run import run_tasks
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
 
 DIGITS = str(digits_checkpoint())
-METHODS = {"vanilla": None, "pyramiddrop": PyramidDrop(), "fastv": FastV(layer=2, keep=0.25)}
+METHODS = {
+    "vanilla": None,
+    "pyramiddrop": PyramidDrop(),
+    "fastv": FastV(layer=2, keep=0.25),
+    "composed": VisionDrop(keep=0.5) | PyramidDrop(layers=[3, 6], keep=[0.5, 0.0]),
+}
 
 
 @cache
@@ -77,6 +83,20 @@ def test_scores_answers_and_costs_equal_ours(tasks: Path, tmp_path: Path) -> Non
     check_costs(saved, "pyramiddrop")
     assert saved["throughput"]["avg_visual_tokens"] == 64
     assert saved["throughput"]["avg_retained_visual_tokens"] == (64 + 32 + 16 + 8) / 4
+
+
+def test_a_composition_is_told_in_words_without_a_comma(tasks: Path, tmp_path: Path) -> None:
+    """From a text of model arguments, as a user writes it; and written by ourselves, as `eval --tasks` does."""
+    run_tasks(DIGITS, METHODS["composed"], [TASK], limit=16, output=tmp_path / "ours", device="cpu", include=tasks)
+    saved, answers = written(tmp_path / "ours")
+    assert answers == texts("composed")[:16] != texts("vanilla")[:16]
+    check_costs(saved, "composed", 16)
+    assert saved["throughput"]["avg_retained_visual_tokens"] == (3 * 32 + 3 * 16 + 2 * 0) / 8
+    arguments = f"pretrained={DIGITS},method=vision:keep=0.5|pyramiddrop:layers=3/6:keep=0.5/0"
+    words = ["--model", "pyramiddrop", "--model_args", arguments, "--tasks", TASK, "--limit", "16", "--device", "cpu"]
+    with run_module._command_line([*words, "--include_path", str(tasks)]):
+        told = run_module._evaluate()
+    assert told["results"] == saved["results"]
 
 
 def test_two_processes_equal_one(tasks: Path, tmp_path: Path) -> None:

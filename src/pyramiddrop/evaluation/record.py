@@ -33,8 +33,9 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     letter. "group_a" are the scores of the questions that downsampling at the same budget gets wrong (VTC-Bench's group
     A), if it is among the methods; None if it is not, or gets all of them right. "kept_place" is where the tokens lie
     that the last drop kept: their mean "row" and "column", 0 the upper or left edge, 1 the lower or right one; None
-    where that is not known. "draws" are the means of methods that drop by chance, over their seeds: the mean, the
-    lowest and the highest.
+    where that is not known. "reading" are the scores of the questions whose answer is "text" in the picture, and of all
+    "other" ones; None if there is but one of both. "draws" are the means of methods that drop by chance, over their
+    seeds: the mean, the lowest and the highest.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
     clusters = [sample.cluster for sample in task.samples]
@@ -63,6 +64,7 @@ def _variant(evaluation: Evaluation, number: int) -> dict[str, Any]:
         "method": outcome.method.settings() if outcome.method else None,
         **_budget(outcome.budget),
         "scores": {kind: _plain(scores[kind]) for kind in ("all", *evaluation.task.kinds)},
+        "reading": _reading(evaluation, outcome, clusters),
         "subscores": {kind: _plain(finer[kind]) for kind in evaluation.task.subkinds},
         "differences": {
             name: _difference(difference(outcome.points, base.points, clusters), len(set(clusters)))
@@ -112,6 +114,17 @@ def _group_a(evaluation: Evaluation, outcome: Outcome, clusters: Sequence[str]) 
         return None
     wrong = own[0].points < 1
     return _plain(score(outcome.points[wrong], np.asarray(clusters)[wrong]))
+
+
+def _reading(evaluation: Evaluation, outcome: Outcome, clusters: Sequence[str]) -> dict[str, Any] | None:
+    reads = np.array([sample.reads_text for sample in evaluation.task.samples])
+    if reads.all() or not reads.any():
+        return None
+    names = np.asarray(clusters)
+    return {
+        name: _plain(score(outcome.points[chosen], names[chosen]))
+        for name, chosen in (("text", reads), ("other", ~reads))
+    }
 
 
 def _kept_place(replies: Sequence[Reply]) -> dict[str, float] | None:

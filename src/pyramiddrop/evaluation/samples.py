@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Sample:
         answers: any of them is right; empty where no answer is known.
         kind: of the question, for scores by kind.
         subkind: a finer kind, for scores of their own; empty where there is none.
+        reads_text: whether the answer is read in the picture, as letters or figures.
         cluster: equal for samples that are not independent, such as those of one picture.
     """
 
@@ -34,6 +36,16 @@ class Sample:
     kind: str = "all"
     cluster: str = ""
     subkind: str = ""
+    reads_text: bool = False
+
+
+#: How the names of kinds begin whose questions are about text in a picture: `read_row`, `ocr`, `DocVQA`, `scene_text`.
+_READING = re.compile(r"(?<![a-z])(read|ocr|text(?!ure)|doc|chart|info(graphic|vqa)|receipt)", re.IGNORECASE)
+
+
+def named_reading(*names: str) -> bool:
+    """Whether a kind of question, by any of its names, is about text in a picture."""
+    return any(_READING.search(name) for name in names)
 
 
 class PictureFiles(Sequence[Image.Image]):
@@ -63,7 +75,10 @@ def digits_samples(split: str = "test", scenes: int = 80, seed: int = 0) -> list
         raise InputError(f"scenes must be at least 1; got {scenes}")
     with user_input(caught=(ValueError, ImportError)):
         drawn = list(DigitsBenchmark(split, scenes, seed=seed))
-    return [Sample((one.image,), one.question, (one.answer,), one.kind, str(one.scene)) for one in drawn]
+    return [
+        Sample((one.image,), one.question, (one.answer,), one.kind, str(one.scene), reads_text=named_reading(one.kind))
+        for one in drawn
+    ]
 
 
 def reader_samples(split: str = "test", pictures: int = 120, seed: int = 0, questions: int = 6) -> list[Sample]:
@@ -74,14 +89,26 @@ def reader_samples(split: str = "test", pictures: int = 120, seed: int = 0, ques
     """
     with user_input(caught=(ValueError,)):
         drawn = list(ReaderBenchmark(split, pictures, questions, seed))
-    return [Sample((one.image,), one.question, (one.answer,), one.group, str(one.picture), one.kind) for one in drawn]
+    return [
+        Sample(
+            (one.image,),
+            one.question,
+            (one.answer,),
+            one.group,
+            str(one.picture),
+            one.kind,
+            named_reading(one.group, one.kind),
+        )
+        for one in drawn
+    ]
 
 
 def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sample]:
     """The samples of a user's file: a JSON list, or JSON lines, of objects of one of two forms.
 
     - `{"image": "a.jpg", "question": "Why?", "answer": "So."}`; or `"images"`, a list, and `"answers"`, a list of which
-      any is right. `"kind"` groups the scores. Without an answer the sample cannot be scored, but asked.
+      any is right. `"kind"` groups the scores; `"reads_text"` says whether the answer is read in the picture (if it is
+      not given, the kind's name does). Without an answer the sample cannot be scored, but asked.
     - What `pyramiddrop train` reads: LLaVA's `"conversations"` or `"messages"`, with one question and one answer.
 
     Samples of the same pictures are clustered, or else those with the same `"cluster"`.
@@ -124,12 +151,14 @@ def _checked(
     files = _files(names, folder)
     if not isinstance(question, str) or not question.strip():
         raise BrokenSampleError(f"a question must be text; got {question!r}")
+    kind = _label(record, "kind") or "all"
     return Sample(
         images=PictureFiles(files),
         question=question,
         answers=answers,
-        kind=_label(record, "kind") or "all",
+        kind=kind,
         cluster=_label(record, "cluster") or "|".join(map(str, files)),
+        reads_text=_reads_text(record, kind),
     )
 
 
@@ -179,6 +208,13 @@ def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise BrokenSampleError(f"an answer must be text or a number; got {answer!r}")
     return tuple(map(str, answers))
+
+
+def _reads_text(record: Mapping[str, Any], kind: str) -> bool:
+    given = record.get("reads_text")
+    if given is not None and not isinstance(given, bool):
+        raise BrokenSampleError(f'"reads_text" must be true or false; got {given!r}')
+    return named_reading(kind) if given is None else given
 
 
 def _label(record: Mapping[str, Any], name: str) -> str:

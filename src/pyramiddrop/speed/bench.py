@@ -18,6 +18,7 @@ from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import clock_for, cpu_threads
 from pyramiddrop.method_spec import VANILLA
+from pyramiddrop.methods import Compose
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
 from pyramiddrop.speed.graphs import count_graphs
@@ -207,7 +208,8 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
         if value:
             raise InputError(f"--{name} belongs to a checkpoint, and --shape runs random weights; give one of the two")
     sizes, _ = sizes_of(shape, options.num_layers)
-    choose_variants(options.methods, sizes, Prompt(1))  # before the weights are made
+    for variant in choose_variants(options.methods, sizes, Prompt(1)):  # before the weights are made
+        _check_no_tower(variant)
     return shape_subject(
         shape,
         device,
@@ -218,6 +220,16 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
         options.pictures or 1,
         options.padded,
     )
+
+
+def _check_no_tower(variant: MethodCost) -> None:
+    """Raise InputError for a method that needs the vision tower, which a shape does not have."""
+    parts = variant.method.parts if isinstance(variant.method, Compose) else (variant.method,)
+    if any(part is not None and part.scorer().needs_vision_attention for part in parts):
+        raise InputError(
+            f"{variant.label} reads or changes what the vision tower sees, and --shape runs the decoder alone: take "
+            "vision:score=diversity, random or uniform, or a checkpoint with --model"
+        )
 
 
 def _of_checkpoint(options: BenchOptions, device: torch.device) -> Subject:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pyramiddrop import Method, PyramidDrop
+from pyramiddrop import Compose, Method, PyramidDrop
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
-from pyramiddrop.method_spec import NAMES, VANILLA, option_names
+from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_options
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Arguments:
 def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
     """Tell the method's fields from the backend's arguments.
 
+    A composition is one `method`, in words without a comma: `vision:keep=0.5|pyramiddrop:layers=8/16:keep=0.5/0.25`.
+    Fields beside it are for the method inside the decoder; what holds for a whole forward is for both.
+
     Where no method and no field is given, the one saved beside the checkpoint is taken, or else PyramidDrop as the
     paper has it: the rule of `pyramiddrop generate`.
 
@@ -46,8 +49,8 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
     if "method" not in given and not options:
         return Arguments(saved_method(pretrained) or PyramidDrop(), backend, passed)
     name = str(given.get("method", "pyramiddrop"))
-    words = ",".join(f"{option}={value}" for option, value in options.items())
-    return Arguments(parse_method(f"{name}:{words}" if words else name), backend, passed)
+    words = {option: str(value) for option, value in options.items()}
+    return Arguments(parse_method(with_options(name, words)), backend, passed)
 
 
 def write_arguments(pretrained: str, method: Method | None, others: Mapping[str, Any]) -> str:
@@ -67,15 +70,23 @@ def write_arguments(pretrained: str, method: Method | None, others: Mapping[str,
 
 
 def _words(method: Method | None) -> dict[str, Any]:
-    """The method's name, and what is not as its default has it."""
+    """The method's name, and what is not as its default has it; of a composition both in one text."""
     if method is None:
         return {"method": VANILLA}
+    if isinstance(method, Compose):
+        return {"method": BAR.join(map(_part, method.parts))}
     name = next((name for name, kind in NAMES.items() if type(method) is kind), None)
     if name is None:
         raise InputError(f"lmms-eval is told a method by its name, and {type(method).__name__} has none")
     told = method.settings()
     changed = [field.name for field in fields(method) if field.init and getattr(method, field.name) != field.default]
     return {"method": name, **{option: "none" if told[option] is None else told[option] for option in changed}}
+
+
+def _part(method: Method) -> str:
+    """A part of a composition, with colons between its options, for commas stand between arguments."""
+    words = _words(method)
+    return ":".join([words.pop("method"), *(f"{option}={_written(value)}" for option, value in words.items())])
 
 
 def _written(value: Any) -> str:

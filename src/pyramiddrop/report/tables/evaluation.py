@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -37,12 +37,39 @@ def eval_notes(record: Record) -> list[str]:
     return [
         *(_draws_line(one) for one in record.get("draws", ())),
         *(f"{name} is left out: {why}" for name, why in record.get("left_out", {}).items()),
+        *_missing_controls(record),
         "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
         "the 95 % interval of a bootstrap over pictures; the first method is that of the same budget. FLOPs: decoder "
-        "layers and ranking, predicted, of vanilla's. "
+        "layers and ranking, predicted, of vanilla's (convention: full). "
         + "Group A: the questions, so many, that downsampling at the same budget gets wrong (VTC-Bench). "
         * any(one.get("group_a") for one in record["methods"])
         + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, methods in turn." * _timed(record),
+    ]
+
+
+#: What a report has to have beside its methods, by how it is recognised in a record: settings of a method.
+CONTROLS: dict[str, Callable[[Record], bool]] = {
+    "random inside the decoder": lambda method: method["method"] == "RandomDrop",
+    "random before it": lambda method: method["method"] == "VisionDrop" and "random" in str(method["score"]),
+    "uniform": lambda method: method["method"] == "UniformDrop",
+    "a smaller picture": lambda method: method["method"] == "Downsample",
+}
+
+
+def _missing_controls(record: Record) -> list[str]:
+    """One line that names the controls that were not asked, if any; those left out have lines of their own."""
+    asked = [variant["method"] for variant in record["methods"] if variant["method"]]
+    left_out = any(name.startswith("Downsample") for name in record.get("left_out", {}))
+    missing = [
+        name
+        for name, fits in CONTROLS.items()
+        if not any(map(fits, asked)) and not (left_out and name == "a smaller picture")
+    ]
+    if not missing:
+        return []
+    return [
+        f"Not compared with {', '.join(missing)}: what a ranking does not win against them it does not win. Ask them "
+        "too, at equal cost: --controls with --percent or --average-tokens."
     ]
 
 
@@ -108,6 +135,7 @@ def _column(record: Record, variant: Record) -> dict[str, str]:
         **{head: difference_cell(variant["differences"].get(name)) for name, head in _bases(record).items()},
         **_agreement(record, variant),
         **_kept_place(record, variant),
+        **_reading(variant),
         **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
     }
 
@@ -121,6 +149,13 @@ def _agreement(record: Record, variant: Record) -> dict[str, str]:
         group = variant["group_a"]
         rows["group A"] = f"{score_cell(group)} ({group['count']})" if group else ""
     return rows
+
+
+def _reading(variant: Record) -> dict[str, str]:
+    """Questions about text in pictures apart; earlier versions did not tell them."""
+    heads = {"text": "read in the picture", "other": "not read in it"}
+    found = variant.get("reading") or {}
+    return {f"{heads[name]} ({one['count']})": score_cell(one) for name, one in found.items()}
 
 
 def _kept_place(record: Record, variant: Record) -> dict[str, str]:
