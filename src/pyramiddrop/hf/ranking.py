@@ -352,7 +352,7 @@ class RankingLayer:
         return torch.cat([cached, keys], 2), columns, torch.cat([before.alive, alive], 1)
 
     def _visible(self, query_columns: Tensor, columns: Tensor, alive: Tensor, batch: Tensor | None = None) -> Tensor:
-        """(B, 1 or H, Q, K): the `columns` (B, K) that those at `query_columns` (B, Q) attend to, by the model's own mask.
+        """(B, 1 or H, Q, K): which `columns` (B, K) those at `query_columns` (B, Q) attend to, by the model's mask.
 
         For packed rows, (S, 1, 1) `batch` gives the row of each document.
         """
