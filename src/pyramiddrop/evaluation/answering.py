@@ -25,9 +25,9 @@ from pyramiddrop.trace import Trace
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, what its prefill used (by the cost model, without padding), and what it would use undropped.
+    """An answer, with the usage of its prefill (by the cost model, without padding) and that without dropping.
 
-    `place` is where the tokens lie that were kept, if that is known: see `kept_places`.
+    `place` is the mean place of the kept tokens, if it is known: see `kept_places`.
     """
 
     text: str
@@ -54,11 +54,11 @@ class Answerer:
         method: Method | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[Reply]:
-        """The replies under `method` (None: the model as it is); `advance` is told the size of each batch when done.
+        """The replies under `method` (None: vanilla); `advance` is called with the size of each finished batch.
 
         Raises:
-            InputError: for a sample that the processor cannot take, or a picture that cannot be read.
-            UnsupportedModelError, ValueError: for a model or a method that cannot work.
+            InputError: if the processor refuses a sample, or a picture cannot be read.
+            UnsupportedModelError, ValueError: if the model or the method is not supported.
         """
         replies: list[Reply] = []
         with self._applied(method) as trace:
@@ -71,9 +71,9 @@ class Answerer:
         return replies
 
     def answers_by_method(self, samples: Sequence[Sample], methods: Sequence[Method | None]) -> Iterator[list[Reply]]:
-        """The replies to one batch under each of `methods` in turn: those of `answers`, to the bit, for less work.
+        """The replies to one batch under each of `methods` in turn, bit-identical to those of `answers`.
 
-        The vision tower and the layers before a method's first drop run once for all methods, where they can.
+        If possible, the vision tower and the layers before a method's first drop run once for all methods.
         """
         inputs = on_model(self.checkpoint.model, self.inputs(samples))
         starts = [None if one is None else first_layer_seen(one, drop_layers(self.checkpoint, one)) for one in methods]
@@ -89,8 +89,7 @@ class Answerer:
             yield replies
 
     def split(self, method: Method | None) -> tuple[float | None, Method | None]:
-        """The share of the visual tokens that smaller pictures leave (None: they stay as they are), and the method that
-        is on the model."""
+        """The share of visual tokens of downsampled pictures (None: original pictures), and the method in the model."""
         return split_downsampling(method, self.checkpoint.processor)
 
     def _applied(self, method: Method | None) -> AbstractContextManager[Trace | None]:
@@ -98,8 +97,7 @@ class Answerer:
         return inside(self.checkpoint.model) if inside else nullcontext()
 
     def inputs(self, samples: Sequence[Sample], share: float | None = None) -> Any:
-        """The tensors of one batch, on the CPU; of pictures with no more than the `share` of their visual tokens, if
-        one is given."""
+        """The tensors of one batch, on the CPU; a `share` downsamples pictures to at most that share of tokens."""
         processor = self.checkpoint.processor
         questions = [(list(one.images), one.question) for one in samples]
         if share is None:
@@ -126,7 +124,7 @@ class Answerer:
         trace: Trace | None,
         views: Sequence[Sequence[PlacedView]],
     ) -> list[Reply]:
-        """The replies to `samples`, whose tensors are `inputs`, with what `method` leaves for the model on it."""
+        """The replies to `samples` with tensors `inputs`, under the part of `method` in the model."""
         share, inside = self.split(method)
         given = inputs if share is None else self.inputs(samples, share)
         texts = answer_greedily(self.checkpoint, given, self.max_new_tokens)
@@ -140,9 +138,9 @@ class Answerer:
     def _shared_prefill(
         self, sample: Sample, inputs: Any, methods: Sequence[Method | None], starts: Sequence[int | None]
     ) -> PrefillReplay | None:
-        """What the untouched prefill of `inputs` leaves; None if nothing is saved by it, or the numbers would differ.
+        """The recorded vanilla prefill of `inputs`; None if replaying it saves nothing or changes numbers.
 
-        It is still empty if the first of `methods` is the model as it is: its prefill is the one to record.
+        It is still empty if the first of `methods` is vanilla, whose prefill is then recorded.
         """
         model, vanilla = self.checkpoint.model, methods[0] is None
         shared = {start: method for method, start in zip(methods, starts, strict=True) if start is not None and method}
@@ -155,7 +153,7 @@ class Answerer:
         return replay
 
     def _replays(self, sample: Sample, methods: Mapping[int, Method]) -> bool:
-        """Whether replayed prefills are exact in this model: tried once, on one sample with one of `methods`."""
+        """True if replayed prefills are exact in this model, tried once on one sample with one of `methods`."""
         if self._exact is None:
             layer = max(methods)
             inputs = on_model(self.checkpoint.model, self.inputs([sample]))

@@ -1,4 +1,4 @@
-"""Choose the methods of an evaluation, and solve their keep ratios for equal cost: FLOPs, or visual tokens a layer."""
+"""Choose the methods of an evaluation, and solve their keep ratios for equal FLOPs or average visual tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pyramiddrop.methods import (
 from pyramiddrop.planning.solve import largest, shortest
 from pyramiddrop.speed.predicted import PUBLISHED
 
-#: Seeds of random controls: one draw is no baseline.
+#: Seeds of random controls, because a single draw is not a baseline.
 DRAWS = (0, 1, 2)
 
 
@@ -40,18 +40,19 @@ def at_budget(
     prompts: Sequence[Prompt],
     layers: Sequence[int] | None = None,
 ) -> Method:
-    """`method` with its shares solved so that all `prompts` together cost `percent` of vanilla, or just less.
+    """Solve the keep ratios of `method` so that all `prompts` together cost at most `percent` of vanilla.
 
-    What is counted are the decoder's layers and the ranking. Solved is λ, or the share of a method that has but one;
-    where shares were given for several drops, they are scaled alike. One token more would cost more than the budget.
+    The cost is that of the decoder's layers and the ranking. λ is solved, or the keep ratio of a method with a single
+    one; given keep ratios of several drops are scaled by one factor. One more token would exceed the budget.
 
     Args:
-        shape: of the model's decoder.
-        prompts: what is asked; those of one size count as often as they come.
-        layers: before which the method drops in this model, where that is not what its depth alone says.
+        shape: the sizes of the model's decoder.
+        prompts: the token counts of each prompt, with their number.
+        layers: the method's drop layers in this model, if they differ from those by depth alone.
 
     Raises:
-        InputError: for a percentage that is none, a method that has no share to solve, or a budget out of its reach.
+        InputError: if the percentage is not allowed, the method has no keep ratio to solve, or the budget is out of its
+            reach.
     """
     check_percent(percent)
     counted = Counter(prompts)
@@ -71,13 +72,13 @@ def at_average_tokens(
     prompts: Sequence[Prompt],
     layers: Sequence[int] | None = None,
 ) -> Method:
-    """`method` with its shares solved so that a layer has `tokens` visual tokens, or just fewer: a mean over layers and
-    `prompts`, which published tables call "average tokens".
+    """Solve the keep ratios of `method` so that layers have at most `tokens` visual tokens on average.
 
-    The arguments are those of `at_budget`.
+    The average is over layers and `prompts`; published tables call it "average tokens". Arguments as for `at_budget`.
 
     Raises:
-        InputError: for no positive number, a method that has no share to solve, or a budget out of its reach.
+        InputError: if the number is not positive, the method has no keep ratio to solve, or the budget is out of its
+            reach.
     """
     check_average_tokens(tokens)
     counted = Counter(prompts)
@@ -98,15 +99,15 @@ def _solve(
     words: tuple[str, str],
     prompts: Sequence[Prompt],
 ) -> Method:
-    """The method at the largest share that spends no more than `limit`.
+    """The method at the largest share that costs at most `limit`.
 
     Args:
-        scaled: the method at a share in (0, 1].
-        words: the budget, and its unit, for an error.
+        scaled: gives the method at a share in (0, 1].
+        words: the budget and its unit, for errors.
     """
     if spent(scaled(1.0)) <= limit:
         return scaled(1.0)
-    least = 1 / (2 * max(prompt.visual_tokens for prompt in prompts))  # leaves one token everywhere
+    least = 1 / (2 * max(prompt.visual_tokens for prompt in prompts))  # keeps one token everywhere
     if spent(scaled(least)) > limit:
         budget, unit = words
         raise InputError(
@@ -118,13 +119,13 @@ def _solve(
 
 
 def check_percent(percent: float) -> None:
-    """Raise InputError for what is no percentage of a cost."""
+    """Raise InputError if `percent` is not a percentage of a cost."""
     if not 0 < percent <= 100:
         raise InputError(f"--percent must be above 0 and at most 100; got {percent:g}")
 
 
 def check_average_tokens(tokens: float) -> None:
-    """Raise InputError for what is no number of tokens."""
+    """Raise InputError if `tokens` is not a number of tokens."""
     if not 0 < tokens < math.inf:
         raise InputError(f"--average-tokens must be above 0; got {tokens:g}")
 
@@ -135,7 +136,7 @@ def decoder_flops(
     prompts: Mapping[Prompt, int],
     layers: Sequence[int] | None = None,
 ) -> int:
-    """FLOPs of the decoder's layers and the ranking over all `prompts`, each as often as it says."""
+    """FLOPs of the decoder's layers and the ranking over all `prompts`, each times its number."""
     schedule = method.schedule(shape.layers, layers) if method else None
     ranking_cost = method.ranking_flops if method else attention_ranking_flops
     costs = {prompt: estimate_cost(ModelShape(shape), prompt, schedule, ranking_cost).full for prompt in prompts}
@@ -143,7 +144,7 @@ def decoder_flops(
 
 
 def _scaled(method: Method, option: str) -> Callable[[float], Method]:
-    """The method at a share in (0, 1], where 1 keeps all that it can keep; a composition inside the decoder alone."""
+    """The method at a share in (0, 1] of its largest keep ratios; in a composition, those inside the decoder."""
     settings: Any = method
     if isinstance(method, Compose):
         inside = _scaled(method.parts[1], option)
@@ -161,9 +162,9 @@ def _scaled(method: Method, option: str) -> Callable[[float], Method]:
 
 
 def choose_methods(words: Sequence[str], source: str) -> list[Method]:
-    """The methods that `words` name; vanilla, which always runs, is not among them.
+    """The methods in `words`, without vanilla, which always runs.
 
-    Without any word: the method saved beside the checkpoint `source`, or else those published.
+    By default: the method saved beside the checkpoint `source`, or else the published ones.
 
     Raises:
         InputError: for an unknown method, option or value, or a method that is named twice.
@@ -182,8 +183,8 @@ def choose_methods(words: Sequence[str], source: str) -> list[Method]:
 
 
 def control_methods(methods: Sequence[Method]) -> list[Method]:
-    """What `methods` have to be ahead of: tokens by chance inside and before the decoder, three draws each, evenly
-    spaced ones, and a smaller picture. Those inside drop where the first staged method does."""
+    """Controls for `methods`: random tokens inside and before the decoder (three draws each), evenly spaced tokens, and
+    downsampled pictures. Controls inside the decoder have the drop layers of the first staged method."""
     inside = [method.parts[1] if isinstance(method, Compose) else method for method in methods]
     staged = next((method for method in inside if isinstance(method, StagedMethod)), PyramidDrop())
     shared: dict[str, Any] = {name: getattr(staged, name) for name in ("positions", "layers", "stages", "keep")}
@@ -194,11 +195,10 @@ def control_methods(methods: Sequence[Method]) -> list[Method]:
 
 
 def drop_layers(checkpoint: Checkpoint, method: Method) -> tuple[int, ...]:
-    """The layers before which `method` drops in a model, where it also sees whether it can work there; 0 where the
-    model is shown smaller pictures.
+    """The layers before which `method` drops in a model; 0 for downsampled pictures.
 
     Raises:
-        UnsupportedModelError, ValueError: where it cannot.
+        UnsupportedModelError, ValueError: if the model does not support the method.
     """
     share, inside = split_downsampling(method, checkpoint.processor)
     smaller = () if share is None else (0,)

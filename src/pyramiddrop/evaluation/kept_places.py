@@ -1,4 +1,4 @@
-"""Where kept visual tokens lie in their pictures: a mean row and column, as parts of the height and the width."""
+"""The mean place of kept visual tokens in their pictures: row and column as shares of height and width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyramiddrop.trace import Trace
 
 
 class Place(NamedTuple):
-    """A place in a picture: 0 is its upper or left edge, 1 its lower or right one."""
+    """A place in a picture, from 0 at its upper or left edge to 1 at its lower or right one."""
 
     row: float
     column: float
@@ -24,8 +24,8 @@ def mean_place(views: Sequence[PlacedView], tokens: Iterable[int]) -> Place | No
     """The mean place of `tokens`, each at the middle of its cell; None if none of them has a place.
 
     Args:
-        views: of one prompt, in the order of its visual tokens.
-        tokens: numbers of visual tokens, from 0, through all views.
+        views: the views of one prompt, in the order of its visual tokens.
+        tokens: numbers of visual tokens, counted from 0 through all views.
     """
     located = [(seen, cell) for seen in views for cell in seen.view.cells]
     chosen = (located[token] for token in tokens)
@@ -43,11 +43,11 @@ def _place(seen: PlacedView, row: int, column: int) -> Place:
 def batch_views(
     config: Any, processor: Any, pictures: Sequence[Sequence[Image.Image]], inputs: Mapping[str, Any]
 ) -> list[Sequence[PlacedView]]:
-    """The views of each prompt of a batch; none for a prompt whose visual tokens have no known place.
+    """The views of each prompt of a batch; none for prompts whose visual tokens have no known place.
 
     Args:
-        pictures: of each prompt.
-        inputs: what the processor returned for the batch.
+        pictures: the pictures of each prompt.
+        inputs: the processor's outputs for the batch.
     """
     total, start, found = sum(map(len, pictures)), 0, list[Sequence[PlacedView]]()
     rows = {name: value for name, value in inputs.items() if len(value) == total}
@@ -62,9 +62,9 @@ def batch_views(
 
 
 def kept_places(trace: Trace, method: Method | None, views: Sequence[Sequence[PlacedView]]) -> list[Place | None]:
-    """For each prompt where the tokens lie that its last drop kept; of an early exit, those that the drop before kept.
+    """For each prompt, the mean place of the tokens that its last drop (before an early exit) kept.
 
-    None for tokens without a known place, and for a method that makes the picture smaller: its tokens are others.
+    None for tokens without a known place, and for downsampling, whose tokens are different ones.
     """
     parts = method.parts if isinstance(method, Compose) else (method,)
     if any(isinstance(part, Downsample) for part in parts) or not trace.stages:

@@ -19,23 +19,26 @@ from pyramiddrop.methods import Downsample
 from pyramiddrop.scoring import RandomScorer
 from pyramiddrop.speed.record import machine
 
-#: Pictures below which a bootstrap over pictures says nothing: differences have no interval.
+#: The smallest number of pictures for a bootstrap over pictures; below it, differences have no interval.
 FEWEST_PICTURES = 10
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything that is measured, for JSON; FLOPs, bytes and seconds, means over the questions. NaN becomes null.
+    """The record for JSON: FLOPs, bytes and seconds as means over the questions, with null for NaN.
 
-    So do the ends of intervals below ten pictures.
+    Intervals are null for fewer than ten pictures. Each method has
 
-    Each method has its budget ("percent" or "average_tokens"), and its differences "to_vanilla" and, but for the first
-    method itself, "to_first" of the same budget. "agreement" is the share of answers that are vanilla's, letter by
-    letter. "group_a" are the scores of the questions that downsampling at the same budget gets wrong (VTC-Bench's group
-    A), if it is among the methods; None if it is not, or gets all of them right. "kept_place" is where the tokens lie
-    that the last drop kept: their mean "row" and "column", 0 the upper or left edge, 1 the lower or right one; None
-    where that is not known. "reading" are the scores of the questions whose answer is "text" in the picture, and of all
-    "other" ones; None if there is but one of both. "draws" are the means of methods that drop by chance, over their
-    seeds: the mean, the lowest and the highest.
+    - its budget, "percent" or "average_tokens";
+    - differences "to_vanilla" and, except the first method, "to_first" at the same budget;
+    - "agreement": the share of answers that equal vanilla's exactly;
+    - "group_a": scores on the questions that downsampling at the same budget gets wrong (VTC-Bench's group A); null
+      without downsampling, or if it gets all of them right;
+    - "kept_place": the mean "row" and "column" of the tokens that the last drop kept, from 0 (upper or left edge) to 1;
+      null if unknown;
+    - "reading": scores on questions whose answer is "text" in the picture, and on all "other" ones; null if there is
+      only one of both.
+
+    "draws" has the mean, lowest and highest score over the seeds of each random method.
     """
     task, options, model = evaluation.task, evaluation.options, evaluation.checkpoint.model
     clusters = [sample.cluster for sample in task.samples]
@@ -79,7 +82,7 @@ def _variant(evaluation: Evaluation, number: int) -> dict[str, Any]:
 
 
 def _draws(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Of each method by chance at each budget, with two seeds or more."""
+    """The draws of each random method at each budget, if it has at least two seeds."""
     found: dict[tuple[str, Budget | None], list[float]] = {}
     for outcome in evaluation.outcomes:
         if outcome.method is not None and isinstance(outcome.method.scorer(), RandomScorer):
@@ -103,7 +106,7 @@ def _budget(budget: Budget | None) -> dict[str, float | None]:
 
 
 def _same(outcome: Outcome, vanilla: Outcome) -> list[float]:
-    """(N,) 1 where a reply is vanilla's."""
+    """(N,) 1 if a reply equals vanilla's, else 0."""
     return [float(own.text == plain.text) for own, plain in zip(outcome.replies, vanilla.replies, strict=True)]
 
 
@@ -128,7 +131,7 @@ def _reading(evaluation: Evaluation, outcome: Outcome, clusters: Sequence[str]) 
 
 
 def _kept_place(replies: Sequence[Reply]) -> dict[str, float] | None:
-    """The mean row and column of kept tokens, over the questions whose tokens have a known place; None for none."""
+    """The mean row and column of kept tokens over the questions with known places; None if there are none."""
     places = [reply.place for reply in replies if reply.place is not None]
     return dict(zip(Place._fields, np.mean(places, axis=0).tolist(), strict=True)) if places else None
 
@@ -142,7 +145,7 @@ def _prefill(evaluation: Evaluation, number: int) -> dict[str, float] | None:
 
 
 def _bases(evaluation: Evaluation, outcome: Outcome) -> dict[str, Outcome]:
-    """What a method is compared with: vanilla, and the first method at the same budget."""
+    """The references of a method: vanilla, and the first method at the same budget."""
     vanilla, *methods = evaluation.outcomes
     if outcome is vanilla:
         return {}
@@ -170,7 +173,7 @@ def _cost(replies: Sequence[Reply], vanilla: Sequence[Reply], layers: int) -> di
 
 
 def _clock(evaluation: Evaluation, time: PrefillTime) -> float:
-    """CPU time on a CPU, where others may have it too; else the clock on the wall."""
+    """CPU time on a CPU, which other programs may share; else wall time."""
     return time.cpu if evaluation.checkpoint.model.device.type == "cpu" else time.wall
 
 

@@ -1,4 +1,4 @@
-"""Run an evaluation: vanilla and methods answer the same questions, at equal cost if asked for, and are scored."""
+"""Run an evaluation: vanilla and methods answer the same questions, optionally at equal cost, and are scored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pyramiddrop.methods import Method
 
 ROUNDS = 5
 
-#: Told what is being done, and how many questions were answered since it was told last.
+#: Called with the current activity, and the number of questions answered since the last call.
 Progress = Callable[[str, int], None]
 
 
@@ -41,7 +41,7 @@ SOLVERS = {PERCENT: at_budget, TOKENS: at_average_tokens}
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method may cost at most: `limit` percent of vanilla's decoder FLOPs, or average visual tokens."""
+    """The largest cost of every method: `limit` percent of vanilla's decoder FLOPs, or average visual tokens."""
 
     kind: str
     limit: float
@@ -49,15 +49,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What was asked for; `model` None is the bundled one.
+    """The options of `eval`; `model` None is the bundled one.
 
     Attributes:
-        methods: in words; for none, the one saved beside the checkpoint, or else those published.
-        percents, average_tokens: budgets in percent of vanilla's decoder FLOPs, and in visual tokens of a layer on
-            average. Every method is solved for each of them; for none, the methods stay as they are.
-        rounds: how often a prefill is timed under each method; 0 for never.
-        output: where replies and times are kept, and looked for.
-        controls: whether the controls of `control_methods` answer, too; needs a budget.
+        methods: method specifications; by default, the one saved beside the checkpoint, or else the published ones.
+        percents, average_tokens: budgets in percent of vanilla's decoder FLOPs, and in average visual tokens of a
+            layer. Every method is solved for each of them; without budgets, the methods are unchanged.
+        rounds: how often a prefill is timed under each method; 0: never.
+        output: the folder in which replies and times are stored and looked up.
+        controls: True to add the controls of `control_methods`; needs a budget.
     """
 
     methods: tuple[str, ...] = ()
@@ -74,19 +74,19 @@ class EvalOptions:
 
     @property
     def budgets(self) -> list[Budget]:
-        """All of them, the percentages first."""
+        """All budgets, percentages first."""
         return [*(Budget(PERCENT, one) for one in self.percents), *(Budget(TOKENS, one) for one in self.average_tokens)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one variant.
+    """The result of one variant.
 
     Attributes:
-        method: None for vanilla.
-        budget: what it was solved for, or None.
-        replies: to each sample.
-        points: (N,) what each reply scored, from 0 to 1.
+        method: the method; None for vanilla.
+        budget: the budget that it was solved for, or None.
+        replies: the reply to each sample.
+        points: (N,) the score of each reply, from 0 to 1.
     """
 
     method: Method | None
@@ -96,14 +96,17 @@ class Outcome:
 
     @property
     def label(self) -> str:
-        """What a table calls it."""
+        """Its label in tables."""
         return VANILLA if self.method is None else method_label(self.method)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation, vanilla first. `times` are of a prefill of the first batch, methods in turn, or none;
-    `left_out` are controls that this model cannot have, and why."""
+    """A finished evaluation, with vanilla first.
+
+    `times` are those of a prefill of the first batch under each method, if it was timed; `left_out` has the controls
+    that the model does not support, with reasons.
+    """
 
     task: Task
     options: EvalOptions
@@ -114,10 +117,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """What was asked for, checked and loaded.
+    """Checks the options and loads the model, then runs the evaluation.
 
     Raises:
-        InputError: at construction, for anything that the user gave and that cannot be used.
+        InputError: at construction, if an option cannot be used.
     """
 
     def __init__(self, task: Task, options: EvalOptions) -> None:
@@ -142,7 +145,7 @@ class Evaluator:
         self._store = Store(options.output, self.answerer, task.samples) if options.output else None
 
     def _add_controls(self) -> None:
-        """Let the controls answer, too, that this model can have."""
+        """Add the controls that the model supports."""
         if not self.options.budgets:
             raise InputError(
                 "--controls need a budget, --percent or --average-tokens: without one each costs something else"
@@ -156,12 +159,12 @@ class Evaluator:
 
     @property
     def total(self) -> int:
-        """How many questions are answered, over all methods."""
+        """The number of answers over all methods."""
         return len(self.task.samples) * (1 + len(self.methods) * max(1, len(self.options.budgets)))
 
     def run(self, progress: Progress = lambda step, count: None) -> Evaluation:
-        """Answer, score and time. What the output folder holds of it already is not done again."""
-        variants = [(None, None), *self._solved(progress)]  # all are solved before the first is run
+        """Answer, score and time; results in the output folder are reused."""
+        variants = [(None, None), *self._solved(progress)]  # all are solved before the first one runs
         replies = self._replies([method for method, _ in variants], progress)
         outcomes = [self._outcome(*variant, said) for variant, said in zip(variants, replies, strict=True)]
         times = None
@@ -171,7 +174,7 @@ class Evaluator:
         return Evaluation(self.task, self.options, self.checkpoint, outcomes, times, self._left_out)
 
     def _solved(self, progress: Progress) -> list[tuple[Method, Budget | None]]:
-        """The methods, at each budget for what is asked. A budget out of reach is found here, before any answer."""
+        """The methods solved for each budget, so that a budget out of reach is found before any answer."""
         if not self.options.budgets:
             return [(method, None) for method in self.methods]
         progress("counting tokens", 0)
@@ -193,7 +196,7 @@ class Evaluator:
         return Outcome(method, budget, replies, np.array(points))
 
     def _replies(self, methods: Sequence[Method | None], progress: Progress) -> list[list[Reply]]:
-        """The replies under each method: a batch is answered under all of them before the next one begins."""
+        """The replies under each method; a batch is answered under all methods before the next one."""
         samples, size = self.task.samples, self.options.batch
         journals = [self._store.journal(method) if self._store else None for method in methods]
         replies = [journal.read(size, len(samples)) if journal else [] for journal in journals]

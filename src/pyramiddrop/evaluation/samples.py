@@ -22,12 +22,12 @@ class Sample:
     """One question about one or several pictures.
 
     Attributes:
-        images: in RGB; those of a user's file are opened when they are read.
-        answers: any of them is right; empty where no answer is known.
-        kind: of the question, for scores by kind.
-        subkind: a finer kind, for scores of their own; empty where there is none.
-        reads_text: whether the answer is read in the picture, as letters or figures.
-        cluster: equal for samples that are not independent, such as those of one picture.
+        images: RGB pictures; those of a user's file are opened on access.
+        answers: the right answers, each of which counts; empty if none is known.
+        kind: the kind of the question, for scores by kind.
+        subkind: a finer kind, for further scores; empty if there is none.
+        reads_text: True if the answer is read in the picture, as letters or figures.
+        cluster: a label that is equal for samples that are not independent, such as those of one picture.
     """
 
     images: Sequence[Image.Image]
@@ -39,17 +39,17 @@ class Sample:
     reads_text: bool = False
 
 
-#: How the names of kinds begin whose questions are about text in a picture: `read_row`, `ocr`, `DocVQA`, `scene_text`.
+#: Parts of the names of kinds whose questions are about text in a picture: `read_row`, `ocr`, `DocVQA`, `scene_text`.
 _READING = re.compile(r"(?<![a-z])(read|ocr|text(?!ure)|doc|chart|info(graphic|vqa)|receipt)", re.IGNORECASE)
 
 
 def named_reading(*names: str) -> bool:
-    """Whether a kind of question, by any of its names, is about text in a picture."""
+    """True if any name of a kind of question says that it is about text in a picture."""
     return any(_READING.search(name) for name in names)
 
 
 class PictureFiles(Sequence[Image.Image]):
-    """Picture files as pictures, each opened anew when it is asked for: thousands would not fit into memory."""
+    """A sequence of picture files, each opened on access, because thousands would not fit into memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -107,17 +107,17 @@ def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sam
     """The samples of a user's file: a JSON list, or JSON lines, of objects of one of two forms.
 
     - `{"image": "a.jpg", "question": "Why?", "answer": "So."}`; or `"images"`, a list, and `"answers"`, a list of which
-      any is right. `"kind"` groups the scores; `"reads_text"` says whether the answer is read in the picture (if it is
-      not given, the kind's name does). Without an answer the sample cannot be scored, but asked.
-    - What `pyramiddrop train` reads: LLaVA's `"conversations"` or `"messages"`, with one question and one answer.
+      any is right. `"kind"` groups the scores; `"reads_text"` says whether the answer is read in the picture (by
+      default, the kind's name decides). A sample without an answer cannot be scored.
+    - The formats of `pyramiddrop train`: LLaVA's `"conversations"` or `"messages"`, with one question and one answer.
 
     Samples of the same pictures are clustered, or else those with the same `"cluster"`.
 
     Args:
-        images: the folder that relative names of picture files start from; the file's own if None.
+        images: the folder of relative picture files; None: the folder of the file.
 
     Raises:
-        InputError: for a file that cannot be read, or the first sample that cannot be used, as `file[index]: why`.
+        InputError: if the file cannot be read, or for the first bad sample, as `file[index]: why`.
     """
     path = Path(file)
     if not path.is_file():
@@ -180,7 +180,7 @@ def _of_conversation(record: Mapping[str, Any], folder: Path) -> Sample:
 
 
 def _either(record: Mapping[str, Any], one: str, several: str) -> Any:
-    """What the record holds under one of two names; None where it holds neither."""
+    """The record's value under one of two names; None if it has neither."""
     given = [record[name] for name in (one, several) if record.get(name) is not None]
     if len(given) == 2:
         raise BrokenSampleError(f'give "{one}" or "{several}", not both')

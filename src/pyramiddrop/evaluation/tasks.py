@@ -24,11 +24,11 @@ class Task:
     """Samples with right answers.
 
     Attributes:
-        about: where they come from, as plain values.
-        match: when an answer is right; a name in `pyramiddrop.evaluation.matching.MATCHES`.
-        kinds: of the samples, in the order of a table.
-        subkinds: finer kinds, in the order of a table; none where no question has one.
-        bundled: the folder of the bundled model, which answers where no model is named.
+        about: the origin of the samples, as plain values.
+        match: the rule that scores answers, a name in `pyramiddrop.evaluation.matching.MATCHES`.
+        kinds: the kinds of the samples, in the order of tables.
+        subkinds: finer kinds, in the order of tables; empty if no question has one.
+        bundled: the folder of the bundled model, which answers if no model is named.
     """
 
     name: str
@@ -68,7 +68,7 @@ def reader_task(split: str = "test", seed: int = 0, limit: int | None = None) ->
     return Task(READER, {"split": split, "seed": seed}, samples, "same", kinds, reader_checkpoint(), subkinds)
 
 
-#: The benchmarks that need no download, by name.
+#: Benchmarks without a download, by name.
 BUNDLED_TASKS = {DIGITS: digits_task, READER: reader_task}
 
 
@@ -78,10 +78,10 @@ def file_task(
     """A user's own questions, or `limit` of them; see `pyramiddrop.evaluation.samples.read_samples`.
 
     Args:
-        answered: whether every question needs an answer.
+        answered: True if every question needs a right answer.
 
     Raises:
-        InputError: for what cannot be read, a question without an answer, or an unknown `match`.
+        InputError: if the file cannot be read, a question lacks an answer, or `match` is unknown.
     """
     _check_limit(limit)
     if match not in MATCHES:
@@ -104,18 +104,18 @@ def choose_task(
     limit: int | None = None,
     answered: bool = True,
 ) -> Task:
-    """The task that options name; None where nothing was said.
+    """The task that the options describe; options are None if not given.
 
     Args:
-        tasks: the name of a bundled benchmark; digits if nothing was said.
-        data, images, metric: a file of questions, the folder of its pictures, and when an answer is right. Without a
-            file a bundled benchmark is asked.
-        split, seed: of the bundled benchmark.
-        limit: only so many of the questions.
-        answered: whether every question needs a right answer.
+        tasks: the name of a bundled benchmark; by default, digits.
+        data, images, metric: a file of questions, the folder of its pictures, and the rule that scores answers; without
+            a file, a bundled benchmark.
+        split, seed: the split and the seed of the bundled benchmark.
+        limit: the largest number of questions.
+        answered: True if every question needs a right answer.
 
     Raises:
-        InputError: for options that do not belong together, and for what cannot be read.
+        InputError: if options contradict each other, or a file cannot be read.
     """
     if data is not None:
         _refuse("means nothing with", tasks=tasks, split=split, seed=seed)
@@ -133,7 +133,7 @@ def _refuse(why: str, **options: Any) -> None:
 
 
 def spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """At most `limit` of the samples, in their order: the first question about every picture, then the second, ..."""
+    """At most `limit` samples, in their order: those with the first questions about every picture, then the second."""
     asked: Counter[str] = Counter()
     turns = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Make pictures smaller for a processor whose visual tokens follow the picture's size, by its own pixel budget."""
+"""Downsample pictures for processors whose visual tokens follow the picture's size, by their own pixel budget."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 from pyramiddrop.methods import Compose, Downsample, Method
 
-#: What a processor is given so that it takes a picture as it is, if the sides of the picture suit it.
+#: A `size` with which a processor does not resize pictures of suitable sides.
 ANY_SIZE = {"shortest_edge": 1, "longest_edge": 2**40}
 
 
 def has_pixel_budget(processor: Any) -> bool:
-    """Whether the processor resizes each picture to a number of pixels, and makes a token of each square of patches, as
-    those of Qwen2-VL and its kin do."""
+    """True if the processor resizes each picture to a pixel budget and makes a token of each square of patches, like
+    those of Qwen2-VL and relatives."""
     images = getattr(processor, "image_processor", None)
     bounds = dict(getattr(images, "size", None) or {})
     return (
@@ -31,10 +31,10 @@ def has_pixel_budget(processor: Any) -> bool:
 
 
 def split_downsampling(method: Method | None, processor: Any) -> tuple[float | None, Method | None]:
-    """The share of the visual tokens that the `processor` is to leave, and the method that is left for the model.
+    """Split a method into the share of visual tokens for the `processor`, and the method for the model.
 
-    (None, `method`) unless the method makes pictures smaller and the processor has a pixel budget: then the model is
-    shown smaller pictures, and of `Downsample() | PyramidDrop()` the second method drops inside it.
+    The share is None unless the method downsamples pictures and the processor has a pixel budget: then the model sees
+    smaller pictures, and only the second method of `Downsample() | PyramidDrop()` is applied to it.
     """
     before, inside = method.parts if isinstance(method, Compose) else (method, None)
     if isinstance(before, Downsample) and has_pixel_budget(processor):
@@ -43,16 +43,16 @@ def split_downsampling(method: Method | None, processor: Any) -> tuple[float | N
 
 
 def downsample(processor: Any, pictures: Sequence[Image.Image], keep: float) -> list[Image.Image]:
-    """Each picture at the largest size at which it has no more than the share `keep` of its visual tokens.
+    """Resize each picture to the largest size with at most the share `keep` of its visual tokens.
 
-    The sizes are those to which the processor resizes at a smaller pixel budget (`size` with equal "shortest_edge" and
-    "longest_edge"), which keeps the aspect ratio as nearly as it can; so is the filter. Below the smallest budget that
-    the processor's configuration has, too. Given `ANY_SIZE`, the processor takes the results as they are.
+    Size and filter are those of the processor at a smaller pixel budget (`size` with equal "shortest_edge" and
+    "longest_edge"), which preserves the aspect ratio approximately; the budget may be below the smallest one in the
+    processor's configuration. With `ANY_SIZE`, the processor does not resize the results again.
 
     Args:
-        processor: one with a pixel budget.
-        pictures: in RGB, of any sizes.
-        keep: in (0, 1]; of N tokens floor(N * keep) may stay, and at least 1.
+        processor: a processor with a pixel budget.
+        pictures: RGB pictures of any sizes.
+        keep: in (0, 1]; of N tokens, at most floor(N * keep) remain, and at least 1.
     """
     return [_downsample(processor.image_processor, picture, keep) for picture in pictures]
 
@@ -71,7 +71,7 @@ def _downsample(images: Any, picture: Image.Image, keep: float) -> Image.Image:
 
 
 def _budget(pixels: int) -> dict[str, Any]:
-    """A budget of exactly so many pixels, under the names that one processor or another takes."""
+    """A budget of exactly `pixels`, under the names that processors use."""
     return {
         "min_pixels": pixels,
         "max_pixels": pixels,
@@ -80,7 +80,7 @@ def _budget(pixels: int) -> dict[str, Any]:
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest whole number from 1 on that fits; all below one that fits do, and 1 does."""
+    """The largest integer that `fits`, from 1 on; 1 fits, and so does every integer below one that fits."""
     above = 2
     while fits(above):
         above *= 2
@@ -92,7 +92,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 def downsampled_usage(used: Usage, vanilla: Usage) -> Usage:
-    """What a prefill of smaller pictures `used`, told as a drop before the decoder of what the pictures bring."""
+    """The usage of a prefill with downsampled pictures, expressed as a drop before the decoder."""
     left, total = used.visual_tokens, vanilla.visual_tokens
     smaller = StageTokens(0, left / total, left)
     return replace(used, visual_tokens=total, stages=(smaller, *used.stages))

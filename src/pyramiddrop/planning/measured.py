@@ -1,4 +1,4 @@
-"""Milliseconds of a plan from what `pyramiddrop bench` has measured of the same model and prompt."""
+"""Milliseconds of a plan, interpolated in a record of `pyramiddrop bench` for the same model and prompt."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 
 from pyramiddrop.cost import CostBreakdown, ModelShape, Prompt, estimate_cost
 
-#: Sizes of the decoder, then of the prompt, that have to be the record's.
+#: Sizes of the decoder, then of the prompt, that must equal the record's.
 SIZES = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
 TOKENS = ("visual_tokens", "text_tokens")
-#: FLOPs that differ by no more than this part are the same: versions differ in how they count the ranking.
+#: FLOPs that differ by at most this share count as equal, because versions count ranking differently.
 ALIKE = 0.005
 
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Times of a decoder's prefill, one prompt at a time, of vanilla and of methods, by the FLOPs of each.
+    """Times of a decoder's prefill of a single prompt, for vanilla and methods, by FLOPs.
 
     Attributes:
-        subject: the record's sizes of the model and the prompt.
-        about: what was measured, on what, for a reader.
-        vanilla: FLOPs of the untouched prefill, as predicted.
-        points: FLOPs of the decoder's layers and the ranking, as predicted, and milliseconds, as measured; ascending.
+        subject: the sizes of the model and the prompt in the record.
+        about: a description of what was measured and where.
+        vanilla: predicted FLOPs of vanilla's prefill.
+        points: predicted FLOPs of the decoder's layers and the ranking, with measured milliseconds; ascending.
     """
 
     subject: dict[str, Any]
@@ -38,11 +38,11 @@ class MeasuredTimes:
 
     @classmethod
     def read(cls, path: str | Path) -> MeasuredTimes:
-        """Read what `pyramiddrop bench --json` printed.
+        """Read the output of `pyramiddrop bench --json`.
 
         Raises:
-            OSError: where it cannot be read.
-            ValueError: where it is no such record, or has no times of single prompts; the message says why.
+            OSError: if it cannot be read.
+            ValueError: if it is not such a record, or has no times of single prompts; the message says why.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
@@ -52,7 +52,7 @@ class MeasuredTimes:
 
     @classmethod
     def from_dict(cls, record: Any) -> MeasuredTimes:
-        """Make them of a record.
+        """Build from a record.
 
         Raises:
             KeyError, TypeError, ValueError: for anything else.
@@ -95,8 +95,10 @@ class MeasuredTimes:
             )
 
     def milliseconds(self, cost: CostBreakdown) -> float | None:
-        """The time of a prefill of this cost, on the line between the two measurements whose FLOPs are nearest; None
-        below the least and above the most that was measured, where nothing is known."""
+        """The time of a prefill with this cost, interpolated in FLOPs between the two nearest measurements.
+
+        None outside of the measured range.
+        """
         flops, (least, *_, most) = decoder_flops(cost), [point[0] for point in self.points]
         if least * (1 - ALIKE) <= flops <= most * (1 + ALIKE):
             return interpolated(self.points, min(max(flops, least), most))
@@ -104,7 +106,7 @@ class MeasuredTimes:
 
     @property
     def error(self) -> float | None:
-        """The largest relative error where each measurement is predicted by its two neighbours; None for fewer than
+        """The largest relative error of predicting each measurement from its two neighbours; None for fewer than
         three."""
         inner = range(1, len(self.points) - 1)
         missed = []
@@ -121,7 +123,7 @@ def decoder_flops(cost: CostBreakdown) -> int:
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The value `at` a place between the first and the last of ascending `points`, on the line between neighbours."""
+    """The value at `at`, interpolated linearly between ascending `points`."""
     above = max(1, bisect_left(points, (at, float("-inf"))))
     (left, before), (right, value) = points[above - 1], points[above]
     return before + (value - before) * (at - left) / (right - left)

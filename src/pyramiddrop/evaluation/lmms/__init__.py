@@ -11,7 +11,7 @@ MODEL = "pyramiddrop"
 
 
 def manifest() -> ModelManifest:
-    """The manifest of the chat model `pyramiddrop`; lmms-eval imports the class when it is asked for."""
+    """The manifest of the chat model `pyramiddrop`, whose class lmms-eval imports on demand."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(MODEL, chat_class_path="pyramiddrop.evaluation.lmms.model.DroppingChat")

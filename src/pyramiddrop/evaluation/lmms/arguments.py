@@ -1,4 +1,4 @@
-"""Parse and write `--model_args`: the method's options, and those of the backend."""
+"""Parse and write `--model_args`: the method's options and the backend's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_opti
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `--model_args` say.
+    """The parsed `--model_args`.
 
     Attributes:
-        method: None for vanilla.
-        backend: its name, or "auto".
-        passed: what else was given; the backend knows it, or refuses it.
+        method: the method; None for vanilla.
+        backend: the name of the backend, or "auto".
+        passed: further arguments for the backend.
     """
 
     method: Method | None
@@ -28,19 +28,19 @@ class Arguments:
 
 
 def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
-    """Tell the method's fields from the backend's arguments.
+    """Separate the method's fields from the backend's arguments.
 
-    A composition is one `method`, in words without a comma: `vision:keep=0.5|pyramiddrop:layers=8/16:keep=0.5/0.25`.
-    Fields beside it are for the method inside the decoder; what holds for a whole forward is for both.
+    A composition is one `method` without commas: `vision:keep=0.5|pyramiddrop:layers=8/16:keep=0.5/0.25`. Fields beside
+    it go to the method inside the decoder; settings of a whole forward go to both methods.
 
-    Where no method and no field is given, the one saved beside the checkpoint is taken, or else PyramidDrop as the
-    paper has it: the rule of `pyramiddrop generate`.
+    By default, as in `pyramiddrop generate`, the method is the one saved beside the checkpoint, or else the paper's
+    PyramidDrop.
 
     Args:
-        given: what lmms-eval made of the text: numbers, True and False, and text (lists with slashes: 8/16/24).
+        given: lmms-eval's parsed arguments: numbers, True and False, and text (lists with slashes: 8/16/24).
 
     Raises:
-        InputError: for an unknown method, or a field or value that it does not take.
+        InputError: for an unknown method, or a field or value that it does not have.
     """
     known = set().union(*map(option_names, NAMES.values()))
     options = {name: value for name, value in given.items() if name in known}
@@ -54,14 +54,14 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
 
 
 def write_arguments(pretrained: str, method: Method | None, others: Mapping[str, Any]) -> str:
-    """The text of `--model_args` from which `read_arguments` reads the same.
+    """Write the text of `--model_args` that `read_arguments` parses to the same values.
 
     Args:
-        others: the backend's; None where nothing was said.
+        others: arguments of the backend; None if not given.
 
     Raises:
-        InputError: for a name with a comma, which lmms-eval cannot read, a method that has no name, or a scorer with
-            settings of its own.
+        InputError: for names with commas, which lmms-eval cannot read, methods without a name, and scorers with
+            settings.
     """
     if "," in pretrained:
         raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
@@ -70,7 +70,7 @@ def write_arguments(pretrained: str, method: Method | None, others: Mapping[str,
 
 
 def _words(method: Method | None) -> dict[str, Any]:
-    """The method's name, and what is not as its default has it; of a composition both in one text."""
+    """The method's name and its non-default settings; a composition as one text."""
     if method is None:
         return {"method": VANILLA}
     if isinstance(method, Compose):
@@ -84,7 +84,7 @@ def _words(method: Method | None) -> dict[str, Any]:
 
 
 def _part(method: Method) -> str:
-    """A part of a composition, with colons between its options, for commas stand between arguments."""
+    """A part of a composition, with colons between its options, because commas separate arguments."""
     words = _words(method)
     return ":".join([words.pop("method"), *(f"{option}={_written(value)}" for option, value in words.items())])
 

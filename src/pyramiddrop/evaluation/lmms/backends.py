@@ -1,4 +1,4 @@
-"""Choose what builds prompts and generates: lmms-eval's own chat classes where they fit, or the generic backend."""
+"""Choose the backend that builds prompts and generates: a chat class of lmms-eval's own, or the generic backend."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Backend:
     """A chat class.
 
     Attributes:
-        name: as `backend=` gives it.
-        families: model types that it takes; none: any that the library supports.
-        module, kind: where its class is.
-        batches: whether it takes more than one request at a time.
+        name: its name in `backend=`.
+        families: model types that it takes; empty: all that the library supports.
+        module, kind: the module and the name of its class.
+        batches: True if it takes several requests at a time.
     """
 
     name: str
@@ -49,10 +49,10 @@ BACKENDS = {
 
 
 def pick_backend(name: str, family: str, batch: int, processes: int, device: str) -> Backend:
-    """The named backend; "auto" takes lmms-eval's own where it takes this model and this call, or else ours.
+    """The named backend; "auto": lmms-eval's own if it takes this model and these arguments, or else ours.
 
     Raises:
-        InputError: for an unknown name, or one that does not take this model or this call.
+        InputError: for an unknown name, or a backend that does not take this model or these arguments.
     """
     if name == AUTO:
         own = (backend for backend in BACKENDS.values() if not _objection(backend, family, batch, processes, device))
@@ -78,13 +78,13 @@ def _objection(backend: Backend, family: str, batch: int, processes: int, device
 def load_backend(
     backend: Backend, pretrained: str, batch: int, processes: int, device: str, passed: Mapping[str, Any]
 ) -> Any:
-    """The backend with its model loaded.
+    """Construct the backend, which loads its model.
 
-    Of lmms-eval's classes one process must be told where the model goes, for their defaults are "auto", which means
-    CUDA, or "", which Transformers 5 refuses; several processes place it themselves.
+    A single process needs an explicit device for lmms-eval's classes, because their defaults are "auto", which means
+    CUDA, or "", which Transformers 5 refuses; several processes place the model themselves.
 
     Raises:
-        InputError: where it cannot be imported, or does not know an argument.
+        InputError: if it cannot be imported, or does not have an argument.
     """
     try:
         kind = getattr(import_module(backend.module), backend.kind)
@@ -100,5 +100,5 @@ def load_backend(
 
 
 def where(device: str | None, processes: int, own: str) -> str:
-    """The device: of several processes each has its `own`, or else the one given, or the best there is."""
+    """The device: a process's `own` among several, else the given one, else the best one available."""
     return own if processes > 1 and device != "cpu" else str(pick_device(device))

@@ -24,19 +24,19 @@ from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_batch, on_model
 
-#: Of `generate`, and what a task may ask of it; the defaults are those of lmms-eval's LLaVA class.
+#: Arguments of `generate` that a task may set, with the defaults of lmms-eval's LLaVA class.
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 1024, "temperature": 0.0, "top_p": None, "num_beams": 1}
 KNOWN = {*DEFAULTS, "do_sample", "top_k", "repetition_penalty", "length_penalty", "min_new_tokens"}
 
 
 class Chat(lmms):
-    """Any checkpoint that the library supports, as lmms-eval's chat models are.
+    """A chat model of lmms-eval for any checkpoint that the library supports.
 
     Args:
         pretrained: a folder in Hugging Face's format, or a name on the hub.
-        device, dtype: as `pyramiddrop generate` takes them.
-        batch_size: requests at a time; prompts are padded on the left.
-        num_frames: taken of each video, evenly.
+        device, dtype: as in `pyramiddrop generate`.
+        batch_size: number of requests at a time; prompts are left-padded.
+        num_frames: number of evenly spaced frames of each video.
     """
 
     is_simple = False
@@ -67,7 +67,7 @@ class Chat(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         place: torch.device = self.model.device
         return place
 
@@ -132,10 +132,10 @@ class Chat(lmms):
         return on_model(self.model, inputs)
 
     def _films(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """Put frames in the place of each video's file; what the processor must know of them.
+        """Replace each video file by its frames; returns the processor's metadata for them.
 
         Raises:
-            InputError: for a video that is no file.
+            InputError: if a video is not a file.
         """
         videos = [
             part for turns in conversations for turn in turns for part in turn["content"] if part["type"] == "video"
@@ -150,14 +150,14 @@ class Chat(lmms):
         return {"video_metadata": known, "do_sample_frames": False} if videos else {}
 
     def _frames(self, start: float | None, end: float | None, metadata: Any, **_: Any) -> np.ndarray[Any, Any]:
-        """Numbers of the frames that are taken, evenly from `start` to `end` (seconds; None: of the whole video)."""
+        """The numbers of evenly spaced frames from `start` to `end` (in seconds; None: of the whole video)."""
         final = metadata.total_num_frames - 1
         first = 0 if start is None else min(int(start * metadata.fps), final)
         last = final if end is None else max(first, min(int(end * metadata.fps), final))
         return np.linspace(first, last, min(self.num_frames, last - first + 1), dtype=int)
 
     def _generation(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """What `generate` is given; as lmms-eval has it, a temperature above 0 means sampling, and 0 means greedy."""
+        """The arguments of `generate`; as in lmms-eval, a temperature above 0 means sampling, and 0 means greedy."""
         self._warn_about(set(asked) - KNOWN - {"until"})
         given = DEFAULTS | {name: value for name, value in asked.items() if name in KNOWN}
         given["do_sample"] = bool(given["temperature"])
@@ -172,12 +172,12 @@ class Chat(lmms):
 
 
 def _place(args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Requests keep the order of their documents."""
+    """A sorting key that keeps the order of documents."""
     return args[3], args[0]
 
 
 def _cut(text: str, until: str | list[str] | None) -> str:
-    """The text up to the first of the strings at which the task wants it to end."""
+    """The text before the first of the task's end strings."""
     for mark in [until] if isinstance(until, str) else until or []:
         if mark:
             text = text.split(mark)[0]
@@ -185,7 +185,7 @@ def _cut(text: str, until: str | list[str] | None) -> str:
 
 
 def _plain_question(turns: list[dict[str, Any]]) -> tuple[list[Any], str]:
-    """The pictures and the words of a single question: all that a checkpoint without a chat template can be asked."""
+    """The pictures and the text of a single question, for checkpoints without a chat template."""
     parts = [part for turn in turns for part in turn["content"]]
     if len(turns) != 1 or any(part["type"] == "video" for part in parts):
         raise InputError("this checkpoint has no chat template: it takes one question about pictures, no more")

@@ -1,4 +1,4 @@
-"""Measure what the requests of a run cost, from what each prefill kept."""
+"""Measure the cost of a run's requests, from the tokens that each prefill kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyramiddrop import Method, apply, remove
 from pyramiddrop.inference.checkpoint import decoder_layers
 from pyramiddrop.inference.prefill_stats import Usage, batch_usage
 
-#: What a run says of its requests, on average over them.
+#: The averages over a run's requests.
 COSTS = (
     "requests_measured",
     "visual_tokens",
@@ -28,20 +28,20 @@ COSTS = (
 
 
 class GenerationError(BaseException):
-    """Carries an error out of `generate`, past backends that would catch it and go on with an empty answer."""
+    """Carries an error of `generate` through backends that would otherwise catch it and give an empty answer."""
 
     def __init__(self, carried: Exception) -> None:
         self.carried = carried
 
 
 @dataclass(frozen=True)
-class Spent:
+class CostSums:
     """Sums over requests.
 
     Attributes:
-        visual_tokens: what the pictures brought.
-        retained_tokens: visual tokens of a layer, on average over the layers.
-        flops, kv_bytes: of the prefill, as in Usage; NaN where the cost model does not know the text model.
+        visual_tokens: number of visual tokens.
+        retained_tokens: number of visual tokens in a layer, averaged over the layers.
+        flops, kv_bytes: the prefill's, as in `Usage`; NaN if the cost model does not know the text model.
         vanilla_flops, vanilla_kv_bytes: the same without dropping.
     """
 
@@ -53,11 +53,11 @@ class Spent:
     kv_bytes: float = 0
     vanilla_kv_bytes: float = 0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: CostSums) -> CostSums:
+        return CostSums(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
 
     def averages(self) -> dict[str, float]:
-        """Of a request, and the ratios to no dropping; what is not known is not there."""
+        """The averages over requests, and their ratios to vanilla's, without unknown values."""
         if not self.requests:
             return {}
         values = (
@@ -73,15 +73,15 @@ class Spent:
 
 
 class Meter:
-    """A method on a model, and an account of each call of its `generate`.
+    """Applies a method to a model and measures each call of its `generate`.
 
     Args:
-        model: a Transformers model; `detach` gives it back as it was.
-        method: None for vanilla.
+        model: a Transformers model; `detach` restores it.
+        method: the method; None for vanilla.
     """
 
     def __init__(self, model: Any, method: Method | None) -> None:
-        self.by_task: dict[str, Spent] = {}
+        self.by_task: dict[str, CostSums] = {}
         self._model, self._method, self._task = model, method, ""
         self._trace = apply(model, method) if method else None
         self._before = model.__dict__.get("generate")
@@ -89,12 +89,12 @@ class Meter:
 
     @contextmanager
     def task(self, name: str, requests: int) -> Iterator[None]:
-        """Put what is generated inside to this task's account.
+        """Count the calls within the block for this task.
 
         Raises:
-            RuntimeError: where not all `requests` went through the model under the method.
+            RuntimeError: if not all `requests` went through the model under the method.
         """
-        self._task, before = name, self.by_task.get(name, Spent())
+        self._task, before = name, self.by_task.get(name, CostSums())
         try:
             yield
         except GenerationError as error:
@@ -104,7 +104,7 @@ class Meter:
             raise RuntimeError(f"{done} of {requests} requests of {name} went through the model under the method")
 
     def detach(self) -> None:
-        """Take the meter and the method off the model."""
+        """Remove the meter and the method from the model."""
         del self._model.__dict__["generate"]
         if self._before is not None:
             self._model.__dict__["generate"] = self._before
@@ -119,15 +119,15 @@ class Meter:
                 output = generate(*args, **kwargs)
                 if self._trace and self._trace.visual_columns is before:
                     raise RuntimeError("the method took no part in this prefill")
-                spent = self._account(kwargs)
+                costs = self._account(kwargs)
             except Exception as error:
                 raise GenerationError(error) from error
-            self.by_task[self._task] = self.by_task.get(self._task, Spent()) + spent
+            self.by_task[self._task] = self.by_task.get(self._task, CostSums()) + costs
             return output
 
         return measured
 
-    def _account(self, inputs: Mapping[str, Any]) -> Spent:
+    def _account(self, inputs: Mapping[str, Any]) -> CostSums:
         samples, layers = len(inputs["input_ids"]), decoder_layers(self._model.config)
         beams = len(self._trace.visual_columns) // samples if self._trace else 1
         tokens = {
@@ -138,9 +138,9 @@ class Meter:
         plain = batch_usage(self._model, tokens)[::beams]
         used = batch_usage(self._model, tokens, self._method, self._trace)[::beams] if self._trace else plain
         pairs = zip(used, plain, strict=True)
-        return sum((_spent(one, vanilla, layers) for one, vanilla in pairs), Spent())
+        return sum((_cost_sums(one, vanilla, layers) for one, vanilla in pairs), CostSums())
 
 
-def _spent(used: Usage, vanilla: Usage, layers: int) -> Spent:
+def _cost_sums(used: Usage, vanilla: Usage, layers: int) -> CostSums:
     retained = sum(used.by_layer(layers)) / layers
-    return Spent(1, used.visual_tokens, retained, used.flops, vanilla.flops, used.kv_bytes, vanilla.kv_bytes)
+    return CostSums(1, used.visual_tokens, retained, used.flops, vanilla.flops, used.kv_bytes, vanilla.kv_bytes)

@@ -1,4 +1,4 @@
-"""lmms-eval's model `pyramiddrop`: a backend whose model drops visual tokens, and the cost that this saves."""
+"""lmms-eval's model `pyramiddrop`: a backend whose model drops visual tokens, with the measured savings."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from loguru import logger
 
 from pyramiddrop.evaluation.lmms.arguments import read_arguments
 from pyramiddrop.evaluation.lmms.backends import load_backend, pick_backend, where
-from pyramiddrop.evaluation.lmms.meter import Meter, Spent
+from pyramiddrop.evaluation.lmms.meter import Meter, CostSums
 from pyramiddrop.inference.checkpoint import read_config
 from pyramiddrop.inference.errors import InputError, user_input
 
-#: lmms-eval's mark on requests that only even out the processes.
+#: lmms-eval's mark on requests that only pad the work of processes.
 PADDING = "__padding_only__"
-#: What the results say of each task, beside the averages over all requests.
+#: The averages that the results have for each task too.
 BY_TASK = ("flops_ratio", "kv_ratio", "retained_visual_tokens")
 
 
 class DroppingChat(lmms):
-    """`lmms-eval --model pyramiddrop`: chat messages answered under a method.
+    """`lmms-eval --model pyramiddrop`: answers chat messages under a method.
 
     Args:
         pretrained: a folder in Hugging Face's format, or a name on the hub.
         batch_size, device: lmms-eval's own options.
-        max_batch_size: given by lmms-eval; there is no search for a batch size.
-        given: `method` and its fields, `backend`, and what the backend takes.
+        max_batch_size: passed by lmms-eval and not used, because there is no search for a batch size.
+        given: `method` and its fields, `backend`, and the backend's arguments.
 
     Raises:
-        InputError: for anything given that cannot be used.
+        InputError: if an argument cannot be used.
     """
 
     is_simple = False
@@ -63,7 +63,7 @@ class DroppingChat(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         place: torch.device = self.inner.device
         return place
 
@@ -90,7 +90,7 @@ class DroppingChat(lmms):
         )
 
     def clean(self) -> None:
-        """Called once by each process when all is answered: put the costs into the results, and free the model."""
+        """Add the costs to the results and free the model; called once by each process at the end."""
         self.meter.detach()
         parts = gather_object([self.meter.by_task])
         if self.rank == 0:
@@ -106,7 +106,7 @@ def _whole(batch: int | str) -> int:
 
 
 def _by_task(requests: list[Instance]) -> dict[str, list[int]]:
-    """Places in `requests`, by task; those that are mere padding come last, as PADDING."""
+    """Indices in `requests` by task; padding requests come last, as PADDING."""
     places: dict[str, list[int]] = defaultdict(list)
     for padding in (False, True):
         for place, request in enumerate(requests):
@@ -116,10 +116,10 @@ def _by_task(requests: list[Instance]) -> dict[str, list[int]]:
 
 
 def _own_copy(request: Instance) -> Instance:
-    """The request with generation arguments of its own: some backends write into them, and the cache reads them.
+    """A copy of the request with its own generation arguments, because some backends change them.
 
     Raises:
-        InputError: for a request without messages, which lmms-eval makes of a task that is given as a folder.
+        InputError: for a request without messages, as lmms-eval makes from a task that is given as a folder.
     """
     if not callable(request.args[1]):
         raise InputError("a task of one's own is given by its name, and its folder by --include_path")
@@ -128,15 +128,15 @@ def _own_copy(request: Instance) -> Instance:
     return own
 
 
-def _report(parts: list[dict[str, Spent]]) -> None:
-    """Put the averages over all requests, and those of each task, into lmms-eval's results."""
-    by_task: dict[str, Spent] = {}
+def _report(parts: list[dict[str, CostSums]]) -> None:
+    """Add the averages over all requests, and those of each task, to lmms-eval's results."""
+    by_task: dict[str, CostSums] = {}
     for part in parts:
-        for task, spent in part.items():
+        for task, costs in part.items():
             if task != PADDING:
-                by_task[task] = by_task.get(task, Spent()) + spent
-    metrics = sum(by_task.values(), Spent()).averages()
-    for task, spent in by_task.items():
-        metrics |= {f"{name}/{task}": value for name, value in spent.averages().items() if name in BY_TASK}
+                by_task[task] = by_task.get(task, CostSums()) + costs
+    metrics = sum(by_task.values(), CostSums()).averages()
+    for task, costs in by_task.items():
+        metrics |= {f"{name}/{task}": value for name, value in costs.averages().items() if name in BY_TASK}
     if metrics:
         log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=metrics)

@@ -1,4 +1,4 @@
-"""Run lmms-eval from Python as its own command does, under a method; the results are a dictionary."""
+"""Run lmms-eval under a method from Python, like its own command; the results are a dictionary."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def run_tasks(
 
     Args:
         model: a folder in Hugging Face's format, or a name on the hub.
-        method: None for vanilla.
+        method: the method; None for vanilla.
         tasks: names or patterns of lmms-eval's tasks and groups.
-        limit: questions of each task; None for all.
-        output: a folder for lmms-eval's results and, of each question, its answer.
-        cache: a folder in which answers are kept and looked up; those of another method are others.
-        device: as `pyramiddrop generate` takes it.
-        include: a folder with tasks of one's own.
-        arguments: further ones of the backend's, or `backend` itself.
+        limit: number of questions of each task; None: all.
+        output: a folder for lmms-eval's results, and for the answers to all questions.
+        cache: a folder in which answers are stored and looked up, separately for each method.
+        device: as in `pyramiddrop generate`.
+        include: a folder with the user's own tasks.
+        arguments: `backend`, and further arguments of the backend.
 
     Returns:
-        lmms-eval's results. "results" has the scores of each task; "throughput" the averages over all requests that
-        were run (`avg_flops_ratio`, `avg_kv_ratio`, `avg_retained_visual_tokens`, ...) and over those of each task
-        (`avg_flops_ratio/mme`). Empty in all processes but the first.
+        lmms-eval's results. "results" has the scores of each task; "throughput" has averages over all requests
+        (`avg_flops_ratio`, `avg_kv_ratio`, `avg_retained_visual_tokens`, ...) and over those of each task
+        (`avg_flops_ratio/mme`). Empty in all processes except the first one.
 
     Raises:
-        InputError: where lmms-eval is not installed, a task is not known, or what was given cannot be used.
+        InputError: if lmms-eval is not installed, a task is unknown, or an argument cannot be used.
     """
     check_installed()
     options: dict[str, Any] = {
@@ -65,7 +65,7 @@ def run_tasks(
 
 
 def check_installed() -> None:
-    """Raise InputError where lmms-eval is not installed."""
+    """Raise InputError if lmms-eval is not installed."""
     if find_spec("lmms_eval") is None:
         raise InputError("lmms-eval is not installed: pip install 'pyramiddrop[eval]'")
 
@@ -89,7 +89,7 @@ def _evaluate() -> dict[str, Any]:
 
 @contextmanager
 def _command_line(words: list[str]) -> Iterator[None]:
-    """lmms-eval has no function for all that its command does: it reads `sys.argv`, and speaks on standard output."""
+    """Run lmms-eval's command through `sys.argv` and capture its output, because it has no function for all of it."""
     before, sys.argv = sys.argv, ["lmms-eval", *words]
     try:
         with redirect_stdout(sys.stderr):
