@@ -24,7 +24,7 @@ from pyramiddrop.cost import ModelShape, Prompt
 from pyramiddrop.evaluation.answering import Answerer, Reply
 from pyramiddrop.evaluation.budgets import at_budget
 from pyramiddrop.evaluation.scores import Array, difference, score
-from pyramiddrop.evaluation.studies.grid import make_grid
+from pyramiddrop.evaluation.studies.inputs import make_grid
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import inspect_model

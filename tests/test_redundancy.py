@@ -25,7 +25,7 @@ from pyramiddrop.evaluation.studies.attention import (
     pick_samples,
     spread_layers,
 )
-from pyramiddrop.evaluation.studies.grid import Grid, make_grid, single_drop, usual_layers
+from pyramiddrop.evaluation.studies.inputs import Grid, make_grid, single_drop, usual_layers
 from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task

@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pyramiddrop.evaluation.matching import exact, same, vqa
 from pyramiddrop.evaluation.scores import Difference, Score, difference, score, score_by_kind
+from pyramiddrop.evaluation.tasks import exact, same, vqa
 
 # Three pictures: "a" with three questions, "b" with two, "c" with one.
 CLUSTERS = ["a", "a", "a", "b", "b", "c"]

@@ -30,9 +30,9 @@ from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.budgets import at_budget, decoder_flops
 from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
-from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
+from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.methods import Method

@@ -31,10 +31,10 @@ from transformers import TrainerCallback
 
 from pyramiddrop import remove
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import write_json
+from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.inference.checkpoint import load_checkpoint
 from pyramiddrop.method_spec import parse_method_spec
 from pyramiddrop.training.run import TrainOptions, prepare_training

@@ -17,10 +17,10 @@ from rich.progress import Progress
 
 from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.reader import KINDS, ReaderBenchmark
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.scores import Score, score
+from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.inference.checkpoint import load_checkpoint
 
 

@@ -10,7 +10,7 @@ from pyramiddrop import FastV
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.benchmarks import read_measured, run_benchmarks
-from pyramiddrop.evaluation.matching import same
+from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.inference.checkpoint import load_checkpoint
 
 

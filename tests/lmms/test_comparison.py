@@ -11,8 +11,8 @@ from digits_task import TASK, samples
 from pyramiddrop import FastV
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.matching import same
 from pyramiddrop.evaluation.store import write_json
+from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.inference.checkpoint import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

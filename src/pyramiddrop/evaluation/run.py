@@ -18,10 +18,9 @@ from pyramiddrop.evaluation.budgets import (
     control_methods,
     drop_layers,
 )
-from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
-from pyramiddrop.evaluation.tasks import Task
+from pyramiddrop.evaluation.tasks import MATCHES, Task
 from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError, user_input

@@ -1,19 +1,56 @@
-"""Tasks: samples, and the rule that scores their answers."""
+"""Tasks: samples, and the rules that score their answers: exact match, and VQA's soft accuracy."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyramiddrop.assets import digits_checkpoint, reader_checkpoint
 from pyramiddrop.evaluation.digits import KIND_NAMES
-from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.reader import KINDS
 from pyramiddrop.evaluation.samples import Sample, digits_samples, read_samples, reader_samples
 from pyramiddrop.inference.errors import InputError
+
+#: Scores an answer against the right ones, from 0 to 1.
+Match = Callable[[str, Sequence[str]], float]
+
+
+def same(answer: str, right: Sequence[str]) -> float:
+    """1 if the answer equals one of the right ones exactly."""
+    return float(answer in right)
+
+
+def exact(answer: str, right: Sequence[str]) -> float:
+    """1 if it is one of the right ones, ignoring case, surrounding space and a final full stop."""
+    return float(plain(answer) in map(plain, right))
+
+
+def vqa(answer: str, right: Sequence[str]) -> float:
+    """VQA's soft accuracy (arXiv 1505.00468) of an answer against those of several people, compared by `plain`.
+
+    Each person is left out in turn; if n of the others gave the answer, it scores min(1, n / 3), and the score is the
+    mean of these. The official script also normalises articles, number words and punctuation; this function does not.
+    With fewer than four right answers it is `exact`.
+    """
+    given = [plain(one) for one in right]
+    if len(given) < 4:
+        return exact(answer, right)
+    agree = given.count(plain(answer))
+    missing_one = min(1.0, (agree - 1) / 3)  # if one of those who gave this answer is left out
+    return (agree * missing_one + (len(given) - agree) * min(1.0, agree / 3)) / len(given)
+
+
+def plain(text: str) -> str:
+    """The text without case, surrounding space and a final full stop."""
+    return text.strip().removesuffix(".").rstrip().casefold()
+
+
+#: The rules by their names on the command line.
+MATCHES: dict[str, Match] = {"same": same, "exact": exact, "vqa": vqa}
+
 
 DIGITS, READER = "digits", "reader"
 DIGITS_SCENES, READER_PICTURES = 80, 120
@@ -25,7 +62,7 @@ class Task:
 
     Attributes:
         about: the origin of the samples, as plain values.
-        match: the rule that scores answers, a name in `pyramiddrop.evaluation.matching.MATCHES`.
+        match: the rule that scores answers, a name in `pyramiddrop.evaluation.tasks.MATCHES`.
         kinds: the kinds of the samples, in the order of tables.
         subkinds: finer kinds, in the order of tables; empty if no question has one.
         bundled: the folder of the bundled model, which answers if no model is named.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from pyramiddrop.evaluation.matching import exact
+from pyramiddrop.evaluation.tasks import exact
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.training.collate import AnswerCollator
@@ -25,7 +25,7 @@ class AnswerCheck:
     """Asks a model for the last answer of each conversation, and tells the share of those that are given exactly.
 
     Answers are greedy, under whatever method is on the model; case, surrounding space and a final full stop do not
-    matter (`pyramiddrop.evaluation.matching.exact`).
+    matter (`pyramiddrop.evaluation.tasks.exact`).
 
     Args:
         table: of `load_samples`.

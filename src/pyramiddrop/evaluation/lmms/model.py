@@ -16,7 +16,7 @@ from loguru import logger
 
 from pyramiddrop.evaluation.lmms.arguments import read_arguments
 from pyramiddrop.evaluation.lmms.backends import load_backend, pick_backend, where
-from pyramiddrop.evaluation.lmms.meter import Meter, CostSums
+from pyramiddrop.evaluation.lmms.meter import CostSums, Meter
 from pyramiddrop.inference.checkpoint import read_config
 from pyramiddrop.inference.errors import InputError, user_input
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.grid import single_drop
+from pyramiddrop.evaluation.studies.inputs import single_drop
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint

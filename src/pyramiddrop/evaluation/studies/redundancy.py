@@ -25,8 +25,7 @@ from pyramiddrop.evaluation.studies.attention import (
     attention_on_picture,
     pick_samples,
 )
-from pyramiddrop.evaluation.studies.grid import DEFAULT_KEEP, Grid, make_grid, single_drop
-from pyramiddrop.evaluation.studies.inputs import StudyModel
+from pyramiddrop.evaluation.studies.inputs import DEFAULT_KEEP, Grid, StudyModel, make_grid, single_drop
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import inspect_model

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.evaluation.scores import Score, score, score_by_kind
-from pyramiddrop.evaluation.studies.grid import Grid
-from pyramiddrop.evaluation.tasks import Task
+from pyramiddrop.evaluation.studies.inputs import Grid
+from pyramiddrop.evaluation.tasks import MATCHES, Task
 
 BatchRecord = Mapping[str, Any]
 
