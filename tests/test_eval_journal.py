@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from pyramiddrop.evaluation.answering import Reply
-from pyramiddrop.evaluation.journal import ReplyJournal, digest
 from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
-from pyramiddrop.evaluation.store import model_digest, samples_digest
+from pyramiddrop.evaluation.store import ReplyJournal, digest, model_digest, samples_digest
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyramiddrop.inference.timing import CpuClock
-from pyramiddrop.speed import graphs as waits
+from pyramiddrop.speed import overhead as waits
 from pyramiddrop.speed.decoding import eager, measure_decoding
 from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.record import decoding_records

@@ -9,8 +9,7 @@ import pytest
 
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.evaluation.lmms import run
-from pyramiddrop.evaluation.lmms.arguments import read_arguments, write_arguments
-from pyramiddrop.evaluation.lmms.backends import pick_backend
+from pyramiddrop.evaluation.lmms.arguments import pick_backend, read_arguments, write_arguments
 from pyramiddrop.evaluation.lmms.meter import Spent
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.method_spec import NAMES, option_names

@@ -20,8 +20,7 @@ from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.digits import SPLITS
 from pyramiddrop.evaluation.reader import GROUPS, KINDS, Picture, Question, ReaderBenchmark, charts, documents
-from pyramiddrop.evaluation.reader.canvas import RGB, UNLABELLED
-from pyramiddrop.evaluation.reader.words import CHANNELS, PLACES, SHAPES
+from pyramiddrop.evaluation.reader.canvas import CHANNELS, PLACES, RGB, SHAPES, UNLABELLED
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, load_processor
 from pyramiddrop.inference.request import bundled_remarks

@@ -15,9 +15,9 @@ import torch
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.agreement import kl_divergence_to, top1_match
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.journal import Journal
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
+from pyramiddrop.evaluation.store import Journal
 from pyramiddrop.evaluation.studies.attention import (
     attention_by_layer,
     attention_concentration,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.inference.prompt import build_inputs
-from pyramiddrop.report.token_layout.calibration import calibrate
+from pyramiddrop.report.token_layout.crops import calibrate
 from pyramiddrop.report.token_layout.geometry import Box, View
 from pyramiddrop.report.token_layout.views import CannotPlaceError, place_pictures
 from tiny import CROP

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
-from pyramiddrop.report.token_layout.calibration import Calibration, Crop, calibrate
-from pyramiddrop.report.token_layout.crops import crop_views
+from pyramiddrop.report.token_layout.crops import Calibration, Crop, calibrate, crop_views
 from pyramiddrop.report.token_layout.geometry import Box
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError
 from tiny import CROP

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.reader import GROUPS, IMAGE, KINDS, draw_picture
 from pyramiddrop.evaluation.reader.benchmark import picture_rng, spread_over_kinds
-from pyramiddrop.evaluation.reader.canvas import SIDE
-from pyramiddrop.evaluation.reader.words import CHANNELS
+from pyramiddrop.evaluation.reader.canvas import CHANNELS, SIDE
 
 BLOCK = 32  # pictures that a worker hands over at once
 GUARD = 4 * BLOCK  # pictures of the pool next to be replaced, which are not drawn any more

@@ -11,7 +11,7 @@ from shared import BOS, USER, DecoderLayer, ModelConfig, PackedLlava, Packing, V
 from torch import Tensor
 
 from pyramiddrop.evaluation.reader import IMAGE, PATCH
-from pyramiddrop.evaluation.reader.words import CHANNELS
+from pyramiddrop.evaluation.reader.canvas import CHANNELS
 
 GROUND = 0.1  # what a patch that shows nothing weighs in the alignment
 START = [TOKEN_ID[BOS], TOKEN_ID[USER]]

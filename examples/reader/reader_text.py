@@ -12,8 +12,7 @@ from shared import ASSISTANT, EOS, IGNORE, MARKS, PAD, make_tokenizer
 from tokenizers import Regex, decoders
 from transformers import PreTrainedTokenizerFast
 
-from pyramiddrop.evaluation.reader.canvas import Question
-from pyramiddrop.evaluation.reader.words import (
+from pyramiddrop.evaluation.reader.canvas import (
     CATEGORIES,
     COLOURS,
     DIGITS,
@@ -27,6 +26,7 @@ from pyramiddrop.evaluation.reader.words import (
     SHAPES,
     SIDES,
     TITLES,
+    Question,
 )
 
 ASKING = ("digit", "colour", "where", "there", "many", "thing", "value", "word", "read", "document", "bar", "point")

@@ -30,7 +30,7 @@ from shared import IGNORE, ModelConfig, make_optimizers, set_rate
 from torch import Tensor
 
 from pyramiddrop.evaluation.reader import GROUPS, KINDS
-from pyramiddrop.evaluation.reader.words import CHANNELS
+from pyramiddrop.evaluation.reader.canvas import CHANNELS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ENDING = 10.0  # seconds kept for the last validation and the export

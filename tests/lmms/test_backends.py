@@ -20,7 +20,7 @@ from checkpoints import save_checkpoint
 from pyramiddrop import PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.digits import DigitsBenchmark
-from pyramiddrop.evaluation.lmms.backends import BACKENDS
+from pyramiddrop.evaluation.lmms.arguments import BACKENDS
 from pyramiddrop.evaluation.lmms.model import DroppingChat
 from pyramiddrop.hf.attachment import Attachment
 from pyramiddrop.inference.errors import InputError

@@ -21,8 +21,7 @@ from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.methods import Compose
 from pyramiddrop.speed.decoding import Compiler, measure_decoding
 from pyramiddrop.speed.generation import measure_generation
-from pyramiddrop.speed.graphs import count_graphs
-from pyramiddrop.speed.overhead import measure_overhead
+from pyramiddrop.speed.overhead import count_graphs, measure_overhead
 from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.record import (
     decoding_records,

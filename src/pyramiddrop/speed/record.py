@@ -15,9 +15,8 @@ import pyramiddrop
 from pyramiddrop.method_spec import VANILLA
 from pyramiddrop.speed.decoding import Decoding
 from pyramiddrop.speed.generation import Generation
-from pyramiddrop.speed.graphs import Graphs
 from pyramiddrop.speed.memory import total_memory
-from pyramiddrop.speed.overhead import Overhead
+from pyramiddrop.speed.overhead import Graphs, Overhead
 from pyramiddrop.speed.subject import Subject
 from pyramiddrop.speed.training import TrainingStep
 

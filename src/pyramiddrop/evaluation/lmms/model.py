@@ -14,8 +14,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 
-from pyramiddrop.evaluation.lmms.arguments import read_arguments
-from pyramiddrop.evaluation.lmms.backends import load_backend, pick_backend, where
+from pyramiddrop.evaluation.lmms.arguments import load_backend, pick_backend, read_arguments, where
 from pyramiddrop.evaluation.lmms.meter import CostSums, Meter
 from pyramiddrop.inference.checkpoint import read_config
 from pyramiddrop.inference.errors import InputError, user_input

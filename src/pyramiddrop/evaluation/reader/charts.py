@@ -9,8 +9,20 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pyramiddrop.evaluation.reader.canvas import IMAGE, Array, Box, Canvas, Picture, Question, pick, printed, tinted
-from pyramiddrop.evaluation.reader.words import CATEGORIES, COLOURS, PLACES
+from pyramiddrop.evaluation.reader.canvas import (
+    CATEGORIES,
+    COLOURS,
+    IMAGE,
+    PLACES,
+    Array,
+    Box,
+    Canvas,
+    Picture,
+    Question,
+    pick,
+    printed,
+    tinted,
+)
 
 LEVELS = 8
 STEPS = (1, 2, 5, 10)  # the value of a level of the axis

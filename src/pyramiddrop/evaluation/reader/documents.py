@@ -8,8 +8,20 @@ from itertools import product
 import numpy as np
 from PIL import ImageDraw
 
-from pyramiddrop.evaluation.reader.canvas import IMAGE, Canvas, Picture, Question, pick, scribble, texture
-from pyramiddrop.evaluation.reader.words import FIELDS, LINES, MOST_LINES, PLACES, TITLES
+from pyramiddrop.evaluation.reader.canvas import (
+    FIELDS,
+    IMAGE,
+    LINES,
+    MOST_LINES,
+    PLACES,
+    TITLES,
+    Canvas,
+    Picture,
+    Question,
+    pick,
+    scribble,
+    texture,
+)
 
 FEWEST_LINES = 4
 LONGEST_NUMBER = 3

@@ -10,8 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pyramiddrop.evaluation.reader.canvas import IMAGE, Box, Canvas, Picture, Question, pick, scribble, texture, tinted
-from pyramiddrop.evaluation.reader.words import COLOURS, DIGITS, HEIGHTS, SHAPES, SIDES
+from pyramiddrop.evaluation.reader.canvas import (
+    COLOURS,
+    DIGITS,
+    HEIGHTS,
+    IMAGE,
+    SHAPES,
+    SIDES,
+    Box,
+    Canvas,
+    Picture,
+    Question,
+    pick,
+    scribble,
+    texture,
+    tinted,
+)
 
 SMALLEST, LARGEST = 44, 84
 FEWEST, MOST = 3, 8

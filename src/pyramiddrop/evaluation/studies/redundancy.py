@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.agreement import Generation, generate_with_logits
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.journal import Journal
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.store import Store
+from pyramiddrop.evaluation.store import Journal, Store
 from pyramiddrop.evaluation.studies.attention import (
     AttentionExample,
     attention_concentration,

@@ -1,17 +1,166 @@
-"""Views of families with crops of one size; crops that tile the picture are joined."""
+"""Views of families with crops: a calibration image shows which part of a picture each crop covers.
+
+Its red grows from left to right, its green from top to bottom, and its blue is constant. The red and green of a crop
+tell where it was cut, regardless of resizing, and another blue marks padding. No family's arithmetic of crops is
+repeated here, and the processor's settings are followed. Crops that tile the picture are joined.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from pyramiddrop.report.token_layout.calibration import Calibration, Crop, calibrate, calibrate_video
+from pyramiddrop.inference.prompt import image_token
+from pyramiddrop.inference.video import default_metadata
 from pyramiddrop.report.token_layout.geometry import Box, View, crop_order, reading_order
 from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
+
+_AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
+_FULL = 255
+_BLUE, _NEARLY = 200, 3  # a blue that no processor pads with; resampling changes it beside padding
+_READING = 2 / _FULL  # precision of positions, as a share of the picture; edges within it count as the picture's own
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One input of the vision tower: the part `box` of the picture, as `height` x `width` pixels."""
+
+    box: Box
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The processor's result for a picture of some size: its crops in order, and the number of visual tokens."""
+
+    crops: list[Crop]
+    tokens: int
+
+
+def calibrate(config: Any, processor: Any, size: tuple[int, int]) -> Calibration:
+    """Process a calibration image of `size` (width, height).
+
+    Raises:
+        CannotPlaceError: if a crop shows too little of the picture.
+    """
+    made = processor(images=[_calibration_image(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
+    return _calibration(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
+
+
+def calibrate_video(config: Any, processor: Any, size: tuple[int, int], frames: int) -> Calibration:
+    """Process a video of calibration images; the crops are those of all frames. See :func:`calibrate`."""
+    made = processor(
+        videos=[[_calibration_image(*size)] * frames],
+        text=[processor.video_token],
+        video_metadata=[default_metadata(frames)],
+        do_sample_frames=False,
+        return_metadata=True,
+        **_AS_THEY_ARE,
+    )
+    return _calibration(config, made, ("pixel_values_videos", "pixel_values"), size)
+
+
+def _calibration(config: Any, made: Any, names: Sequence[str], size: tuple[int, int]) -> Calibration:
+    pixels = next(made[name] for name in names if name in made)
+    local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens precede those of the whole picture
+    crops = [_crop(crop, size) for crop in [*_crops(local), *_crops(unpatched(made, pixels))] if _blue(crop).any()]
+    ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
+    return Calibration(crops, int(torch.isin(ids, visual).sum()))
+
+
+def _visual_ids(config: Any) -> list[int]:
+    """The ids of image and video placeholders."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    parts = (config, getattr(config, "vision_config", None))  # Phi-4-multimodal has it in its vision configuration
+    found = {getattr(part, name, None) for part in parts for name in names}
+    return sorted(int(number) for number in found if number is not None)
+
+
+def _calibration_image(width: int, height: int) -> Image.Image:
+    values = np.full((height, width, 3), _BLUE, dtype=np.uint8)
+    values[:, :, 0] = np.linspace(0, _FULL, width).round()[None]
+    values[:, :, 1] = np.linspace(0, _FULL, height).round()[:, None]
+    return Image.fromarray(values)
+
+
+def _crops(pixels: Any) -> list[NDArray[np.float64]]:
+    """All (3, H, W) crops in tensors or nested lists."""
+    if hasattr(pixels, "shape"):
+        flat = torch.as_tensor(pixels).double().numpy()
+        return list(flat.reshape(-1, *flat.shape[-3:]))
+    return [crop for part in pixels for crop in _crops(part)]
+
+
+def _crop(pixels: NDArray[np.float64], size: tuple[int, int]) -> Crop:
+    _, height, width = pixels.shape
+    blue = _blue(pixels)
+    left, right = _ends(pixels[0], blue, size[0])
+    top, bottom = _ends(pixels[1].T, blue.T, size[1])
+    return Crop(Box(left, top, right, bottom), height, width)
+
+
+def _blue(pixels: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(H, W) bool, True where (3, H, W) shows the picture, not padding."""
+    near: NDArray[np.bool_] = np.abs(pixels[2] - _BLUE) <= _NEARLY
+    return near
+
+
+def _ends(values: NDArray[np.float64], blue: NDArray[np.bool_], length: int) -> tuple[float, float]:
+    """Begin of the first and end of the last column of `values`, in pixels of a picture that is `length` long."""
+    columns = np.flatnonzero(blue.any(0))
+    inner = columns[len(columns) // 8 : len(columns) - len(columns) // 8]  # resampling distorts the gradient's ends
+    if len(inner) < 2 or length < 2:
+        raise CannotPlaceError(
+            "cannot place the visual tokens of a crop that shows but one row or column of the picture"
+        )
+    means = np.array([values[:, column][blue[:, column]].mean() for column in inner])
+    places = means / _FULL * (length - 1) + 0.5
+    scale, start = np.polyfit(inner + 0.5, places, 1)
+    return _snapped(start, length), _snapped(start + scale * values.shape[1], length)
+
+
+def _snapped(place: float, length: int) -> float:
+    edge = 0.0 if place < length / 2 else float(length)
+    return edge if abs(place - edge) <= _READING * length else float(place)
+
+
+def unpatched(made: Any, pixels: Any) -> Any:
+    """Rebuild crops (3, H, W) from `pixels` that are patches, as the processor's outputs `made` tell; else `pixels`.
+
+    Kimi's are (patches, 3, side, side). LFM2-VL's are (crops, patches, flat) with the colours last, padded to the
+    largest number of patches.
+    """
+    if "spatial_shapes" in made:
+        return [
+            _joined(_squares(crop[: rows * columns]), rows, columns)
+            for crop, (rows, columns) in zip(pixels, made["spatial_shapes"].tolist(), strict=True)
+        ]
+    if "image_grid_thw" in made:
+        (_, rows, columns) = made["image_grid_thw"][0].tolist()
+        return _joined(pixels, rows, columns)
+    return pixels
+
+
+def _squares(flat: Tensor) -> Tensor:
+    side = math.isqrt(flat.shape[-1] // 3)
+    return flat.reshape(-1, side, side, 3).movedim(-1, 1)
+
+
+def _joined(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3, side, side) -> (3, H, W)."""
+    side = patches.shape[-1]
+    grid = patches.reshape(rows, columns, 3, side, side)
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
+
 
 #: A crop that lacks less than this share of each side counts as the whole picture.
 _SLACK = 0.05
