@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 callbacks_map["watch"] = Watch
+
+
+@pytest.fixture(autouse=True)
+def method_by_default() -> None:
+    """The variable that one test sets is there again in the next, though pytest takes it away."""
+    os.environ.pop("PYRAMIDDROP_METHOD", None)
 
 
 @pytest.fixture(scope="module")
