@@ -306,3 +306,52 @@ def test_a_scorer_is_shown_documents_as_the_rows_of_a_batch() -> None:
     with PyramidDrop(layers=[2, 4], keep=[0.5, 0.25], score=Watching())(model()):
         model()(**packed(documents(), labels=True), use_cache=False)
     assert seen == [([16, 32, 0, 16, 32], [8, 16, 0, 8, 16], 5), ([8, 16, 0, 8, 16], [4, 8, 0, 4, 8], 5)]
+
+
+@pytest.mark.fast_cases(4)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["pyramid", "per image"])
+def test_what_attention_computes_shrinks_with_each_document(name: str, way: str) -> None:
+    """Counted pair by pair: layers behind a drop are told bounds, or given a mask, of the rows that are left, and these
+    hold the pairs that each document has alone. So packing and dropping save together, in the backward pass as well."""
+    seen: list[int] = []
+
+    def note(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(count_pairs(kwargs["hidden_states"], kwargs))
+
+    layers = text_model(model()).layers
+    expected = [0] * len(layers)
+    handles = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with running(way), METHODS[name](model()) as trace:
+            for row in documents():
+                model()(**alone(row, True), use_cache=False)
+                expected = [pairs + n * (n + 1) // 2 for pairs, n in zip(expected, trace.lengths, strict=True)]
+            seen.clear()
+            loss = model()(**inputs_of(way, True), use_cache=False).loss
+            packed_rows = list(trace.lengths)
+    finally:
+        for handle in handles:
+            handle.remove()
+    loss.backward()
+    model().zero_grad()
+    assert seen == expected
+    assert seen[-1] < seen[2] < seen[0]
+    assert packed_rows[-1] < packed_rows[0] == sum(len(row.ids) for row in documents())
+
+
+def count_pairs(hidden: Tensor, kwargs: dict[str, Any]) -> int:
+    """Pairs of a row that asks and one that it sees, as attention's arguments tell."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        assert int(kwargs["cu_seq_lens_q"][-1]) == hidden.shape[1]
+        lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+        assert max(lengths) <= kwargs["max_length_q"]
+    elif kwargs["attention_mask"] is None:  # of flash kernels, which read positions if there are any
+        positions = kwargs["position_ids"]
+        starts = [0] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+        lengths = torch.tensor([*starts, hidden.shape[1]]).diff().tolist()
+    else:
+        mask = kwargs["attention_mask"]
+        assert mask.shape[-2:] == (hidden.shape[1], hidden.shape[1])
+        return int((mask if mask.dtype == torch.bool else mask == 0).sum())
+    return sum(length * (length + 1) // 2 for length in lengths)

@@ -1,15 +1,18 @@
-"""ms-swift's own `swift sft` with the plug-in, on the bundled checkpoint."""
+"""ms-swift's own `swift sft` and `swift rlhf` with the plug-in, on the bundled checkpoint."""
 
 from __future__ import annotations
 
 import json
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from swift.callbacks import TrainerCallback, callbacks_map
-from swift.pipelines import sft_main
+from swift.pipelines import rlhf_main, sft_main
+from transformers import AutoModelForImageTextToText
 
 import pyramiddrop
 from pyramiddrop import Method, PyramidDrop
@@ -27,21 +30,36 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     lengths: list[list[int]]
     labelled: list[int]
+    first: dict[str, Any]
+    reference: list[list[int]]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The plug-in has put its method on the model before."""
-        Watch.lengths, Watch.labelled = [], []
+        Watch.lengths, Watch.labelled, Watch.first, Watch.reference = [], [], {}, []
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.trace = pyramiddrop.trace_of(model)
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: Watch.labelled.append(kwargs["labels"].shape[1]), with_kwargs=True
-        )
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """The first forward, and the columns of labels in each that has some (a step of `generate` has none)."""
+        if kwargs.get("labels") is not None:
+            Watch.first = Watch.first or kwargs
+            Watch.labelled.append(kwargs["labels"].shape[1])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         Watch.lengths.append(sorted(set(self.trace.lengths), reverse=True))
+        if getattr(self.trainer, "ref_model", None) is not None:
+            lengths = pyramiddrop.trace_of(self.trainer.ref_model).lengths
+            Watch.reference.append(sorted(set(lengths), reverse=True))
 
 
 callbacks_map["watch"] = Watch
+
+
+@pytest.fixture(autouse=True)
+def method_by_default() -> None:
+    """The variable that one test sets is there again in the next, though pytest takes it away."""
+    os.environ.pop("PYRAMIDDROP_METHOD", None)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +75,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def sft(data: Path, output: Path, batch: int, **changes: Any) -> list[dict[str, Any]]:
-    """The log of two steps of `swift sft`."""
+def sft(data: Path, output: Path, batch: int, main: Any = sft_main, **changes: Any) -> list[dict[str, Any]]:
+    """The log of two steps of `swift sft`, or of another `main`."""
     options = {
         "model": digits_checkpoint(),
         "check_model": False,
@@ -83,7 +101,7 @@ def sft(data: Path, output: Path, batch: int, **changes: Any) -> list[dict[str, 
         "external_plugins": PLUGIN,
     } | changes
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    sft_main([*words, "--callbacks", "pyramiddrop", "watch"])
+    main([*words, "--callbacks", "pyramiddrop", "watch"])
     log = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
     return [entry for entry in log if "loss" in entry]
 
@@ -129,3 +147,68 @@ def test_vanilla(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(sft(data, tmp_path / "vanilla", 2, tuner_type="full")) == 2
     assert (tmp_path / "vanilla" / "checkpoint-2").exists()
     assert not list(tmp_path.rglob("pyramiddrop.json"))
+
+
+# --- Preferences ----------------------------------------------------------------------------------------------------
+
+
+def answer_logps(kwargs: dict[str, Any], lengths: list[int]) -> list[float]:
+    """The log-probability of the answer at the end of each row, of so many tokens, asked for one by one with whole
+    labels."""
+    model = AutoModelForImageTextToText.from_pretrained(digits_checkpoint()).train()
+    pyramiddrop.apply(model, PyramidDrop(logits="full"))
+    found = []
+    for row, length in enumerate(lengths):
+        ids = kwargs["input_ids"][row][kwargs["attention_mask"][row].bool()][None]
+        labels = torch.full_like(ids, -100)
+        labels[:, -length:] = ids[:, -length:]
+        with torch.no_grad():
+            logits = model(input_ids=ids, labels=labels, pixel_values=kwargs["pixel_values"][row][None]).logits
+        scores = logits.log_softmax(-1)[0, -length - 1 : -1].gather(-1, ids[0, -length:, None])
+        found.append(float(scores.sum()))
+    return found
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_dpo(tuner: str, cut: bool, data: Path, tmp_path: Path) -> None:
+    """The labels that ms-swift takes out before the forward say who asks, and the reference drops alike."""
+    pairs = [json.loads(line) | {"rejected_response": "8 0 1"} for line in data.read_text().splitlines()]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    changes = {"rlhf_type": "dpo", "tuner_type": tuner, "use_logits_to_keep": cut, "max_steps": 1, "save_steps": 1}
+    log = sft(path, tmp_path / "dpo", 2, rlhf_main, **changes)
+    rows = [[74, 42, 26, 18]]  # the longest of the answers has two tokens more than the shortest
+    assert rows == Watch.lengths
+    assert Watch.reference == (rows if tuner == "full" else [])
+    assert max(Watch.labelled) < 10 if cut else min(Watch.labelled) > 64
+    assert log[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    chosen = answer_logps(Watch.first, [2, 3])
+    assert log[0]["logps/chosen"] == pytest.approx(sum(chosen) / 2, abs=1e-4)
+    assert Method.from_pretrained(tmp_path / "dpo" / "checkpoint-1") == PyramidDrop()
+
+
+def test_grpo(data: Path, tmp_path: Path) -> None:
+    """Generated and scored with the same rows, by the reference as well; the reward sees the picture."""
+    pytest.importorskip("msgspec")
+    from swift.rewards import ORM, orms
+
+    class Reward(ORM):  # type: ignore[misc]
+        def __call__(self, completions: list[str], images: Any, **_: Any) -> list[float]:
+            seen.extend(images)
+            return [float(number) for number in range(len(completions))]
+
+    seen: list[Any] = []
+    orms["seen"] = Reward
+    changes = {"rlhf_type": "grpo", "tuner_type": "full", "reward_funcs": "seen", "num_generations": 2, "beta": 0.1}
+    short = {"max_completion_length": 6, "use_vllm": False, "max_steps": 1, "save_steps": 1}
+    log = sft(data, tmp_path / "grpo", 2, rlhf_main, **changes, **short)
+    assert len(seen) == 2
+    assert Watch.lengths == Watch.reference
+    assert [before - after for before, after in pairwise(Watch.lengths[0])] == [32, 16, 8]
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_packing_is_refused_by_swift_itself_without_flash_attention(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="requires a flash attention implementation"):
+        sft(data, tmp_path / "packed", 2, tuner_type="full", packing=True)

@@ -10,14 +10,19 @@ a folder of its own: no other module in it can stand in the place of somebody's 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.methods import apply
 from pyramiddrop.training.callbacks import MethodCallback
+from pyramiddrop.training.collate import IGNORED_LABEL
 
 METHOD_VARIABLE = "PYRAMIDDROP_METHOD"
 
@@ -37,16 +42,87 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the method on the model; InputError for one that is not known or does not fit."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        reference = getattr(self.trainer, "ref_model", None)
         num_layers = len(inspect_model(model).layers)
         method = resolve_method(os.environ.get(METHOD_VARIABLE), self.trainer.model_info.model_dir, num_layers)
-        if method is not None:
-            apply(model, method)
-            self.saver = MethodCallback(method)
+        if method is None:
+            return
+        self.saver = MethodCallback(method)
+        models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
+        labels = HiddenLabels(self.trainer)
+        for one in models:
+            labels.show_to(one)  # before the method looks for them
+            apply(one, method)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the method beside the checkpoint that was just saved."""
         if self.saver is not None:
             self.saver.on_save(args, state, control)
+
+
+class HiddenLabels:
+    """Shows the model the labels that ms-swift's trainers of preferences keep to themselves, so that it knows who asks.
+
+    DPO, CPO, ORPO and KTO take them out of a batch before the model's forward, and GRPO has none: there a completion's
+    tokens are labels. Trainers that give their labels to the model are left as they are.
+
+    Args:
+        trainer: of ms-swift; its methods are wrapped.
+    """
+
+    labels: Tensor | None
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.labels = trainer, None
+        for name, wrapper in (
+            ("concatenated_forward", self._of_pairs),
+            ("prepare_logits_to_keep", self._of_cut),
+            ("_get_model_kwargs", self._of_prefix),
+            ("_get_logps_via_local_forward", self._of_completions),
+        ):
+            method = getattr(trainer, name, None)
+            if method is not None:
+                setattr(trainer, name, partial(wrapper, method))
+
+    def show_to(self, model: nn.Module) -> None:
+        """Give the labels to a forward of `model` that has none."""
+        model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("labels") is not None or self.labels is None:
+            return None
+        return args, {**kwargs, "labels": self.labels}
+
+    def _of_pairs(self, method: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._shown(batch.get("labels")):
+            return method(model, batch, *args, **kwargs)
+
+    def _of_cut(self, method: Any, inputs: Any) -> Any:
+        """Labels that are cut inside of `concatenated_forward`, to the columns of `logits_to_keep`."""
+        found = method(inputs)
+        if self.labels is not None:
+            self.labels = inputs["labels"]
+        return found
+
+    def _of_prefix(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        model_kwargs, labels = method(*args, **kwargs)
+        return {**model_kwargs, "labels": labels}, labels
+
+    def _of_completions(self, method: Any, model: Any, inputs: Any, keep: Any, ids: Tensor, **kwargs: Any) -> Any:
+        labels = ids.masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
+        labels[:, :-keep] = IGNORED_LABEL
+        if "logits_to_keep" in self.trainer.model_kwarg_keys:
+            labels = labels[:, -keep - 1 :]  # of as many columns will it want the logits
+        with self._shown(labels):
+            return method(model, inputs, keep, ids, **kwargs)
+
+    @contextmanager
+    def _shown(self, labels: Tensor | None) -> Iterator[None]:
+        self.labels = labels
+        try:
+            yield
+        finally:
+            self.labels = None
 
 
 if __name__ == "__main__":
