@@ -1,1 +1,1 @@
-"""Training with dropped tokens: conversations with images, masked to their answers, in the trainer that people use."""
+"""Train with dropped tokens on conversations with images, supervised on their answers."""

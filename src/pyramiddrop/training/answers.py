@@ -15,23 +15,23 @@ from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.samples import Message
 
-#: The name under which the share of right answers is logged.
+#: The logged name of the share of right answers.
 EXACT_MATCH = "exact_match"
-#: So many tokens more than the longest right answer are generated: a longer answer is wrong whatever follows.
+#: Tokens to generate beyond the longest right answer; longer answers are wrong anyway.
 SPARE_TOKENS = 8
 
 
 class AnswerCheck:
-    """Asks a model for the last answer of each conversation, and tells the share of those that are given exactly.
+    """Generates a model's last answer of each conversation, and computes the share of exact matches.
 
-    Answers are greedy, under whatever method is on the model; case, surrounding space and a final full stop do not
-    matter (`pyramiddrop.evaluation.tasks.exact`).
+    Answers are greedy, under the method that is applied to the model, if any. Case, surrounding space and a final full
+    stop do not matter (`pyramiddrop.evaluation.tasks.exact`).
 
     Args:
-        table: of `load_samples`.
+        table: a table from `load_samples`.
         collator: writes the prompts, as in training.
-        count: samples that are asked, spread evenly over the table; all where it holds fewer.
-        batch: prompts of one forward.
+        count: number of samples, spread evenly over the table; all if it has fewer.
+        batch: number of prompts in a forward.
     """
 
     def __init__(self, table: Dataset, collator: AnswerCollator, count: int, batch: int) -> None:
@@ -43,7 +43,7 @@ class AnswerCheck:
         self.max_new_tokens = max(len(tokenizer(text)["input_ids"]) for text in self.right) + SPARE_TOKENS
 
     def answers(self, model: Any, rank: int = 0, ranks: int = 1) -> list[str]:
-        """The answers of every `ranks`-th sample, from `rank` on. The model's mode and the random state are kept."""
+        """The answers to every `ranks`-th sample, from `rank` on; the model's mode and random state are restored."""
         rows, checkpoint = range(rank, len(self.table), ranks), Checkpoint(model, self.collator.processor, "")
         texts: list[str] = []
         with _evaluating(model):
@@ -57,7 +57,7 @@ class AnswerCheck:
         """The share of right answers, in [0, 1].
 
         Args:
-            total: sums a number over all ranks, each of which answers its part of the samples.
+            total: sums a number over all ranks, each of which answers a part of the samples.
         """
         texts = self.answers(model, rank, ranks)
         return total(sum(map(exact, texts, ([one] for one in self.right[rank::ranks])))) / len(self.table)
@@ -73,7 +73,7 @@ def _text(message: Message) -> str:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """In evaluation mode, with nothing drawn from the random state of training."""
+    """Context manager for evaluation mode, which preserves the random state of training."""
     was_training = model.training
     with keep_random_state():
         model.eval()
@@ -85,7 +85,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """PyTorch's random state on the CPU and on this process's GPU is after it what it was before."""
+    """Context manager that restores PyTorch's random state on the CPU and on this process's GPU."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield

@@ -1,4 +1,4 @@
-"""Callbacks of any Hugging Face trainer: save the method with each checkpoint, change λ over the steps."""
+"""Callbacks for any Hugging Face trainer: save the method with each checkpoint, and change λ over the steps."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from pyramiddrop.methods import Method, StagedMethod, apply, current_method, rem
 class MethodCallback(TrainerCallback):  # type: ignore[misc]
     """Writes `pyramiddrop.json` into every checkpoint of any Hugging Face trainer: `Trainer(callbacks=[...])`.
 
-    A model with a method on it (`apply`) saves the file itself. This is for what is not saved by the model: adapters
-    that were put around it later, and sharded weights.
+    A patched model writes the file itself when it is saved. This callback is for checkpoints that the model does not
+    save: adapters that were added after the method, and sharded weights.
     """
 
     def __init__(self, method: Method) -> None:
         self.method = method
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the method beside the checkpoint that was just saved."""
+        """Write the method beside the new checkpoint."""
         if state.is_world_process_zero:
             self.method.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class LamCurriculum(TrainerCallback):  # type: ignore[misc]
-    """Takes λ in a straight line from `first` at the first step to the method's own at the last.
+    """Changes λ linearly from `first` at the first step to the method's own at the last.
 
-    λ is rounded to hundredths, so that the method is put on anew at most a hundred times. From the end of training on,
-    and after a call of `finish`, the model has the method with its own λ.
+    λ is rounded to hundredths, so that the method is applied again at most a hundred times. After training, and after a
+    call of `finish`, the model has the method with its own λ.
 
     Args:
-        model: has the method on it (`apply`).
-        method: with the λ of the last step.
+        model: a model to which `method` is applied.
+        method: the method, with the λ of the last step.
         first: λ of the first step, in (0, 1]; 1 drops nothing.
     """
 
@@ -52,15 +52,15 @@ class LamCurriculum(TrainerCallback):  # type: ignore[misc]
         return round(self.first + share * (self.method.lam - self.first), 2) if share < 1 else self.method.lam
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the method on with the λ of the step that begins."""
+        """Apply the method with the λ of the step that begins."""
         self._use(replace(self.method, lam=self.lam(state.global_step, state.max_steps)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the model with the method's own λ, with which it is saved."""
+        """Apply the method with its own λ, with which the model is saved."""
         self.finish()
 
     def finish(self) -> None:
-        """Put the method on with its own λ, to evaluate or to save; the next step changes it back."""
+        """Apply the method with its own λ, to evaluate or to save; the next step changes it back."""
         self._use(self.method)
 
     def _use(self, method: Method) -> None:
@@ -70,7 +70,7 @@ class LamCurriculum(TrainerCallback):  # type: ignore[misc]
 
 
 def check_first_lam(method: Method | None, first: float | None) -> None:
-    """InputError where λ cannot change from `first` to that of `method`; None changes nothing."""
+    """Raise InputError if λ cannot change from `first` to that of `method`; None: constant λ."""
     if first is None:
         return
     if not isinstance(method, StagedMethod) or method.keep is not None:

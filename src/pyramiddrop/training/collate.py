@@ -1,4 +1,4 @@
-"""Collate samples to a batch: encoded, padded to the longest, labelled on their answers alone."""
+"""Collate samples to a batch: encoded, padded to the longest one, with labels on their answers alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PNG_TELLING = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
 
 
 class AnswerCollator:
-    """Makes batches of samples for any trainer: `Trainer(data_collator=AnswerCollator(processor), ...)`.
+    """Collates samples for any trainer: `Trainer(data_collator=AnswerCollator(processor), ...)`.
 
-    Rows are padded on the right to the longest of the batch; images may be of any number in a sample, or none. Tokens
-    are those that the model meets when it is asked: the beginning-of-text token is there if the processor adds it.
+    Rows are padded on the right to the longest one; a sample may have any number of images, or none. The tokens are
+    those of inference: the beginning-of-sequence token is there if the processor adds it.
 
     Args:
-        processor: of the model, with a chat template.
+        processor: the model's processor, with a chat template.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -44,8 +44,8 @@ class AnswerCollator:
         """The model's inputs for `rows`, each with `messages` and `images` (files or pictures) as in `Sample`.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, (B, L), -100 wherever no answer is; `pixel_values` and what else
-            the processor makes of the images.
+            `input_ids`, `attention_mask` and `labels`, (B, L), with -100 outside of answers; `pixel_values` and the
+            processor's other outputs for images.
         """
         written = [self.writer.write(plain_messages(row["messages"])) for row in rows]
         offsets_too = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -68,7 +68,7 @@ class AnswerCollator:
 
     @property
     def ends_answers(self) -> bool:
-        """Whether the template puts a special token into an answer, so that the model learns to stop."""
+        """True if the template ends an answer with a special token, from which the model learns to stop."""
         content = [{"type": "text", "text": "a"}]
         turns = [{"role": role, "content": content} for role in ("user", "assistant", "user", "assistant")]
         batch = self([{"messages": turns, "images": []}])
@@ -77,10 +77,10 @@ class AnswerCollator:
         return bool(set(answers) & set(tokenizer.get_added_vocab().values()) - set(tokenizer("a")["input_ids"]))
 
     def length(self, sample: Sample) -> int:
-        """The tokens of a sample, its visual ones included.
+        """The number of tokens of a sample, including visual tokens.
 
         Raises:
-            BrokenSampleError: where an image cannot be opened, or the template refuses the conversation.
+            BrokenSampleError: if an image cannot be opened, or the template refuses the conversation.
         """
         self._check_text(sample)
         written = self.writer.write(sample.messages)
@@ -90,7 +90,7 @@ class AnswerCollator:
         )
 
     def _check_text(self, sample: Sample) -> None:
-        """Raise BrokenSampleError for words that the processor would take for an image or a video."""
+        """Raise BrokenSampleError for text that the processor would read as an image or a video."""
         words = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
         for name in ("image_token", "video_token"):
             token = getattr(self.processor, name, None)
@@ -108,7 +108,7 @@ class AnswerCollator:
         )
 
     def _adds_special(self, written: Rendered) -> bool:
-        """Whether the tokenizer adds its special tokens; not where the template wrote the first of them itself."""
+        """True if the tokenizer should add its special tokens; False if the template wrote the first one itself."""
         first = self.processor.tokenizer.bos_token
         return first is None or not written.text.startswith(first)
 
@@ -123,14 +123,14 @@ def _places(row: Mapping[str, Any]) -> int:
 
 
 def listed(images: Any) -> Sequence[Any]:
-    """Images as a list; a table may hold a single one, or none."""
+    """Images as a list, from a list, a single image or None."""
     if images is None:
         return []
     return images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as they were read; a table of `datasets` fills every part up with empty fields."""
+    """Messages without the empty fields that a table of `datasets` adds to every part."""
     return [
         {"role": message["role"], "content": [_without_empty(part) for part in message["content"]]}
         for message in messages
@@ -142,10 +142,10 @@ def _without_empty(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_image(image: Any) -> Image.Image:
-    """The picture in a file, in the bytes of one, or the picture itself, in RGB.
+    """Open a picture from a file or its bytes, or take a picture itself, in RGB.
 
     Raises:
-        BrokenSampleError: for what is not there, is no picture or cannot be decoded.
+        BrokenSampleError: if it does not exist, is not a picture or cannot be decoded.
     """
     found = located(image)
     with _broken():
@@ -155,10 +155,10 @@ def open_image(image: Any) -> Image.Image:
 
 
 def image_size(image: Any) -> tuple[int, int]:
-    """(width, height) of a picture or of the one in a file, of which no more than the header is decoded.
+    """(width, height) of a picture or of a picture file, of which only the header is decoded.
 
     Raises:
-        BrokenSampleError: for what is not there or is no picture.
+        BrokenSampleError: if it does not exist or is not a picture.
     """
     found = located(image)
     if isinstance(found, Image.Image):
@@ -170,14 +170,14 @@ def image_size(image: Any) -> tuple[int, int]:
 
 
 def _exif(picture: Any) -> Image.Exif:
-    """Pillow decodes all of a PNG for its Exif data; that is needed only if the file tells more behind its pixels."""
+    """The picture's Exif data. Pillow decodes a whole PNG for it, which is only needed if data follows the pixels."""
     if picture.format == "PNG" and PNG_TELLING.isdisjoint(list(_chunks_behind_pixels(picture.fp))):
         return Image.Image.getexif(picture)
     return picture.getexif()  # type: ignore[no-any-return]
 
 
 def _chunks_behind_pixels(file: BinaryIO) -> Iterator[bytes]:
-    """The names of a PNG's chunks behind the first that holds pixels; the file stays at its place."""
+    """The names of a PNG's chunks after the first one with pixels; the position in the file is restored."""
     place = file.tell()
     file.seek(len(PNG_SIGNATURE))
     pixels = False
@@ -199,7 +199,7 @@ def _broken() -> Iterator[None]:
 
 @lru_cache(maxsize=4096)
 def _visual_tokens(processor: Any, size: tuple[int, int]) -> int:
-    """How many tokens the processor makes of an image of `size` (width, height)."""
+    """The number of the processor's tokens for an image of `size` (width, height)."""
     inputs = processor(images=[Image.new("RGB", size)], text=[processor.image_token], add_special_tokens=False)
     return len(inputs["input_ids"][0])
 
@@ -210,20 +210,20 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text; `answers` are the ranges of characters that the model shall learn to write."""
+    """A conversation as text; `answers` are the character ranges that the model learns to write."""
 
     text: str
     answers: list[Span]
 
 
 class ConversationWriter:
-    """Writes conversations by a processor's chat template, and knows which characters are answers.
+    """Writes conversations with a processor's chat template, and finds the characters of answers.
 
-    A template that marks its answers with `{% generation %}` is taken at its word. With any other, an answer is what
-    follows when `add_generation_prompt` has been written: the words, and whatever ends the turn.
+    Answers are those that the template marks with `{% generation %}`. Without such marks, an answer is everything after
+    the generation prompt: the words and the end of the turn.
 
     Args:
-        processor: of the model; it must have a chat template.
+        processor: the model's processor, which must have a chat template.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -232,11 +232,11 @@ class ConversationWriter:
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
     def write(self, messages: Sequence[Message]) -> Rendered:
-        """The text of a conversation, and where its answers are.
+        """The text of a conversation with the ranges of its answers.
 
         Raises:
-            BrokenSampleError: where the template refuses the conversation, or writes earlier turns anew when a further
-                one is added, so that no one can tell what the model would have to say.
+            BrokenSampleError: if the template refuses the conversation, or rewrites earlier turns when one is added, so
+                that the answers cannot be found.
         """
         if self.marked:
             text, answers = self._render(messages, marked=True)
@@ -273,7 +273,7 @@ class ConversationWriter:
                 return_assistant_tokens_mask=marked,
                 **self.processor.tokenizer.special_tokens_map,
             )
-        except Exception as error:  # a template may raise whatever it likes; Jinja's own errors have no common class
+        except Exception as error:  # templates raise any error; Jinja's own have no common class
             raise BrokenSampleError(f"the chat template refuses it: {error}") from error
         return texts[0], spans[0] if marked else []
 
@@ -282,9 +282,10 @@ def answer_mask(offsets: Tensor, answers: Sequence[Span], expansions: Sequence[d
     """(L,) bool: the tokens that overlap an answer.
 
     Args:
-        offsets: (L, 2), the characters of each token in the text whose images have been expanded; equal for padding.
-        answers: ranges of characters in the text before that.
-        expansions: of the processor: for each image its `span` before and its `new_span` after.
+        offsets: (L, 2), the characters of each token in the text with expanded images; begin and end of padding are
+            equal.
+        answers: character ranges in the text before the expansion.
+        expansions: the processor's expansions, with the `span` of each image before and its `new_span` after.
     """
     ends = [expansion["span"][1] for expansion in expansions]
     moved = [0, *(expansion["new_span"][1] - expansion["span"][1] for expansion in expansions)]

@@ -18,9 +18,9 @@ from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
 
 LENGTH = "length"
-#: The column of a JSON file's records, as text: their fields need not have the same types.
+#: The column for records of a JSON file as text, because the types of their fields may differ.
 RECORD = "record"
-#: One process checks so many samples before a further one is worth its start.
+#: The number of samples for which a further checking process is worthwhile.
 SAMPLES_A_PROCESS = 1000
 
 TEXT = datasets.Value("string")
@@ -37,7 +37,7 @@ CHECKED = datasets.Features(
 
 @dataclass
 class Report:
-    """What the check found: how many samples are good, and which are not, each as `file[index]: why`."""
+    """The result of the check: the number of good samples, and the broken ones as `file[index]: why`."""
 
     good: int = 0
     broken: list[str] = field(default_factory=list)
@@ -50,22 +50,21 @@ def load_samples(
     max_length: int | None = None,
     skip_broken: bool = False,
 ) -> tuple[datasets.Dataset, Report]:
-    """A table with `messages`, `images` and `length` of every good sample, for `AnswerCollator` and any trainer.
+    """Load a table with `messages`, `images` and `length` of all good samples, for `AnswerCollator` and any trainer.
 
-    Many samples are checked by several processes. What they found is kept in the cache of `datasets`, for as long as
-    the data and the processor stay the same; samples that were broken are looked at again.
+    Several processes check large tables. The results are stored in the cache of `datasets` while the data and the
+    processor are the same; broken samples are checked again.
 
     Args:
-        source: a JSON or JSON-lines file of conversations, a folder that `datasets` saved, or a data set's name on the
-            hub, of which the split "train" is taken.
-        collator: of the model, for the lengths.
-        images: the folder that names of image files start from; a file's own folder if None.
-        max_length: samples with more tokens, the visual ones included, are broken: none is cut.
-        skip_broken: leave broken samples out and report them; else the first one is fatal.
+        source: a JSON or JSON-lines file of conversations, a folder saved by `datasets`, or the name of a data set on
+            the hub, of which the split "train" is used.
+        collator: the model's collator, for lengths.
+        images: the folder of relative image files; None: the folder of the source file.
+        max_length: samples with more tokens, including visual tokens, count as broken; none is truncated.
+        skip_broken: leave out broken samples and report them; otherwise the first one is fatal.
 
     Raises:
-        InputError: for a source that cannot be read, for the first broken sample where none may be skipped, and where
-            none is good.
+        InputError: if the source cannot be read, a sample is broken and may not be skipped, or no sample is good.
     """
     name, records = _read(source)
     if not len(records):
@@ -84,13 +83,13 @@ def load_samples(
 
 
 def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
-    """`table` followed by as many fillers as its last batch over all ranks lacks.
+    """Append fillers to `table` so that its last batch over all ranks is complete.
 
-    accelerate fills that batch up with the epoch's first samples, whose loss then counts twice. A filler is a question
-    without an image and without an answer, and adds nothing to any loss; its length is 0.
+    accelerate would complete it with the epoch's first samples, whose loss would count twice. A filler is a question
+    without image and answer, which does not contribute to any loss; its length is 0.
 
     Args:
-        ranks_batch: samples that all ranks run at once.
+        ranks_batch: number of samples that all ranks together run at once.
     """
     missing = -len(table) % ranks_batch
     question = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
@@ -104,7 +103,7 @@ def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
 
 @dataclass(frozen=True)
 class _Check:
-    """Reads a record, and tells what is wrong with it; a value, so that `datasets` knows it again."""
+    """Reads a record and checks it; a dataclass, so that the cache of `datasets` recognises it."""
 
     collator: AnswerCollator
     folder: Path | None
@@ -112,7 +111,7 @@ class _Check:
     version: str = __version__
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The sample of a record in the columns CHECKED; without the pictures that are inside the data."""
+        """The sample of a record in the columns CHECKED, without pictures that are in the data itself."""
         record = json.loads(row[RECORD]) if RECORD in row else row
         try:
             sample = read_sample(record, self.folder)
@@ -127,7 +126,7 @@ class _Check:
 
 
 def _checked(records: datasets.Dataset, check: _Check) -> datasets.Dataset:
-    """What `check` says of each record, from the cache if it is there; what was broken then may have been mended."""
+    """The results of `check` for each record, from the cache if possible; broken records are checked again."""
     fingerprint = Hasher.hash([records._fingerprint, check])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "pyramiddrop"
     cache.mkdir(parents=True, exist_ok=True)
@@ -155,7 +154,7 @@ def _mapped(records: datasets.Dataset, check: _Check, **caching: Any) -> dataset
 
 
 def _undecoded(records: datasets.Dataset) -> datasets.Dataset:
-    """`records` with pictures as the bytes of their files, for the check reads no more than a header."""
+    """`records` with pictures as undecoded bytes, because the check only reads headers."""
     for name in _picture_columns(records):
         feature = records.features[name]
         if isinstance(feature, datasets.Image):
@@ -170,7 +169,7 @@ def _picture_columns(records: datasets.Dataset) -> list[str]:
 
 
 def _table(name: str, records: datasets.Dataset, checked: datasets.Dataset, folder: Path | None) -> datasets.Dataset:
-    """Names of image files are copied into the table; pictures stay where they are, and are decoded when asked for."""
+    """Copy names of image files into the table; pictures in the data stay there and are decoded on access."""
     table = checked.select_columns(["messages", "images", LENGTH])
     if not any(checked["inside"][:]):
         return table
@@ -184,7 +183,7 @@ def _table(name: str, records: datasets.Dataset, checked: datasets.Dataset, fold
 
 
 def _read(source: str | Path) -> tuple[str, datasets.Dataset]:
-    """The source's name in messages, and its records."""
+    """The name of the source for messages, and its records."""
     path = Path(source)
     if path.is_file():
         with user_input(f"cannot read {path}", (OSError, ValueError)):

@@ -1,4 +1,4 @@
-"""Write the model card of a training: what was trained on what and how, and how to load it."""
+"""Write the model card of a training: data, settings, and how to load the model."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ How well the model answers was not measured in this training.
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What the card of a training says.
+    """The facts on the card of a training.
 
     Attributes:
-        base: folder or hub name of the checkpoint that the training began with.
-        data: as it was given, a file, a folder or a hub name.
-        samples: of the data that were trained on.
+        base: folder or hub name of the initial checkpoint.
+        data: the file, folder or hub name of the data.
+        samples: number of training samples.
         recipe: a name in RECIPES.
-        batch: conversations of a step, over all devices.
-        learning_rate: the peak.
-        method: what dropped tokens, or None.
-        first_lam: λ at the first step, where it changed over the steps.
-        stages: its drops on this model.
+        batch: number of conversations in a step, over all devices.
+        learning_rate: the peak learning rate.
+        method: the method, or None.
+        first_lam: λ at the first step, if it changed over the steps.
+        stages: the method's drops in this model.
     """
 
     base: str
@@ -78,7 +78,7 @@ class TrainingFacts:
     first_lam: float | None = None
 
     def card(self, name: str, steps: int) -> ModelCard:
-        """The card of the model `name` after `steps` steps. Its licence is the user's to say."""
+        """The card of the model `name` after `steps` steps, without a licence, which is the user's choice."""
         on_hub = not Path(self.base).exists()
         data = ModelCardData(
             base_model=self.base if on_hub else None,

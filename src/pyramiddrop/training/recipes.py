@@ -1,4 +1,4 @@
-"""Training recipes: LLaVA's two steps, the weights that each trains, and their learning rates."""
+"""Training recipes: LLaVA's two phases and LoRA, with the trained weights and learning rates of each."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.errors import InputError
 
-#: Names of the modules between a vision tower and a language model, and of vision towers, in Transformers.
+#: Names of projectors and of vision towers in Transformers.
 PROJECTORS = ("multi_modal_projector", "merger", "connector", "embed_vision")
 VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which weights are trained, and how.
+    """Which weights are trained, and with which settings.
 
     Attributes:
-        language: whether the language model is trained: "frozen", "all" or "lora".
-        learning_rate: the peak; it rises over `warmup` of the steps and falls as a cosine.
-        batch: samples a step, over all devices.
+        language: how the language model is trained: "frozen", "all" or "lora".
+        learning_rate: the peak, reached after the share `warmup` of the steps and followed by a cosine decay.
+        batch: number of samples in a step, over all devices.
     """
 
     language: str
@@ -32,7 +32,7 @@ class Recipe:
     warmup: float = 0.03
 
 
-#: The settings of LLaVA-1.5's published scripts; the vision tower is frozen in all of them.
+#: The settings of LLaVA-1.5's published scripts, all with a frozen vision tower.
 RECIPES: dict[str, Recipe] = {
     "projector": Recipe("frozen", learning_rate=1e-3, batch=256),
     "all": Recipe("all", learning_rate=2e-5, batch=128),
@@ -42,22 +42,24 @@ LORA_RANK, LORA_DROPOUT = 128, 0.05
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name; InputError where there is none."""
+    """The recipe of this name; InputError if there is none."""
     if name not in RECIPES:
         raise InputError(f"recipe {name!r} is not one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
 def prepare_weights(model: nn.Module, recipe: Recipe, lora_rank: int = LORA_RANK) -> Any:
-    """Freeze what `recipe` does not train, and hold what it trains in float32: steps get lost in half precision.
+    """Freeze the weights that `recipe` does not train, and cast the others to float32, because half precision loses
+    small updates.
 
     Args:
-        lora_rank: the width of the adapters where the recipe is LoRA; their α is twice as much, as LLaVA's is.
+        lora_rank: rank of the adapters of the LoRA recipe; α is twice as much, as in LLaVA.
 
-    Returns the model, wrapped by PEFT where the recipe is LoRA.
+    Returns:
+        The model, wrapped by PEFT for the LoRA recipe.
 
     Raises:
-        InputError: where the model has no projector that is known by its name.
+        InputError: if the model has no projector with a known name.
     """
     projector = [name for name, _ in model.named_parameters() if _within(name, PROJECTORS)]
     if not projector:
@@ -77,7 +79,7 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def _with_lora(model: nn.Module, rank: int) -> Any:
-    """LoRA on every linear layer of the decoder; the projector is trained whole, as LLaVA's script does."""
+    """Add LoRA to every linear layer of the decoder; the projector is trained fully, as in LLaVA's script."""
     from peft import LoraConfig, get_peft_model
 
     layers = inspect_model(model).layers

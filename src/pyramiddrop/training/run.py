@@ -1,4 +1,4 @@
-"""Run a training: from the user's options to a folder that the other verbs take as a model."""
+"""Run a training: from the user's options to a folder that the other verbs load as a model."""
 
 from __future__ import annotations
 
@@ -43,32 +43,31 @@ BROKEN_LIST = "broken.txt"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What was asked for; None takes the recipe's or the library's word.
+    """The options of `train`; None: the default of the recipe or the library.
 
     Attributes:
         model: folder or hub name of a checkpoint.
         data, images: see `load_samples`.
-        output: folder for checkpoints, logs and, at the end, the trained model.
+        output: folder of checkpoints, logs and the trained model.
         recipe: "projector", "all" or "lora".
-        method: what drops tokens; without any option the method saved beside the checkpoint, or PyramidDrop.
-        first_lam: λ at the first step; it goes in a straight line to the method's own at the last. None: constant.
-        batch: samples a step, over all devices and accumulated ones.
-        device_batch: samples that a device runs at once.
-        steps: ends training early, or, with `epochs`, whichever is given.
-        lr_schedule: how the rate falls: a name that Transformers' `lr_scheduler_type` has, such as "cosine", "linear"
-            or "constant_with_warmup".
-        warmup: steps until the peak; below 1 it is a share of all steps.
-        weight_decay: of AdamW.
-        lora_rank: of the recipe "lora"; α is twice as much.
+        method: the method specification; None: the method saved beside the checkpoint, or PyramidDrop.
+        first_lam: λ at the first step, which changes linearly to the method's own at the last; None: constant.
+        batch: number of samples in a step, over all devices and accumulated ones.
+        device_batch: number of samples that a device runs at once.
+        steps: number of training steps; None: those of `epochs`.
+        lr_schedule: a name of Transformers' `lr_scheduler_type`, such as "cosine", "linear" or "constant_with_warmup".
+        warmup: number of steps until the peak; below 1, a share of all steps.
+        weight_decay: weight decay of AdamW.
+        lora_rank: rank of the recipe "lora"; α is twice as much.
         logits: see `Method`.
-        eval_data: as `data`: its loss is logged, and the trained model is the one with the lowest.
-        eval_every: steps between two evaluations; the last step is evaluated in any case.
-        eval_answers: samples of `eval_data` that are answered at each evaluation; the share of right ones is logged.
-        best_by: "loss", or "exact_match" for the share of right answers: what says which weights are the best.
-        skip_broken: leave broken samples out instead of stopping at the first.
-        resume: go on from the last whole checkpoint in `output`.
-        save_every, log_every: steps; None saves at the end alone, or with `eval_data` the best checkpoint so far.
-        report_to: names of what Transformers reports to, such as "tensorboard" and "wandb"; or "none".
+        eval_data: evaluation data, like `data`; its loss is logged, and the best weights are kept.
+        eval_every: number of steps between two evaluations; the last step is always evaluated.
+        eval_answers: number of samples of `eval_data` answered at each evaluation; the share of right ones is logged.
+        best_by: how weights are compared: "loss", or "exact_match" for the share of right answers.
+        skip_broken: leave out broken samples instead of stopping at the first one.
+        resume: continue from the last complete checkpoint in `output`.
+        save_every, log_every: numbers of steps; None saves only at the end, or the best checkpoint with `eval_data`.
+        report_to: names of Transformers' reporting integrations, such as "tensorboard" and "wandb"; or "none".
         chat_template: a file that replaces the checkpoint's.
     """
 
@@ -108,12 +107,12 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training that can run.
+    """A training that is ready to run.
 
     Attributes:
-        method: None for vanilla.
-        report: on the data.
-        remarks: what the user should know, a line each.
+        method: the method; None for vanilla.
+        report: the result of the check of the data.
+        remarks: messages to the user, a line each.
     """
 
     options: TrainOptions
@@ -124,14 +123,14 @@ class TrainingJob:
 
     @property
     def broken_list(self) -> Path:
-        """The file that lists every broken sample, where there is one."""
+        """The file that lists broken samples, if there are any."""
         return self.options.output / BROKEN_LIST
 
     def run(self) -> dict[str, float]:
         """Train, save the trained model into `options.output`, and return the trainer's figures.
 
-        LoRA is merged into its base, so that the folder holds a whole model; its checkpoints hold the adapters, and so
-        does the folder where weights are sharded, for no process has them all.
+        LoRA is merged into its base, so that the folder contains a whole model. Checkpoints contain the adapters; with
+        sharded weights the folder does too, because no process has all weights.
         """
         trainer = self.trainer
         resumed = last_whole_checkpoint(self.options.output) if self.options.resume else None
@@ -148,7 +147,7 @@ class TrainingJob:
         return figures
 
     def _merge(self) -> None:
-        """Put the merged model in the place of the adapter that the trainer has saved."""
+        """Replace the adapter that the trainer saved by the merged model."""
         for path in self.options.output.glob("adapter_*"):
             path.unlink()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -156,13 +155,13 @@ class TrainingJob:
 
 
 def prepare_training(options: TrainOptions, progress: Callable[[str], None] = lambda step: None) -> TrainingJob:
-    """Check what was asked for, from what is cheap to what is not: settings, data, weights.
+    """Check the options, data and weights, cheap checks first, and build the trainer.
 
     Args:
-        progress: told what comes next.
+        progress: called with the name of each phase.
 
     Raises:
-        InputError: for anything that was asked for and cannot be done.
+        InputError: if an option cannot be used.
     """
     recipe = find_recipe(options.recipe)
     _check_output(options)
@@ -183,7 +182,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     if arguments.world_size > 1:
         DummyImage(model, dummy_pixels(processor))
         name_layers_to_shard(model)
-        if not is_deepspeed_zero3_enabled():  # a rank whose batch is all fillers would rank nothing
+        if not is_deepspeed_zero3_enabled():  # a rank with a batch of fillers only would not rank
             tables["train"] = with_fillers(tables["train"], options.device_batch * arguments.world_size)
     trainer = ConversationTrainer(
         model=model,
@@ -206,7 +205,7 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
 
 
 def _answer_check(trainer: ConversationTrainer, collator: AnswerCollator, table: Dataset, count: int) -> AnswerCheck:
-    """InputError where no process holds the weights whole, so that it cannot answer for itself."""
+    """The answer check; InputError if no process holds all weights, so that none can generate on its own."""
     if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
         raise InputError(
             f"--eval-answers {count} is not supported where weights are sharded (FSDP, ZeRO-3); leave it out, and ask "
@@ -218,13 +217,13 @@ def _answer_check(trainer: ConversationTrainer, collator: AnswerCollator, table:
 def _load_tables(
     options: TrainOptions, collator: AnswerCollator, arguments: SFTConfig, progress: Callable[[str], None]
 ) -> tuple[dict[str, Dataset], Report]:
-    """The samples to train on, and those to evaluate with; what was broken in the former, then in the latter."""
+    """The training and evaluation tables, and the reports on both."""
     tables, broken, good = {}, [], 0
     for name, source in (("train", options.data), ("eval", options.eval_data)):
         if source is None:
             continue
         progress(f"checking {source}")
-        with arguments.main_process_first():  # the other ranks find what it has checked in the cache
+        with arguments.main_process_first():  # the other ranks find the results in the cache
             tables[name], found = load_samples(
                 source, collator, options.images, options.max_length, options.skip_broken
             )
@@ -234,10 +233,10 @@ def _load_tables(
 
 
 def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
-    """The trainer's settings: the recipe's where nothing was asked for.
+    """The trainer's arguments, with the recipe's defaults.
 
     Raises:
-        InputError: where the batch cannot be shared out evenly.
+        InputError: if the batch cannot be divided evenly among devices.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = options.batch or recipe.batch
@@ -248,7 +247,7 @@ def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
         )
     cuda = torch.cuda.is_available()
     with warnings.catch_warnings():
-        # Checkpointing has two names, of which the oldest supported Transformers knows the deprecated one alone.
+        # Checkpointing has two names, of which the oldest supported Transformers has only the deprecated one.
         warnings.simplefilter("ignore", FutureWarning)
         return _sft_config(options, recipe, batch // (ranks * options.device_batch), cuda)
 
@@ -267,7 +266,7 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
         bf16=(cuda and torch.cuda.is_bf16_supported()) or options.dtype == "bfloat16",
         use_cpu=not cuda,
         gradient_checkpointing=options.checkpointing,
-        max_length=None,  # a cut sample could lose its images' places: too long ones are broken instead
+        max_length=None,  # truncation could remove image tokens: long samples count as broken instead
         packing=False,
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
@@ -283,7 +282,7 @@ def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: b
 
 
 def _saving(options: TrainOptions) -> dict[str, Any]:
-    """When to save and to evaluate. With `eval_data` the best weights, see `best_by`, are those at the end."""
+    """The arguments for saving and evaluation; with `eval_data`, the best weights are loaded at the end."""
     saving: dict[str, Any] = {"save_strategy": "steps" if options.save_every else "no"}
     if options.eval_data is None:
         return saving
@@ -328,7 +327,7 @@ def _remarks(collator: AnswerCollator) -> list[str]:
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end (a trainer writes its state last), or None."""
+    """The last complete checkpoint (a trainer writes its state last), or None."""
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states if _readable(path)}
     return str(steps[max(steps)]) if steps else None
@@ -385,7 +384,7 @@ def _processor(options: TrainOptions) -> Any:
 
 
 def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
-    """In what suits the device where the language model is frozen."""
+    """Load the weights, in the device's own dtype if the language model is frozen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(device, options.dtype) if options.dtype or recipe.language != "all" else torch.float32
     source = _weights_source(options)
@@ -394,6 +393,6 @@ def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
 
 
 def _weights_source(options: TrainOptions) -> str:
-    """Where the weights are: in a resumed run in its checkpoint, if that holds a whole model."""
+    """The source of the weights: the checkpoint of a resumed run, if it contains a whole model."""
     checkpoint = last_whole_checkpoint(options.output) if options.resume else None
     return checkpoint if checkpoint is not None and holds_whole_model(checkpoint) else options.model

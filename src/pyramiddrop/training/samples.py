@@ -12,7 +12,7 @@ from typing import Any
 from PIL.Image import Image
 
 IMAGE, VIDEO = "<image>", "<video>"
-#: LLaVA's words for who speaks.
+#: LLaVA's names of the speakers.
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 ROLES = ("system", "user", "assistant")
 
@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 
 class BrokenSampleError(ValueError):
-    """A sample that cannot be trained on. The message says why, without saying which."""
+    """A sample cannot be used for training; the message says why, without naming the sample."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Sample:
     """A conversation and its images.
 
     Attributes:
-        messages: `{"role": ..., "content": [part, ...]}`; a part is `{"type": "text", "text": ...}` or an image's
-            place, `{"type": "image"}`.
-        images: one for each place, in order: a file, or a picture.
+        messages: `{"role": ..., "content": [part, ...]}`; a part is `{"type": "text", "text": ...}` or the place of an
+            image, `{"type": "image"}`.
+        images: a file or a picture for each place, in order.
     """
 
     messages: list[Message]
@@ -41,10 +41,10 @@ class Sample:
 
 
 def json_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON list, or of a file with the ending `.jsonl`, a line each.
+    """The records of a JSON list, or of a `.jsonl` file with one in each line.
 
     Raises:
-        OSError, ValueError: for a file that cannot be read, is no JSON or no list.
+        OSError, ValueError: if the file cannot be read, or is not a JSON list.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
@@ -64,19 +64,19 @@ def _json_line(number: int, line: str) -> Any:
 
 
 def read_sample(record: Any, folder: Path | None = None) -> Sample:
-    """The sample in `record`, which is either one of these two.
+    """Parse the sample in `record`, in one of two formats.
 
     - LLaVA's: `{"image": "a.jpg" or [...], "conversations": [{"from": "human", "value": "<image>\\nWhy?"}, ...]}`
     - Messages: `{"images": [...] or "image": ..., "messages": [{"role": "user", "content": ...}, ...]}`, where content
       is text, with an `<image>` wherever one belongs, or a list of parts.
 
-    Without a single place for them, the images stand before the first words of the user.
+    If no place is given, the images come before the first text of the user.
 
     Args:
-        folder: what relative names of image files start from.
+        folder: the folder of relative image files.
 
     Raises:
-        BrokenSampleError: for anything that is not so, and for images that do not fit their places.
+        BrokenSampleError: for any other format, and if the numbers of images and places differ.
     """
     if not isinstance(record, Mapping):
         raise BrokenSampleError(f"a sample must be an object; got {type(record).__name__}")
@@ -140,7 +140,7 @@ def _text(value: Any) -> str:
 
 
 def split_at_images(text: str) -> list[Part]:
-    """`text` as parts; the line breaks that set an `<image>` apart from the words are the chat template's business."""
+    """Split `text` into parts, without line breaks around `<image>`, which the chat template adds."""
     parts: list[Part] = []
     for number, piece in enumerate(text.split(IMAGE)):
         if number:
@@ -159,12 +159,12 @@ def _images_of(record: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def located(image: Any, folder: Path | None = None) -> str | bytes | Image:
-    """The name of an image's file from `folder` on, the bytes of such a file, or the picture itself.
+    """The path of an image file in `folder`, the bytes of a file, or the picture itself.
 
     Raises:
         BrokenSampleError: for anything else.
     """
-    if isinstance(image, Mapping):  # how `datasets` hands over what it does not decode
+    if isinstance(image, Mapping):  # undecoded images of `datasets`
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None or (isinstance(image, str | bytes) and not image):
         raise BrokenSampleError("an image is empty")
@@ -178,7 +178,7 @@ def located(image: Any, folder: Path | None = None) -> str | bytes | Image:
 
 
 def _place_images(messages: list[Message], images: int) -> None:
-    """Give the images of a conversation without any place theirs: before the user's first words."""
+    """Add places for images to a conversation without any, before the user's first text."""
     if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is not None:

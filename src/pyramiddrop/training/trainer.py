@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the method on the model, and the vision tower run on every rank in every forward."""
+"""TRL's SFTTrainer for conversations, with a vision tower that runs on every rank in every forward."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from pyramiddrop.training.model_card import TrainingFacts
 
 
 def holds_whole_model(checkpoint: str | Path) -> bool:
-    """Whether `from_pretrained` can load the weights of a checkpoint: not those of adapters, nor sharded ones."""
+    """True if `from_pretrained` can load the weights of a checkpoint: neither adapters nor sharded weights."""
     return bool((Path(checkpoint) / CONFIG_NAME).is_file())
 
 
 class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, ordered so that a resumed run sees the same batches.
+    """TRL's trainer with an order of batches that a resumed run repeats.
 
-    To be resumed from a checkpoint that holds a whole model, it must be given the model loaded from there.
+    To resume from a checkpoint with a whole model, construct it with the model loaded from there.
 
     Attributes:
-        facts: what the model card says; TRL's own, where None, knows of no pictures and no method.
-        curriculum: what changes λ over the steps, see `follow`.
-        check: generates answers at each evaluation, of which the share that is right is logged.
+        facts: the facts on the model card; None: TRL's own card, without pictures and method.
+        curriculum: the callback that changes λ over the steps, see `follow`.
+        check: generates answers at each evaluation, whose share of exact matches is logged; None: no answers.
     """
 
     facts: TrainingFacts | None = None
@@ -43,12 +43,12 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
     check: AnswerCheck | None = None
 
     def follow(self, curriculum: LamCurriculum) -> None:
-        """Train with a λ that changes; every evaluation drops with the last one, so that losses can be compared."""
+        """Train with a changing λ; all evaluations use the last one, so that their losses are comparable."""
         self.curriculum = curriculum
         self.add_callback(curriculum)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with the method that the trained model will have; training goes on as if nothing had been."""
+        """Evaluate with the method that the trained model will have, without effect on the training."""
         if self.curriculum is not None:
             self.curriculum.finish()
         with keep_random_state():
@@ -58,7 +58,7 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """Transformers' own, and the share of right answers among what it finds."""
+        """Transformers' own evaluation, with the share of right answers among its metrics."""
         found = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.check is not None:
             with self.compute_loss_context_manager():
@@ -84,14 +84,16 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
             self.facts.card(model_name or folder.name, self.state.global_step).save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Transformers restores weights by the names that modules have. Families whose names on disk are others, LLaVA
-        for one, would silently go on from the weights that they began with; `from_pretrained` knows the names.
+        """Do not restore weights of a whole model: they were loaded from the checkpoint before.
+
+        Transformers restores weights by module names. Families with other names on disk, such as LLaVA, would silently
+        keep their initial weights; `from_pretrained` maps the names.
         """
         if self.is_fsdp_enabled or not holds_whole_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint at the end of training, by the names on disk: see `_load_from_checkpoint`."""
+        """Load the best checkpoint at the end of training by its names on disk; see `_load_from_checkpoint`."""
         best = self.state.best_model_checkpoint
         if best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or not holds_whole_model(best):
             super()._load_best_model()
@@ -108,15 +110,15 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
-    """Samples of like length together, in an order that depends on the seed and the epoch alone.
+    """A sampler of samples grouped by length, whose order depends on the seed and the epoch alone.
 
-    Transformers' own sampler draws from the global generator: ranks would have to be lucky to agree, and a run that was
-    resumed in its second epoch would see other batches than one that was not.
+    Transformers' own sampler draws from the global generator, so that ranks may disagree and a run resumed in its
+    second epoch would see other batches.
 
     Args:
-        batch_size: samples of a step, over all ranks.
-        lengths: of all samples. Those of length 0, the fillers of `with_fillers`, stand at the end and stay there.
-        seed: of the order.
+        batch_size: number of samples in a step, over all ranks.
+        lengths: lengths of all samples; those of length 0, the fillers of `with_fillers`, stay at the end.
+        seed: seed of the order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -140,30 +142,29 @@ __all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"
 
 
 def name_layers_to_shard(model: nn.Module) -> None:
-    """Let FSDP find the layers to shard: accelerate stops at one that a model's class names and the model has not.
+    """Remove missing layers from the names of layers that FSDP shards, because accelerate stops at them.
 
-    LLaVA's class names the layers of CLIP's text model (seen in Transformers 5.24), which no LLaVA holds.
+    LLaVA's class names the layers of CLIP's text model (in Transformers 5.24), which no LLaVA has.
     """
     named = set(getattr(model, "_no_split_modules", None) or ())
     setattr(model, "_no_split_modules", named & {type(module).__name__ for module in model.modules()})  # noqa: B010
 
 
 def dummy_pixels(processor: Any) -> dict[str, Tensor]:
-    """A model's arguments for one blank image."""
-    any_size = (64, 64)  # the processor makes of it what the model takes
+    """The model's arguments for one blank image."""
+    any_size = (64, 64)  # the processor's output for it
     return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
 
 
 class DummyImage:
-    """Lets a batch without images run the vision tower on a blank one, whose features are multiplied by zero.
+    """Runs the vision tower on a blank image in batches without images, with its features multiplied by zero.
 
-    Where weights are sharded over ranks (FSDP, ZeRO-3), a module that one rank calls and another does not waits for
-    ever; and DDP's ranks must all have a gradient for what any of them trains. LLaVA's own code does likewise.
+    With sharded weights (FSDP, ZeRO-3), a module that one rank calls and another does not would wait forever, and all
+    ranks of DDP need a gradient for each trained weight. LLaVA's own code does the same.
 
     Args:
-        model: a vision-language model of Transformers, or what has wrapped one; to be given before it is sharded. The
-            hooks stay on it.
-        pixels: what `dummy_pixels` makes.
+        model: a vision-language model of Transformers, or a wrapper of one, before it is sharded; the hooks stay on it.
+        pixels: the result of `dummy_pixels`.
     """
 
     def __init__(self, model: nn.Module, pixels: dict[str, Tensor]) -> None:
@@ -175,11 +176,12 @@ class DummyImage:
         self.core.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the blank image where there is none; with a cache it is a step of `generate`, or its prefill, where ranks
-        go their own ways anyway.
+        """Add the blank image to batches without images, except in `generate` (with a cache), where ranks are
+        independent anyway.
 
-        The hook is put on anew each time, so that it comes after FSDP's own: FSDP2 fetches weights for the backward
-        pass in the order in which modules ended their forward, and with images the embeddings end before the tower.
+        The hook is installed again each time, so that it comes after FSDP's own: FSDP2 prefetches weights for the
+        backward pass in the order in which modules ended their forward, and with images the embeddings end before the
+        tower.
         """
         self._remove_hook()
         if kwargs.get("pixel_values") is None and cache_of(kwargs) is None:

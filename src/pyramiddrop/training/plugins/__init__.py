@@ -1,1 +1,1 @@
-"""Plug-ins for other trainers, each a file that the trainer imports by its path."""
+"""Plug-ins for other trainers, which import each file by its path."""

@@ -1,10 +1,10 @@
-"""Plug-in for ms-swift 4: put the method on the model that it trains, and `pyramiddrop.json` into its checkpoints.
+"""Plug-in for ms-swift 4: apply the method to the trained model, and write `pyramiddrop.json` into its checkpoints.
 
     swift sft --external_plugins "$(python -m pyramiddrop.training.plugins.ms_swift)" --callbacks pyramiddrop ...
 
-The method is the one saved beside the checkpoint, or PyramidDrop; the variable PYRAMIDDROP_METHOD names another in
-words, such as `pyramiddrop:lam=0.6`. ms-swift puts the folder of a plug-in first on Python's path, and so this one has
-a folder of its own: no other module in it can stand in the place of somebody's package.
+The method is the one saved beside the checkpoint, or PyramidDrop; the environment variable PYRAMIDDROP_METHOD specifies
+another one, such as `pyramiddrop:lam=0.6`. ms-swift puts the folder of a plug-in first on Python's path. This file
+therefore has a folder of its own, in which no other module can hide a package.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
     """Applies the method when training begins, around the adapters if there are any, and saves it with each checkpoint.
 
     Args:
-        args: of the trainer; ms-swift gives them to every callback.
-        trainer: whose model is trained.
+        args: the trainer's arguments, which ms-swift gives to every callback.
+        trainer: the trainer.
     """
 
     def __init__(self, args: TrainingArguments, trainer: Any) -> None:
@@ -40,7 +40,7 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
         self.saver: MethodCallback | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the method on the model; InputError for one that is not known or does not fit."""
+        """Apply the method to the model; InputError if it is unknown or does not fit."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         reference = getattr(self.trainer, "ref_model", None)
         num_layers = len(inspect_model(model).layers)
@@ -55,7 +55,7 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
             apply(one, method)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the method beside the checkpoint that was just saved."""
+        """Write the method beside the new checkpoint."""
         if self.saver is not None:
             self.saver.on_save(args, state, control)
 
