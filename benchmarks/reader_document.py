@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,7 +20,13 @@ from pyramiddrop.evaluation.tasks import reader_task
 from pyramiddrop.report.studies.redundancy_plot import draw_redundancy
 from pyramiddrop.report.studies.study import Sheet
 from pyramiddrop.report.studies.tradeoff import draw_tradeoff, draw_tradeoff_by_kind
-from pyramiddrop.report.tables.evaluation import budget_cell, difference_cell, eval_markdown, score_cell
+from pyramiddrop.report.tables.evaluation import (
+    budget_cell,
+    difference_cell,
+    eval_markdown,
+    schedule_cell,
+    score_cell,
+)
 
 DOCUMENT = ROOT / "docs" / "reader.md"
 
@@ -31,6 +38,8 @@ def written(record: Record) -> str:
     """The tables of a study, or of an evaluation: first methods by budgets, then everything."""
     if "study" in record:
         return study_tables(dict(record))
+    if len({variant["average_tokens"] for variant in record["methods"]} - {None}) > 1 and record.get("draws"):
+        return schedules(record).markdown()
     return "\n\n".join(
         [*(f"*{sheet.title}*\n\n{sheet.markdown()}" for sheet in overview(record)), eval_markdown(record)]
     )
@@ -49,6 +58,36 @@ def overview(record: Record) -> list[Sheet]:
         Sheet("right answers (%), by budget", ("method", *budgets), [("vanilla", *[whole] * len(budgets)), *scores]),
         Sheet(f"minus {first}, paired, points [95 % interval]", ("method", *budgets), differences),
     ]
+
+
+def schedules(record: Record) -> Sheet:
+    """One row a method at a budget: its schedule, and its scores beside those of the controls; draws are one row."""
+    vanilla, *variants = record["methods"]
+    head = ("average", "method", "visual tokens (before layer)", "right answers (%)", "minus the first", "group A")
+    rows = [("576", "vanilla", "576", score_cell(vanilla["scores"]["all"]), "", "")]
+    for _, found in groupby(variants, key=drawn):
+        draws = list(found)
+        group = [{"mean": draw["group_a"]["mean"], "error": draw["group_a"]["error"]} for draw in draws]
+        rows.append(
+            (
+                f"{draws[0]['average_tokens']:g}",
+                f"`{draws[0]['name']}`" + f", {len(draws)} draws" * (len(draws) > 1),
+                schedule_cell(draws[0]["visual_tokens"]),
+                scored(draws),
+                compared(draws) if "to_first" in draws[0]["differences"] else "",
+                score_cell(group[0]) if len(group) == 1 else spread([one["mean"] for one in group]),
+            )
+        )
+    return Sheet("by the average of visual tokens", head, rows)
+
+
+def drawn(variant: Record) -> str:
+    """The same for all draws of one method by chance at one budget."""
+    settings = {name: value for name, value in variant["method"].items() if name != "seed"}
+    score = settings.get("score")
+    if score == "random" or (isinstance(score, dict) and score["name"] == "random"):
+        settings["score"] = "random"
+    return json.dumps([variant["average_tokens"], settings])
 
 
 def name_of(variant: Record) -> str:

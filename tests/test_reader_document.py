@@ -19,7 +19,7 @@ def test_the_document_shows_what_the_result_files_hold() -> None:
     assert filled(text, written) == text, "run python benchmarks/reader_document.py"
     shown = re.findall(r"<!-- begin (\S+) -->\n\S", text)
     assert shown == [
-        *(f"reader-{name}.json" for name in ("equal", "128", "64")),
+        *(f"reader-{name}.json" for name in ("equal", "budgets", "128", "64")),
         *(f"study-reader-{name}.json" for name in ("redundancy", "ablation")),
     ]
     pictures = re.findall(r"\]\((images/[\w-]+\.png)\)", text)

@@ -172,13 +172,13 @@ def _costs(record: Record, variant: Record) -> dict[str, str]:
     return {
         "decoder FLOPs": share_cell(variant["flops_ratio"]),
         "KV cache": share_cell(variant["kv_ratio"]),
-        "visual tokens": _schedule(tokens),
+        "visual tokens": schedule_cell(tokens),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
         **({f"prefill, {CLOCKS[clock]}": timed} if _timed(record) else {}),
     }
 
 
-def _schedule(tokens: Record) -> str:
+def schedule_cell(tokens: Record) -> str:
     """`576 → 288 (3) → 144 (6)`: the numbers of visual tokens, with the layers of the drops."""
     first, *others = (f"{count:.0f}" for count in tokens["by_stage"])
     layers = tokens.get("drop_layers") or [None] * len(others)  # old records do not have them
