@@ -26,6 +26,7 @@ def has_pixel_budget(processor: Any) -> bool:
         and "image_grid_thw" in getattr(images, "model_input_names", ())
         and all(bounds.get(name) is not None for name in ANY_SIZE)
         and hasattr(images, "merge_size")
+        and hasattr(images, "get_number_of_image_patches")
         and isinstance(images.get_number_of_image_patches(64, 64, {}), int)
     )
 
