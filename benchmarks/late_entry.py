@@ -16,9 +16,8 @@ from speed_document import RESULTS, ROOT, filled
 from torch import Tensor
 
 from pyramiddrop.assets import digits_checkpoint, reader_checkpoint
-from pyramiddrop.evaluation.matching import MATCHES
 from pyramiddrop.evaluation.scores import score
-from pyramiddrop.evaluation.tasks import digits_task, reader_task
+from pyramiddrop.evaluation.tasks import MATCHES, digits_task, reader_task
 from pyramiddrop.hf.model_info import inspect_model
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
 from pyramiddrop.inference.prompt import build_inputs, on_model
