@@ -10,7 +10,7 @@ import pytest
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.evaluation.lmms import run
 from pyramiddrop.evaluation.lmms.arguments import pick_backend, read_arguments, write_arguments
-from pyramiddrop.evaluation.lmms.meter import Spent
+from pyramiddrop.evaluation.lmms.meter import CostSums
 from pyramiddrop.inference.errors import InputError
 from pyramiddrop.method_spec import NAMES, option_names
 
@@ -141,15 +141,15 @@ def test_no_argument_of_a_backend_is_a_field_of_a_method() -> None:
 
 
 def test_averages_are_of_requests_and_leave_out_what_is_not_known() -> None:
-    one, two = Spent(1, 10, 5, 4, 8, 2, 8), Spent(1, 30, 15, 8, 16, 4, 16)
+    one, two = CostSums(1, 10, 5, 4, 8, 2, 8), CostSums(1, 30, 15, 8, 16, 4, 16)
     found = (one + two).averages()
     assert found["requests_measured"] == 2
     assert (found["visual_tokens"], found["retained_visual_tokens"]) == (20, 10)
     assert (found["prefill_flops"], found["flops_ratio"]) == (6, 0.5)
     assert (found["kv_bytes"], found["kv_ratio"]) == (3, 0.25)
-    unknown = Spent(1, 10, 5, *4 * [float("nan")]).averages()
+    unknown = CostSums(1, 10, 5, *4 * [float("nan")]).averages()
     assert set(unknown) == {"requests_measured", "visual_tokens", "retained_visual_tokens"}
-    assert Spent().averages() == {}
+    assert CostSums().averages() == {}
 
 
 @pytest.mark.skipif(find_spec("lmms_eval") is not None, reason="lmms-eval is installed")
