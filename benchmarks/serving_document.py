@@ -83,8 +83,11 @@ def soak_table(record: dict[str, Any]) -> Iterator[str]:
     for name in ("running", "waiting", "kv_cache_share"):
         left = " | ".join(f"{run['left over'][name]:g}" for run in runs)
         yield f"| left over: {name.replace('_', ' ')} | {left} |"
-    for title, at in (("at the start", 0), ("after half", len(runs[0]["resident_mib"]) // 2), ("at the end", -1)):
-        yield f"| resident memory {title} | " + " | ".join(f"{run['resident_mib'][at]} MiB" for run in runs) + " |"
+    memory = [run["resident_mib"] for run in runs]
+    every = record["requests"] // (len(memory[0]) - 1)
+    for index in (0, 1, 3, 5, 7, len(memory[0]) - 1):
+        when = f"after {index * every} requests" if index else "at the start"
+        yield f"| resident memory {when} | " + " | ".join(f"{resident[index]} MiB" for resident in memory) + " |"
 
 
 def _machine(record: dict[str, Any]) -> str:

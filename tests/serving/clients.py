@@ -46,7 +46,11 @@ def running(folder: Path, words: Sequence[str]) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Path, seconds: float = 600) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen import masked_answers, with_pictures
+from repeated import BLOCK, about, ask
 from served import Question, answers, blocks_in_use, engine, expected, films, questions, scheduler
 from vllm.model_executor.models import registry
 
@@ -27,13 +28,29 @@ PARTS = {"max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 3, "vide
 
 
 def check(
-    folder: Path, asked: Sequence[Question], wanted: list[list[int]], every: int, options: dict[str, Any]
+    folder: Path,
+    asked: Sequence[Question],
+    wanted: list[list[int]],
+    every: int,
+    options: dict[str, Any],
+    repeated: Sequence[Question] = (),
 ) -> None:
-    """AssertionError where an answer is wrong or something is left over."""
+    """AssertionError if an answer is wrong or something is left over.
+
+    Args:
+        folder: of the checkpoint.
+        asked: requests.
+        wanted: their answers.
+        every: steps between two of them; 0 sends all at once.
+        options: of the engine.
+        repeated: prompts that begin alike, asked afterwards: of each but the first the prefix cache knows two blocks.
+    """
     with engine(folder, METHOD, **options) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.model_runner
         assert type(runner.model_state).__name__ == "StagedModelState", "this is not the second runner"
         assert answers(llm, asked, every) == wanted, f"{folder}, {options}"
+        if repeated:
+            assert ask(llm, repeated) == (expected(folder, repeated, METHOD), [0, *[2 * BLOCK] * (len(repeated) - 1)])
         assert blocks_in_use(scheduler(llm)) == 0
         assert not runner.get_model().pyramiddrop_batch.waiting
 
@@ -41,7 +58,7 @@ def check(
 def llava(folder: Path, scratch: Path) -> None:
     """All at once, and in parts with few blocks, one question about the same pictures after another."""
     wanted = expected(folder, ASKED, METHOD)
-    check(folder, ASKED, wanted, 2, {})
+    check(folder, ASKED, wanted, 2, {}, [about([1, 2, 3], question) for question in range(3)])
     check(folder, [*ASKED, *ASKED], [*wanted, *wanted], 0, TIGHT)
 
 

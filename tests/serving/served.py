@@ -3,8 +3,12 @@ step, and the answers of the `hf` adapter to the same requests."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import multiprocessing
 import random
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,6 +52,8 @@ ABOUT_FILM = {
     "frames_indices": [0, 1, 2, 3],
     "video_backend": "opencv",
 }
+#: Seconds that an engine in processes of its own may take from its start to its end; under load a start takes minutes.
+LIMIT = 900
 Watch = Callable[[Any], None]
 Pixels = Callable[[list[Image.Image]], torch.Tensor]
 
@@ -177,6 +183,40 @@ def engine(folder: Path, method: Method | None, **options: Any) -> Iterator[Any]
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def engine_processes(folder: Path, method: Method | None, **options: Any) -> Iterator[Any]:
+    """`engine`, in processes of its own; AssertionError if it takes longer than `LIMIT`."""
+    with pytest.MonkeyPatch.context() as patch, no_longer_than(LIMIT):
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with engine(folder, method, **options) as llm:
+            yield llm
+
+
+@contextmanager
+def no_longer_than(seconds: float) -> Iterator[None]:
+    """AssertionError if the body takes longer: vLLM's `LLM` waits for ever for an engine that was killed.
+
+    The stacks of all threads then go to stderr, which pytest shows with what the engine wrote there, and all processes
+    of this one are killed, lest its end waits for them. For the main thread, one at a time or one inside another.
+    """
+
+    def stop(*_: Any) -> None:
+        assert sys.__stderr__ is not None
+        faulthandler.dump_traceback(sys.__stderr__)
+        children = multiprocessing.active_children()
+        for child in children:
+            child.kill()
+        raise AssertionError(f"took longer than {seconds} seconds; processes still alive: {children}")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
 from qwen import masked_answers, with_pictures
-from served import Question, blocks_in_use, engine, expected, picture, sampling, scheduler
+from repeated import BLOCK, about, ask, words
+from served import Question, blocks_in_use, engine, expected, sampling, scheduler
 
 from pyramiddrop import FastV, Method, PyramidDrop, RandomDrop
 from pyramiddrop.vllm.prefix_rows import PrefixRows
@@ -20,29 +21,7 @@ from reference import Rule
 
 RULE = Rule([2, 4, 6], [0.5, 0.25, 0.125])
 HALVES = PyramidDrop(layers=RULE.layers, keep=RULE.keep)
-BLOCK = 32
 OFF = {"pyramiddrop": "off"}
-
-
-def words(count: int, first: int) -> str:
-    return " ".join(f"w{first + number % 90}" for number in range(count))
-
-
-def about(pictures: Sequence[int], question: int, before: int = 20, after: int = 9) -> Question:
-    """A prompt of `before` words, pictures by number, and a question of `after` words, told apart by its number."""
-    marks = " ".join("<image>" for _ in pictures)
-    return Question(f"{words(before, 5)} {marks} {words(after, 10 + question)}", tuple(map(picture, pictures)), 6)
-
-
-def ask(llm: Any, asked: Sequence[Question], extra: Any = None) -> tuple[list[list[int]], list[int]]:
-    """Answers, one request after the other, and of how many tokens of each prompt the cache knew."""
-    found, hits = [], []
-    for question in asked:
-        [output] = llm.generate([question.inputs], sampling(question.tokens, extra_args=extra), use_tqdm=False)
-        found.append(list(output.outputs[0].token_ids))
-        hits.append(output.num_cached_tokens)
-    assert blocks_in_use(scheduler(llm)) == 0
-    return found, hits
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an e
 
 from clients import answer, body, chats, post, post_with_headers, running
 from qwen import masked_answers, with_pictures
-from served import ABOUT_FILM, Question, Video, engine, expected, films, questions, sampling
+from served import ABOUT_FILM, Question, Video, engine_processes, expected, films, questions, sampling
 from transformers import AutoTokenizer
 
 from internvl_checkpoints import PICTURE, save_internvl
@@ -35,13 +35,10 @@ METHOD = ("--layers", "2,4,6", "--keep", "0.5,0.25,0.125")
 
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 24}], ids=["whole prompts", "in parts"])
-def test_the_engine_in_a_process_of_its_own(
-    llava: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_the_engine_in_a_process_of_its_own(llava: Path, options: dict[str, Any]) -> None:
     """There the scheduler is asynchronous, one step ahead of the answers."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     asked = chats(9)
-    with engine(llava, HALVES, **options) as llm:
+    with engine_processes(llava, HALVES, **options) as llm:
         outputs = llm.generate(
             [question.inputs for question in asked], [sampling(question.tokens) for question in asked], use_tqdm=False
         )
@@ -53,7 +50,6 @@ def test_the_engine_in_a_process_of_its_own(
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])
 def test_tensor_parallelism(family: str, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, half of the heads each: they must keep the same tokens, those of all heads."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     if family == "qwen3_vl":  # three axes of positions, norms of queries and keys, features added to the first layers
         folder, asked = save_qwen(tmp_path, family), [with_pictures(question) for question in questions(6)]
@@ -65,7 +61,7 @@ def test_tensor_parallelism(family: str, llava: Path, tmp_path: Path, monkeypatc
     else:
         folder, asked = llava, chats(9)
         wanted = expected(folder, asked, HALVES)
-    with engine(folder, HALVES, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+    with engine_processes(folder, HALVES, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         outputs = llm.generate(
             [question.inputs for question in asked], [sampling(question.tokens) for question in asked], use_tqdm=False
         )

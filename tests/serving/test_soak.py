@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-from served import blocks_in_use, engine, expected, questions, sampling, scheduler
+from repeated import BLOCK, about
+from served import answers, blocks_in_use, engine, expected, questions, sampling, scheduler
 
 from pyramiddrop import PyramidDrop
 
 REQUESTS, CANCELLED = 200, 0.3
+
+
+def test_what_is_held_does_not_grow_with_requests(llava: Path) -> None:
+    """Rows at the first drop are kept for the tokens of four budgets, and nothing else outlives a request."""
+    budget = 2 * BLOCK
+    with engine(llava, PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.25, 0.125]), max_num_batched_tokens=budget) as llm:
+        of = scheduler(llm)
+        batch = llm.llm_engine.model_executor.driver_worker.model_runner.get_model().pyramiddrop_batch
+        sizes = []
+        for group in range(3):
+            answers(llm, [replace(about([3 * number], 0, 30), tokens=2) for number in range(8 * group, 8 * group + 8)])
+            sizes.append(len(of._recorded._known))
+            assert not of.dropped
+            assert not batch.waiting
+            assert len(batch.prefix._hidden) == len(batch.prefix._positions) == 4 * budget
+    assert sizes == [4 * budget // BLOCK] * 3, "blocks whose rows are kept"
 
 
 @pytest.mark.slow
