@@ -15,8 +15,7 @@ from pyramiddrop.scoring import AttentionScorer
 from pyramiddrop.vllm.batch import Batch, ScheduledRequest, Step
 from pyramiddrop.vllm.prefix_rows import RecordedBlocks, Rows
 from pyramiddrop.vllm.prompts import read_prompt
-from pyramiddrop.vllm.request_rules import rules_for
-from pyramiddrop.vllm.rules import Rules
+from pyramiddrop.vllm.rules import Rules, rules_for
 
 
 def rules(keep: tuple[float, ...] = (0.5, 0.25), per_image: bool = False) -> Rules:

@@ -1,7 +1,7 @@
-"""The vLLM plugin: visual tokens dropped inside the language model that vLLM serves, each stage with its own KV blocks.
+"""The vLLM plugin: drop visual tokens inside a served language model, with separate KV blocks for each stage.
 
-vLLM finds `register` by the entry point `vllm.general_plugins`. An engine drops where its architecture is one of those
-that are registered here; `hf_overrides` names it, so that a missing plugin is an error and not a model that drops
+vLLM finds `register` by the entry point `vllm.general_plugins`. An engine drops tokens if its architecture is one of
+those registered here; `hf_overrides` selects it, so that a missing plugin is an error instead of a model that drops
 nothing:
 
 >>> from vllm import LLM

@@ -1,4 +1,4 @@
-"""Register the plugin's architectures with vLLM, and the hook for their configuration."""
+"""Register the plugin's architectures, and the hook for their configuration, with vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyramiddrop.vllm.names import ARCHITECTURES, dropping
 
 
 def register_architectures() -> None:
-    """Register every dropping architecture; a second call changes nothing."""
+    """Register all architectures; a second call changes nothing."""
     from pyramiddrop.vllm.unsupported import StagedConfig
 
     known = ModelRegistry.get_supported_archs()

@@ -1,4 +1,4 @@
-"""Attention of a stage: metadata of fewer rows, shorter sequences, other slots; heads of a size that is computed."""
+"""Attention of a stage: metadata with fewer rows, shorter sequences and other slots; padded heads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pyramiddrop.vllm.kv_cache import StageSpec
 
 
 def join_stage(attention: Any, stage: int, batch: Batch) -> None:
-    """Turn vLLM's `Attention` layer into one of `stage`: its own KV-cache group and its own metadata.
+    """Assign vLLM's `Attention` layer to `stage`, with its own KV-cache group and metadata.
 
     Raises:
-        ValueError: for attention over anything but all earlier tokens.
+        ValueError: if the layer does not attend to all earlier tokens.
     """
     if attention.sliding_window is not None or attention.attn_backend.is_mla():
         raise ValueError("pyramiddrop serves full attention only; the model has sliding windows or latent attention")
@@ -34,13 +34,13 @@ def join_stage(attention: Any, stage: int, batch: Batch) -> None:
 
 
 def pad_heads(attention: Any) -> None:
-    """Let vLLM's `Attention` layer compute heads of a size that its backend lacks; any other layer is left as it is.
+    """Pad the heads of vLLM's `Attention` layer if its backend does not support their size.
 
-    vLLM's backend on a CPU has no heads of 48, say. Zeros behind a query and a key add nothing to their product, and
-    those behind a value are cut off again. The KV cache is as wide as the padded heads.
+    vLLM's CPU backend has no heads of size 48, for example. Zeros after a query and a key do not change their product,
+    and those after a value are removed again. The KV cache is as wide as the padded heads.
 
     Raises:
-        ValueError: for heads larger than any that the backend computes.
+        ValueError: if the heads are larger than the backend supports.
     """
     backend, size = attention.attn_backend, attention.head_size
     if backend.supports_head_size(size):
@@ -65,7 +65,7 @@ def _by_head(states: Tensor, size: int) -> Tensor:
 
 @cache
 def _stage_backend(backend: Any, stage: int) -> Any:
-    """`backend` with a metadata builder for `stage`; one class for all layers, by which vLLM groups them."""
+    """`backend` with a metadata builder for `stage`: one class for all of its layers, by which vLLM groups them."""
     base: Any = backend.get_builder_cls()
 
     class StageBuilder(base):
@@ -75,7 +75,7 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **options)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self._batch: Batch = layer.pyramiddrop_batch
-            # A captured graph of decoding reads the lengths here, and so every step leaves them here.
+            # A captured decode graph reads the lengths from this buffer, and so every step writes them here.
             self._lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
 
         def build(
@@ -101,7 +101,7 @@ def _stage_backend(backend: Any, stage: int) -> Any:
             if step.has_visual:
                 rows = step.rows(stage)
                 if not any(rows):
-                    return common  # these layers do not run
+                    return common  # the layers of this stage do not run
                 common = _fewer_rows(common, rows)
                 step.slots.update(dict.fromkeys(self.layer_names, common.slot_mapping))
             _write_slots(common, self.kv_cache_spec.block_size)
@@ -111,7 +111,7 @@ def _stage_backend(backend: Any, stage: int) -> Any:
 
 
 def _shorter(common: CommonAttentionMetadata, step: Step, stage: int) -> CommonAttentionMetadata:
-    """Sequences less the tokens that the stage misses; requests of padding miss none."""
+    """Sequence lengths without the tokens dropped before the stage; padding requests have none."""
     count = len(step.entries)
     common.seq_lens[:count] -= step.num_dropped(stage, common.seq_lens.device)
     bound = common.seq_lens_cpu_upper_bound
@@ -127,7 +127,7 @@ def _shorter(common: CommonAttentionMetadata, step: Step, stage: int) -> CommonA
 
 
 def _fewer_rows(common: CommonAttentionMetadata, rows: list[int]) -> CommonAttentionMetadata:
-    """Queries are the `rows` of each request; requests without any are left out. Such a step is never padded."""
+    """Metadata for the `rows` of each request, without requests that have none. Such a step is never padded."""
     device = common.query_start_loc.device
     present = torch.tensor([request for request, count in enumerate(rows) if count])
     here = present.to(device, non_blocking=True)
@@ -149,16 +149,16 @@ def _fewer_rows(common: CommonAttentionMetadata, rows: list[int]) -> CommonAtten
 
 
 def _write_decoding_slots(common: CommonAttentionMetadata, block_size: int, requests: int) -> None:
-    """What `_write_slots` does, where each of the `requests` has one row."""
+    """`_write_slots` for a step in which each of the `requests` has one row."""
     places = common.seq_lens[:requests].long() - 1
     blocks = common.block_table_tensor[:requests].gather(1, (places // block_size)[:, None])[:, 0]
     common.slot_mapping[:requests] = blocks.to(common.slot_mapping.dtype) * block_size + places % block_size
 
 
 def _write_slots(common: CommonAttentionMetadata, block_size: int) -> None:
-    """The slots of all rows, in place: the step's forward context, or a captured graph, reads that very buffer.
+    """Write the slots of all rows in place, because the forward context or a captured graph reads this buffer.
 
-    A request's rows are the last of its sequence. No value is read back from the device.
+    A request's rows are the last ones of its sequence. No value is read back from the device.
     """
     starts, lengths = common.query_start_loc.long(), common.seq_lens.long()
     total = int(common.query_start_loc_cpu[-1])

@@ -1,4 +1,4 @@
-"""Describe one step: its requests, the tokens that each stage lacks, and the visual prompts in it."""
+"""Describe one engine step: its requests, their visual prompts, and the tokens dropped before each stage."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ScheduledRequest:
     """One request of a step, in the order of the batch.
 
     Attributes:
-        request: its id.
-        prompt: its visual prompt, or None where no stage drops any of it.
-        computed: its tokens of earlier steps.
-        scheduled: its tokens of this step.
+        request: the id of the request.
+        prompt: its visual prompt; None if no tokens are dropped from it.
+        computed: number of its tokens computed in earlier steps.
+        scheduled: number of its tokens in this step.
     """
 
     request: str
@@ -33,16 +33,16 @@ class ScheduledRequest:
 
     @property
     def has_visual(self) -> bool:
-        """Whether this step computes a part of a visual prompt."""
+        """True if this step computes a part of a visual prompt."""
         return self.prompt is not None and self.computed < self.prompt.length
 
     @property
     def finishes(self) -> bool:
-        """Whether this step computes the prompt's last token, and so ends its stages."""
+        """True if this step computes the prompt's last token, after which all stages are complete."""
         return self.has_visual and self.prompt is not None and self.computed + self.scheduled >= self.prompt.length
 
     def num_dropped(self, stage: int) -> int:
-        """Of the tokens computed after this step, those that the layers of `stage` hold no row of."""
+        """The number of tokens computed so far, this step included, of which the layers of `stage` have no row."""
         if self.prompt is None or stage == 0:
             return 0
         if self.has_visual and not self.finishes:
@@ -50,7 +50,7 @@ class ScheduledRequest:
         return self.prompt.dropped[stage]
 
     def rows(self, stage: int) -> int:
-        """The rows that the layers of `stage` compute in this step."""
+        """The number of rows that the layers of `stage` compute in this step."""
         if not self.has_visual or stage == 0:
             return self.scheduled
         return self.computed + self.scheduled - self.num_dropped(stage)
@@ -61,12 +61,12 @@ class Step:
 
     Attributes:
         entries: its requests, in the order of the batch.
-        has_visual: whether any request computes a part of a visual prompt.
-        drops: whether any stage lacks anything of any request.
-        decodes: whether each request computes one token, behind its visual prompt if it has one.
-        table: (R, blocks) of each request the numbers of its blocks of stage 0; None before its metadata is built.
-        block: tokens of one of these blocks.
-        slots: layer name -> (rows,) long, where its keys and values go, where this step has other rows than vLLM knows.
+        has_visual: True if any request computes a part of a visual prompt.
+        drops: True if tokens of any request were dropped before any stage.
+        decodes: True if each request computes one token, after its visual prompt if it has one.
+        table: (R, blocks) the numbers of each request's blocks of stage 0; None before its metadata is built.
+        block: number of tokens in one of these blocks.
+        slots: layer name -> (rows,) long, the slots of its keys and values, if the step's rows differ from vLLM's.
     """
 
     def __init__(self, entries: Sequence[ScheduledRequest]) -> None:
@@ -80,7 +80,7 @@ class Step:
         self._missing: dict[tuple[int, torch.device], Tensor] = {}
 
     def num_dropped(self, stage: int, device: torch.device) -> Tensor:
-        """(R,) int32 on `device`: for each request the tokens that the layers of `stage` hold no row of."""
+        """(R,) int32 on `device`: for each request the number of tokens without a row in the layers of `stage`."""
         place = stage, device
         if place not in self._missing:
             counts = torch.tensor([entry.num_dropped(stage) for entry in self.entries], dtype=torch.int32)
@@ -88,17 +88,17 @@ class Step:
         return self._missing[place]
 
     def rows(self, stage: int) -> list[int]:
-        """For each request the rows that the layers of `stage` compute."""
+        """For each request the number of rows that the layers of `stage` compute."""
         return [entry.rows(stage) for entry in self.entries]
 
 
 class Batch:
-    """What the runner, the metadata builders and the model of one worker share.
+    """The state that the runner, the metadata builders and the model of a worker share.
 
     Attributes:
-        step: the step that runs, or None where a step is none of the engine's (profiling, warming up, capturing).
-        waiting: request id -> the rows that the parts of its prompt computed so far have left for its last part.
-        prefix: rows of blocks in the prefix cache; None if there is no such cache.
+        step: the running step; None if it is not one of the engine (profiling, warm-up, capture).
+        waiting: request id -> the rows of the computed parts of its prompt, kept for the last part.
+        prefix: rows of blocks in the prefix cache; None without such a cache.
     """
 
     def __init__(self, prefix: PrefixRows | None = None) -> None:
@@ -115,18 +115,18 @@ class Batch:
         computed: np.ndarray[Any, Any],
         scheduled: np.ndarray[Any, Any],
     ) -> None:
-        """A step begins. A prompt that begins anew has nothing left of its earlier, preempted parts.
+        """Begin a step. Parts of a preempted prompt that starts again are discarded.
 
-        A step that only goes on decoding the requests of the step before is described by that one.
+        A step that continues to decode the same requests reuses the description of the step before.
 
         Args:
-            requests: their ids, in the order of the batch.
-            prompts: their visual prompts, or None where no stage drops any of it.
-            computed: (R,) their tokens of earlier steps.
-            scheduled: (R,) their tokens of this step.
+            requests: the ids of the requests, in the order of the batch.
+            prompts: their visual prompts; None if no tokens are dropped.
+            computed: (R,) numbers of their tokens computed in earlier steps.
+            scheduled: (R,) numbers of their tokens in this step.
 
         Raises:
-            RuntimeError: for a single token of a visual prompt: the scheduler was to cut it otherwise.
+            RuntimeError: for a single token of a visual prompt, which the scheduler should have avoided.
         """
         if self._decodes_on(prompts, computed, scheduled):
             self.step = self._decoding
@@ -151,7 +151,7 @@ class Batch:
         computed: np.ndarray[Any, Any],
         scheduled: np.ndarray[Any, Any],
     ) -> bool:
-        """Whether the last step decoded the same prompts in the same order, and this one does, too."""
+        """True if both the last step and this one decode the same prompts in the same order."""
         last = self._decoding
         return (
             last is not None
@@ -161,13 +161,13 @@ class Batch:
         )
 
     def note_blocks(self, table: Tensor, block: int) -> None:
-        """Blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens of one.
+        """Note the blocks of stage 0 of the step's requests: their numbers (R, blocks), and the tokens in a block.
 
-        If that stage has several KV-cache groups, it is the first that counts.
+        If stage 0 has several KV-cache groups, the first one counts.
         """
         if self.step is not None and self.step.table is None:
             self.step.table, self.step.block = table, block
 
     def forget(self, request: str) -> None:
-        """A request has ended, or begins anew."""
+        """Discard the state of a request that has ended or starts again."""
         self.waiting.pop(request, None)

@@ -1,7 +1,7 @@
-"""What the plugin relies on in vLLM beyond its public interface, with the reason; compared before anything is hooked.
+"""The parts of vLLM beyond its public interface that the plugin relies on, with reasons, checked before hooking.
 
-vLLM does not promise to keep these parts from one version to the next. To support another version, run the tests of
-serving on it and go through this table: it names everything that is overridden, wrapped or called by position.
+vLLM may change these parts in any version. To support another version, run the tests of serving on it and go through
+this table, which lists everything that is overridden, wrapped or called by position.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Hook:
 
     Attributes:
         place: its module, a colon, and its name there.
-        parameters: the names with which its parameters begin, or that it must have where they are given by name.
-        reason: what the plugin does with it.
+        parameters: the names of its first parameters, or of those that must exist if they are given by name.
+        reason: how the plugin uses it.
     """
 
     place: str
@@ -97,7 +97,7 @@ HOOKS = (
         "wrapped: tells the model what each step is, in the first runner (runner.py)",
     ),
 )
-#: In vLLM's second runner, which only imports where Triton is installed.
+#: Parts of vLLM's second runner, which needs Triton to be imported.
 SECOND_RUNNER = (
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
@@ -115,7 +115,7 @@ SECOND_RUNNER = (
         "overridden: tells the model what each step is (model_state.py)",
     ),
 )
-#: What `attention.py` rewrites in vLLM's description of a step.
+#: Fields of vLLM's attention metadata that `attention.py` rewrites.
 METADATA = (
     "query_start_loc",
     "query_start_loc_cpu",
@@ -133,10 +133,10 @@ METADATA = (
 
 
 def check_contract(hooks: tuple[Hook, ...] = HOOKS) -> None:
-    """Compare what the plugin relies on with the vLLM that is installed.
+    """Compare the table with the installed vLLM.
 
     Raises:
-        RuntimeError: for a function that is not there or has other parameters; all of them are named.
+        RuntimeError: if functions are missing or have other parameters; all of them are named.
     """
     wrong = [difference for hook in hooks if (difference := _difference(hook))]
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -161,5 +161,5 @@ def _difference(hook: Hook) -> str | None:
 
 
 def _named(hook: Hook, names: tuple[str, ...]) -> bool:
-    """Whether parameters that are given by name are all there."""
+    """True if all parameters that are given by name exist."""
     return set(hook.parameters) <= set(names)

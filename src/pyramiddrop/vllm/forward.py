@@ -18,11 +18,11 @@ from pyramiddrop.vllm.rules import Rules
 class _VisualPrefill:
     """One visual prompt of which the step computes a part.
 
-    A part that is not the last runs through stage 0 alone and leaves its rows; the last one takes them up.
+    A part that is not the last one runs through stage 0 only and stores its rows, which the last part continues.
     """
 
     def __init__(self, row: int, step: Step, rules: Rules, batch: Batch, device: torch.device) -> None:
-        """`row`: of the request in the `step`."""
+        """Begin with the request at index `row` of the `step`."""
         entry = step.entries[row]
         assert entry.prompt is not None
         self._entry, self._block, self._batch = entry, step.block, batch
@@ -45,13 +45,13 @@ class _VisualPrefill:
 
     @property
     def finishes(self) -> bool:
-        """Whether this part is the prompt's last."""
+        """True if this part is the prompt's last one."""
         return self._selector is not None
 
     def rank_ahead(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> None:
-        """Score by `layer`, the last one before `stage`, on what it receives: (n, D)."""
+        """Score with `layer`, the last one before `stage`, on its input (n, D)."""
         if stage == 1:
-            self._ranking = hidden  # kept with the rows of this part
+            self._ranking = hidden  # stored with the rows of this part
             if self._earlier is not None:
                 assert self._earlier.ranking is not None
                 hidden = torch.cat([self._earlier.ranking, hidden])
@@ -60,7 +60,7 @@ class _VisualPrefill:
             self._scores = self._selector.scores(stage, layer, hidden, positions)
 
     def drop(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (n, D) and positions (..., n) with which `stage` begins, before its first `layer`."""
+        """The rows (n, D) and positions (..., n) of `stage`, before its first `layer`."""
         selector = self._selector
         if stage == 1:
             rows = self._rows_so_far(hidden, positions)
@@ -76,7 +76,7 @@ class _VisualPrefill:
         return hidden[stays], positions[..., stays]
 
     def _rows_so_far(self, hidden: Tensor, positions: Tensor) -> Rows:
-        """All rows of the prompt up to this part's end, at the first drop; kept for what comes after it."""
+        """All rows of the prompt up to the end of this part, at the first drop; they are stored for later parts."""
         entry, prompt = self._entry, self._entry.prompt
         assert prompt is not None
         rows = Rows(hidden, positions, self._ranking)
@@ -86,16 +86,16 @@ class _VisualPrefill:
             end = min(entry.computed + entry.scheduled, prompt.length)
             self._batch.prefix.record(self._table, self._block, entry.computed, end, rows)
         if not self.finishes:
-            # Copies: these may be views of the batch, and of buffers that the next step writes to.
+            # Copies, because these may be views of the batch or of buffers that the next step overwrites.
             self._batch.waiting[entry.request] = rows.copied()
         self._earlier = self._ranking = None
         return rows
 
 
 class StagedForward:
-    """The rows of one step on their way through the layers.
+    """The forward of one step's rows through the layers.
 
-    The step is cut into spans: a visual prefill is one, and so are all requests between two.
+    The step is divided into spans: each visual prefill, and all requests between two of them.
     """
 
     def __init__(self, rules: Rules, batch: Batch, step: Step, device: torch.device) -> None:
@@ -116,10 +116,10 @@ class StagedForward:
         """(T, D) hidden states after the last norm, of which vLLM reads the last row of every request.
 
         Args:
-            text: vLLM's text model: its `layers` and `norm`.
+            text: vLLM's text model, with its `layers` and `norm`.
             positions: (T,) or (3, T).
             embeds: (T, D), padded or not.
-            deepstack: layer -> (T, D) to be added after it (Qwen3-VL); layers of stage 0 only.
+            deepstack: layer -> (T, D) features to add after it (Qwen3-VL); layers of stage 0 only.
         """
         tokens = sum(self._scheduled)
         hidden, positions = embeds[:tokens], positions[..., :tokens]
@@ -128,7 +128,7 @@ class StagedForward:
             if index in self._first:
                 hidden, positions = self._end_stage(index, layer, _whole(hidden, residual), positions)
                 residual = None
-                if not len(hidden):  # every request of the step waits for the rest of its prompt
+                if not len(hidden):  # all requests of the step wait for the rest of their prompts
                     return torch.zeros_like(embeds)
                 self._use_slots(text.layers[index:], self._first[index])
             if self._rules.rank_layer == "last" and index + 1 in self._first:
@@ -164,7 +164,7 @@ class StagedForward:
         )
 
     def _use_slots(self, layers: Any, stage: int) -> None:
-        """Let the layers of `stage` write their keys and values where its metadata builder said."""
+        """Make the layers of `stage` write their keys and values to the slots of its metadata builder."""
         context = get_forward_context()
         for layer in layers:
             name = layer.self_attn.attn.layer_name
@@ -187,5 +187,5 @@ class StagedForward:
 
 
 def _whole(hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """vLLM carries the residual stream in two parts."""
+    """Add the two parts in which vLLM carries the residual stream."""
     return hidden if residual is None else hidden + residual

@@ -1,4 +1,4 @@
-"""KV memory of a stage: its own group of blocks, for the tokens that it really holds."""
+"""KV memory of a stage: its own group of blocks, for the tokens that it holds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 
 class StageManager(FullAttentionManager):
-    """Allocates blocks for a request's tokens less those that the stage misses.
+    """Allocates blocks for a request's tokens without those dropped before the stage.
 
     Attributes:
-        dropped: request id -> tokens that each stage misses; the scheduler's, which keeps it.
-        on_cached: told which blocks of a prompt that drops tokens are in the prefix cache from now on.
+        dropped: request id -> number of tokens dropped before each stage; the scheduler maintains it.
+        on_cached: called with blocks of a pruned prompt that were added to the prefix cache.
     """
 
     dropped: Mapping[str, Sequence[int]]
@@ -50,10 +50,10 @@ class StageManager(FullAttentionManager):
         return blocks
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **options: Any) -> None:
-        """Write the blocks of a request to the prefix cache.
+        """Add the blocks of a request to the prefix cache.
 
-        Of a prompt that drops tokens only stage 0 holds what is good for another question, and the rows that reach the
-        first drop are known of the prompt alone, not of its answer.
+        Of a pruned prompt, only blocks of stage 0 are valid for another question, and only those of the prompt itself,
+        because the rows at the first drop are not stored for its answer.
         """
         if not any(self.dropped[request.request_id]):
             super().cache_blocks(request, num_tokens, *args, **options)
@@ -65,11 +65,11 @@ class StageManager(FullAttentionManager):
                 self.on_cached(self.req_to_blocks[request.request_id][before:after])
 
     def longest_hit(self, hashes: Sequence[Any], tokens: int, groups: Sequence[int]) -> dict[int, list[Any]]:
-        """For each of `groups`, all of this stage, the cached blocks that a prompt with the block `hashes` begins with.
+        """For each of `groups` of this stage, the cached blocks of the longest prefix with the block `hashes`.
 
         Args:
-            hashes: of the prompt's blocks.
-            tokens: the most to find.
+            hashes: hashes of the prompt's blocks.
+            tokens: the largest number of tokens to find.
             groups: numbers of KV-cache groups; vLLM may divide the layers of a long stage among several.
         """
         blocks, _ = self.find_longest_cache_hit(
@@ -84,30 +84,30 @@ class StageManager(FullAttentionManager):
         return dict(zip(groups, blocks, strict=True))
 
     def _held(self, request_id: str, tokens: int) -> int:
-        # A prompt that is computed in parts has no rows here before its last one.
+        # A prompt that is computed in parts has no rows here before its last part.
         stage: int = self.kv_cache_spec.stage
         return max(0, tokens - self.dropped[request_id][stage])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec(FullAttentionSpec):
-    """The KV cache of one layer in `stage`. Layers of stage 0 carry it, too.
+    """The KV cache of one layer in `stage`, including stage 0.
 
-    A plain FullAttentionSpec would take the layers of later stages into its own group without a word. The class stands
-    in a module of its own right, for workers send it to the engine's core.
+    With a plain FullAttentionSpec, vLLM would silently put layers of later stages into the same group. The class must
+    be importable, because workers send it to the engine's core.
     """
 
     stage: int = 0
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, stage: int) -> Self:
-        """`spec` of a layer, as that of a layer in `stage`."""
+        """Convert the `spec` of a layer to that of a layer in `stage`."""
         values = {entry.name: getattr(spec, entry.name) for entry in fields(FullAttentionSpec)}
         return cls(**values, stage=stage)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        # vLLM asks whether specs go together by trying: an AssertionError is its "no".
+        # vLLM merges specs on trial: an AssertionError means that they do not fit.
         assert all(spec == specs[0] for spec in specs), "layers of different stages hold different tokens"
         return specs[0]
 
@@ -115,5 +115,5 @@ class StageSpec(FullAttentionSpec):
         return all(isinstance(spec, StageSpec) and spec.stage == self.stage for spec in specs.values())
 
 
-KVCacheSpecRegistry._ensure_registered()  # or vLLM takes its own specs for registered as soon as there is this one
+KVCacheSpecRegistry._ensure_registered()  # otherwise vLLM does not register its own specs once this one exists
 register_kv_cache_spec(manager_class=StageManager)(StageSpec)

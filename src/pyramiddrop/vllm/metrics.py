@@ -1,4 +1,4 @@
-"""Count what dropping saves, in the Prometheus registry that vLLM's `/metrics` shows."""
+"""Count the savings of dropping in the Prometheus registry that vLLM's `/metrics` shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Savings:
     """Counts the requests of one engine as they are admitted."""
 
     def __init__(self, vllm_config: Any, rules: Rules) -> None:
-        """`rules`: of the engine."""
+        """Count with the `rules` of the engine."""
         self._rules = rules
         self._shape = decoder_shape(vllm_config)
         settings = vllm_config.additional_config[KEY]
@@ -27,9 +27,9 @@ class Savings:
         """Count one prompt with pictures or videos.
 
         Args:
-            rules: of the request.
-            visual: number of visual tokens in each stage, stage 0 too.
-            length: tokens of the prompt.
+            rules: the rules of the request.
+            visual: number of visual tokens in each stage, including stage 0.
+            length: number of tokens of the prompt.
         """
         counters = _counters()
         counters["requests"].labels(**self._labels(rules)).inc()
@@ -42,14 +42,14 @@ class Savings:
         counters["kv_cache_bytes_saved"].inc(kv_bytes)
 
     def _labels(self, rules: Rules) -> dict[str, str]:
-        """Ratios that clients choose are rounded: each combination is a time series of its own."""
+        """The labels, with rounded ratios, because each combination is a time series of its own."""
         keep = rules.schedule.keep
         if rules is self._rules:
             return {"asked": "server", "keep": ",".join(f"{ratio:g}" for ratio in keep)}
         return {"asked": "request", "keep": ",".join(f"{round(ratio * 20) / 20:g}" for ratio in keep)}
 
     def _saved(self, schedule: Schedule, visual: int, text: int) -> tuple[int, int]:
-        """FLOPs of the prefill, ranking counted, and bytes of the KV cache that dropping saves of one prompt."""
+        """FLOPs of the prefill (ranking included) and bytes of the KV cache that dropping saves for one prompt."""
         shape, prompt = ModelShape(self._shape), Prompt(visual, text)
         before, after = estimate_cost(shape, prompt), estimate_cost(shape, prompt, schedule, self._ranking)
         return before.full.total - after.full.total, before.kv_bytes - after.kv_bytes
@@ -76,7 +76,7 @@ def decoder_shape(vllm_config: Any) -> DecoderShape:
 
 @cache
 def _counters() -> dict[str, Any]:
-    """Made with the first request: before, vLLM may still choose the registry's directory."""
+    """The counters, created at the first request, because vLLM chooses the registry's directory before it."""
     from prometheus_client import Counter
 
     return {

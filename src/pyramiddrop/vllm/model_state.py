@@ -1,4 +1,4 @@
-"""Hook into vLLM's second model runner (the GPU's), by the model state that it offers."""
+"""Hook into vLLM's second model runner (for GPUs) through its model state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
-from pyramiddrop.vllm.request_rules import rules_for
-from pyramiddrop.vllm.rules import Rules
+from pyramiddrop.vllm.rules import Rules, rules_for
 
 
 class StagedModelState(DefaultModelState):
-    """vLLM's state of a decoder, and the visual prompt of every request that the worker knows."""
+    """vLLM's model state with the visual prompt of every request of the worker."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -45,7 +44,7 @@ class StagedModelState(DefaultModelState):
                 input_batch.num_computed_tokens_np[:count],
                 input_batch.num_scheduled_tokens[:count],
             )
-        else:  # a batch of vLLM's own making, to warm up or to capture
+        else:  # vLLM's own batch for warm-up or capture
             self._batch.step = None
         metadata: dict[str, Any] = super().prepare_attn(input_batch, *args, **options)
         return metadata

@@ -1,4 +1,4 @@
-"""Model classes: vLLM's own, with the layers of their text model divided into stages."""
+"""Subclasses of vLLM's models, with the layers of the text model divided into stages."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from pyramiddrop.vllm.rules import rules_of
 from pyramiddrop.vllm.runner import describe_steps
 from pyramiddrop.vllm.unsupported import refuse_unsupported
 
-#: Decoder layers that `ranking.project` and `forward.StagedForward` know how to call.
+#: Decoder layers that `ranking.project` and `forward.StagedForward` can call.
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
 
 
 class _Staged:
-    """Over one of vLLM's vision-language models.
+    """Mixin for vLLM's vision-language models.
 
     Attributes:
-        pyramiddrop_rules: of the engine.
-        pyramiddrop_batch: the step that runs.
+        pyramiddrop_rules: the rules of the engine.
+        pyramiddrop_batch: the description of the running step.
     """
 
     language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        refuse_unsupported(vllm_config)  # once more: after it asked, vLLM goes on to set what was left open
+        refuse_unsupported(vllm_config)  # again, because vLLM sets further options after the first check
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.pyramiddrop_rules = rules_of(vllm_config)
         caching = vllm_config.cache_config.enable_prefix_caching
@@ -63,14 +63,14 @@ class _Staged:
 
     @classmethod
     def get_model_state_cls(cls) -> Any:
-        """vLLM's second model runner asks the model what keeps its state."""
+        """The class of the model state, for which vLLM's second model runner asks."""
         from pyramiddrop.vllm.model_state import StagedModelState
 
         check_contract(SECOND_RUNNER)
         return StagedModelState
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings: Any = None, **options: Any) -> Tensor:
-        """vLLM's own; notes whether the step that begins has a picture in it."""
+        """Embed as vLLM does, and note whether the step has a picture."""
         self._pyramiddrop_pictures = multimodal_embeddings is not None and len(multimodal_embeddings) > 0
         embeds: Tensor = super().embed_input_ids(input_ids, multimodal_embeddings, **options)  # type: ignore[misc]
         return embeds
@@ -83,10 +83,10 @@ class _Staged:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """vLLM's own forward, compiled and all, but where the step computes a part of a visual prompt.
+        """Run vLLM's own (compiled) forward, except for steps that compute a part of a visual prompt.
 
         Raises:
-            RuntimeError: for a step with a picture that was not described: nothing would be dropped of it.
+            RuntimeError: for a step with a picture but without a description, in which nothing would be dropped.
         """
         step = self.pyramiddrop_batch.step
         pictures, self._pyramiddrop_pictures = self._pyramiddrop_pictures, False
@@ -98,22 +98,22 @@ class _Staged:
         if step is None or not step.has_visual or not _attends():
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         assert inputs_embeds is not None, "a step with a picture is fed with embeddings"
-        self.pyramiddrop_batch.step = None  # done once; what vLLM runs of its own accord is none of the engine's steps
+        self.pyramiddrop_batch.step = None  # used once, because vLLM's own runs are not steps of the engine
         staged = StagedForward(self.pyramiddrop_rules, self.pyramiddrop_batch, step, inputs_embeds.device)
         deepstack = self._deepstack(len(inputs_embeds))
         return staged.run(self.language_model.model, positions, inputs_embeds, deepstack)
 
     def _deepstack(self, tokens: int) -> Mapping[int, Tensor]:
-        """Layer -> (T, D), what the model adds to the rows after it."""
+        """Layer -> (T, D) features that the model adds after it."""
         return {}
 
 
 def _attends() -> bool:
-    """Whether this is a step with a KV cache; profiling runs have none."""
+    """True for steps with a KV cache; profiling runs have none."""
     return is_forward_context_available() and get_forward_context().attn_metadata is not None
 
 
-#: Transformers 5 saves the parts of CLIP and SigLIP without `vision_model` before them. Pixtral has other parts.
+#: Transformers 5 saves the parts of CLIP and SigLIP without the prefix `vision_model`. Pixtral has other parts.
 _TOWER_NAMES = WeightsMapper(
     orig_to_new_regex={
         re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"): (
@@ -144,7 +144,7 @@ class PyramidDropQwen2_5_VLForConditionalGeneration(_Staged, Qwen2_5_VLForCondit
 
 
 class _Deepstack(_Staged):
-    """Qwen3-VL's first layers are given visual features once more."""
+    """Mixin for Qwen3-VL, whose first layers add visual features again."""
 
     deepstack_num_level: int
     _get_deepstack_input_embeds: Any

@@ -1,25 +1,25 @@
-"""Names of the plugin's architectures and of its settings."""
+"""Names of the plugin's architectures and settings."""
 
 from __future__ import annotations
 
 from pyramiddrop.families import FAMILIES
 
-#: Stands before the name of the architecture that is served.
+#: Prefix of the name of a served architecture.
 PREFIX = "PyramidDrop"
 #: The key of the settings, in `hf_overrides` and in `additional_config`.
 KEY = "pyramiddrop"
-#: Below vLLM's own logger, whose level, time and handler its messages then have.
+#: A logger below vLLM's own, for the same level, time format and handler.
 LOGGER = "vllm.pyramiddrop"
 
-#: Architectures that can be served. That of the same name with `PREFIX` stands in `models`.
+#: Architectures that can be served; `models` has a class of the same name with `PREFIX` for each.
 ARCHITECTURES = tuple(name for family in FAMILIES.values() for name in family.served)
 
 
 def dropping(architecture: str) -> str:
-    """The name of the architecture that serves `architecture` and drops.
+    """The name of the plugin's architecture for `architecture`.
 
     Raises:
-        ValueError: where the plugin has none.
+        ValueError: if the plugin has none.
     """
     if architecture.startswith(PREFIX):
         return architecture

@@ -1,4 +1,4 @@
-"""Make the `hf_overrides` that ask an engine to drop, for a checkpoint and a method."""
+"""Build the `hf_overrides` with which an engine drops tokens, from a checkpoint and a method."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pyramiddrop.vllm.registration import check_vllm
 
 
 def hf_overrides(model: str, method: Method | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What `LLM(..., hf_overrides=...)` takes to serve `model` with dropping.
+    """The `hf_overrides` of `LLM` to serve `model` with dropping.
 
     Args:
-        model: folder or hub name of a checkpoint; its config.json alone is read.
-        method: None takes the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
-        revision: of the checkpoint on the hub.
+        model: folder or hub name of a checkpoint; only its config.json is read.
+        method: the method; None: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
+        revision: revision of the checkpoint on the hub.
 
     Raises:
-        ValueError: where no config.json can be read, or the plugin does not serve its architecture.
-        RuntimeError: where a vLLM is installed that the plugin does not fit.
+        ValueError: if config.json cannot be read, or the plugin does not serve its architecture.
+        RuntimeError: if the plugin does not support the installed vLLM.
     """
     from transformers import PretrainedConfig
 
-    if find_spec("vllm") is not None:  # elsewhere the server may run on another machine
+    if find_spec("vllm") is not None:  # without vLLM here, the server may run on another machine
         check_vllm()
     config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     named = config.get("architectures") or []

@@ -1,10 +1,10 @@
-"""Keep what cached blocks of a prompt hand to the first drop, for the next question about the same pictures.
+"""Store the rows of cached prompt blocks at the first drop, for further questions about the same pictures.
 
-The layers before the first drop see every token, so their keys and values hold for any question, and vLLM's prefix
-cache serves them by the blocks of stage 0. What the later stages keep depends on the question, so they are computed
-anew, from the rows that arrive at the first drop. Of cached tokens these rows are kept here, by their block's number.
+The layers before the first drop compute on every token, so that their keys and values are valid for any question, and
+vLLM's prefix cache provides them through the blocks of stage 0. Later stages depend on the question and are computed
+again from the rows at the first drop. This module stores these rows of cached tokens by the number of their block.
 
-The scheduler (`RecordedBlocks`) and the workers (`PrefixRows`) both hold the blocks recorded last; nothing is sent
+The scheduler (`RecordedBlocks`) and the workers (`PrefixRows`) both track the blocks recorded last, without messages
 between them.
 """
 
@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Tokens whose rows are kept, in budgets of a step (`max_num_batched_tokens`).
+#: Number of tokens whose rows are stored, in multiples of a step's budget (`max_num_batched_tokens`).
 BUDGETS = 4
 
 
 def kept_tokens(vllm_config: Any) -> int:
-    """How many tokens have their rows kept; the scheduler and the workers work it out alike."""
+    """The number of tokens whose rows are stored, the same for the scheduler and the workers."""
     return int(BUDGETS * vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the layers before the first drop make of the first `n` tokens of a prompt.
+    """The rows of the first `n` tokens of a prompt at the first drop.
 
     Attributes:
-        hidden: (n, D), what they hand to the first layer of stage 1.
-        positions: (..., n) of them.
-        ranking: (n, D), what the ranking layer received, if that is a layer of stage 0; else None.
+        hidden: (n, D), the input of the first layer of stage 1.
+        positions: (..., n), their positions.
+        ranking: (n, D), the input of the ranking layer if that is a layer of stage 0; else None.
     """
 
     hidden: Tensor
@@ -42,7 +42,7 @@ class Rows:
     ranking: Tensor | None
 
     def then(self, later: Rows) -> Rows:
-        """These rows, and those of the tokens after them."""
+        """Append the rows of the tokens after these."""
         return Rows(
             torch.cat([self.hidden, later.hidden]),
             torch.cat([self.positions, later.positions], -1),
@@ -50,22 +50,22 @@ class Rows:
         )
 
     def copied(self) -> Rows:
-        """The same rows in memory of their own."""
+        """A copy of the rows."""
         return Rows(self.hidden.clone(), self.positions.clone(), None if self.ranking is None else self.ranking.clone())
 
 
 class PrefixRows:
-    """The worker's rows of the blocks recorded last, in a ring on its device.
+    """The worker's rows of the blocks recorded last, in a ring buffer on its device.
 
-    No value is read back from the device. A block here is one of the scheduler's, which attention may know as several.
+    No value is read back from the device. A block of the scheduler may be several blocks of attention.
     """
 
     def __init__(self, vllm_config: Any, ranking: bool) -> None:
-        """Allocate the ring while the model is built, so that vLLM's memory profile counts it.
+        """Allocate the ring while the model is built, so that vLLM's memory profiling counts it.
 
         Args:
-            vllm_config: of the engine.
-            ranking: whether the rows that the ranking layer receives are kept, too.
+            vllm_config: the engine's configuration.
+            ranking: True to store the inputs of the ranking layer too.
         """
         self._cache_config = vllm_config.cache_config
         self._tokens = kept_tokens(vllm_config)
@@ -73,19 +73,19 @@ class PrefixRows:
         options = {"dtype": vllm_config.model_config.dtype, "device": vllm_config.device_config.device}
         self._hidden = torch.empty(self._tokens, width, **options)
         self._ranking = torch.empty_like(self._hidden) if ranking else None
-        self._positions: Tensor | None = None  # how many axes they have is seen with the first
+        self._positions: Tensor | None = None  # allocated with the first ones, which show the number of axes
         self._place = torch.empty(0)  # block of attention's table -> first row in the ring
         self._next = 0
 
     def record(self, table: Tensor, block: int, begin: int, end: int, rows: Rows) -> None:
-        """Keep the rows of the blocks that end among the tokens `begin` to `end` of a prompt.
+        """Store the rows of the blocks that end among the tokens `begin` to `end` of a prompt.
 
         Args:
-            table: (blocks,) the numbers of the prompt's blocks of stage 0, as attention knows them.
-            block: tokens of one of those.
-            rows: of the prompt's tokens from its first one on.
+            table: (blocks,) attention's numbers of the prompt's blocks of stage 0.
+            block: number of tokens in one of them.
+            rows: the rows of the prompt's tokens, from the first one on.
         """
-        size = self._cache_config.block_size  # what vLLM settles only after the model was built
+        size = self._cache_config.block_size  # vLLM sets it only after the model was built
         tokens = slice(begin // size * size, end // size * size)
         count, ring = (tokens.stop - tokens.start) // block, self._tokens // size * size
         if not count or not ring:
@@ -106,10 +106,10 @@ class PrefixRows:
             self._ranking[at] = rows.ranking[tokens]
 
     def read(self, table: Tensor, block: int, tokens: int) -> Rows:
-        """The rows of the first `tokens` tokens of a prompt, whole blocks; the others are those of `record`.
+        """The rows of the first `tokens` tokens of a prompt, in whole blocks; other arguments as for `record`.
 
         Raises:
-            RuntimeError: for a part of a block, or if no rows were kept at all: a step of this prompt is missing.
+            RuntimeError: for a part of a block, and if no rows were stored because a step of this prompt is missing.
         """
         if self._positions is None or tokens % self._cache_config.block_size:
             raise RuntimeError(f"pyramiddrop: rows of the {tokens} earlier tokens of a prompt are missing")
@@ -119,25 +119,25 @@ class PrefixRows:
 
 
 def _tokens_of(places: Tensor, block: int) -> Tensor:
-    """The rows of the ring that hold the blocks that begin at `places`."""
+    """The indices of the ring rows of the blocks that begin at `places`."""
     return (places[:, None] + torch.arange(block, device=places.device)).flatten()
 
 
 class RecordedBlocks:
-    """The scheduler's account of the blocks whose rows the workers hold.
+    """The scheduler's record of the blocks whose rows the workers hold.
 
-    In a step a worker may record blocks in another order than they are scheduled in; so a block counts as written over
-    as soon as the first of its step may be.
+    A worker may record the blocks of a step in another order than they were scheduled; a block therefore counts as
+    overwritten as soon as the first block of its step may be.
     """
 
     def __init__(self, limit: int) -> None:
-        """`limit`: the blocks that a worker's ring holds."""
+        """Track the last `limit` blocks, as many as a worker's ring holds."""
         self._limit = limit
         self._known: OrderedDict[int, tuple[Any, int, int]] = OrderedDict()
         self._step = self._before = self._count = 0
 
     def add(self, blocks: Sequence[Any], step: int) -> set[int]:
-        """`blocks`, vLLM's with their hashes, are computed in `step`; the numbers of those that are written over."""
+        """Add `blocks` (vLLM's, with hashes) computed in `step`; returns the numbers of overwritten blocks."""
         self._before = self._recorded_before(step)
         self._step = step
         for block in blocks:
@@ -150,7 +150,7 @@ class RecordedBlocks:
         return gone
 
     def usable(self, blocks: Sequence[Any], step: int) -> int:
-        """How many of `blocks`, from the first on, have rows that a request scheduled in `step` can read."""
+        """The number of `blocks`, from the first on, whose rows a request scheduled in `step` can read."""
         recorded = self._recorded_before(step)
         for number, block in enumerate(blocks):
             known, computed, before = self._known.get(block.block_id, (None, step, 0))
@@ -163,5 +163,5 @@ class RecordedBlocks:
         return before
 
     def _recorded_before(self, step: int) -> int:
-        """The blocks recorded before `step`: a worker reads what a step needs before it records anything."""
+        """The blocks recorded before `step`: a worker reads the rows that a step needs before it records new ones."""
         return self._before if step == self._step else self._count

@@ -1,7 +1,7 @@
 """Count the visual tokens of a prompt, and how many of them each stage keeps.
 
-The scheduler, which counts blocks, and the workers, which write them, both work it out from the same prompt, so that
-nothing has to be told from one to the other, and nothing is left over when a request is preempted or aborted.
+The scheduler, which counts blocks, and the workers, which write them, both compute it from the same prompt. No messages
+between them are needed, and no state remains when a request is preempted or aborted.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ VISUAL = ("image", "video")
 
 @dataclass(frozen=True)
 class VisualPrompt:
-    """A prompt of which some stage drops tokens.
+    """A prompt from which tokens are dropped.
 
     Attributes:
-        length: its tokens.
-        columns: (N,) long, ascending, where its visual tokens stand.
-        groups: (N,) long, the group that each belongs to: all one, or one an image.
+        length: number of its tokens.
+        columns: (N,) long, the columns of its visual tokens, ascending.
+        groups: (N,) long, the group of each visual token: one for all, or one for each image.
         num_keep: for each drop the number of kept tokens of each group.
-        dropped: for each stage, stage 0 too, the tokens that its layers miss.
+        dropped: for each stage, including stage 0, the number of tokens dropped before it.
     """
 
     length: int
@@ -38,12 +38,12 @@ class VisualPrompt:
 
 
 def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> VisualPrompt | None:
-    """The visual side of a prompt of `length` tokens, or None where no stage drops any of it.
+    """Read the visual tokens of a prompt of `length` tokens; None if none of them is dropped.
 
     Args:
         features: vLLM's `mm_features` of the request.
-        length: tokens of the prompt, without what was generated.
-        rules: of the engine.
+        length: number of tokens of the prompt, without generated ones.
+        rules: the rules of the engine.
     """
     spans = _spans(features)
     sizes = _group_sizes(spans, rules)
@@ -59,20 +59,20 @@ def read_prompt(features: Sequence[Any] | None, length: int, rules: Rules) -> Vi
 
 
 def visual_by_stage(features: Sequence[Any] | None, length: int, rules: Rules) -> tuple[int, ...]:
-    """Number of visual tokens of a prompt in each stage, stage 0 too; the arguments are those of `read_prompt`."""
+    """The number of visual tokens of a prompt in each stage, including stage 0; arguments as for `read_prompt`."""
     spans = _spans(features)
     sizes = _group_sizes(spans, rules)
     return (sum(sizes), *map(sum, _num_keep(spans, sizes, length, rules)))
 
 
 def _group_sizes(spans: Sequence[Tensor], rules: Rules) -> list[int]:
-    """Visual tokens of each group that is ranked on its own."""
+    """The number of visual tokens of each group that is ranked separately."""
     return [len(span) for span in spans] if rules.per_image else [sum(map(len, spans))]
 
 
 def _num_keep(spans: Sequence[Tensor], sizes: Sequence[int], length: int, rules: Rules) -> tuple[tuple[int, ...], ...]:
-    """For each drop the number of tokens of each group that stay."""
-    # A picture that ends the prompt asks for itself: its last token stays, also where no other does.
+    """For each drop the number of kept tokens of each group."""
+    # The last token of a picture at the end of the prompt is the query token, which is always kept.
     asking = (
         [int(length - 1 in span) for span in spans] if rules.per_image else [int(any(length - 1 in s for s in spans))]
     )
@@ -81,7 +81,7 @@ def _num_keep(spans: Sequence[Tensor], sizes: Sequence[int], length: int, rules:
 
 
 def _spans(features: Sequence[Any] | None) -> list[Tensor]:
-    """For each image or video the columns of its visual tokens; separators between them are text."""
+    """The columns of the visual tokens of each image or video; separators between them are text."""
     spans = []
     for feature in features or ():
         if feature.modality in VISUAL:

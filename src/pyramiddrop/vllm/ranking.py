@@ -1,4 +1,4 @@
-"""Select the rows of one request that stay at a drop, by the core's scorers and selection."""
+"""Select the rows that a request keeps at a drop, with the core's scorers and selection."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pyramiddrop.vllm.rules import Rules
 
 
 class TokenSelector:
-    """The rows of one request that are still there, from the first drop of its prompt to the last.
+    """The remaining rows of one request, from the first drop of its prompt to the last.
 
     Attributes:
-        asking: the row of the prompt's last token, whose attention ranks. It is never dropped.
+        asking: the row of the prompt's last token, whose attention ranks; it is never dropped.
     """
 
     def __init__(self, prompt: VisualPrompt, length: int, rules: Rules, device: torch.device) -> None:
-        """`length` rows: the prompt's, and those of tokens that were generated before a preemption."""
+        """Begin with `length` rows: the prompt's, and those of tokens generated before a preemption."""
         self._prompt, self._rules = prompt, rules
         self.asking, self._length = prompt.length - 1, length
         columns = prompt.columns.to(device, non_blocking=True)
@@ -34,19 +34,19 @@ class TokenSelector:
         self._token_index = (self._visual.long().cumsum(1) - 1).clamp(min=0)
 
     def drops(self, stage: int) -> bool:
-        """Whether the end before `stage` drops anything."""
+        """True if the drop before `stage` drops any token."""
         return self._prompt.dropped[stage] > self._prompt.dropped[stage - 1]
 
     def ranks(self, stage: int) -> bool:
-        """Whether the end before `stage` has to choose: it drops some visual tokens and keeps others."""
+        """True if the drop before `stage` ranks: it drops some visual tokens and keeps others."""
         return self.drops(stage) and any(self._prompt.num_keep[stage - 1])
 
     def scores(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
-        """(1, N) float32 for the end before `stage`.
+        """(1, N) float32 scores for the drop before `stage`.
 
         Args:
             layer: vLLM's decoder layer that ranks.
-            hidden: (N, D), what it receives.
+            hidden: (N, D), its input.
             positions: (N,) or (3, N).
         """
         return self._rules.scorer(
@@ -63,8 +63,7 @@ class TokenSelector:
         )
 
     def choose(self, stage: int, scores: Tensor | None) -> Tensor:
-        """(n,) long, ascending: the kept rows; from now on they are the rows present. No scores: none has
-        to be chosen."""
+        """Keep the best rows and return their indices, (n,) long, ascending; without scores, no row is ranked."""
         scores = torch.zeros(self._visual.shape, device=self._visual.device) if scores is None else scores
         protected = torch.zeros_like(self._visual)
         protected[0, self.asking] = True
@@ -72,7 +71,7 @@ class TokenSelector:
         stays = select(scores, self._visual, self._groups, self._num_keep(stage)) | ~self._visual
         gone = self._prompt.dropped[stage] - self._prompt.dropped[stage - 1]
         self._length -= gone
-        self.asking -= gone  # all visual tokens of a prompt stand before its last token, or are it
+        self.asking -= gone  # visual tokens come before the prompt's last token, or are it
         rows, _ = compact(stays, self._length, ragged=False)
         self._visual, self._groups, self._token_index = (
             state.gather(1, rows) for state in (self._visual, self._groups, self._token_index)
@@ -90,7 +89,7 @@ def _not_served() -> Tensor:
 def attention_from(layer: Any, hidden: Tensor, positions: Tensor, asking: int) -> Tensor:
     """(1, H, N) float32: the attention that each row receives in each head of `layer` from the row `asking`.
 
-    Rows after `asking` were generated later; they are not seen, and receive none.
+    Rows after `asking` were generated later and receive none.
     """
     queries, keys = project(layer, hidden[: asking + 1], positions[..., : asking + 1])
     received = attention_by_head(
@@ -101,13 +100,13 @@ def attention_from(layer: Any, hidden: Tensor, positions: Tensor, asking: int) -
         layer.self_attn.scaling,
     )
     if get_tensor_model_parallel_world_size() > 1:
-        # Gathered before heads are averaged, for all ranks to add in the same order: they must agree to the last bit.
+        # Gathered before heads are averaged, so that all ranks add in the same order and agree to the last bit.
         received = tensor_model_parallel_all_gather(received, dim=1)
     return torch.nn.functional.pad(received, (0, len(hidden) - asking - 1))
 
 
 def project(layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, H, d) queries and (N, Hkv, d) keys of this rank in `layer`, rotated, of `hidden` (N, D)."""
+    """This rank's rotated queries (N, H, d) and keys (N, Hkv, d) of `hidden` (N, D) in `layer`."""
     attention = layer.self_attn
     packed, _ = attention.qkv_proj(layer.input_layernorm(hidden))
     queries, keys, _ = packed.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
@@ -119,6 +118,6 @@ def project(layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tens
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    """Normed head by head, as Qwen3 does."""
+    """Normalise each head, as in Qwen3."""
     heads: Tensor = norm(states.view(*states.shape[:-1], -1, norm.weight.shape[-1]))
     return heads.flatten(-2)

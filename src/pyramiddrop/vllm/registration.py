@@ -1,4 +1,4 @@
-"""Register the plugin with the vLLM that is installed, where that is one whose parts it knows."""
+"""Register the plugin with the installed vLLM, if its version is supported."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from functools import cache
 
 from pyramiddrop.vllm.names import LOGGER
 
-#: The plugin hooks into parts that vLLM does not promise to keep from one version to the next.
+#: Supported versions: the plugin hooks into parts that vLLM may change in any version.
 KNOWN = ("0.32", "0.33")
 
 
 def register() -> None:
-    """Make the architectures of this plugin known to vLLM; called by vLLM in each of its processes.
+    """Register the architectures of this plugin; called by vLLM in each of its processes.
 
-    vLLM calls it unguarded, whether anything is to be dropped or not. So a vLLM that does not fit is warned about once
-    and left as it is.
+    vLLM calls it even if nothing is to be dropped, and does not catch errors. An unsupported vLLM is therefore left
+    unchanged, with one warning.
     """
     try:
         check_vllm()
@@ -29,10 +29,10 @@ def register() -> None:
 
 
 def check_vllm() -> None:
-    """Import all parts of vLLM that registering needs, and compare those that are hooked with what is relied on.
+    """Import all parts of vLLM that registration needs, and check the hooked ones.
 
     Raises:
-        RuntimeError: for a vLLM whose version is not in `KNOWN`, or that lacks such a part or has it otherwise.
+        RuntimeError: if the version is not in `KNOWN`, or a part is missing or different.
     """
     try:
         from vllm import __version__ as version
@@ -54,11 +54,11 @@ def check_vllm() -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    logger = logging.getLogger(LOGGER)  # `warnings` may be errors
+    logger = logging.getLogger(LOGGER)  # `warnings` may be turned into errors
     if logger.hasHandlers():
         logger.warning(message)
         return
-    early = logging.StreamHandler()  # vLLM may set up its own after it has loaded its plugins
+    early = logging.StreamHandler()  # vLLM may configure its logger after loading plugins
     early.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%m-%d %H:%M:%S"))
     logger.addHandler(early)
     logger.warning(message)

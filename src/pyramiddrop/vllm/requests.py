@@ -1,4 +1,4 @@
-"""Refuse a single request before it reaches the engine, for a bad request must not end the server; count the others."""
+"""Refuse bad requests before they reach the engine, so that they do not end the server, and count the others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from pyramiddrop.vllm.metrics import Savings
 from pyramiddrop.vllm.names import KEY, PREFIX
 from pyramiddrop.vllm.prompts import read_prompt, visual_by_stage
-from pyramiddrop.vllm.request_rules import rules_for
 from pyramiddrop.vllm.response_headers import note_served
-from pyramiddrop.vllm.rules import Rules, rules_of
+from pyramiddrop.vllm.rules import Rules, rules_for, rules_of
 
 _process = InputProcessor.process_inputs
 
@@ -37,12 +36,12 @@ def _guarded(self: InputProcessor, request_id: str, prompt: Any, params: Any, *a
 
 
 def guard_requests() -> None:
-    """Let vLLM's input processor refuse what an engine that drops cannot answer; other engines are not touched."""
+    """Make vLLM's input processor refuse requests that a dropping engine cannot answer; other engines are unchanged."""
     InputProcessor.process_inputs = _guarded
 
 
 def _check(params: Any, resumable: bool, rules: Rules) -> Rules:
-    """The rules of the request."""
+    """Check the request and return its rules."""
     if getattr(params, "prompt_logprobs", None) is not None:
         raise VLLMValidationError(
             "prompt_logprobs (and echo with logprobs) cannot be given while visual tokens are dropped: what is dropped "
@@ -61,7 +60,7 @@ def _check(params: Any, resumable: bool, rules: Rules) -> Rules:
 
 
 def _check_pictures(request: Any, scheduler: Any, rules: Rules) -> None:
-    """A picture that is not to be cut needs one token more than it has, for no single token may be left over."""
+    """Refuse pictures that cannot be scheduled: an uncut picture needs a budget of one token more than it has."""
     if not scheduler.disable_chunked_mm_input or not request.mm_features:
         return
     longest = max(feature.mm_position.length for feature in request.mm_features)

@@ -1,4 +1,4 @@
-"""Tell a client, in headers of the response, what its request was served with."""
+"""Add response headers with the keep ratios and visual tokens of a request."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
-#: What the requests of the HTTP call that is being answered keep: for each prompt its keep ratios and visual tokens.
+#: The keep ratios and visual tokens of each prompt of the current HTTP call.
 _served: ContextVar[list[tuple[Sequence[float], Sequence[int]]] | None] = ContextVar("pyramiddrop_served", default=None)
 
 KEEP, VISUAL_TOKENS = b"pyramiddrop-keep", b"pyramiddrop-visual-tokens"
 
 
 def note_served(keep: Sequence[float], visual: Sequence[int]) -> None:
-    """Note a prompt for the headers of its response; without effect outside a server with `PruningHeaders`.
+    """Note a prompt for the headers of its response; no effect outside a server with `PruningHeaders`.
 
     Args:
-        keep: ratio of the visual tokens that each drop keeps.
-        visual: number of visual tokens in each stage, the first stage included.
+        keep: the keep ratio of each drop.
+        visual: number of visual tokens in each stage, including the first one.
     """
     served = _served.get()
     if served is not None:
@@ -27,7 +27,7 @@ def note_served(keep: Sequence[float], visual: Sequence[int]) -> None:
 class PruningHeaders:
     """ASGI middleware for vLLM's server: `--middleware pyramiddrop.vllm.response_headers.PruningHeaders`.
 
-    A response about pictures or videos has two headers: `pyramiddrop-keep`, the keep ratio of each drop, and
+    Responses about pictures or videos get two headers: `pyramiddrop-keep`, the keep ratio of each drop, and
     `pyramiddrop-visual-tokens`, the number of visual tokens in each stage, over all prompts of the request.
     """
 
@@ -43,7 +43,7 @@ class PruningHeaders:
         start: dict[str, Any] | None = None
 
         async def send_with_headers(message: dict[str, Any]) -> None:
-            # A stream announces its headers before its request is read, so they wait for the first piece of the body.
+            # A stream sends its headers before its request is read, so they wait for the first part of the body.
             nonlocal start
             if message["type"] == "http.response.start":
                 start = message
@@ -62,7 +62,7 @@ class PruningHeaders:
 def _headers(served: Sequence[tuple[Sequence[float], Sequence[int]]]) -> list[tuple[bytes, bytes]]:
     if not served:
         return []
-    keep, _ = served[0]  # a call has one set of sampling parameters
+    keep, _ = served[0]  # a call has a single set of sampling parameters
     visual = [sum(counts) for counts in zip(*(counts for _, counts in served), strict=True)]
     return [
         (KEEP, ",".join(f"{ratio:g}" for ratio in keep).encode()),

@@ -1,12 +1,12 @@
-"""The pruning configuration of one engine: where it is read, and what follows for a decoder of its depth."""
+"""The pruning configuration of an engine and of its requests: how it is read, checked and stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyramiddrop.methods import FILE_NAME, Compose, Method, PreLLMMethod, PyramidDrop, RandomDrop
-from pyramiddrop.schedule import Schedule
+from pyramiddrop.schedule import Schedule, powers
 from pyramiddrop.scoring import (
     SCORERS,
     AttentionScorer,
@@ -21,13 +21,13 @@ from pyramiddrop.scoring import (
 )
 from pyramiddrop.vllm.names import KEY
 
-#: Scorers whose tokens on the engine were seen to be those of the adapter, one by one.
+#: Scorers with which the engine was tested to generate exactly the adapter's tokens.
 SERVED = (AttentionScorer, DebiasedScorer, DiversityScorer, RandomScorer, TopHeadsScorer, UniformScorer)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the engine's parts need to know of a method."""
+    """The settings of a method that the engine's parts need."""
 
     schedule: Schedule
     scorer: Scorer
@@ -36,18 +36,18 @@ class Rules:
 
     @property
     def stages(self) -> int:
-        """Number of drops; stage 0 has none behind it."""
+        """The number of drops; stage k follows drop k - 1, and stage 0 precedes all."""
         return len(self.schedule.stages)
 
 
 def configure(vllm_config: Any) -> None:
-    """Read the method of an engine, check it, and leave its settings where every process of the engine finds them.
+    """Read and check the method of an engine, and store its settings for all processes of the engine.
 
-    Read from `hf_overrides`, from `additional_config`, from `pyramiddrop.json` beside the checkpoint, or, where none
-    says anything, the paper's PyramidDrop.
+    It is read from `hf_overrides`, `additional_config`, or `pyramiddrop.json` beside the checkpoint; by default it is
+    the paper's PyramidDrop.
 
     Raises:
-        ValueError: for settings that make no method, or one that vLLM cannot serve.
+        ValueError: if the settings are not a method, or vLLM cannot serve it.
     """
     method = _method(vllm_config)
     _check(method)
@@ -56,7 +56,7 @@ def configure(vllm_config: Any) -> None:
 
 
 def rules_of(vllm_config: Any) -> Rules:
-    """The rules that `configure` left in the engine's configuration."""
+    """The rules that `configure` stored in the engine's configuration."""
     method = Method.from_settings(vllm_config.additional_config[KEY], f"additional_config[{KEY!r}]")
     return Rules(
         schedule=method.schedule(_depth(vllm_config)),
@@ -81,14 +81,14 @@ def _method(vllm_config: Any) -> Method:
 
 
 def _from(settings: Any, source: str) -> Method:
-    """Settings without a method's name are PyramidDrop's."""
+    """The method of the settings; without a name, PyramidDrop."""
     if isinstance(settings, dict) and "method" not in settings:
         settings = {"method": "PyramidDrop", **settings}
     return Method.from_settings(settings, source)
 
 
 def _saved(model_config: Any) -> Any:
-    """What `pyramiddrop.json` beside the checkpoint holds, or None where there is no such file."""
+    """The settings in `pyramiddrop.json` beside the checkpoint; None if there is no such file."""
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     return get_hf_file_to_dict(FILE_NAME, model_config.model, model_config.revision)
@@ -131,3 +131,38 @@ def _additional(vllm_config: Any) -> dict[str, Any]:
 
 def _depth(vllm_config: Any) -> int:
     return int(vllm_config.model_config.hf_text_config.num_hidden_layers)
+
+
+#: The value that switches dropping off for a request.
+OFF = "off"
+
+
+def rules_for(rules: Rules, params: Any) -> Rules:
+    """The rules of one request: the engine's, with the request's own keep ratios if `vllm_xargs` has any.
+
+    The drop layers are always those of the engine.
+
+    Args:
+        rules: the rules of the engine.
+        params: vLLM's sampling parameters of the request; `extra_args` holds its `vllm_xargs`.
+
+    Raises:
+        ValueError: for anything but a λ, a list of keep ratios, or "off".
+    """
+    asked = (getattr(params, "extra_args", None) or {}).get(KEY)
+    if asked is None:
+        return rules
+    layers = rules.schedule.layers
+    try:
+        return replace(rules, schedule=Schedule.of(layers, _keep(asked, len(layers))))
+    except ValueError as error:
+        raise ValueError(
+            f"vllm_xargs[{KEY!r}] must be a λ in (0, 1], a list of {len(layers)} keep ratios (for the drops before "
+            f"layers {list(layers)}), or {OFF!r}: {error}"
+        ) from None
+
+
+def _keep(asked: Any, drops: int) -> list[float]:
+    if asked == OFF:
+        return [1.0] * drops
+    return asked if isinstance(asked, list) else powers(asked, drops)

@@ -1,4 +1,4 @@
-"""Hook into vLLM's first model runner (the CPU's), which offers no hook of its own."""
+"""Hook into vLLM's first model runner (for CPUs), which has no hook of its own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.prompts import VisualPrompt, read_prompt
-from pyramiddrop.vllm.request_rules import rules_for
-from pyramiddrop.vllm.rules import Rules
+from pyramiddrop.vllm.rules import Rules, rules_for
 
 _build = GPUModelRunner._build_attention_metadata
 
@@ -20,7 +19,7 @@ _build = GPUModelRunner._build_attention_metadata
 def _described(self: GPUModelRunner, *args: Any, **options: Any) -> Any:
     batch: Batch | None = getattr(self.get_model(), "pyramiddrop_batch", None)
     if batch is not None:
-        scheduled = options.get("num_scheduled_tokens")  # a dummy run schedules nothing
+        scheduled = options.get("num_scheduled_tokens")  # a dummy run, without scheduled requests
         if scheduled is None:
             batch.step = None
         else:
@@ -29,7 +28,7 @@ def _described(self: GPUModelRunner, *args: Any, **options: Any) -> Any:
 
 
 def describe_steps() -> None:
-    """Let the runner tell a model that drops what each step is; other models are not touched."""
+    """Make the runner describe each step to a dropping model; other models are unchanged."""
     GPUModelRunner._build_attention_metadata = _described
 
 
@@ -48,7 +47,7 @@ def _begin(runner: GPUModelRunner, batch: Batch, scheduled: dict[str, int]) -> N
 
 
 def _prompt(state: Any, rules: Rules) -> VisualPrompt | None:
-    """Read once for each request, and kept with what the runner knows of it."""
+    """The visual prompt of a request, read once and stored with the runner's state of the request."""
     if not hasattr(state, "pyramiddrop_prompt"):
         own = rules_for(rules, state.sampling_params)
         state.pyramiddrop_prompt = read_prompt(state.mm_features, state.num_prompt_tokens, own)

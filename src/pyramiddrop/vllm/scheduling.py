@@ -1,4 +1,4 @@
-"""Tell block managers what each request drops, cut prompts where they can be cut, and find their cached blocks."""
+"""Tell block managers what each request drops, split prompts at allowed tokens, and find their cached blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pyramiddrop.vllm.kv_cache import StageManager
 from pyramiddrop.vllm.names import LOGGER
 from pyramiddrop.vllm.prefix_rows import RecordedBlocks, kept_tokens
 from pyramiddrop.vllm.prompts import read_prompt
-from pyramiddrop.vllm.request_rules import rules_for
-from pyramiddrop.vllm.rules import rules_of
+from pyramiddrop.vllm.rules import rules_for, rules_of
 
 logger = logging.getLogger(LOGGER)
 
 
 class _Staged:
-    """Over one of vLLM's schedulers."""
+    """Mixin for vLLM's schedulers."""
 
     def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
         super().__init__(vllm_config, *args, **options)  # type: ignore[call-arg]
@@ -34,14 +33,14 @@ class _Staged:
                 raise RuntimeError(f"pyramiddrop: a KV cache group is kept by {type(manager).__name__}, not by a stage")
             manager.dropped = self.dropped
         self._undropped = [manager.kv_cache_group_id for manager in managers if manager.kv_cache_spec.stage == 0]
-        self._first = managers[self._undropped[0]]  # by whose blocks the workers keep rows, too
+        self._first = managers[self._undropped[0]]  # the group by whose blocks the workers store rows
         self._first.on_cached = self._record
         self._recorded = RecordedBlocks(kept_tokens(vllm_config) // self._first.block_size)
         self._step = 0
         self._log_capacity(len(managers))
 
     def _log_capacity(self, groups: int) -> None:
-        """Beside vLLM's line, which counts tokens that nothing is dropped of."""
+        """Log the KV capacity with dropping, beside vLLM's line, which is without."""
         rows = self.cache_config.num_gpu_blocks * self._first.block_size  # type: ignore[attr-defined]
         kept = 1 + sum(self._rules.schedule.keep)
         logger.info(
@@ -67,13 +66,13 @@ class _Staged:
         del self.dropped[request.request_id]
 
     def _record(self, blocks: Sequence[Any]) -> None:
-        # Without its rows a block is no use, and would stand before a later one of the same content.
+        # A block without its rows is useless, and would hide a later one with the same content.
         self._first.block_pool.evict_blocks(self._recorded.add(blocks, self._step))
 
     def _get_local_prefix_cache_hit(self, request: Request, *limits: Any) -> Any:
-        """Blocks of each group that hold a prefix of the request, its tokens, and what vLLM tells besides.
+        """The cached blocks of each group for a prefix of the request, its number of tokens, and vLLM's other results.
 
-        Of a prompt that drops tokens, blocks of stage 0 alone, and those whose rows at the first drop the workers hold.
+        For a pruned prompt, only blocks of stage 0 whose rows at the first drop the workers hold.
         """
         if not any(self.dropped[request.request_id]):
             return super()._get_local_prefix_cache_hit(request, *limits)  # type: ignore[misc]
@@ -89,17 +88,17 @@ class _Staged:
         return manager.create_kv_cache_blocks(tuple(groups)), count * first.block_size, 0, False
 
     def _leaves_one_token(self, request: Request, end: int) -> bool:
-        """Whether a part of the prompt that ends before the token `end` leaves one token before a place where a part
-        must end, or may: the prompt's end, and each picture."""
+        """True if a part of the prompt that ends before the token `end` leaves a single token before the next place at
+        which a part must or may end: the prompt's end, and each picture."""
         cuts = [request.num_prompt_tokens, *(feature.mm_position.offset for feature in request.mm_features)]
         return end + 1 in cuts
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """How many of `num_new_tokens` to take.
+        """The number of tokens to schedule, of `num_new_tokens`.
 
-        A batch of one token each would be replayed as a CUDA graph of decoding, in which nothing is ranked: so of a
-        visual prompt never one token is taken alone. For none to be left over, a part never ends one token before the
-        prompt's end, nor before a picture: there vLLM cuts, too, while the picture before is still in its cache.
+        A batch with one token for each request would be replayed as a CUDA graph for decoding, in which nothing is
+        ranked. A single token of a visual prompt is therefore never scheduled alone. To leave none over, a part never
+        ends one token before the prompt's end or before a picture, where vLLM also splits.
         """
         new: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
         if num_computed_tokens >= request.num_prompt_tokens or not any(self.dropped[request.request_id]):
@@ -110,14 +109,14 @@ class _Staged:
 
 
 class StagedScheduler(_Staged, Scheduler):
-    """Without asynchronous scheduling."""
+    """The scheduler without asynchronous scheduling."""
 
 
 class AsyncStagedScheduler(_Staged, AsyncScheduler):
-    """With asynchronous scheduling, vLLM's default."""
+    """The scheduler with asynchronous scheduling, vLLM's default."""
 
 
 def staged_scheduler(vllm_config: Any, **options: Any) -> Scheduler:
-    """The scheduler of an engine; whether it is asynchronous is known only after its configuration was checked."""
+    """The scheduler class of an engine, chosen after its configuration was checked."""
     chosen = AsyncStagedScheduler if vllm_config.scheduler_config.async_scheduling else StagedScheduler
     return chosen(vllm_config, **options)

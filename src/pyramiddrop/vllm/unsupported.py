@@ -1,4 +1,4 @@
-"""Check what an engine that drops may not be combined with: refused at start."""
+"""Refuse features of vLLM that a dropping engine does not support, at start."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pyramiddrop.vllm.rules import configure, rules_of
 logger = logging.getLogger(LOGGER)
 
 SCHEDULER = "pyramiddrop.vllm.scheduling.staged_scheduler"
-# Of a budget of fewer tokens there is no way to cut a prompt without leaving one token over; see scheduling.py.
+# With a smaller budget, a prompt cannot be split without leaving a single token over; see scheduling.py.
 LEAST_BUDGET = 4
 
 
 class StagedConfig(VerifyAndUpdateConfig):
-    """vLLM's hook for the configuration of an architecture: called before an engine is built."""
+    """vLLM's hook for the configuration of an architecture, called before an engine is built."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Settle the method, and refuse what is not supported.
+        """Configure the method, and refuse unsupported features.
 
         Raises:
-            ValueError: for settings that make no method, or a feature of vLLM that dropping would make wrong.
+            ValueError: if the settings are not a method, or a feature of vLLM is not supported.
         """
         configure(vllm_config)
         refuse_unsupported(vllm_config)
@@ -43,14 +43,14 @@ class StagedConfig(VerifyAndUpdateConfig):
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
-    """Raise ValueError for a feature of vLLM that dropping would make wrong."""
+    """Raise ValueError for features of vLLM that would give wrong answers with dropping."""
     refused = list(unsupported(vllm_config))
     if refused:
         raise ValueError(f"pyramiddrop cannot be served with {'; nor with '.join(refused)}")
 
 
 def unsupported(vllm_config: Any) -> Iterator[str]:
-    """What is asked for and cannot be, and why."""
+    """The requested features that are not supported, with reasons."""
     yield from _unsupported_features(vllm_config)
     yield from _unsupported_parallelism(vllm_config.parallel_config)
     yield from _unsupported_scheduling(vllm_config)
@@ -61,7 +61,7 @@ def _unsupported_features(vllm_config: Any) -> Iterator[str]:
         yield "speculative decoding (a draft is not made of what the stages hold)"
     if vllm_config.lora_config is not None:
         yield "LoRA (its map of tokens to adapters counts every token in every layer)"
-    # vLLM makes a connector of --kv-offloading-size later than it asks here.
+    # vLLM turns --kv-offloading-size into a connector only after this check.
     if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
         yield "KV connectors or KV offloading (they move blocks by the length of the prompt)"
     events = vllm_config.kv_events_config
