@@ -54,7 +54,7 @@ def cost_table(costs: Sequence[tuple[str, CostBreakdown]], times: MeasuredTimes 
 
 
 def _times_cells(costs: Sequence[CostBreakdown], times: MeasuredTimes) -> list[str]:
-    """Milliseconds of each, with its share of the first one, or that it is not known."""
+    """Milliseconds of each cost, with its share of the first one, if they are known."""
     first, *others = (times.milliseconds(one) for one in costs)
     assert first is not None  # the record is of this model, and the first one is vanilla
     shares = [units.UNKNOWN if one is None else f"{_time(one)}  ({units.share(one / first)})" for one in others]
@@ -66,17 +66,17 @@ def _time(milliseconds: float) -> str:
 
 
 def times_line(times: MeasuredTimes, found: Plan | None = None) -> str:
-    """Where the milliseconds come from, how far they may be off, and how to have those that are missing."""
-    told = f"Milliseconds of the decoder are bench's, of {times.about}, on the line between the measured methods."
+    """The source of the milliseconds, their error, and how to measure missing ones."""
+    told = f"Milliseconds of the decoder are interpolated between the methods that bench measured ({times.about})."
     if times.error is not None:
-        told += f" Each of these, told by the others so, is at most {times.error:.0%} off."
+        told += f" Predicting each of these from the others is at most {times.error:.0%} off."
     if found is not None and times.milliseconds(found.cost) is None:
-        told += f" This plan spends less than any of them: measure it, by bench --method '{_in_words(found)}'."
+        told += f" This plan costs less than all of them: measure it with bench --method '{_in_words(found)}'."
     return told
 
 
 def _in_words(found: Plan) -> str:
-    """The plan's drops inside the decoder as the command line takes a method."""
+    """The plan's drops inside the decoder as a method specification."""
     values = {
         name: "/".join(map(str, value)) if isinstance(value, list) else value for name, value in found.arguments.items()
     }
@@ -109,7 +109,7 @@ def published_table(plans: Sequence[PublishedPlan], times: MeasuredTimes | None 
 
 
 def published_markdown(plans: Sequence[PublishedPlan]) -> list[str]:
-    """The same as the lines of a Markdown table."""
+    """`published_table` as the lines of a Markdown table."""
     return _markdown(PUBLISHED_HEAD, [_published_cells(one) for one in plans])
 
 
@@ -132,7 +132,7 @@ def paper_table(figures: Sequence[Figure]) -> Table:
 
 
 def paper_markdown(figures: Sequence[Figure]) -> list[str]:
-    """The same as the lines of a Markdown table."""
+    """`paper_table` as the lines of a Markdown table."""
     return _markdown(PAPER_HEAD, [_cells(figure) for figure in figures])
 
 

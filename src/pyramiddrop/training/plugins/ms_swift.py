@@ -51,7 +51,7 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
         models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
         labels = HiddenLabels(self.trainer)
         for one in models:
-            labels.show_to(one)  # before the method looks for them
+            labels.show_to(one)  # before the hooks of the method
             apply(one, method)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -61,13 +61,13 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class HiddenLabels:
-    """Shows the model the labels that ms-swift's trainers of preferences keep to themselves, so that it knows who asks.
+    """Passes labels to the model that ms-swift's preference trainers withhold, so that it finds its query tokens.
 
-    DPO, CPO, ORPO and KTO take them out of a batch before the model's forward, and GRPO has none: there a completion's
-    tokens are labels. Trainers that give their labels to the model are left as they are.
+    DPO, CPO, ORPO and KTO remove them from a batch before the model's forward, and GRPO has none: there the tokens of a
+    completion serve as labels. Trainers that pass labels to the model are unchanged.
 
     Args:
-        trainer: of ms-swift; its methods are wrapped.
+        trainer: a trainer of ms-swift, whose methods are wrapped.
     """
 
     labels: Tensor | None
@@ -85,7 +85,7 @@ class HiddenLabels:
                 setattr(trainer, name, partial(wrapper, method))
 
     def show_to(self, model: nn.Module) -> None:
-        """Give the labels to a forward of `model` that has none."""
+        """Pass the labels to forwards of `model` that have none."""
         model.register_forward_pre_hook(self._add, with_kwargs=True)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,7 +98,7 @@ class HiddenLabels:
             return method(model, batch, *args, **kwargs)
 
     def _of_cut(self, method: Any, inputs: Any) -> Any:
-        """Labels that are cut inside of `concatenated_forward`, to the columns of `logits_to_keep`."""
+        """Follow the labels that `concatenated_forward` cuts to the columns of `logits_to_keep`."""
         found = method(inputs)
         if self.labels is not None:
             self.labels = inputs["labels"]
@@ -112,7 +112,7 @@ class HiddenLabels:
         labels = ids.masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
         labels[:, :-keep] = IGNORED_LABEL
         if "logits_to_keep" in self.trainer.model_kwarg_keys:
-            labels = labels[:, -keep - 1 :]  # of as many columns will it want the logits
+            labels = labels[:, -keep - 1 :]  # the columns whose logits it wants
         with self._shown(labels):
             return method(model, inputs, keep, ids, **kwargs)
 
