@@ -91,7 +91,7 @@ def test_below_what_was_measured_nothing_is_said_but_how_to_measure_it() -> None
     assert "not known" in printed
     method = json.loads(run(*words, "--json").stdout)["arguments"]
     spec = f"pyramiddrop:lam={method['lam']},layers={'/'.join(map(str, method['layers']))}"
-    assert f"measure it, by bench --method '{spec}'" in printed
+    assert f"measure it with bench --method '{spec}'" in printed
 
 
 @pytest.mark.parametrize(
