@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.report.tables.speed import speed_markdown
 from pyramiddrop.speed.bench import Bench, BenchOptions, prepare_bench
 from pyramiddrop.speed.decoding import Compiler, eager, reduce_overhead

@@ -26,7 +26,7 @@ from typing import Any
 from bundled_server import KV_BYTES, READER, Reply, Server, ask, body, machine, serving
 
 from pyramiddrop import PyramidDrop
-from pyramiddrop.evaluation.reader.benchmark import ReaderBenchmark
+from pyramiddrop.evaluation.reader import ReaderBenchmark
 
 NEW = 24  # tokens of an answer
 CONCURRENCY = {1: 6, 8: 16, 32: 48}  # and how many requests are measured

@@ -17,9 +17,9 @@ from pyramiddrop.evaluation.budgets import decoder_flops
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.answer import ask
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs
 

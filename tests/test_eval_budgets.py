@@ -11,7 +11,7 @@ import pytest
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
 from pyramiddrop.evaluation.budgets import at_average_tokens, at_budget, decoder_flops
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.schedule import Schedule
 
 SHAPE = DecoderShape(layers=8, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8)

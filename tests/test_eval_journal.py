@@ -14,8 +14,8 @@ from pyramiddrop.evaluation.answering import Reply
 from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.evaluation.store import ReplyJournal, digest, model_digest, samples_digest
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 
 KEY = {"model": "m", "method": {"lam": 0.5}}

@@ -11,7 +11,7 @@ from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, Unif
 from pyramiddrop.evaluation.lmms import run
 from pyramiddrop.evaluation.lmms.arguments import pick_backend, read_arguments, write_arguments
 from pyramiddrop.evaluation.lmms.meter import CostSums
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.method_spec import NAMES, option_names
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, VisionDrop
 from pyramiddrop.cli.options import MethodOptions
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.resolve import parse_method, resolve_method
 
 

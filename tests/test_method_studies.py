@@ -17,8 +17,8 @@ from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.run import EvalOptions
 from pyramiddrop.evaluation.studies.method_studies import METHODS, PERCENTS, prepare_ablation, prepare_tradeoff
 from pyramiddrop.evaluation.tasks import digits_task
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.report.studies.ablation import show_ablation
 from pyramiddrop.report.studies.study import write_study
 from pyramiddrop.report.studies.tradeoff import show_tradeoff

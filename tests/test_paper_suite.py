@@ -16,7 +16,7 @@ from pyramiddrop.evaluation.benchmarks import Measured, TaskScore, read_measured
 from pyramiddrop.evaluation.paper import paper_figures
 from pyramiddrop.evaluation.paper.budgets import published_rows
 from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables, suite_record
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from test_cli_eval import run, run_json
 from test_cli_generate import assert_one_line
 

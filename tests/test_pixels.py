@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import load_processor
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_inputs, open_picture, to_rgb
 from pyramiddrop.inference.video import open_video
 

@@ -30,8 +30,8 @@ from pyramiddrop.evaluation.studies.redundancy import Redundancy
 from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import inspect_model
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.planning import Profile
 from tiny import make_batch, tiny_model
 

@@ -14,7 +14,7 @@ from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.samples import digits_samples, named_reading, read_samples
 from pyramiddrop.evaluation.tasks import digits_task, reader_task
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 
 PLAIN = {"image": "a.png", "question": "Why?", "answer": "So."}
 

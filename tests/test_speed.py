@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyramiddrop.hf import query_key
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.timing import Clock, CpuClock, Spread, WallClock, clock_for, in_turn
 from pyramiddrop.speed import generation, training
 from pyramiddrop.speed.memory import peak_memory

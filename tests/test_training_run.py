@@ -30,8 +30,8 @@ import pyramiddrop
 from pyramiddrop import Method, PyramidDrop, VisionDrop
 from pyramiddrop.assets import digits_checkpoint, digits_images
 from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import load_processor
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.schedule import Stage
 from pyramiddrop.training.answers import AnswerCheck
 from pyramiddrop.training.collate import AnswerCollator

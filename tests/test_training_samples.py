@@ -15,8 +15,8 @@ from checkpoints import save_picture
 
 datasets = pytest.importorskip("datasets")
 
+from pyramiddrop.inference import InputError  # noqa: E402
 from pyramiddrop.inference.checkpoint import load_processor  # noqa: E402
-from pyramiddrop.inference.errors import InputError  # noqa: E402
 from pyramiddrop.inference.prompt import open_picture  # noqa: E402
 from pyramiddrop.training import dataset  # noqa: E402
 from pyramiddrop.training.collate import AnswerCollator, image_size, plain_messages  # noqa: E402

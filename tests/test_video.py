@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference import video as film
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.video import check_video, default_metadata, open_video
 
 

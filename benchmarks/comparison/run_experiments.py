@@ -31,7 +31,7 @@ from pyramiddrop.evaluation.record import evaluation_record
 from pyramiddrop.evaluation.run import EvalOptions, Evaluator
 from pyramiddrop.evaluation.store import write_json
 from pyramiddrop.evaluation.tasks import BUNDLED_TASKS, READER, choose_task
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.resolve import parse_method
 from pyramiddrop.methods import Method
 

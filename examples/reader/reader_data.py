@@ -20,8 +20,7 @@ import torch
 from reader_text import FORMATS, SLOTS, WIDTH, question_rows
 from torch import Tensor
 
-from pyramiddrop.evaluation.reader import GROUPS, IMAGE, KINDS, draw_picture
-from pyramiddrop.evaluation.reader.benchmark import picture_rng, spread_over_kinds
+from pyramiddrop.evaluation.reader import GROUPS, IMAGE, KINDS, draw_picture, picture_rng, spread_over_kinds
 from pyramiddrop.evaluation.reader.canvas import CHANNELS, SIDE
 
 BLOCK = 32  # pictures that a worker hands over at once

@@ -23,7 +23,7 @@ from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.lmms.arguments import BACKENDS
 from pyramiddrop.evaluation.lmms.model import DroppingChat
 from pyramiddrop.hf.attachment import Attachment
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from qwen_checkpoints import CHAT_TEMPLATE, save_qwen
 
 METHOD = {"method": "pyramiddrop", "layers": "2/4", "keep": "0.5/0.25"}

@@ -18,8 +18,8 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer, Reply
 from pyramiddrop.evaluation.lmms import run as run_module
 from pyramiddrop.evaluation.lmms.run import run_tasks
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.inference.errors import InputError
 
 DIGITS = str(digits_checkpoint())
 METHODS = {

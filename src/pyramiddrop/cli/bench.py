@@ -85,7 +85,7 @@ def bench(
     Vanilla and the methods take turns, and what the cost model predicts stands beside what is measured. Without
     --method: pyramiddrop and fastv.
     """
-    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.inference import InputError, user_input
     from pyramiddrop.report.speed_plot import check_plot_path
     from pyramiddrop.speed.bench import BenchOptions, prepare_bench
 
@@ -130,7 +130,7 @@ def bench(
 
 
 def _batches(text: str) -> tuple[int, ...]:
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
 
     sizes = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
@@ -140,7 +140,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def _check_kind(train: bool, overhead: bool, optimizer: bool, lora_rank: int | None, new_tokens: int | None) -> None:
     """Raise InputError for options of another kind of measurement."""
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
 
     if train and overhead:
         raise InputError("--train and --overhead measure different things; give one of them")
@@ -153,7 +153,7 @@ def _check_kind(train: bool, overhead: bool, optimizer: bool, lora_rank: int | N
 
 
 def _draw(record: dict[str, Any], path: Path) -> None:
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
     from pyramiddrop.report.speed_plot import draw_speed
 
     with user_input(f"cannot draw {path}", (OSError, ValueError)):

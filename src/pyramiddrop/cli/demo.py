@@ -22,8 +22,8 @@ def demo(
     Writes a page (index.html) and an overlay for each question: which patches of the picture are still there, stage by
     stage.
     """
+    from pyramiddrop.inference import user_input
     from pyramiddrop.inference.demo import run_demo
-    from pyramiddrop.inference.errors import user_input
     from pyramiddrop.report.demo import write_demo
     from pyramiddrop.report.tables.runs import OWN_MODEL, costs_table, failures, questions_table, summary
 

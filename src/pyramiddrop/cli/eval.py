@@ -141,7 +141,7 @@ def evaluate(
 
 def _mode(given: dict[str, Any]) -> str:
     """The way in which the verb is used; one line about an option that does not belong to it."""
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
 
     mode = next((name for name in ("--suite", "--data") if name in given), OFFLINE)
     if mode == OFFLINE and given.get("--tasks", BUNDLED[0]) not in BUNDLED:
@@ -206,7 +206,7 @@ def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
     from pyramiddrop.evaluation.benchmarks import read_measured
     from pyramiddrop.evaluation.paper.budgets import budgets_record
     from pyramiddrop.evaluation.paper.tables import suite_record
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
     from pyramiddrop.report.tables.paper import budget_tables, suite_tables, tasks_table
 
     if suite not in SUITES:

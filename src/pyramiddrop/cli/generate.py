@@ -50,7 +50,7 @@ def generate(
 
 
 def _check_overlay(path: Path, spec: str | None) -> None:
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
     with user_input("--overlay"):
@@ -73,7 +73,7 @@ def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: 
 
 
 def _draw(done: Run, path: Path) -> None:
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
     from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input(f"cannot draw {path}", (OSError, ValueError)):

@@ -249,7 +249,7 @@ class SpreadOptions(TyperCommand):
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
     """Parse the comma-separated numbers of the option `name`; InputError for anything else."""
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
 
     try:
         return [kind(part) for part in text.split(",")]

@@ -128,8 +128,8 @@ def _measured(times: MeasuredTimes | None, found: Plan) -> dict[str, Any]:
 
 
 def _show_published(options: BudgetOptions, sizes: Sizes, times: MeasuredTimes | None, as_json: bool) -> None:
+    from pyramiddrop.inference import InputError, user_input
     from pyramiddrop.inference.budgets import BudgetOptions
-    from pyramiddrop.inference.errors import InputError, user_input
     from pyramiddrop.planning import published_plans
     from pyramiddrop.report.tables.cost import published_table, times_line
 

@@ -154,7 +154,7 @@ def ablation(
 
 
 def _make_folder(output: Path) -> None:
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
 
     with user_input(f"cannot write into {output}", (OSError,)):
         output.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _run(prepare: Callable[[], MethodStudy]) -> dict[str, Any]:
 
 def _finish(record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -> None:
     """Write the files, and print the tables or the record."""
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
     from pyramiddrop.report.studies.study import write_study
 
     record = {**record, "command": shlex.join(["pyramiddrop", *sys.argv[1:]])}

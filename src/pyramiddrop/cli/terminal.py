@@ -109,7 +109,7 @@ def _about_input(error: Exception) -> str | None:
     if shown is not None:
         return str(shown())
     from pyramiddrop.hf import UnsupportedModelError
-    from pyramiddrop.inference.errors import InputError
+    from pyramiddrop.inference import InputError
 
     return str(error) if isinstance(error, InputError | UnsupportedModelError) else None
 

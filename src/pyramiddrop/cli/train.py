@@ -119,7 +119,7 @@ def train(
 
     One process: `pyramiddrop train ...`; many: `accelerate launch --config_file FILE -m pyramiddrop train ...`.
     """
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
 
     with user_input("training needs more packages, pip install 'pyramiddrop[train]'", (ImportError,)):
         from pyramiddrop.training.run import TrainOptions

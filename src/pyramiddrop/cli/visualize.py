@@ -63,7 +63,7 @@ def visualize(
 
 
 def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: bool, spec: str | None) -> None:
-    from pyramiddrop.inference.errors import InputError, user_input
+    from pyramiddrop.inference import InputError, user_input
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
     if shown and prompt is None:
@@ -86,7 +86,7 @@ def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> 
 
 
 def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
-    from pyramiddrop.inference.errors import user_input
+    from pyramiddrop.inference import user_input
     from pyramiddrop.report.pictures.visual import run_visual
 
     with user_input("cannot draw", (OSError, ValueError)):

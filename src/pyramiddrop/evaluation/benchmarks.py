@@ -12,7 +12,7 @@ from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.budgets import choose_methods
 from pyramiddrop.evaluation.lmms.meter import COSTS
 from pyramiddrop.evaluation.lmms.run import check_installed, run_tasks
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.method_spec import VANILLA, method_label
 
 RESULTS = "results.json"

@@ -11,9 +11,9 @@ from typing import Any
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
 from pyramiddrop.cost.estimate import visual_by_layer
 from pyramiddrop.hf import attachment_of
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.downsampling import split_downsampling
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
 from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import (

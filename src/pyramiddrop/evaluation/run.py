@@ -22,8 +22,8 @@ from pyramiddrop.evaluation.scores import Array
 from pyramiddrop.evaluation.store import Store, Times
 from pyramiddrop.evaluation.tasks import MATCHES, Task
 from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.timing import time_prefills
 from pyramiddrop.method_spec import VANILLA, method_label
 from pyramiddrop.methods import Method

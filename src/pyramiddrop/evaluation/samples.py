@@ -12,7 +12,7 @@ from PIL import Image
 
 from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.reader import ReaderBenchmark
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.prompt import check_picture, open_picture
 from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
 

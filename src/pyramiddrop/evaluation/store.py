@@ -18,9 +18,9 @@ import pyramiddrop
 from pyramiddrop.evaluation.answering import Answerer, Reply
 from pyramiddrop.evaluation.kept_places import Place
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
+from pyramiddrop.inference import user_input
 from pyramiddrop.inference.answer import usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint
-from pyramiddrop.inference.errors import user_input
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 from pyramiddrop.inference.timing import PrefillTime
 from pyramiddrop.method_spec import VANILLA

@@ -12,7 +12,7 @@ from pyramiddrop.assets import digits_checkpoint, reader_checkpoint
 from pyramiddrop.evaluation.digits import KIND_NAMES
 from pyramiddrop.evaluation.reader import KINDS
 from pyramiddrop.evaluation.samples import Sample, digits_samples, read_samples, reader_samples
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 
 #: Scores an answer against the right ones, from 0 to 1.
 Match = Callable[[str, Sequence[str]], float]

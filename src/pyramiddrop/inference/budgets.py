@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from pyramiddrop.cost import DecoderShape
 from pyramiddrop.hf.query_key import extract
 from pyramiddrop.hf.rows import take_embeddings
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import pick_device, pick_dtype
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import parse_method
 from pyramiddrop.inference.sizes import Sizes
 from pyramiddrop.inference.timing import synchronize

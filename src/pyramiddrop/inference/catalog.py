@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.families import FAMILIES, Family
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.method_spec import NAMES
 from pyramiddrop.methods import Method
 from pyramiddrop.scoring import SCORERS, GridReserveScorer, RandomAfterScorer, Scorer

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import is_torchvision_available
 
 from pyramiddrop.families import FAMILIES
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.resolve import saved_method
 from pyramiddrop.methods import Method, apply
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.video import Video

@@ -12,9 +12,9 @@ from PIL import Image
 from pyramiddrop import Method
 from pyramiddrop.assets import reader_checkpoint
 from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.prefill_stats import Usage, none_if_nan, usage, vanilla_usage
 from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
 from pyramiddrop.inference.resolve import resolve_method

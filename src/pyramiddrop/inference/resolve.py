@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference import user_input
 from pyramiddrop.method_spec import parse_method_spec
 from pyramiddrop.methods import FILE_NAME, Compose, Method, PyramidDrop
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from pyramiddrop.cost import CostBreakdown, Prompt, estimate_cost
 from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, read_served_config
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.methods import Method, apply
 from pyramiddrop.vllm import hf_overrides

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyramiddrop import Method
 from pyramiddrop.cost import BYTES, PRESETS, CostBreakdown, DecoderShape, ModelShape, Prompt, estimate_cost
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.method_spec import NAMES, VANILLA, method_label, with_defaults
 

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers.utils import is_torchvision_available
 
 from pyramiddrop.families import FAMILIES
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.prompt import open_picture, to_rgb
 
 #: Decoders of video files that Transformers can call, in the order of trial: their name there, and their module.

@@ -12,8 +12,8 @@ import torch
 from pyramiddrop.assets import demo_images, demo_questions, reader_checkpoint
 from pyramiddrop.cost import Prompt
 from pyramiddrop.cost.model_sizes import decoder_shape
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import pick_device, read_config
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.request import Request, prepare
 from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import clock_for, cpu_threads

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.sizes import MethodCost, Sizes, method_costs, published_costs
 
 PUBLISHED = ("pyramiddrop", "fastv")

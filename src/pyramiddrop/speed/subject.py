@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from pyramiddrop import Method
 from pyramiddrop.cost import PRESETS, DecoderShape, Prompt
 from pyramiddrop.hf.model_info import ModelInfo, inspect_model
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
 from pyramiddrop.speed.memory import total_memory

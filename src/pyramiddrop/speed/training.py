@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference import user_input
 from pyramiddrop.inference.resolve import with_logits
 from pyramiddrop.inference.sizes import MethodCost
 from pyramiddrop.inference.timing import Clock, Spread, in_turn

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.prompt import open_picture, opened, to_rgb
 from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, located
 

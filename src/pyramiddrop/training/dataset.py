@@ -13,7 +13,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from pyramiddrop import __version__
-from pyramiddrop.inference.errors import InputError, user_input
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
 

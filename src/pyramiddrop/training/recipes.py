@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pyramiddrop.hf import inspect_model
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 
 #: Names of projectors and of vision towers in Transformers.
 PROJECTORS = ("multi_modal_projector", "merger", "connector", "embed_vision")

@@ -18,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from pyramiddrop.hf import UnsupportedModelError, attachment_of
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.inference.resolve import resolve_method, with_logits
 from pyramiddrop.methods import Logits, Method, StagedMethod, apply
 from pyramiddrop.training.answers import EXACT_MATCH, AnswerCheck

@@ -10,5 +10,5 @@ nothing:
 >>> llm = LLM("llava-hf/llava-1.5-7b-hf", hf_overrides=hf_overrides("llava-hf/llava-1.5-7b-hf", PyramidDrop(lam=0.5)))
 """
 
-from pyramiddrop.vllm.options import hf_overrides as hf_overrides
+from pyramiddrop.vllm.registration import hf_overrides as hf_overrides
 from pyramiddrop.vllm.registration import register as register

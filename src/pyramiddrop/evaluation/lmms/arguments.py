@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from pyramiddrop import Compose, Method, PyramidDrop
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import pick_device
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.resolve import parse_method, saved_method
 from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_options
 

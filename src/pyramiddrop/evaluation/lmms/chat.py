@@ -19,9 +19,9 @@ from loguru import logger
 from tqdm import tqdm
 from transformers.video_utils import load_video
 
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.answer import pad_token
 from pyramiddrop.inference.checkpoint import load_checkpoint
-from pyramiddrop.inference.errors import InputError
 from pyramiddrop.inference.prompt import build_batch, on_model
 
 #: Arguments of `generate` that a task may set, with the defaults of lmms-eval's LLaVA class.

@@ -16,8 +16,8 @@ from loguru import logger
 
 from pyramiddrop.evaluation.lmms.arguments import load_backend, pick_backend, read_arguments, where
 from pyramiddrop.evaluation.lmms.meter import CostSums, Meter
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import read_config
-from pyramiddrop.inference.errors import InputError, user_input
 
 #: lmms-eval's mark on requests that only pad the work of processes.
 PADDING = "__padding_only__"

@@ -13,7 +13,7 @@ from typing import Any
 from pyramiddrop import Method
 from pyramiddrop.evaluation.lmms import MODEL
 from pyramiddrop.evaluation.lmms.arguments import write_arguments
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 
 
 def run_tasks(

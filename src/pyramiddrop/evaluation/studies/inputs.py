@@ -9,8 +9,8 @@ from pathlib import Path
 from pyramiddrop import PyramidDrop
 from pyramiddrop.hf import UnsupportedModelError, inspect_model
 from pyramiddrop.hf.model_info import ModelInfo, check_layers, drop_layers
+from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import Checkpoint, load_checkpoint, read_config
-from pyramiddrop.inference.errors import InputError, user_input
 from pyramiddrop.scoring import AttentionScorer
 
 BUNDLED = "bundled"

@@ -9,7 +9,7 @@ from typing import Any
 from pyramiddrop.evaluation.record import evaluation_record
 from pyramiddrop.evaluation.run import EvalOptions, Evaluator, Progress
 from pyramiddrop.evaluation.tasks import Task
-from pyramiddrop.inference.errors import InputError
+from pyramiddrop.inference import InputError
 from pyramiddrop.inference.resolve import parse_method
 
 METHODS = ("pyramiddrop", "fastv", "uniform", "random")

@@ -28,7 +28,7 @@ from pyramiddrop.evaluation.studies.inputs import DEFAULT_KEEP, Grid, StudyModel
 from pyramiddrop.evaluation.studies.redundancy_record import redundancy_record
 from pyramiddrop.evaluation.tasks import Task
 from pyramiddrop.hf import inspect_model
-from pyramiddrop.inference.errors import user_input
+from pyramiddrop.inference import user_input
 from pyramiddrop.inference.prefill_stats import batch_usage, none_if_nan
 from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.speed.record import machine
