@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from documents import parse
-from pyramiddrop.cli.examples import EXAMPLES
+from pyramiddrop.cli import EXAMPLES
 from pyramiddrop.cli.main import app
 
 VERBS: Any = typer.main.get_command(app)

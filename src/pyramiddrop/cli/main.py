@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from pyramiddrop.cli import examples
 from pyramiddrop.cli.bench import bench
 from pyramiddrop.cli.cost import cost
 from pyramiddrop.cli.demo import demo
 from pyramiddrop.cli.eval import evaluate
-from pyramiddrop.cli.examples import examples
 from pyramiddrop.cli.families import families
 from pyramiddrop.cli.generate import generate
 from pyramiddrop.cli.methods import methods

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyramiddrop.cli.examples import examples
+from pyramiddrop.cli import examples
 from pyramiddrop.cli.options import (
     HOW,
     OUTPUT,

@@ -27,8 +27,7 @@ from pyramiddrop.cost.flops import (
     vision_flops,
 )
 from pyramiddrop.cost.mixers import Mixer, delta_rule, grouped_attention, latent_attention, short_convolution
-from pyramiddrop.cost.presets import PRESETS, Preset
-from pyramiddrop.cost.shapes import BYTES, DecoderShape, Experts, ModelShape, Prompt, VisionShape
+from pyramiddrop.cost.shapes import BYTES, PRESETS, DecoderShape, Experts, ModelShape, Preset, Prompt, VisionShape
 
 __all__ = [
     "BYTES",

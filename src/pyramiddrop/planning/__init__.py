@@ -1,10 +1,14 @@
-"""Find schedules for a budget of tokens, FLOPs, KV cache or time."""
+"""Find schedules for a budget of tokens, FLOPs, KV cache or time, and for the budgets that papers publish."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from pyramiddrop.cost import ModelShape, Prompt
 from pyramiddrop.planning.budget import Budget, Clock
 from pyramiddrop.planning.measured import MeasuredTimes
 from pyramiddrop.planning.profile import Profile
-from pyramiddrop.planning.published import PublishedPlan, published_plans
-from pyramiddrop.planning.solve import PYRAMIDS, Before, InfeasibleBudgetError, Plan, plan
+from pyramiddrop.planning.solve import PAPER_STAGES, PYRAMIDS, Before, InfeasibleBudgetError, Plan, plan
 
 __all__ = [
     "PYRAMIDS",
@@ -19,3 +23,57 @@ __all__ = [
     "plan",
     "published_plans",
 ]
+
+
+#: Visual tokens of a model -> the average visual tokens in a layer at which papers compare methods on it.
+PUBLISHED = {576: (192, 128, 64), 2880: (640, 320, 160)}
+PAPER_PYRAMID = f"{PAPER_STAGES} equal stages"
+
+
+@dataclass(frozen=True)
+class PublishedPlan:
+    """A pyramid for one of the budgets.
+
+    Attributes:
+        tokens: the budget, average visual tokens in a layer.
+        pyramid: a description of the drop layers.
+        plan: the schedule, or the nearest one if the budget is out of reach.
+        within_reach: True if the plan is within the budget.
+    """
+
+    tokens: int
+    pyramid: str
+    plan: Plan
+    within_reach: bool
+
+
+def published_plans(model: ModelShape, prompt: Prompt) -> list[PublishedPlan]:
+    """All pyramids for all published budgets of a model with `visual_tokens`.
+
+    Raises:
+        ValueError: if there are no published budgets for this number.
+    """
+    budgets = PUBLISHED.get(prompt.visual_tokens)
+    if budgets is None:
+        raise ValueError(
+            f"papers compare budgets of {' and '.join(map(str, PUBLISHED))} visual tokens, and this prompt has "
+            f"{prompt.visual_tokens}: give a budget of your own"
+        )
+    ways = {
+        PAPER_PYRAMID: partial(plan, stages=PAPER_STAGES),
+        f"{PAPER_STAGES + 1} equal stages": partial(plan, stages=PAPER_STAGES + 1),
+        "concave": partial(plan, pyramid="concave"),
+        "one drop": partial(plan, pyramid="single"),
+    }
+    return [
+        _published(tokens, pyramid, partial(solve, model, prompt, Budget(tokens=tokens)))
+        for tokens in budgets
+        for pyramid, solve in ways.items()
+    ]
+
+
+def _published(tokens: int, pyramid: str, solve: Callable[[], Plan]) -> PublishedPlan:
+    try:
+        return PublishedPlan(tokens, pyramid, solve(), True)
+    except InfeasibleBudgetError as error:
+        return PublishedPlan(tokens, pyramid, error.nearest, False)
