@@ -27,7 +27,7 @@ from pyramiddrop.cost import (
 from pyramiddrop.cost.model_sizes import model_shape
 from pyramiddrop.hf.versions import output_cache
 from pyramiddrop.inference import InputError
-from pyramiddrop.inference.budgets import LayerProfiler
+from pyramiddrop.inference.timing import LayerProfiler
 from pyramiddrop.planning import PYRAMIDS, Before, Budget, InfeasibleBudgetError, Plan, Profile, plan
 from pyramiddrop.schedule import PreLLMSchedule, Schedule, powers
 from tiny import make_batch, tiny_model
