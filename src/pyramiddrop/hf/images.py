@@ -1,4 +1,7 @@
-"""Find the tokens of each image, video and frame, and the groups of tokens that share a quota."""
+"""Find the tokens of each image, video and frame, and the groups of tokens that share a quota.
+
+Models in which images or frames cannot be told apart are refused in `model_info.check_grouping`.
+"""
 
 from __future__ import annotations
 
