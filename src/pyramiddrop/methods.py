@@ -104,7 +104,7 @@ class Method:
         return self.scorer().flops(shape, drop) + (merging_flops(shape, drop) if self.merge else 0)
 
     def attach(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> Attachment:
-        """Put the method's hooks on a model."""
+        """Install the method's hooks on a model."""
         from pyramiddrop.hf import Attachment
 
         return Attachment(info, rules, given)

@@ -116,7 +116,7 @@ def plan(
 
 
 def _measured(times: MeasuredTimes | None, found: Plan) -> dict[str, Any]:
-    """What bench's record tells of a plan, for JSON: milliseconds of the decoder's prefill."""
+    """The milliseconds of a plan's decoder prefill by bench's record, for JSON."""
     if times is None:
         return {}
     return {

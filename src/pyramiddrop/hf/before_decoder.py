@@ -120,7 +120,7 @@ class ClsAttentionRecorder:
         return _received.get().get(ref(self))
 
     def attach(self) -> list[RemovableHandle]:
-        """Put the hooks on."""
+        """Install the hooks."""
         layer = self._tower.layers[self._tower.layer]
         return [layer.register_forward_pre_hook(self._look, with_kwargs=True)]
 
@@ -157,7 +157,7 @@ class DownsampledEncoder:
         self._tower, self.side = tower, side
 
     def attach(self) -> list[RemovableHandle]:
-        """Put the hooks on."""
+        """Install the hooks."""
         module = self._tower.module
         return [
             module.register_forward_pre_hook(self._shrink, with_kwargs=True),

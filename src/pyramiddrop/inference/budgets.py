@@ -65,7 +65,7 @@ def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
 
 
 def read_times(path: Path, sizes: Sizes) -> MeasuredTimes:
-    """What bench has measured of the model and the prompt in `sizes`.
+    """Read bench's measurements of the model and the prompt in `sizes`.
 
     Raises:
         InputError: for a file that cannot be read, is no such record, or is one of another model or prompt.

@@ -116,7 +116,7 @@ class FamilyEntry:
 
     @property
     def limits(self) -> list[str]:
-        """Why it is refused, or its restrictions, in sentences."""
+        """The reason of its refusal, or its restrictions, in sentences."""
         return [self.family.refused] if self.family.refused else [limit.description for limit in self.family.limits]
 
     def as_dict(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _pictures(row: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def _places(row: Mapping[str, Any]) -> int:
-    """How many pictures the messages of a row have places for."""
+    """The number of image places in the messages of a row."""
     return sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
 
 
