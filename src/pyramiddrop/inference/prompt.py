@@ -5,19 +5,25 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pyramiddrop.inference import InputError
 
-if TYPE_CHECKING:
-    from pyramiddrop.inference.video import Video
-import numpy as np
-
 #: Formats in which Pillow's mode "I" holds values from 0 to 65535.
 SIXTEEN_BITS = ("PNG", "PPM")
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video, all of one size, and the processor's `video_metadata` for them."""
+
+    frames: list[Image.Image]
+    metadata: dict[str, Any]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -16,9 +16,9 @@ from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.answer import Comparison, ask, compare, usage_dict
 from pyramiddrop.inference.checkpoint import Checkpoint, decoder_layers, load_checkpoint, read_config
 from pyramiddrop.inference.prefill_stats import Usage, none_if_nan, usage, vanilla_usage
-from pyramiddrop.inference.prompt import build_inputs, check_prompt, open_picture
+from pyramiddrop.inference.prompt import Video, build_inputs, check_prompt, open_picture
 from pyramiddrop.inference.resolve import resolve_method
-from pyramiddrop.inference.video import Video, check_video, open_video
+from pyramiddrop.inference.video import check_video, open_video
 from pyramiddrop.trace import Trace
 
 KNOWS = "the bundled model knows only its own kind of scenes, documents and charts"

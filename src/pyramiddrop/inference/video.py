@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,12 @@ from transformers.utils import is_torchvision_available
 
 from pyramiddrop.families import FAMILIES
 from pyramiddrop.inference import InputError, user_input
-from pyramiddrop.inference.prompt import open_picture, to_rgb
+from pyramiddrop.inference.prompt import Video, open_picture, to_rgb
 
 #: Decoders of video files that Transformers can call, in the order of trial: their name there, and their module.
 DECODERS = {"pyav": "av", "torchcodec": "torchcodec", "decord": "decord", "opencv": "cv2"}
 #: Frames a second, if a video does not tell.
 UNTOLD = 1.0
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames of a video, all of one size, and the processor's `video_metadata` for them."""
-
-    frames: list[Image.Image]
-    metadata: dict[str, Any]
 
 
 def open_video(path: Path, count: int) -> Video:
