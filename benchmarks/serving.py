@@ -103,14 +103,14 @@ def main() -> None:
     print()
 
 
-def engine(folder: Path, variant: str, kv_bytes: int) -> Any:
-    """vLLM in this process, with so many bytes of KV cache."""
+def engine(folder: Path, variant: str, kv_bytes: int, *, eager: bool = True) -> Any:
+    """vLLM in this process, with so many bytes of KV cache; not `eager`, its forward is compiled."""
     dropping = {"hf_overrides": hf_overrides(str(folder), METHOD)} if variant != "vanilla" else {}
     layers = LAYERS if variant == "vanilla" else LAYERS // METHOD.stages  # a block holds tokens of one group's layers
     return vllm.LLM(
         str(folder),
         dtype="float32",
-        enforce_eager=True,
+        enforce_eager=eager,
         max_model_len=1024,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
@@ -188,8 +188,8 @@ def block_bytes(manager: Any) -> int:
     return int(group.kv_cache_spec.page_size_bytes * len(group.layer_names))
 
 
-def sampling() -> Any:
-    return vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+def sampling(tokens: int = NEW) -> Any:
+    return vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
 def prompt(seed: int) -> dict[str, Any]:
