@@ -130,6 +130,13 @@ def method_label(method: Method) -> str:
     return repr(method).replace("()", "")
 
 
+def written_option(value: Any) -> str:
+    """The value of an option as text, which `parse_method_spec` reads back: lists with slashes, bools in lower case."""
+    if isinstance(value, tuple | list):
+        return "/".join(map(written_option, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def option_names(kind: type[Method]) -> set[str]:
     """The options of a method: the arguments of its class."""
     return {entry.name for entry in fields(kind) if entry.init}

@@ -65,6 +65,11 @@ class Parts:
     projector: int
 
     @property
+    def pruned(self) -> int:
+        """The parts that dropping inside the decoder changes: its layers and the ranking."""
+        return self.decoder + self.ranking
+
+    @property
     def total(self) -> int:
         """The sum of all parts."""
         return self.decoder + self.ranking + self.head + self.vision + self.projector

@@ -140,7 +140,7 @@ def decoder_flops(
     schedule = method.schedule(shape.layers, layers) if method else None
     ranking_cost = method.ranking_flops if method else attention_ranking_flops
     costs = {prompt: estimate_cost(ModelShape(shape), prompt, schedule, ranking_cost).full for prompt in prompts}
-    return sum(count * (costs[prompt].decoder + costs[prompt].ranking) for prompt, count in prompts.items())
+    return sum(count * costs[prompt].pruned for prompt, count in prompts.items())
 
 
 def _scaled(method: Method, option: str) -> Callable[[float], Method]:

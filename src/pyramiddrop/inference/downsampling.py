@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image
 from pyramiddrop.inference.prefill_stats import StageTokens, Usage
 from pyramiddrop.methods import Compose, Downsample, Method
 
+#: More pixels than any budget has.
+MOST_PIXELS = 2**40
 #: A `size` with which a processor does not resize pictures of suitable sides.
-ANY_SIZE = {"shortest_edge": 1, "longest_edge": 2**40}
+ANY_SIZE = {"shortest_edge": 1, "longest_edge": MOST_PIXELS}
 
 
 def has_pixel_budget(processor: Any) -> bool:
@@ -64,7 +67,7 @@ def _downsample(images: Any, picture: Image.Image, keep: float) -> Image.Image:
         return patches // int(images.merge_size) ** 2
 
     allowed = max(1, math.floor(tokens() * keep))
-    pixels = _largest(lambda pixels: tokens(**_budget(pixels)) <= allowed)
+    pixels = bisect_right(range(1, MOST_PIXELS), allowed, key=lambda pixels: tokens(**_budget(pixels)))
     size = _budget(pixels)["size"]
     (grid,) = images(images=[picture], size=size, return_tensors="pt")["image_grid_thw"]
     height, width = (int(side) * images.patch_size for side in grid[1:])
@@ -78,18 +81,6 @@ def _budget(pixels: int) -> dict[str, Any]:
         "max_pixels": pixels,
         "size": {"shortest_edge": pixels, "longest_edge": pixels},
     }
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest integer that `fits`, from 1 on; 1 fits, and so does every integer below one that fits."""
-    above = 2
-    while fits(above):
-        above *= 2
-    low = above // 2
-    while above - low > 1:
-        middle = (low + above) // 2
-        low, above = (middle, above) if fits(middle) else (low, middle)
-    return low
 
 
 def downsampled_usage(used: Usage, vanilla: Usage) -> Usage:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from pyramiddrop import Method
 from pyramiddrop.cost import DecoderShape
@@ -211,6 +210,9 @@ class LayerProfiler:
         self.device = pick_device(None)
         dtype = pick_dtype(self.device, None)
         assert isinstance(dtype, torch.dtype)
+        # Here, because all who time anything import this module.
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
         config: Any = _config(shape)
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             self._layer: Any = LlamaDecoderLayer(config, 0).to(dtype).eval()

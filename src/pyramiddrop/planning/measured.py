@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from pyramiddrop.cost import CostBreakdown, ModelShape, Prompt, estimate_cost
+from pyramiddrop.planning.profile import read_json
 
 #: Sizes of the decoder, then of the prompt, that must equal the record's.
 SIZES = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
@@ -44,11 +44,7 @@ class MeasuredTimes:
             OSError: if it cannot be read.
             ValueError: if it is not such a record, or has no times of single prompts; the message says why.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
-        except (TypeError, KeyError, ValueError) as error:
-            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is no record of `pyramiddrop bench --json`: {reason}") from error
+        return read_json(path, cls.from_dict, "record of `pyramiddrop bench --json`")
 
     @classmethod
     def from_dict(cls, record: Any) -> MeasuredTimes:
@@ -87,7 +83,7 @@ class MeasuredTimes:
                     f"the record's {name} is {self.subject[name]}, and the plan's is {value}: {way_out}run bench for "
                     "the model and prompt of the plan"
                 )
-        flops = decoder_flops(estimate_cost(model, prompt))
+        flops = estimate_cost(model, prompt).full.pruned
         if abs(flops - self.vanilla) > ALIKE * self.vanilla:
             raise ValueError(
                 f"the record's untouched prefill has {self.vanilla:.4g} FLOPs, and the plan's has {flops:.4g}: "
@@ -99,7 +95,7 @@ class MeasuredTimes:
 
         None outside of the measured range.
         """
-        flops, (least, *_, most) = decoder_flops(cost), [point[0] for point in self.points]
+        flops, (least, *_, most) = cost.full.pruned, [point[0] for point in self.points]
         if least * (1 - ALIKE) <= flops <= most * (1 + ALIKE):
             return interpolated(self.points, min(max(flops, least), most))
         return None
@@ -115,11 +111,6 @@ class MeasuredTimes:
             told = interpolated((self.points[number - 1], self.points[number + 1]), flops)
             missed.append(abs(told - time) / time)
         return max(missed, default=None)
-
-
-def decoder_flops(cost: CostBreakdown) -> int:
-    """FLOPs of the decoder's layers and the ranking, which is what bench's record predicts."""
-    return cost.full.decoder + cost.full.ranking
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyramiddrop.planning.budget import Meter
 from pyramiddrop.schedule import Stage
+
+Built = TypeVar("Built")
 
 METRICS = ("agreement", "accuracy")
 
@@ -44,11 +46,7 @@ class Profile:
             OSError: if it cannot be read.
             ValueError: if it is not a profile; the message says why.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
-        except (TypeError, KeyError, ValueError) as error:
-            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is no redundancy profile: {reason}") from error
+        return read_json(path, cls.from_dict, "redundancy profile")
 
     @classmethod
     def from_dict(cls, found: Any) -> Profile:
@@ -80,6 +78,20 @@ class Profile:
             for share in keep:
                 worst = losses[layer, share] = max(worst, vanilla - scores[layer, share])
         return cls(num_layers, tuple(layers), (1.0, *keep), losses)
+
+
+def read_json(path: str | Path, build: Callable[[Any], Built], what: str) -> Built:
+    """Build an object from the content of a JSON file.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if `build` refuses its content; the message says that the file is no `what`, and why.
+    """
+    try:
+        return build(json.loads(Path(path).read_text("utf-8")))
+    except (TypeError, KeyError, ValueError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no {what}: {reason}") from error
 
 
 def _check(num_layers: int, layers: list[int], keep: list[float], scores: dict[tuple[int, float], float]) -> None:

@@ -57,7 +57,7 @@ def choose_variants(
 
 def predict(variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
     """Predict the cost of a prefill of `batch` equal samples."""
-    flops = variant.cost.full.decoder + variant.cost.full.ranking
+    flops = variant.cost.full.pruned
     above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(variant, prompt)))
     return Predicted(batch * flops, batch * (flops - above), batch * variant.cost.kv_bytes)
 

@@ -11,7 +11,7 @@ from pyramiddrop import Compose, Method, PyramidDrop
 from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import pick_device
 from pyramiddrop.inference.resolve import parse_method, saved_method
-from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_options
+from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_options, written_option
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ def _part(method: Method) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, Mapping):
         raise InputError(f"lmms-eval is told a scorer by its name alone; got {dict(value)}")
-    if isinstance(value, tuple | list):
-        return "/".join(map(_written, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return written_option(value)
 
 
 AUTO, GENERIC = "auto", "generic"

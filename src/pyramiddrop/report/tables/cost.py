@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pyramiddrop.cost import PRESETS, CostBreakdown, Preset
 from pyramiddrop.evaluation.paper import Figure
+from pyramiddrop.method_spec import written_option
 from pyramiddrop.planning import MeasuredTimes, Plan, PublishedPlan
 from pyramiddrop.report import units
 from pyramiddrop.report.tables import new_table
@@ -77,10 +78,7 @@ def times_line(times: MeasuredTimes, found: Plan | None = None) -> str:
 
 def _in_words(found: Plan) -> str:
     """The plan's drops inside the decoder as a method specification."""
-    values = {
-        name: "/".join(map(str, value)) if isinstance(value, list) else value for name, value in found.arguments.items()
-    }
-    return f"pyramiddrop:{','.join(f'{name}={value}' for name, value in values.items())}"
+    return "pyramiddrop:" + ",".join(f"{name}={written_option(value)}" for name, value in found.arguments.items())
 
 
 def stages_table(plan: Plan) -> Table:
