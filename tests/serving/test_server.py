@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
+import psutil
 from clients import answer, body, chats, post, post_with_headers, running
 from qwen import masked_answers, with_pictures
 from served import ABOUT_FILM, Question, Video, engine_processes, expected, films, questions, sampling
@@ -132,6 +134,33 @@ def test_the_openai_server_under_concurrent_clients(llava: Path) -> None:
     assert "16 visual tokens (16 → 8 → 4 → 2)" in said
     assert re.search(r"INFO .*PyramidDrop drops visual tokens before layers 2, 4, 6 and keeps 0.5, 0.25, 0.125", said)
     assert re.search(r"INFO .*the KV cache holds [\d,]+ tokens of text, or [\d,]+ visual tokens", said)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_ends_answers_and_server(llava: Path) -> None:
+    """No client is left waiting for an engine that was killed amid its answer."""
+    with server(llava, *METHOD) as address:
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions",
+            json.dumps(body(chats(1)[0]) | {"max_tokens": 400, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert response.readline().startswith(b"data: ")
+            [engine] = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in one.cmdline()[0]]
+            engine.kill()
+            chunks = [json.loads(line[6:]) for line in response if line.startswith(b"data: {")]
+        assert len(chunks) < 400
+        assert "error" in chunks[-1], "the stream says that the answer is not whole"
+        ended = time.monotonic() + 60
+        while time.monotonic() < ended:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+            except urllib.error.HTTPError:
+                time.sleep(0.5)  # it is shutting down
+            except OSError:
+                return
+        raise AssertionError("the server outlives its engine")
 
 
 @pytest.mark.slow
