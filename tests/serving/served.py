@@ -239,8 +239,15 @@ def sampling(tokens: int, **options: Any) -> Any:
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **options)
 
 
-def answers(llm: Any, asked: Sequence[Question], every: int = 0, watch: Watch | None = None) -> list[list[int]]:
-    """Ask all of `asked`: at once, or one more after `every` steps. `watch` sees the scheduler after each step."""
+def answers(
+    llm: Any, asked: Sequence[Question], every: int = 0, watch: Watch | None = None, adapters: Sequence[Any] = ()
+) -> list[list[int]]:
+    """Ask all of `asked`: at once, or one more after `every` steps.
+
+    Args:
+        watch: sees the scheduler after each step.
+        adapters: vLLM's LoRA request of each of `asked`, or None.
+    """
     core = llm.llm_engine
     done: dict[str, list[int]] = {}
     waiting = list(enumerate(asked))
@@ -248,7 +255,8 @@ def answers(llm: Any, asked: Sequence[Question], every: int = 0, watch: Watch | 
     while waiting or core.has_unfinished_requests():
         while waiting and (every == 0 or step % every == 0):
             number, question = waiting.pop(0)
-            core.add_request(str(number), question.inputs, sampling(question.tokens))
+            adapter = adapters[number] if adapters else None
+            core.add_request(str(number), question.inputs, sampling(question.tokens), lora_request=adapter)
             if every:
                 break
         for output in core.step():

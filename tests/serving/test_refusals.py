@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +14,15 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
-import torch
 import vllm
 from served import ENGINE, answers, engine, expected, questions, sampling, save_served
-from transformers import AutoModelForImageTextToText
 from vllm.exceptions import VLLMValidationError
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cli.main import app
 from pyramiddrop.schedule import Schedule
 from pyramiddrop.scoring import AttentionScorer
-from pyramiddrop.vllm import hf_overrides, models, register, requests
-from pyramiddrop.vllm import unsupported as unsupported_features
+from pyramiddrop.vllm import hf_overrides, register, requests
 from pyramiddrop.vllm.attention import join_stage
 from pyramiddrop.vllm.batch import Batch
 from pyramiddrop.vllm.rules import Rules
@@ -68,7 +64,7 @@ def test_the_method_beside_the_checkpoint_is_read(llava: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"enable_lora": True}, "LoRA"),
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "speculative",
@@ -290,46 +286,28 @@ def test_other_ways_to_schedule(llava: Path, options: dict[str, Any]) -> None:
         assert answers(llm, asked, every=2) == expected(llava, asked, method)
 
 
-@pytest.mark.slow
-def test_lora_without_its_refusal_does_not_run(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later stages have fewer rows than its map of tokens to adapters; plain vLLM answers as the merged model."""
-    from vllm.lora.request import LoRARequest
-
-    peft = pytest.importorskip("peft", reason="the adapter of this test is PEFT's")
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
-    layers = r".*language_model.*(q_proj|k_proj|v_proj|o_proj)"
-    config = peft.LoraConfig(r=8, lora_alpha=32, init_lora_weights=False, target_modules=layers)
-    adapted = peft.get_peft_model(model, config)
-    adapted.save_pretrained(tmp_path / "adapter")
-    shutil.copytree(llava, tmp_path / "merged")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    adapter = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
-    asked, options = questions(4, tokens=(4, 8)), {"enable_lora": True, "max_lora_rank": 8}
-    monkeypatch.setattr(unsupported_features, "refuse_unsupported", lambda vllm_config: None)
-    monkeypatch.setattr(models, "refuse_unsupported", lambda vllm_config: None)
-    with engine(llava, None, **options) as llm:
-        outputs = [
-            llm.generate([one.inputs], sampling(one.tokens), lora_request=adapter, use_tqdm=False)[0] for one in asked
-        ]
-    assert [list(output.outputs[0].token_ids) for output in outputs] == expected(tmp_path / "merged", asked, None)
-    with (
-        engine(llava, PyramidDrop(lam=0.5), **options) as llm,
-        pytest.raises(RuntimeError, match="does not broadcast"),
-    ):
-        llm.generate([asked[0].inputs], sampling(4), lora_request=adapter, use_tqdm=False)
-
-
 def test_the_command_says_a_refusal_in_one_line(
     llava: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     with pytest.raises(SystemExit) as end:
-        app(["serve", str(llava), "--backend", "vllm", "--port", "0", "--enable-lora", "--max-model-len", "512"])
+        app(
+            [
+                "serve",
+                str(llava),
+                "--backend",
+                "vllm",
+                "--port",
+                "0",
+                "--enable-prompt-embeds",
+                "--max-model-len",
+                "512",
+            ]
+        )
     assert end.value.code == 2
     said = capfd.readouterr().err
-    assert said.splitlines()[-1].startswith("error: pyramiddrop cannot be served with LoRA (its map of tokens")
+    assert said.splitlines()[-1].startswith("error: pyramiddrop cannot be served with --enable-prompt-embeds (nothing")
     assert "Traceback" not in said
 
 

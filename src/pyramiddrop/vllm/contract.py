@@ -78,6 +78,16 @@ HOOKS = (
         ("self", "vllm_config"),
         "replaced: one KV-cache group for each stage (attention.py)",
     ),
+    Hook(
+        "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
+        ("self", "mapping"),
+        "not called: it sets `_last_mapping`, from which the adapters of a step's tokens are read (lora.py)",
+    ),
+    Hook(
+        "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"),
+        "called with the adapters of a stage's rows (lora.py)",
+    ),
     *(
         Hook(
             f"vllm.model_executor.models.{model}:{layer}.forward",

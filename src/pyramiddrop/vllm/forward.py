@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from pyramiddrop.vllm.batch import Batch, Step
+from pyramiddrop.vllm.lora import RowAdapters
 from pyramiddrop.vllm.prefix_rows import Rows
 from pyramiddrop.vllm.ranking import TokenSelector
 from pyramiddrop.vllm.rules import Rules
@@ -19,10 +21,15 @@ class _VisualPrefill:
     """One visual prompt of which the step computes a part.
 
     A part that is not the last one runs through stage 0 only and stores its rows, which the last part continues.
+
+    Attributes:
+        adapter: the LoRA adapter of each of its rows, once; empty without LoRA.
     """
 
-    def __init__(self, row: int, step: Step, rules: Rules, batch: Batch, device: torch.device) -> None:
-        """Begin with the request at index `row` of the `step`."""
+    def __init__(
+        self, row: int, step: Step, rules: Rules, batch: Batch, adapters: RowAdapters, start: int, device: torch.device
+    ) -> None:
+        """Begin with the request at index `row` of the `step`, whose rows begin at `start`."""
         entry = step.entries[row]
         assert entry.prompt is not None
         self._entry, self._block, self._batch = entry, step.block, batch
@@ -33,6 +40,7 @@ class _VisualPrefill:
         self._selector: TokenSelector | None = None
         if entry.finishes:
             self._selector = TokenSelector(entry.prompt, entry.computed + entry.scheduled, rules, device)
+        self._adapters, self.adapter = adapters, adapters.of(start, start + 1)
         self._ranking: Tensor | None = None
         self._scores: Tensor | None = None
 
@@ -57,7 +65,7 @@ class _VisualPrefill:
                 hidden = torch.cat([self._earlier.ranking, hidden])
                 positions = torch.cat([self._earlier.positions, positions], -1)
         if self._selector is not None and self._selector.ranks(stage):
-            self._scores = self._selector.scores(stage, layer, hidden, positions)
+            self._scores = self._score(self._selector, stage, layer, hidden, positions)
 
     def drop(self, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The rows (n, D) and positions (..., n) of `stage`, before its first `layer`."""
@@ -71,9 +79,13 @@ class _VisualPrefill:
             return hidden, positions
         scores, self._scores = self._scores, None
         if scores is None and selector.ranks(stage):
-            scores = selector.scores(stage, layer, hidden, positions)
+            scores = self._score(selector, stage, layer, hidden, positions)
         stays = selector.choose(stage, scores)
         return hidden[stays], positions[..., stays]
+
+    def _score(self, selector: TokenSelector, stage: int, layer: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+        with self._adapters.rows(layer, self.adapter * (selector.asking + 1)):  # the rows that are projected
+            return selector.scores(stage, layer, hidden, positions)
 
     def _rows_so_far(self, hidden: Tensor, positions: Tensor) -> Rows:
         """All rows of the prompt up to the end of this part, at the first drop; they are stored for later parts."""
@@ -98,18 +110,23 @@ class StagedForward:
     The step is divided into spans: each visual prefill, and all requests between two of them.
     """
 
-    def __init__(self, rules: Rules, batch: Batch, step: Step, device: torch.device) -> None:
+    def __init__(self, rules: Rules, batch: Batch, step: Step, lora_manager: Any, device: torch.device) -> None:
         self._rules, self._step = rules, step
+        self._adapters = RowAdapters(lora_manager, sum(entry.scheduled for entry in step.entries))
         self._first = {stage.layer: number for number, stage in enumerate(rules.schedule.stages, 1)}
         self._prefills: list[_VisualPrefill | None] = []
         self._scheduled: list[int] = []
+        start = 0
         for row, entry in enumerate(step.entries):
-            prefill = _VisualPrefill(row, step, rules, batch, device) if entry.has_visual else None
+            prefill = None
+            if entry.has_visual:
+                prefill = _VisualPrefill(row, step, rules, batch, self._adapters, start, device)
             if prefill is None and self._prefills and self._prefills[-1] is None:
                 self._scheduled[-1] += entry.scheduled
             else:
                 self._prefills.append(prefill)
                 self._scheduled.append(entry.scheduled)
+            start += entry.scheduled
         self._lengths = list(self._scheduled)
 
     def run(self, text: Any, positions: Tensor, embeds: Tensor, deepstack: Mapping[int, Tensor]) -> Tensor:
@@ -124,18 +141,21 @@ class StagedForward:
         tokens = sum(self._scheduled)
         hidden, positions = embeds[:tokens], positions[..., :tokens]
         residual: Tensor | None = None
-        for index, layer in enumerate(text.layers):
-            if index in self._first:
-                hidden, positions = self._end_stage(index, layer, _whole(hidden, residual), positions)
-                residual = None
-                if not len(hidden):  # all requests of the step wait for the rest of their prompts
-                    return torch.zeros_like(embeds)
-                self._use_slots(text.layers[index:], self._first[index])
-            if self._rules.rank_layer == "last" and index + 1 in self._first:
-                self._rank_ahead(self._first[index + 1], layer, _whole(hidden, residual), positions)
-            hidden, residual = layer(positions, hidden, residual)
-            if index in deepstack:
-                hidden = hidden + deepstack[index][:tokens]
+        with ExitStack() as stage:
+            for index, layer in enumerate(text.layers):
+                if index in self._first:
+                    stage.close()
+                    hidden, positions = self._end_stage(index, layer, _whole(hidden, residual), positions)
+                    residual = None
+                    if not len(hidden):  # all requests of the step wait for the rest of their prompts
+                        return torch.zeros_like(embeds)
+                    self._use_slots(text.layers[index:], self._first[index])
+                    stage.enter_context(self._adapters.rows(text.layers, self._row_adapters()))
+                if self._rules.rank_layer == "last" and index + 1 in self._first:
+                    self._rank_ahead(self._first[index + 1], layer, _whole(hidden, residual), positions)
+                hidden, residual = layer(positions, hidden, residual)
+                if index in deepstack:
+                    hidden = hidden + deepstack[index][:tokens]
         hidden, _ = text.norm(hidden, residual)
         return self._given_back(hidden, embeds)
 
@@ -162,6 +182,16 @@ class StagedForward:
             torch.split(positions, self._lengths, dim=-1),
             strict=True,
         )
+
+    def _row_adapters(self) -> list[int]:
+        """The LoRA adapter of each row; empty without LoRA."""
+        adapters: list[int] = []
+        start = 0
+        for prefill, length, scheduled in zip(self._prefills, self._lengths, self._scheduled, strict=True):
+            own = self._adapters.of(start, start + scheduled) if prefill is None else prefill.adapter * length
+            adapters.extend(own)
+            start += scheduled
+        return adapters
 
     def _use_slots(self, layers: Any, stage: int) -> None:
         """Make the layers of `stage` write their keys and values to the slots of its metadata builder."""

@@ -99,7 +99,8 @@ class _Staged:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
         assert inputs_embeds is not None, "a step with a picture is fed with embeddings"
         self.pyramiddrop_batch.step = None  # used once, because vLLM's own runs are not steps of the engine
-        staged = StagedForward(self.pyramiddrop_rules, self.pyramiddrop_batch, step, inputs_embeds.device)
+        lora_manager = getattr(self, "lora_manager", None)  # which vLLM sets if adapters may be served
+        staged = StagedForward(self.pyramiddrop_rules, self.pyramiddrop_batch, step, lora_manager, inputs_embeds.device)
         deepstack = self._deepstack(len(inputs_embeds))
         return staged.run(self.language_model.model, positions, inputs_embeds, deepstack)
 

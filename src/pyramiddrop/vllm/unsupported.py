@@ -59,8 +59,11 @@ def unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_features(vllm_config: Any) -> Iterator[str]:
     if vllm_config.speculative_config is not None:
         yield "speculative decoding (a draft is not made of what the stages hold)"
-    if vllm_config.lora_config is not None:
-        yield "LoRA (its map of tokens to adapters counts every token in every layer)"
+    lora = vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        yield "--enable-tower-connector-lora (it has not been tried)"
+    if lora is not None and vllm_config.parallel_config.is_moe_model is not False:
+        yield "LoRA of a mixture of experts (it has not been tried)"
     # vLLM turns --kv-offloading-size into a connector only after this check.
     if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
         yield "KV connectors or KV offloading (they move blocks by the length of the prompt)"
