@@ -13,6 +13,7 @@ from typing import Any
 from qwen import masked_answers, with_pictures
 from repeated import BLOCK, about, ask
 from served import Question, answers, blocks_in_use, engine, expected, films, questions, scheduler
+from test_lora import LORA, mixed, request, save_adapters, turns
 from vllm.model_executor.models import registry
 
 import internvl_checkpoints
@@ -56,10 +57,14 @@ def check(
 
 
 def llava(folder: Path, scratch: Path) -> None:
-    """All at once, and in parts with few blocks, one question about the same pictures after another."""
+    """All at once, in parts with few blocks, one question about the same pictures after another, and with adapters."""
     wanted = expected(folder, ASKED, METHOD)
     check(folder, ASKED, wanted, 2, {}, [about([1, 2, 3], question) for question in range(3)])
     check(folder, [*ASKED, *ASKED], [*wanted, *wanted], 0, TIGHT)
+    merged = save_adapters(folder, scratch)
+    adapters = [request(scratch, name) for name in turns(len(ASKED))]
+    with engine(folder, METHOD, **LORA, max_num_batched_tokens=40) as llm:
+        assert answers(llm, ASKED, 2, adapters=adapters) == mixed(merged, ASKED, METHOD)
 
 
 def internvl(_: Path, scratch: Path) -> None:

@@ -26,7 +26,7 @@ def test_the_second_model_runner(llava: Path, tmp_path: Path, family: str) -> No
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-stub\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[triton.backends]\ncpu = triton_stub\n")
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, HERE, HERE.parent))),
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, HERE, HERE.parent, os.environ.get("PYTHONPATH", "")))),
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
     }

@@ -147,7 +147,8 @@ def test_a_killed_engine_ends_answers_and_server(llava: Path) -> None:
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             assert response.readline().startswith(b"data: ")
-            [engine] = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in one.cmdline()[0]]
+            children = psutil.Process().children(recursive=True)
+            [engine] = [child for child in children if child.name().startswith("VLLM::EngineCor")]
             engine.kill()
             chunks = [json.loads(line[6:]) for line in response if line.startswith(b"data: {")]
         assert len(chunks) < 400
