@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/vllm sets up an environment that has it")
 
 import torch
+from clients import answer, body, chats, post, running
 from qwen import masked_answers, with_pictures
 from repeated import BLOCK, about
 from served import (
@@ -27,7 +28,7 @@ from served import (
     sampling,
     scheduler,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from vllm.lora.request import LoRARequest
 
 from internvl_checkpoints import PICTURE, save_internvl
@@ -231,3 +232,19 @@ def test_tensor_parallelism(
             use_tqdm=False,
         )
     assert [list(output.outputs[0].token_ids) for output in outputs] == mixed(merged, asked, HALVES)
+
+
+@pytest.mark.slow
+def test_an_adapter_by_its_name_over_http(llava: Path, scratch: Path, merged: dict[str | None, Path]) -> None:
+    asked = chats(6)
+    words = [str(llava), "--layers", "2,4,6", "--keep", "0.5,0.25,0.125", "--backend", "vllm", "--dtype", "float32"]
+    words += ["--max-model-len", "512", "--enforce-eager", "--block-size", "32", "--served-model-name", "tiny"]
+    words += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "3", "--lora-modules"]
+    with running(scratch, [*words, *(f"{name}={scratch / name}" for name in NAMES)]) as address:
+        found = {
+            name: [answer(post(address, body(one) | {"model": name})) for one in asked] for name in (*NAMES, "tiny")
+        }
+    decode = AutoTokenizer.from_pretrained(llava).decode
+    for name in NAMES:
+        assert found[name] == [decode(ids) for ids in expected(merged[name], asked, HALVES)]
+    assert found["tiny"] == [decode(ids) for ids in expected(llava, asked, HALVES)]

@@ -117,6 +117,13 @@ def test_data_parallelism_is_refused_where_ranks_step_together(llava: Path) -> N
     assert "data parallelism of a mixture of experts" in "; ".join(unsupported(config))
 
 
+def test_adapters_of_experts_are_refused(llava: Path) -> None:
+    config = configured(llava, enable_lora=True)
+    assert not list(unsupported(config))
+    object.__setattr__(config.parallel_config, "is_moe_model", True)
+    assert "LoRA of a mixture of experts" in "; ".join(unsupported(config))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
