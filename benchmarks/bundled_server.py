@@ -245,7 +245,7 @@ def ask(port: int, asked: dict[str, Any], cut_after: int | None = None) -> Reply
             to the end.
 
     Returns:
-        the reply, or the status of an error.
+        the reply, or the status of an error, which may come amid a stream.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     start = time.perf_counter()
@@ -265,12 +265,14 @@ def ask(port: int, asked: dict[str, Any], cut_after: int | None = None) -> Reply
         connection.close()
 
 
-def _read(response: Any, start: float, cut_after: int | None) -> Reply:
+def _read(response: Any, start: float, cut_after: int | None) -> Reply | int:
     text, tokens, pieces, first, last = "", 0, 0, 0.0, 0.0
     for line in response:
         if not line.startswith(b"data: {"):
             continue
         piece = json.loads(line[6:])
+        if "error" in piece:
+            return int(piece["error"]["code"])
         if piece.get("usage"):
             tokens = piece["usage"]["completion_tokens"]
         for choice in piece["choices"]:
