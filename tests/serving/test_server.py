@@ -171,7 +171,7 @@ def test_a_killed_engine_ends_answers_and_server(llava: Path) -> None:
 @pytest.mark.slow
 def test_data_parallelism(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks of a dense model are independent engines behind one server."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM 0.33 wants more cores to bind two ranks by itself
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # on a CPU vLLM gives each rank a memory node of its own
     asked = chats(12)
     tokenizer = AutoTokenizer.from_pretrained(llava)
     with (
