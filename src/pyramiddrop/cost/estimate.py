@@ -1,22 +1,18 @@
-"""The cost of one prompt under one schedule: every measure of the cost model, by every convention."""
+"""FLOPs and bytes of one prompt under one schedule, by every convention, and the formulas of their parts.
+
+A multiply-add counts as 2 FLOPs. Attention counts all pairs of rows, as `torch.utils.flop_counter` does and as kernels
+with a mask compute; a causal kernel may skip up to half of them. Only matrix products are counted: no norms, softmax,
+activations or embeddings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyramiddrop.cost.flops import (
-    DropCounts,
-    RankingCost,
-    attention_ranking_flops,
-    head_flops,
-    prefill_flops,
-    projector_flops,
-    step_flops,
-    vision_flops,
-)
-from pyramiddrop.cost.shapes import BYTES, DecoderShape, ModelShape, Prompt
+from pyramiddrop.cost.mixers import Mixer
+from pyramiddrop.cost.shapes import BYTES, DecoderShape, ModelShape, Prompt, VisionShape
 from pyramiddrop.schedule import Schedule
 
 CONVENTIONS = ("full", "paper", "fastv")
@@ -80,7 +76,6 @@ class CostBreakdown:
     """The cost of one prompt under one schedule.
 
     Attributes:
-        visual_by_layer: number of visual tokens in each layer.
         full: true FLOPs of the prefill.
         paper, fastv: FLOPs by the published conventions (multiply-adds, visual tokens alone).
         step_flops: true FLOPs of the first decode step, head included.
@@ -122,6 +117,184 @@ class CostBreakdown:
             "kv_bytes_by_layer": list(self.kv_by_layer),
             "activation_bytes": self.activation_bytes,
         }
+
+
+@dataclass(frozen=True)
+class DropCounts:
+    """Token counts at one drop of one sample, on which the cost of its ranking depends.
+
+    Attributes:
+        layer: the 0-based layer before which tokens are dropped.
+        rows: number of rows before the drop, text included.
+        visual: number of visual tokens among them.
+        kept: number of visual tokens that are kept.
+        queries: number of query tokens: the prompt's last one, or one for each answer in training.
+        instruction: number of instruction tokens.
+    """
+
+    layer: int
+    rows: int
+    visual: int
+    kept: int
+    queries: int = 1
+    instruction: int = 1
+
+
+#: Gives the FLOPs of ranking at one drop.
+RankingCost = Callable[[DecoderShape, DropCounts], int]
+
+
+def layer_flops(shape: DecoderShape, rows: int, layer: int = 0, keys: int | None = None, visual: int = 0) -> int:
+    """FLOPs of the 0-based decoder `layer` over `rows` rows: projections, attention over all pairs, MLP.
+
+    Args:
+        keys: number of rows that are attended to, if they are those of an earlier layer.
+        visual: number of visual tokens among the rows; it matters if these have experts of their own.
+    """
+    mixer = shape.mixer(layer)
+    attention = _attention_flops(mixer, rows, rows if keys is None else keys)
+    filled = -(-rows // mixer.chunk) * mixer.chunk
+    return _rows_flops(shape, layer, rows, visual) + attention + filled * mixer.scan
+
+
+def ranking_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
+    """FLOPs of ranking `rows` rows by attention: `projecting_flops`, and the products of queries and keys."""
+    return projecting_flops(shape, rows, queries) + 2 * queries * rows * shape.ranking_mixer.query_width
+
+
+def projecting_flops(shape: DecoderShape, rows: int, queries: int = 1) -> int:
+    """FLOPs of the keys of `rows` rows and of the queries of the query rows."""
+    mixer = shape.ranking_mixer
+    return 2 * (rows * mixer.keys + queries * mixer.queries)
+
+
+def attention_ranking_flops(shape: DecoderShape, drop: DropCounts) -> int:
+    """FLOPs of ranking by the attention of the query tokens."""
+    return ranking_flops(shape, drop.rows, drop.queries)
+
+
+def merging_flops(shape: DecoderShape, drop: DropCounts) -> int:
+    """FLOPs of comparing all rows with the kept ones to find the most similar kept token of each dropped one."""
+    return 2 * drop.rows * (drop.rows - drop.visual + drop.kept) * shape.hidden
+
+
+def prefill_flops(
+    shape: DecoderShape, lengths: Sequence[int], ranked: Sequence[int] = (), visual: Sequence[int] = ()
+) -> int:
+    """FLOPs of a prefill of one sample, without the head.
+
+    Args:
+        lengths: number of rows in each layer.
+        visual: number of visual tokens among them; empty: none.
+        ranked: number of rows at each ranking by attention.
+    """
+    layers = sum(
+        layer_flops(shape, rows, layer, lengths[shape.source(layer)], visual[layer] if visual else 0)
+        for layer, rows in enumerate(lengths)
+    )
+    return layers + sum(ranking_flops(shape, rows) for rows in ranked)
+
+
+def head_flops(shape: DecoderShape, rows: int = 1) -> int:
+    """FLOPs of the language-model head over `rows` rows; `generate` computes it for the prompt's last row alone."""
+    return 2 * rows * shape.hidden * shape.vocabulary
+
+
+def step_flops(shape: DecoderShape, cached: Sequence[int]) -> int:
+    """FLOPs of one decode step, head included, after `cached` rows in each layer, of which a layer with a window holds
+    the last ones alone."""
+    flops = head_flops(shape)
+    for layer in range(len(cached)):
+        mixer, held = shape.mixer(layer), shape.mixer(layer).held(cached[shape.source(layer)])
+        flops += _rows_flops(shape, layer, 1) + _attention_flops(mixer, 1, held + 1) + mixer.step
+    return flops
+
+
+def _attention_flops(mixer: Mixer, queries: int, keys: int) -> int:
+    """FLOPs of attention: expanding the cached keys and values, and the products with them."""
+    return 2 * keys * (mixer.expansion + queries * (mixer.query_width + mixer.value_width))
+
+
+def vision_flops(shape: VisionShape, prompt: Prompt) -> int:
+    """FLOPs of the vision tower over all crops of `prompt`."""
+    crops, tokens = _crops(shape, prompt)
+    patches = tokens * shape.rows_per_token
+    rows = patches + shape.extra_rows
+    matrices = 4 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate
+    windowed = shape.layers - shape.full_layers if shape.window else 0
+    pairs = (shape.layers - windowed) * rows * rows + windowed * rows * min(rows, shape.window)
+    embedding = 2 * patches * shape.patch_values * shape.hidden
+    return crops * (embedding + 2 * shape.layers * rows * shape.hidden * matrices + 4 * pairs * shape.hidden)
+
+
+def projector_flops(shape: VisionShape, prompt: Prompt) -> int:
+    """FLOPs of the projector over all visual tokens, including those that LLaVA-NeXT crops after it."""
+    crops, tokens = _crops(shape, prompt)
+    return 2 * crops * tokens * sum(into * out for into, out in shape.projector)
+
+
+def _crops(shape: VisionShape, prompt: Prompt) -> tuple[int, int]:
+    """The number of crops, and the visual tokens of each."""
+    if shape.crop_tokens is None:
+        crops = prompt.crops or 1
+        return crops, prompt.visual_tokens // crops
+    return prompt.crops or -(-prompt.visual_tokens // shape.crop_tokens), shape.crop_tokens
+
+
+def _rows_flops(shape: DecoderShape, layer: int, rows: int, visual: int = 0) -> int:
+    """FLOPs of `rows` rows in `layer` that do not depend on other rows."""
+    mixer, experts = shape.mixer(layer), shape.experts_of(layer)
+    gate = bool(experts and experts.shared and experts.shared_gate)
+    routing = shape.hidden * (experts.count + gate) if experts else 0
+    further = shape.further[layer] if shape.further else 0
+    mlp = shape.matrices * shape.hidden * shape.mlp_values(layer, rows, visual)
+    return 2 * (rows * (mixer.inputs + mixer.output + routing + further) + mlp)
+
+
+def paper_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
+    """FLOPs of a layer with n = `visual` tokens by PyramidDrop's formula, 4nd² + 2n²d + 3ndm."""
+    return _published(shape, visual, layer, matrices=3)
+
+
+def fastv_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
+    """FLOPs of a layer with n = `visual` tokens by FastV's formula, 4nd² + 2n²d + 2ndm."""
+    return _published(shape, visual, layer, matrices=2)
+
+
+def _published(shape: DecoderShape, visual: int, layer: int, matrices: int) -> int:
+    hidden = shape.hidden
+    return visual * hidden * (4 * hidden + 2 * visual + matrices * shape.mlp_width(layer, visual=True))
+
+
+def layer_kv_bytes(shape: DecoderShape, rows: int, layer: int = 0) -> int:
+    """Bytes in the cache of the 0-based `layer` after `rows` rows.
+
+    A recurrent layer caches its state alone, and a layer with a window the last rows alone.
+    """
+    mixer = shape.mixer(layer)
+    values = mixer.cached * mixer.held(rows) + mixer.state
+    return shape.bytes_per_value * values + BYTES["float32"] * mixer.float_state
+
+
+def kv_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
+    """Bytes of one sample's KV cache with `lengths` rows in the layers."""
+    return sum(layer_kv_bytes(shape, rows, layer) for layer, rows in enumerate(lengths))
+
+
+def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
+    """Estimated peak bytes of hidden states in an inference prefill, without weights and cache.
+
+    Each row holds its residual and its normed state, and either queries, keys and values before and after rotation with
+    the attention output, or the MLP's gate, up and product. Attention without an S x S matrix is assumed. The first
+    stage computes on every token, so dropping does not lower this peak; it lowers what training stores for the backward
+    pass.
+    """
+    widest = 0
+    for layer, rows in enumerate(lengths):
+        mixer = shape.mixer(layer)
+        mixing = mixer.inputs // shape.hidden + mixer.query_width + mixer.key_width + mixer.value_width
+        widest = max(widest, rows * (2 * shape.hidden + max(mixing, shape.matrices * shape.mlp_width(layer))))
+    return widest * shape.bytes_per_value
 
 
 def estimate_cost(
@@ -179,51 +352,3 @@ def drop_counts(schedule: Schedule | None, prompt: Prompt) -> list[DropCounts]:
             found.append(DropCounts(stage.layer, rows, before, kept, instruction=prompt.num_queries))
         before = kept
     return found
-
-
-def paper_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
-    """FLOPs of a layer with n = `visual` tokens by PyramidDrop's formula, 4nd² + 2n²d + 3ndm."""
-    return _published(shape, visual, layer, matrices=3)
-
-
-def fastv_layer_flops(shape: DecoderShape, visual: int, layer: int = 0) -> int:
-    """FLOPs of a layer with n = `visual` tokens by FastV's formula, 4nd² + 2n²d + 2ndm."""
-    return _published(shape, visual, layer, matrices=2)
-
-
-def _published(shape: DecoderShape, visual: int, layer: int, matrices: int) -> int:
-    hidden = shape.hidden
-    return visual * hidden * (4 * hidden + 2 * visual + matrices * shape.mlp_width(layer, visual=True))
-
-
-def layer_kv_bytes(shape: DecoderShape, rows: int, layer: int = 0) -> int:
-    """Bytes in the cache of the 0-based `layer` after `rows` rows.
-
-    A recurrent layer caches its state alone, and a layer with a window the last rows alone.
-    """
-    mixer = shape.mixer(layer)
-    values = mixer.cached * mixer.held(rows) + mixer.state
-    return shape.bytes_per_value * values + BYTES["float32"] * mixer.float_state
-
-
-def kv_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
-    """Bytes of one sample's KV cache with `lengths` rows in the layers."""
-    return sum(layer_kv_bytes(shape, rows, layer) for layer, rows in enumerate(lengths))
-
-
-def activation_bytes(shape: DecoderShape, lengths: Sequence[int]) -> int:
-    """Estimated peak bytes of hidden states in an inference prefill, without weights and cache.
-
-    Each row holds its residual and its normed state, and either queries, keys and values before and after rotation with
-    the attention output, or the MLP's gate, up and product. Attention without an S x S matrix is assumed. The first
-    stage computes on every token, so dropping does not lower this peak; it lowers what training stores for the backward
-    pass.
-    """
-    widest = max(rows * _row_width(shape, layer) for layer, rows in enumerate(lengths))
-    return widest * shape.bytes_per_value
-
-
-def _row_width(shape: DecoderShape, layer: int) -> int:
-    mixer = shape.mixer(layer)
-    mixing = mixer.inputs // shape.hidden + mixer.query_width + mixer.key_width + mixer.value_width
-    return 2 * shape.hidden + max(mixing, shape.matrices * shape.mlp_width(layer))

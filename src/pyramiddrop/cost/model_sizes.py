@@ -64,8 +64,8 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
             f"the cost model does not know the layers of the text model {text.model_type!r}; it knows those of every "
             "proven family (pyramiddrop families)"
         )
-    heads, kv_heads, head_dim = heads_of(text)
-    experts, widths = experts_of(text), _widths(text)
+    heads, kv_heads, head_dim = _heads(text)
+    experts, widths = _experts(text), _widths(text)
     shape = DecoderShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -80,7 +80,8 @@ def decoder_shape(text: Any, bytes_per_value: int) -> DecoderShape:
         further=_further(text),
         matrices=2 if text.model_type in PLAIN_MLPS else 3,
     )
-    return _with_mixers(shape, mixers_of(text))
+    mixers = tuple(_mixer(text, index, kind) for index, kind in enumerate(_layer_types(text)))
+    return shape if set(mixers) == {shape.plain_mixer} else replace(shape, mixers=mixers)
 
 
 def visual_tokens_of(config: Any) -> int | None:
@@ -92,22 +93,16 @@ def visual_tokens_of(config: Any) -> int | None:
     return vision.crop_tokens if vision else None
 
 
-def _with_mixers(shape: DecoderShape, mixers: tuple[Mixer, ...]) -> DecoderShape:
-    """Add the mixers of its layers to `shape`, unless all are plain attention of its heads."""
-    return shape if set(mixers) == {shape.plain_mixer} else replace(shape, mixers=mixers)
-
-
 def _widths(text: Any) -> tuple[int, ...]:
     """The width of each layer's dense MLP; 0 if all MLPs are experts.
 
     Gemma 3n names each of them; in Gemma 4, MLPs of layers that reuse keys are twice as wide.
     """
-    width: Any = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None) or 0
+    width: Any = _first(text, "intermediate_size_mlp", "intermediate_size")
     if not isinstance(width, int):
         return tuple(width)
     layers: int = text.num_hidden_layers
-    shared: int = getattr(text, "num_kv_shared_layers", None) or 0
-    wider = shared if getattr(text, "use_double_wide_mlp", False) else 0
+    wider: int = _first(text, "num_kv_shared_layers") if _first(text, "use_double_wide_mlp") else 0
     return (width,) * (layers - wider) + (2 * width,) * wider
 
 
@@ -118,12 +113,10 @@ def _further(text: Any) -> tuple[int, ...]:
     embeddings. Gemma 3n's additional residual streams: made before the first layer, corrected in each, joined after
     the last.
     """
-    width: int = getattr(text, "hidden_size_per_layer_input", None) or 0
-    if not width:
+    one: int = _first(text, "hidden_size_per_layer_input") * text.hidden_size
+    if not one:
         return ()
-    layers: int = text.num_hidden_layers
-    one: int = width * text.hidden_size
-    streams: int = getattr(text, "altup_num_inputs", 1)
+    layers, streams = text.num_hidden_layers, getattr(text, "altup_num_inputs", 1)
     correcting = streams * (text.hidden_size + streams) if streams > 1 else 0
     weights = [2 * one + correcting] * layers
     projecting = (streams - 1) * text.hidden_size**2
@@ -203,26 +196,19 @@ FUSED = ("persimmon", "phi4_multimodal")
 GATED = ("muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text")
 
 
-def mixers_of(text: Any) -> tuple[Mixer, ...]:
-    """The mixer of each decoder layer."""
-    return tuple(_mixer(text, index, kind) for index, kind in enumerate(_layer_types(text)))
-
-
-def heads_of(text: Any, index: int = 0) -> tuple[int, int, int]:
+def _heads(text: Any, index: int = 0) -> tuple[int, int, int]:
     """The numbers of query heads and of key and value heads of the 0-based layer, and the width of a head."""
     own = text.per_layer_config[index] if text.model_type in UNEVEN else text
     heads: int = own.num_attention_heads
-    width = getattr(own, "head_dim", None) or text.hidden_size // heads
-    return heads, getattr(own, "num_key_value_heads", None) or heads, width
+    return heads, _first(own, "num_key_value_heads") or heads, _first(own, "head_dim") or text.hidden_size // heads
 
 
 def _layer_types(text: Any) -> list[str]:
     """The layer types as Transformers' caches read them, even if the configuration does not name them."""
-    types = getattr(text, "layer_types", None)
-    if types:
+    if types := _first(text, "layer_types"):
         return list(types)
-    given = [kind for kind, size in _WINDOWS.items() if getattr(text, size, None)]
-    return [given[0] if given else "full_attention"] * text.num_hidden_layers
+    given = (kind for kind, size in _WINDOWS.items() if _first(text, size))
+    return [next(given, "full_attention")] * text.num_hidden_layers
 
 
 def _mixer(text: Any, index: int, kind: str) -> Mixer:
@@ -251,27 +237,24 @@ def _mixer(text: Any, index: int, kind: str) -> Mixer:
 
 
 def _attention(text: Any, index: int, kind: str) -> Mixer:
-    window = getattr(text, _WINDOWS[kind], None) if kind in _WINDOWS else None
-    heads, kv_heads, width = heads_of(text, index)
+    heads, kv_heads, width = _heads(text, index)
+    # Width of the gate of the attention output; in LFM3 one value for each head.
+    gate = heads * width if text.model_type in GATED else heads if _first(text, "use_attention_gate") else 0
+    # The last layers of Gemma 3n and 4 attend to the keys of an earlier layer of their type.
+    own = text.num_hidden_layers - _first(text, "num_kv_shared_layers")
+    source = None if index < own else max(layer for layer in range(own) if text.layer_types[layer] == kind)
     return grouped_attention(
         text.hidden_size,
         heads,
         kv_heads,
         width,
-        window=window or 0,
-        gate=_gate(text, heads, width),
+        window=_first(text, _WINDOWS[kind]) if kind in _WINDOWS else 0,
+        gate=gate,
         before=_before(text, heads),
-        keys_are_values=bool(getattr(text, "attention_k_eq_v", False)) and kind == "full_attention",
+        keys_are_values=bool(_first(text, "attention_k_eq_v")) and kind == "full_attention",
         fused=text.model_type in FUSED,
-        source=_source(text, index, kind),
+        source=source,
     )
-
-
-def _gate(text: Any, heads: int, width: int) -> int:
-    """Width of the gate of the attention output; in LFM3 one value for each head."""
-    if text.model_type in GATED:
-        return heads * width
-    return heads if getattr(text, "use_attention_gate", False) else 0
 
 
 def _before(text: Any, heads: int) -> int:
@@ -286,51 +269,33 @@ def _before(text: Any, heads: int) -> int:
     return streams * (hidden + streams**2 + streams * hidden) + 2 * hidden * int(text.laurel_rank)
 
 
-def _source(text: Any, index: int, kind: str) -> int | None:
-    """The layer whose keys `layer` attends to: in the last layers of Gemma 3n and 4, an earlier one of their type."""
-    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
-    return None if index < own else max(layer for layer in range(own) if text.layer_types[layer] == kind)
-
-
-_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk")
-_SHARED = ("n_shared_experts", "moe_num_shared_experts")
-#: Models in which Transformers sends every row through every expert, with zeros for most.
-_ALL_RUN = ("llama4_text",)
-
-
-def experts_of(text: Any) -> Experts | None:
+def _experts(text: Any) -> Experts | None:
     """The experts of a text model, or None if all MLPs are dense."""
-    count = _first(text, _COUNT)
+    count = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if not count or not getattr(text, "enable_moe_block", True):
         return None
-    width, visual = _expert_widths(text)
-    gated = getattr(text, "shared_expert_intermediate_size", 0)
+    width: Any = _first(text, "moe_intermediate_size", "intermediate_size")
+    # ERNIE 4.5 VL has a second width, of the experts of visual tokens.
+    width, visual = (width, None) if isinstance(width, int) else width[:2]
+    # In Llama 4, Transformers sends every row through every expert, with zeros for most.
+    all_run = text.model_type == "llama4_text"
+    gated = _first(text, "shared_expert_intermediate_size")
+    if all_run or _first(text, "enable_moe_block"):  # Gemma 4 has the dense MLP beside the experts
+        shared = text.intermediate_size
+    else:
+        shared = _first(text, "share_expert_dim") or width * _first(text, "n_shared_experts", "moe_num_shared_experts")
     return Experts(
         count=count,
-        active=count if text.model_type in _ALL_RUN else _first(text, _ACTIVE),
+        active=count if all_run else _first(text, "num_experts_per_tok", "top_k_experts", "moe_topk"),
         intermediate=width,
-        shared=gated or _shared(text, width),
-        layers=_layers(text),
+        shared=gated or shared,
+        layers=_expert_layers(text),
         shared_gate=bool(gated),
         visual=visual,
     )
 
 
-def _expert_widths(text: Any) -> tuple[int, int | None]:
-    """The width of an expert, and of an expert of visual tokens if these have their own (ERNIE 4.5 VL)."""
-    width: Any = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-    return (width, None) if isinstance(width, int) else (width[0], width[1])
-
-
-def _shared(text: Any, width: int) -> int:
-    """The width of the MLPs beside the experts: shared experts, or the dense MLP in Gemma 4."""
-    if getattr(text, "enable_moe_block", False) or text.model_type == "llama4_text":
-        return int(text.intermediate_size)
-    return getattr(text, "share_expert_dim", None) or width * _first(text, _SHARED)
-
-
-def _layers(text: Any) -> tuple[int, ...]:
+def _expert_layers(text: Any) -> tuple[int, ...]:
     """The 0-based layers that have experts."""
     every = range(text.num_hidden_layers)
     types, chosen = getattr(text, "mlp_layer_types", None), getattr(text, "moe_layers", None)
@@ -338,11 +303,11 @@ def _layers(text: Any) -> tuple[int, ...]:
         return tuple(layer for layer in every if types[layer] == "sparse")
     if chosen is not None:
         return tuple(chosen)
-    first = getattr(text, "first_k_dense_replace", None) or 0
-    step, dense = getattr(text, "decoder_sparse_step", 1), set(getattr(text, "mlp_only_layers", None) or [])
+    first, dense = _first(text, "first_k_dense_replace"), _first(text, "mlp_only_layers") or ()
+    step = getattr(text, "decoder_sparse_step", 1)
     return tuple(layer for layer in every if layer >= first and layer not in dense and (layer + 1) % step == 0)
 
 
-def _first(text: Any, names: tuple[str, ...]) -> int:
-    """The first of the attributes that exists and is a number; 0 if none does."""
-    return next((value for name in names if (value := getattr(text, name, None))), 0)
+def _first(config: Any, *names: str) -> Any:
+    """The first of the attributes that exists and is not empty or 0; 0 if none does."""
+    return next((value for name in names if (value := getattr(config, name, None))), 0)

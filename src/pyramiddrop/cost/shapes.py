@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyramiddrop.cost.mixers import Mixer, grouped_attention
 
@@ -39,16 +39,12 @@ class DecoderShape:
     """The sizes of a decoder on which its cost depends.
 
     Attributes:
-        layers: number of decoder layers.
-        hidden: width of the hidden states.
-        intermediate: width of the MLP.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: width of a head.
+        layers, heads, kv_heads: numbers of decoder layers, query heads, and key and value heads.
+        hidden, intermediate, head_dim: widths of the hidden states, the MLP and a head.
         bytes_per_value: bytes of a value in the KV cache (2 for bf16 and fp16).
         vocabulary: rows of the language-model head; 0 leaves the head out.
         experts: the experts, if the MLPs are mixtures of experts.
-        mixers: the token mixer of each layer; empty: grouped-query attention of the heads above in all.
+        mixers: the token mixer of each layer; empty: grouped-query attention of the heads in all.
         widths: the width of each layer's dense MLP; empty: `intermediate` in all.
         further: the weights of each layer that multiply a row beside mixer and MLP; empty: none.
         matrices: number of matrices in an MLP: 3 with a gate, 2 without.
@@ -88,7 +84,7 @@ class DecoderShape:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """For each layer, the layer whose keys it attends to."""
+        """`source` of each layer."""
         return tuple(map(self.source, range(self.layers)))
 
     @property
@@ -164,10 +160,6 @@ class DecoderShape:
         """The number of hidden values of the MLPs of `layer` for `rows` rows, of which `visual` are visual tokens."""
         return (rows - visual) * self.mlp_width(layer) + visual * self.mlp_width(layer, visual=True)
 
-    def further_weights(self, layer: int) -> int:
-        """The weights of `layer` that multiply a row beside mixer and MLP."""
-        return self.further[layer] if self.further else 0
-
 
 def _ranking(layer: int, rank_layer: str) -> int:
     """The layer that ranks for a drop before `layer`."""
@@ -180,8 +172,7 @@ class VisionShape:
 
     Attributes:
         layers: number of layers that run (Transformers runs all of them, even if an inner one's output is used).
-        hidden: width of the hidden states.
-        intermediate: width of the MLP.
+        hidden, intermediate: widths of the hidden states and the MLP.
         patch_values: values in a patch of the picture: channels x height x width (x frames).
         projector: (in, out) of the projector's matrices.
         crop_tokens: visual tokens of a crop of fixed size; None if a picture is one crop of any size.
@@ -218,8 +209,7 @@ class Prompt:
     """Token counts of one sample.
 
     Attributes:
-        visual_tokens: number of visual tokens.
-        text_tokens: number of all other tokens.
+        text_tokens: number of all tokens that are not visual.
         crops: number of crops in the vision tower; None: as many as the visual tokens need.
         instruction_tokens: number of text tokens after the last visual one; None: all text tokens.
 
@@ -239,8 +229,8 @@ class Prompt:
             raise ValueError(f"text_tokens must not be negative; got {self.text_tokens}")
         if self.crops is not None and self.crops < 1:
             raise ValueError(f"crops must be at least 1; got {self.crops}")
-        if self.instruction_tokens is not None and not 0 <= self.instruction_tokens <= self.text_tokens:
-            given = self.instruction_tokens
+        given = self.instruction_tokens
+        if given is not None and not 0 <= given <= self.text_tokens:
             raise ValueError(f"instruction_tokens must be from 0 to the {self.text_tokens} text tokens; got {given}")
 
     @property
@@ -265,15 +255,8 @@ class Preset:
 # openai/clip-vit-large-patch14-336, config.json: 24 layers, width 1024, 336 pixels in patches of 14.
 def _clip_large(hidden: int) -> VisionShape:
     """CLIP ViT-L/14-336 with LLaVA's two-layer projector to a decoder of width `hidden`."""
-    return VisionShape(
-        layers=24,
-        hidden=1024,
-        intermediate=4096,
-        patch_values=3 * 14 * 14,
-        projector=((1024, hidden), (hidden, hidden)),
-        crop_tokens=576,
-        extra_rows=1,
-    )
+    projector = ((1024, hidden), (hidden, hidden))
+    return VisionShape(24, 1024, 4096, 3 * 14 * 14, projector, crop_tokens=576, extra_rows=1)
 
 
 def _qwen_tower(hidden: int, gated: bool) -> VisionShape:
@@ -281,17 +264,8 @@ def _qwen_tower(hidden: int, gated: bool) -> VisionShape:
 
     Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct, config.json, vision_config.
     """
-    return VisionShape(
-        layers=32,
-        hidden=1280,
-        intermediate=3420 if gated else 5120,
-        patch_values=3 * 2 * 14 * 14,
-        projector=((5120, 5120), (5120, hidden)),
-        rows_per_token=4,
-        gated=gated,
-        window=64 if gated else 0,
-        full_layers=4 if gated else 0,
-    )
+    shape = VisionShape(32, 1280, 5120, 3 * 2 * 14 * 14, ((5120, 5120), (5120, hidden)), rows_per_token=4)
+    return replace(shape, intermediate=3420, gated=True, window=64, full_layers=4) if gated else shape
 
 
 def _intern_vit(hidden: int) -> VisionShape:
@@ -299,16 +273,8 @@ def _intern_vit(hidden: int) -> VisionShape:
 
     OpenGVLab/InternVL3-8B-hf, config.json, vision_config.
     """
-    return VisionShape(
-        layers=24,
-        hidden=1024,
-        intermediate=4096,
-        patch_values=3 * 14 * 14,
-        projector=((4096, hidden), (hidden, hidden)),
-        crop_tokens=256,
-        rows_per_token=4,
-        extra_rows=1,
-    )
+    projector = ((4096, hidden), (hidden, hidden))
+    return VisionShape(24, 1024, 4096, 3 * 14 * 14, projector, crop_tokens=256, rows_per_token=4, extra_rows=1)
 
 
 # lmsys/vicuna-7b-v1.5 and -13b-v1.5, config.json, with the 64 padded rows of the llava-hf checkpoints' head.
