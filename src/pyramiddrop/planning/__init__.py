@@ -1,8 +1,8 @@
 """Find schedules for a budget of tokens, FLOPs, KV cache or time, and for the budgets that papers publish."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
+from typing import Any
 
 from pyramiddrop.cost import ModelShape, Prompt
 from pyramiddrop.planning.budget import Budget, Clock
@@ -27,7 +27,6 @@ __all__ = [
 
 #: Visual tokens of a model -> the average visual tokens in a layer at which papers compare methods on it.
 PUBLISHED = {576: (192, 128, 64), 2880: (640, 320, 160)}
-PAPER_PYRAMID = f"{PAPER_STAGES} equal stages"
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,16 @@ def published_plans(model: ModelShape, prompt: Prompt) -> list[PublishedPlan]:
             f"papers compare budgets of {' and '.join(map(str, PUBLISHED))} visual tokens, and this prompt has "
             f"{prompt.visual_tokens}: give a budget of your own"
         )
-    ways = {
-        PAPER_PYRAMID: partial(plan, stages=PAPER_STAGES),
-        f"{PAPER_STAGES + 1} equal stages": partial(plan, stages=PAPER_STAGES + 1),
-        "concave": partial(plan, pyramid="concave"),
-        "one drop": partial(plan, pyramid="single"),
+    pyramids: dict[str, dict[str, Any]] = {
+        f"{PAPER_STAGES} equal stages": {"stages": PAPER_STAGES},
+        f"{PAPER_STAGES + 1} equal stages": {"stages": PAPER_STAGES + 1},
+        "concave": {"pyramid": "concave"},
+        "one drop": {"pyramid": "single"},
     }
-    return [
-        _published(tokens, pyramid, partial(solve, model, prompt, Budget(tokens=tokens)))
-        for tokens in budgets
-        for pyramid, solve in ways.items()
-    ]
-
-
-def _published(tokens: int, pyramid: str, solve: Callable[[], Plan]) -> PublishedPlan:
-    try:
-        return PublishedPlan(tokens, pyramid, solve(), True)
-    except InfeasibleBudgetError as error:
-        return PublishedPlan(tokens, pyramid, error.nearest, False)
+    found = []
+    for tokens, (name, arguments) in product(budgets, pyramids.items()):
+        try:
+            found.append(PublishedPlan(tokens, name, plan(model, prompt, Budget(tokens=tokens), **arguments), True))
+        except InfeasibleBudgetError as error:
+            found.append(PublishedPlan(tokens, name, error.nearest, False))
+    return found

@@ -29,11 +29,9 @@ class Clock(Protocol):
 
     def layer(self, rows: int) -> float:
         """Milliseconds of one decoder layer over `rows` rows."""
-        ...
 
     def ranking(self, rows: int) -> float:
         """Milliseconds of one ranking of `rows` rows."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class Budget:
         }[self.kind]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Meter:
     """The cost of a schedule in a budget's unit: a sum over layers and rankings.
 
@@ -100,17 +98,18 @@ class Meter:
         layer: gives the cost of a 0-based layer, by the visual tokens in it and in the layer whose keys it reads.
         ranking: gives the cost of ranking some visual tokens and the text.
         sources: for each layer, the layer whose keys it attends to.
+        tokens: number of visual tokens.
         fixed: the cost that does not depend on the schedule.
         whole: the sum that corresponds to `units` of the budget's unit.
     """
 
     layer: Callable[[int, int, int], float]
-    ranking: Callable[[int], float]
+    ranking: Callable[[int], float] = lambda visual: 0
     sources: tuple[int, ...]
-    fixed: float
-    whole: float
-    units: int
     tokens: int
+    fixed: float = 0
+    whole: float = 1
+    units: int = 1
 
     @property
     def layers(self) -> int:
@@ -134,29 +133,21 @@ def meter(budget: Budget, model: ModelShape, prompt: Prompt, ranking_before: int
     """The meter of `budget` for a prefill of `prompt`; ranking before the decoder costs `ranking_before` FLOPs."""
     shape, text = model.decoder, prompt.text_tokens
     made = partial(Meter, sources=shape.sources, tokens=prompt.visual_tokens)
-    if budget.clock is not None:
-        clock = budget.clock
-        return made(
-            lambda _, n, __: clock.layer(n + text), lambda n: clock.ranking(n + text), fixed=0, whole=1, units=1
-        )
+    if (clock := budget.clock) is not None:
+        return made(layer=lambda _, n, __: clock.layer(n + text), ranking=lambda n: clock.ranking(n + text))
     if budget.kind == "tokens":
-        return made(lambda _, n, __: n, _nothing, fixed=0, whole=shape.layers, units=1)
+        return made(layer=lambda _, n, __: n, whole=shape.layers)
     if budget.kind == "kv_bytes":
-        return made(lambda layer, n, _: layer_kv_bytes(shape, n + text, layer), _nothing, fixed=0, whole=1, units=1)
+        return made(layer=lambda layer, n, _: layer_kv_bytes(shape, n + text, layer))
     vanilla = estimate_cost(model, prompt)
     whole, units = (1e12, 1) if budget.kind == "tflops" else (vanilla.flops(budget.convention), 100)
-    counted = partial(made, whole=whole, units=units)
-    if budget.convention == "paper":
-        return counted(lambda layer, n, _: paper_layer_flops(shape, n, layer), _nothing, fixed=0)
-    if budget.convention == "fastv":
-        return counted(lambda layer, n, _: fastv_layer_flops(shape, n, layer), _nothing, fixed=0)
-    return counted(
-        lambda layer, n, keys: layer_flops(shape, n + text, layer, keys + text, n),
-        lambda n: ranking_flops(shape, n + text),
+    if budget.convention != "full":
+        published = paper_layer_flops if budget.convention == "paper" else fastv_layer_flops
+        return made(layer=lambda layer, n, _: published(shape, n, layer), whole=whole, units=units)
+    return made(
+        layer=lambda layer, n, keys: layer_flops(shape, n + text, layer, keys + text, n),
+        ranking=lambda n: ranking_flops(shape, n + text),
         fixed=vanilla.full.total - vanilla.full.decoder + ranking_before,
+        whole=whole,
+        units=units,
     )
-
-
-def _nothing(visual: int) -> float:
-    """The cost of ranking in budgets that do not count it."""
-    return 0

@@ -63,15 +63,15 @@ class MeasuredTimes:
         points = tuple((flops, mean(time for _, time in same)) for flops, same in alike)
         if len(points) < 2:
             raise ValueError("a line needs two measurements that differ in FLOPs; name a --method that drops tokens")
-        vanilla = next((float(one["predicted"]["flops"]) for one in single if one["variant"] == "vanilla"), None)
-        if vanilla is None:
+        vanilla = [float(one["predicted"]["flops"]) for one in single if one["variant"] == "vanilla"]
+        if not vanilla:
             raise ValueError("it has no vanilla")
         subject, machine = record["subject"], record["machine"]
         about = (
             f"{subject['name']}, {subject['dtype']}, on {machine['device']} ({machine['architecture']}, "
             f"{machine['threads']} thread(s)), {record['setting']['clock']}"
         )
-        return cls({name: subject[name] for name in (*SIZES, *TOKENS)}, about, vanilla, points)
+        return cls({name: subject[name] for name in (*SIZES, *TOKENS)}, about, vanilla[0], points)
 
     def check(self, model: ModelShape, prompt: Prompt) -> None:
         """Raise ValueError if the record is of another model or another prompt."""
@@ -95,7 +95,7 @@ class MeasuredTimes:
 
         None outside of the measured range.
         """
-        flops, (least, *_, most) = cost.full.pruned, [point[0] for point in self.points]
+        flops, least, most = cost.full.pruned, self.points[0][0], self.points[-1][0]
         if least * (1 - ALIKE) <= flops <= most * (1 + ALIKE):
             return interpolated(self.points, min(max(flops, least), most))
         return None
@@ -104,13 +104,9 @@ class MeasuredTimes:
     def error(self) -> float | None:
         """The largest relative error of predicting each measurement from its two neighbours; None for fewer than
         three."""
-        inner = range(1, len(self.points) - 1)
-        missed = []
-        for number in inner:
-            flops, time = self.points[number]
-            told = interpolated((self.points[number - 1], self.points[number + 1]), flops)
-            missed.append(abs(told - time) / time)
-        return max(missed, default=None)
+        neighbours = zip(self.points, self.points[1:], self.points[2:], strict=False)
+        errors = (abs(interpolated((one, two), flops) - time) / time for one, (flops, time), two in neighbours)
+        return max(errors, default=None)
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:

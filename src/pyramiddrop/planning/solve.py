@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -211,10 +211,6 @@ class _Solver:
         """The layers before which tokens are best dropped."""
         return self.model.decoder.drop_layers()
 
-    @property
-    def most_stages(self) -> int:
-        return len(self.allowed) + 1
-
     def falling(self, layers: Sequence[int], lam: float) -> Schedule:
         """Drops to λ, λ², λ³, ... before these layers, of the tokens that a drop before the decoder keeps."""
         return self.behind(Schedule.of(layers, powers(lam, len(layers))))
@@ -229,33 +225,34 @@ class _Solver:
 
     def stages_for(self, lam: float) -> Plan:
         layers = {
-            stages: equal_stage_layers(self.depth, stages, self.allowed) for stages in range(2, self.most_stages + 1)
+            stages: equal_stage_layers(self.depth, stages, self.allowed) for stages in range(2, len(self.allowed) + 2)
         }
         spent = {stages: self.meter.spent(self.falling(layers[stages], lam)) for stages in layers}
         feasible = [stages for stages, value in spent.items() if value <= self.budget.limit]
-        chosen = max(feasible, key=lambda stages: spent[stages]) if feasible else min(spent, key=lambda one: spent[one])
-        found = self._planned({"lam": lam, "stages": chosen}, self.falling(layers[chosen], lam), "equal")
-        return self._judged(found, bool(feasible), f"equal stages with lam={lam:g}")
+        chosen = max(feasible, key=spent.__getitem__) if feasible else min(spent, key=spent.__getitem__)
+        schedule = self.falling(layers[chosen], lam)
+        given = {"lam": lam, "stages": chosen}
+        return self._planned(given, schedule, "equal", bool(feasible), f"equal stages with lam={lam:g}")
 
     def best(self) -> Plan:
         """Equal stages if λ is in the paper's range, else drops that begin earlier."""
-        found = []
-        for solve in (self.equal, self.concave):
+        found = self._feasible([self.equal, self.concave])
+        return found[-1] if found else self.concave()
+
+    def equal(self) -> Plan:
+        most = min(len(self.allowed), MOST_DROPS) + 1
+        found = self._feasible(partial(self.lam_for, stages) for stages in range(min(PAPER_STAGES, most), most + 1))
+        return max(found, key=lambda one: one.arguments["lam"]) if found else self.lam_for(most)
+
+    def _feasible(self, solvers: Iterable[Callable[[], Plan]]) -> list[Plan]:
+        """The plans within the budget, up to the first one with λ in the paper's range."""
+        found: list[Plan] = []
+        for solve in solvers:
             with suppress(InfeasibleBudgetError):
                 found.append(solve())
                 if found[-1].arguments["lam"] >= SMALLEST_PAPER_LAM:
                     break
-        return found[-1] if found else self.concave()
-
-    def equal(self) -> Plan:
-        found: list[Plan] = []
-        most = min(self.most_stages, MOST_DROPS + 1)
-        for stages in range(min(PAPER_STAGES, most), most + 1):
-            with suppress(InfeasibleBudgetError):
-                found.append(self.lam_for(stages))
-                if found[-1].arguments["lam"] >= SMALLEST_PAPER_LAM:
-                    break
-        return max(found, key=lambda one: one.arguments["lam"]) if found else self.lam_for(most)
+        return found
 
     def concave(self) -> Plan:
         with suppress(InfeasibleBudgetError):
@@ -280,8 +277,8 @@ class _Solver:
         lam, feasible = self._largest_lam(layers, leaves)
         keep = [*self._rounded(layers, powers(lam, len(layers))), 0.0]
         schedule = self.behind(Schedule.of([*layers, leaves], keep))
-        found = self._planned({"layers": [*layers, leaves], "keep": keep}, schedule, "hidrop")
-        return self._judged(found, feasible, f"drops before layers {layers} and none left from layer {leaves} on")
+        what = f"drops before layers {layers} and none left from layer {leaves} on"
+        return self._planned({"layers": [*layers, leaves], "keep": keep}, schedule, "hidrop", feasible, what)
 
     def by_profile(self, profile: Profile) -> Plan:
         if profile.num_layers != self.depth:
@@ -289,20 +286,14 @@ class _Solver:
         points = frontier(profile, self.meter)
         affordable = [point for point in points if self.meter.in_units(point.amount) <= self.budget.limit]
         chosen = affordable[-1] if affordable else points[0]
-        drops = chosen.drops or ((profile.layers[0], 1.0),)
-        layers, keep = [layer for layer, _ in drops], [share for _, share in drops]
-        found = self._planned({"layers": layers, "keep": keep}, Schedule.of(layers, keep), "profile", chosen.loss)
-        return self._judged(found, bool(affordable), "the profile's layers and shares")
-
-    def _judged(self, found: Plan, feasible: bool, kind: str) -> Plan:
-        if not feasible:
-            raise InfeasibleBudgetError(found, kind)
-        return found
+        layers, keep = map(list, zip(*(chosen.drops or ((profile.layers[0], 1.0),)), strict=True))
+        given, what = {"layers": layers, "keep": keep}, "the profile's layers and shares"
+        return self._planned(given, Schedule.of(layers, keep), "profile", bool(affordable), what, chosen.loss)
 
     def _solved(self, layers: Sequence[int], given: dict[str, Any], pyramid: str, kind: str) -> Plan:
         """The plan with the largest λ for drops before `layers`."""
         lam, feasible = self._largest_lam(layers)
-        return self._judged(self._planned({"lam": lam, **given}, self.falling(layers, lam), pyramid), feasible, kind)
+        return self._planned({"lam": lam, **given}, self.falling(layers, lam), pyramid, feasible, kind)
 
     def _largest_lam(self, layers: Sequence[int], leaves: int | None = None) -> tuple[float, bool]:
         """The largest λ within the budget, and True; or the smallest useful λ, and False.
@@ -345,9 +336,18 @@ class _Solver:
         found = [short(layer, ratio) for layer, ratio in zip(layers, keep, strict=True)]
         return list(accumulate(found, min))  # shortened less than the one before, it keeps equally many
 
-    def _planned(self, arguments: dict[str, Any], schedule: Schedule, pyramid: str, loss: float | None = None) -> Plan:
+    def _planned(
+        self,
+        arguments: dict[str, Any],
+        schedule: Schedule,
+        pyramid: str,
+        feasible: bool,
+        kind: str,
+        loss: float | None = None,
+    ) -> Plan:
+        """The plan with its costs; InfeasibleBudgetError, which names the `kind` of plan, if it is not feasible."""
         ranking_cost = self.before.ranking_cost if self.before else attention_ranking_flops
-        return Plan(
+        found = Plan(
             arguments=arguments,
             schedule=schedule,
             pyramid=pyramid,
@@ -360,6 +360,9 @@ class _Solver:
             loss=loss,
             before=self.before,
         )
+        if not feasible:
+            raise InfeasibleBudgetError(found, kind)
+        return found
 
 
 def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
