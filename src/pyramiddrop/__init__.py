@@ -31,22 +31,12 @@ __version__ = version("pyramiddrop")
 
 # Loaded when first asked for: Transformers takes seconds to import, and `pyramiddrop --help` needs none of it.
 _HOMES = {
-    "METHODS": "pyramiddrop.methods",
-    "Compose": "pyramiddrop.methods",
-    "Downsample": "pyramiddrop.methods",
-    "FastV": "pyramiddrop.methods",
-    "Method": "pyramiddrop.methods",
-    "PyramidDrop": "pyramiddrop.methods",
-    "RandomDrop": "pyramiddrop.methods",
     "Trace": "pyramiddrop.trace",
-    "UniformDrop": "pyramiddrop.methods",
     "UnsupportedModelError": "pyramiddrop.hf",
-    "VisionDrop": "pyramiddrop.methods",
-    "apply": "pyramiddrop.methods",
-    "current_method": "pyramiddrop.methods",
     "load": "pyramiddrop.inference.checkpoint",
-    "remove": "pyramiddrop.methods",
-    "trace_of": "pyramiddrop.methods",
+    **dict.fromkeys(("METHODS", "Compose", "Downsample", "FastV", "Method", "PyramidDrop"), "pyramiddrop.methods"),
+    **dict.fromkeys(("RandomDrop", "UniformDrop", "VisionDrop"), "pyramiddrop.methods"),
+    **dict.fromkeys(("apply", "current_method", "remove", "trace_of"), "pyramiddrop.methods"),
 }
 __all__ = list(_HOMES)
 

@@ -98,9 +98,8 @@ ADJACENT = Limit(
 CROPS = Limit("crops", "with pan and scan on, each crop counts as an image under per_image=True")
 
 TILES = "tokens that name its tiles"
-_QWEN = (AXES,)
+GRIDS = "patch grids in time"
 _GEMMA = (OWN_ROPE, WINDOWS, STATIC)
-
 
 _RESAMPLED = "a resampler makes each of its tokens from the whole picture"
 _QUERIED = "a Q-Former makes each of its tokens from the whole picture"
@@ -134,34 +133,22 @@ FAMILIES: dict[str, Family] = {
     "janus": Family(("llama",), image_lengths="equal", layout="calibrated"),
     "granite4_vision": Family(("granite4_vision_text",), limits=(ADJACENT,)),
     # ---- Qwen
-    "qwen2_vl": Family(
-        ("qwen2_vl_text",), VIDEO, (AXES,), layout="patch grids in time", served=("Qwen2VLForConditionalGeneration",)
-    ),
+    "qwen2_vl": Family(("qwen2_vl_text",), VIDEO, (AXES,), layout=GRIDS, served=("Qwen2VLForConditionalGeneration",)),
     "qwen2_5_vl": Family(
-        ("qwen2_5_vl_text",),
-        VIDEO,
-        (AXES,),
-        layout="patch grids in time",
-        served=("Qwen2_5_VLForConditionalGeneration",),
+        ("qwen2_5_vl_text",), VIDEO, (AXES,), layout=GRIDS, served=("Qwen2_5_VLForConditionalGeneration",)
     ),
-    "qwen3_vl": Family(
-        ("qwen3_vl_text",), VIDEO, _QWEN, layout="patch grids in time", served=("Qwen3VLForConditionalGeneration",)
-    ),
+    "qwen3_vl": Family(("qwen3_vl_text",), VIDEO, (AXES,), layout=GRIDS, served=("Qwen3VLForConditionalGeneration",)),
     "qwen3_vl_moe": Family(
-        ("qwen3_vl_moe_text",),
-        VIDEO,
-        _QWEN,
-        layout="patch grids in time",
-        served=("Qwen3VLMoeForConditionalGeneration",),
+        ("qwen3_vl_moe_text",), VIDEO, (AXES,), layout=GRIDS, served=("Qwen3VLMoeForConditionalGeneration",)
     ),
-    "qwen2_5_omni_thinker": Family(("qwen2_5_omni_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "qwen3_omni_moe_thinker": Family(("qwen3_omni_moe_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "qwen3_5": Family(("qwen3_5_text",), VIDEO, (AXES, RECURRENT), layout="patch grids in time"),
-    "qwen3_5_moe": Family(("qwen3_5_moe_text",), VIDEO, (AXES, RECURRENT), layout="patch grids in time"),
+    "qwen2_5_omni_thinker": Family(("qwen2_5_omni_text",), VIDEO, (AXES,), layout=GRIDS),
+    "qwen3_omni_moe_thinker": Family(("qwen3_omni_moe_text",), VIDEO, (AXES,), layout=GRIDS),
+    "qwen3_5": Family(("qwen3_5_text",), VIDEO, (AXES, RECURRENT), layout=GRIDS),
+    "qwen3_5_moe": Family(("qwen3_5_moe_text",), VIDEO, (AXES, RECURRENT), layout=GRIDS),
     "qwen4_exp": Family(("qwen4_exp_text",), VIDEO, refused=_unknown("indexed_attention")),
     "video_llama_3": Family(("qwen2",), VIDEO, (ADJACENT,), layout="patch grids"),
-    "cosmos3_edge": Family(("cosmos3_edge_text",), VIDEO, _QWEN, layout="patch grids in time"),
-    "cosmos3_omni": Family(("qwen3_vl_text",), VIDEO, _QWEN, layout="patch grids in time"),
+    "cosmos3_edge": Family(("cosmos3_edge_text",), VIDEO, (AXES,), layout=GRIDS),
+    "cosmos3_omni": Family(("qwen3_vl_text",), VIDEO, (AXES,), layout=GRIDS),
     # ---- images in tiles or rows
     "internvl": Family(
         ("qwen2",),
@@ -190,9 +177,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2_vision": Family(
         ("cohere2",), ("image",), (WINDOWS, STATIC), "separators", "breaks of tiles", layout="calibrated"
     ),
-    "cohere_compass": Family(
-        ("cohere_compass_text",), VIDEO, (OWN_ROPE, WINDOWS, STATIC), layout="patch grids in time"
-    ),
+    "cohere_compass": Family(("cohere_compass_text",), VIDEO, (OWN_ROPE, WINDOWS, STATIC), layout=GRIDS),
     "llama4": Family(
         ("llama4_text",), ("image",), (CHUNKS, FLOOR, BROKEN), "end token", "separators of tiles", layout="calibrated"
     ),
@@ -234,17 +219,17 @@ FAMILIES: dict[str, Family] = {
         ("gemma4_unified_text",), VIDEO, (*_GEMMA, TWO_WAY), "pooled patches", layout="placed patches", two_way=True
     ),
     # ---- GLM and others with positions of several axes
-    "glm4v": Family(("glm4v_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "glm4v_moe": Family(("glm4v_moe_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "glm46v": Family(("glm4v_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "glmga": Family(("glm4v_text",), VIDEO, (AXES,), layout="patch grids in time"),
-    "glm_ocr": Family(("glm_ocr_text",), VIDEO, (AXES,), layout="patch grids in time"),
+    "glm4v": Family(("glm4v_text",), VIDEO, (AXES,), layout=GRIDS),
+    "glm4v_moe": Family(("glm4v_moe_text",), VIDEO, (AXES,), layout=GRIDS),
+    "glm46v": Family(("glm4v_text",), VIDEO, (AXES,), layout=GRIDS),
+    "glmga": Family(("glm4v_text",), VIDEO, (AXES,), layout=GRIDS),
+    "glm_ocr": Family(("glm_ocr_text",), VIDEO, (AXES,), layout=GRIDS),
     "paddleocr_vl": Family(("paddleocr_vl_text",), limits=(AXES,), layout="patch grids"),
     "ernie4_5_vl_moe": Family(("ernie4_5_vl_moe_text",), VIDEO, (AXES,), layout="patch grids"),
     "hunyuan_vl": Family(("hunyuan_vl_text",), limits=(DYNAMIC_ROPE,), layout="newline grids"),
-    "exaone4_5": Family(("exaone4",), VIDEO, (WINDOWS, STATIC), layout="patch grids in time"),
-    "hyperclovax_vision_v2": Family(("hyperclovax",), VIDEO, layout="patch grids in time"),
-    "muse_glimmer": Family(("muse_glimmer_text",), VIDEO, (WINDOWS, STATIC), layout="patch grids in time"),
+    "exaone4_5": Family(("exaone4",), VIDEO, (WINDOWS, STATIC), layout=GRIDS),
+    "hyperclovax_vision_v2": Family(("hyperclovax",), VIDEO, layout=GRIDS),
+    "muse_glimmer": Family(("muse_glimmer_text",), VIDEO, (WINDOWS, STATIC), layout=GRIDS),
     # ---- latent attention
     "kimi_k25": Family(("deepseek_v3",), VIDEO, layout="calibrated"),
     "deepseek_ocr2": Family(
@@ -257,7 +242,7 @@ FAMILIES: dict[str, Family] = {
     "unlimited_ocr": Family(("unlimited_ocr_text",), refused=_unknown("reference_sliding_attention")),
     # ---- convolutions and linear attention
     "lfm2_vl": Family(("lfm2",), ("image",), (RECURRENT,), "end token", TILES, layout="calibrated"),
-    "lfm3_vl": Family(("lfm3",), VIDEO, (OWN_ROPE, RECURRENT, WINDOWS), layout="patch grids in time"),
+    "lfm3_vl": Family(("lfm3",), VIDEO, (OWN_ROPE, RECURRENT, WINDOWS), layout=GRIDS),
     "nemotron_h_omni": Family(("nemotron_h",), refused="it has no decoder with `layers` and `embed_tokens`"),
     # ---- images as tokens of the vocabulary
     "chameleon": Family(("chameleon",), image_lengths="equal", layout="calibrated"),

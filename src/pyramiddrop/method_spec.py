@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial, reduce
 from operator import or_
@@ -55,29 +55,34 @@ def parse_method_spec(text: str) -> Method | None:
         ValueError: for an unknown method, an option that the method does not have, or a bad value.
     """
     if BAR in text:
-        return _compose(text)
+        parts = [part for part in map(parse_method_spec, _parts(text)) if part is not None]
+        if len(parts) < len(_parts(text)):
+            raise ValueError(f"{VANILLA} drops no tokens and cannot be a part of a composition; got {text!r}")
+        with _about(text):
+            return reduce(or_, parts)
     name, given = _split(text)
     if name == VANILLA:
         if given:
             raise ValueError(f"{VANILLA} drops no tokens and has no options; got {text!r}")
         return None
     kind = _kind(name)
-    _check_options(name, given)
+    known = option_names(kind)
+    for option in given:
+        if option not in known:
+            raise ValueError(f"{option} does not belong to the method {name!r}, which takes {', '.join(sorted(known))}")
+    for option, stronger in OVERRULED:
+        if option in given and stronger in given:
+            raise ValueError(f"give {option} or {stronger}, not both")
     hints = get_type_hints(kind)
     values = {option: _typed(text, option, words, hints[option]) for option, words in given.items()}
-    try:
+    with _about(text):
         return kind(**values)
-    except ValueError as error:
-        raise ValueError(f"method {text!r}: {error}") from error
 
 
-def _compose(text: str) -> Method:
-    parts = [parse_method_spec(part) for part in _parts(text)]
-    methods = [part for part in parts if part is not None]
-    if len(methods) < len(parts):
-        raise ValueError(f"{VANILLA} drops no tokens and cannot be a part of a composition; got {text!r}")
+@contextmanager
+def _about(text: str) -> Iterator[None]:
     try:
-        return reduce(or_, methods)
+        yield
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}") from error
 
@@ -164,16 +169,6 @@ def _kind(name: str) -> type[Method]:
     if found is None:
         raise ValueError(f"method {name!r} is not one of {', '.join([*NAMES, VANILLA])}")
     return found
-
-
-def _check_options(name: str, given: Mapping[str, Any]) -> None:
-    known = option_names(_kind(name))
-    for option in given:
-        if option not in known:
-            raise ValueError(f"{option} does not belong to the method {name!r}, which takes {', '.join(sorted(known))}")
-    for option, stronger in OVERRULED:
-        if option in given and stronger in given:
-            raise ValueError(f"give {option} or {stronger}, not both")
 
 
 def _typed(text: str, option: str, values: list[str], hint: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, g
 
 from pyramiddrop.cost import DecoderShape, DropCounts, merging_flops
 from pyramiddrop.saving import install_save_hook, remove_save_hook
-from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, powers
+from pyramiddrop.schedule import PreLLMSchedule, Schedule, Stage, equal_stage_layers, is_number, is_whole, powers
 from pyramiddrop.scoring import (
     AttentionScorer,
     ComposedScorer,
@@ -218,8 +218,14 @@ class Method:
 
     def __repr__(self) -> str:
         """A Python expression that builds the method, without arguments that have their default."""
-        changed = [entry.name for entry in fields(self) if entry.init and getattr(self, entry.name) != entry.default]
-        return f"{type(self).__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in changed)})"
+        shown = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.init and value != entry.default:
+                with suppress(ValueError):  # a scorer that is not registered is shown as it is
+                    value = _in_words(value)
+                shown[entry.name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @classmethod
     def _fixed(cls) -> list[str]:
@@ -246,9 +252,9 @@ class ScoredMethod(Method):
         super().__post_init__()
         object.__setattr__(self, "score", scorer_of(self.score))
         reserve, layer = self.reserve, self.random_from
-        if isinstance(reserve, bool) or not isinstance(reserve, int | float) or not 0 <= reserve <= 1:
+        if not is_number(reserve) or not 0 <= reserve <= 1:
             raise ValueError(f"reserve must be a number in [0, 1]; got {reserve!r}")
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
+        if layer is not None and (not is_whole(layer) or layer < 1):
             raise ValueError(f"random_from must be a layer of at least 1, or None; got {layer!r}")
 
     def scorer(self) -> Scorer:
@@ -285,7 +291,7 @@ class StagedMethod(Method):
                 if isinstance(value, str) or not isinstance(value, Sequence):
                     raise ValueError(f"{name} must be a list of numbers; got {value!r}")
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+        if not is_whole(self.stages) or self.stages < 2:
             raise ValueError(f"stages must be a whole number of at least 2; got {self.stages!r}")
         keep = self._keep_ratios()
         Schedule.of(range(1, len(keep) + 1) if self.layers is None else self.layers, keep)
@@ -355,7 +361,7 @@ class RandomDrop(StagedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+        if self.seed is not None and not is_whole(self.seed):
             raise ValueError(f"seed must be a whole number or None; got {self.seed!r}")
 
     def scorer(self) -> Scorer:
@@ -651,13 +657,6 @@ def _attach(model: nn.Module, method: Method, given: GivenMasks) -> Attachment:
 def _in_words(value: Any) -> Any:
     """A setting as a JSON value; a registered scorer becomes its name."""
     return scorer_settings(value) if isinstance(value, Scorer) else value
-
-
-def _shown(value: Any) -> str:
-    """A setting as Python code; a registered scorer becomes its name."""
-    with suppress(ValueError):
-        return repr(_in_words(value))
-    return repr(value)
 
 
 def _check_places(before: Method, inside: Method) -> None:

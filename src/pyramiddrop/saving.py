@@ -30,7 +30,8 @@ class SaveWithMethod:
         if kwargs.get("is_main_process", True):
             self.method.save_pretrained(save_directory)
         if push_to_hub:  # now that the file exists; `push_to_hub` calls this function again
-            model.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **_of_hub(kwargs))
+            own = {name: kwargs[name] for name in kwargs.keys() & {"commit_message", "private", "token", "revision"}}
+            model.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **own)
         return result
 
 
@@ -45,7 +46,3 @@ def remove_save_hook(modules: Iterable[nn.Module]) -> None:
     """Undo `install_save_hook`."""
     for module in modules:
         module.__dict__.pop("save_pretrained", None)
-
-
-def _of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("commit_message", "private", "token", "revision") if name in kwargs}

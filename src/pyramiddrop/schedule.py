@@ -8,6 +8,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 
+def is_whole(value: object) -> bool:
+    """True for an int, but not for a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """True for an int or a float, but not for a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One drop before the 0-based decoder layer `layer`, which keeps the share `keep` of the ORIGINAL visual tokens.
@@ -40,8 +50,16 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a schedule needs at least one stage; got none")
-        _check_layers([stage.layer for stage in self.stages])
-        _check_keep([stage.keep for stage in self.stages])
+        layers = list(self.layers)
+        if not all(map(is_whole, layers)):
+            raise ValueError(f"layers must be whole numbers; got {layers}")
+        if layers[0] < 1:
+            raise ValueError(
+                f"layers must be at least 1, for nothing can be ranked before layer 0 has run; got {layers}"
+            )
+        if any(after <= before for before, after in pairwise(layers)):
+            raise ValueError(f"layers must increase strictly; got {layers}")
+        _check_keep(list(self.keep))
 
     @classmethod
     def of(cls, layers: Iterable[int], keep: Iterable[float]) -> Schedule:
@@ -54,8 +72,7 @@ class Schedule:
     @classmethod
     def equal(cls, num_layers: int, stages: int, keep: Sequence[float]) -> Schedule:
         """Cut a model of `num_layers` layers into equal `stages`; stage k + 1 begins with the share `keep[k]`."""
-        layers = equal_stage_layers(num_layers, stages)
-        return cls.of(layers, keep)
+        return cls.of(equal_stage_layers(num_layers, stages), keep)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,7 +120,7 @@ class PreLLMSchedule(Schedule):
         return PreLLMSchedule((*self.stages, *(Stage(s.layer, first * s.keep) for s in schedule.stages)))
 
     def __post_init__(self) -> None:
-        keep = [stage.keep for stage in self.stages]
+        keep = list(self.keep)
         _check_keep(keep)
         if keep[0] == 0:
             raise ValueError(
@@ -165,22 +182,13 @@ def nearest_layers(wanted: Sequence[int], allowed: Sequence[int]) -> list[int]:
 
 def powers(lam: float, drops: int) -> list[float]:
     """The paper's keep ratios: λ, λ², λ³, ..."""
-    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 < lam <= 1:
+    if not is_number(lam) or not 0 < lam <= 1:
         raise ValueError(f"lam must be a number in (0, 1]; got {lam!r}")
     return [lam**drop for drop in range(1, drops + 1)]
 
 
-def _check_layers(layers: list[int]) -> None:
-    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise ValueError(f"layers must be whole numbers; got {layers}")
-    if layers[0] < 1:
-        raise ValueError(f"layers must be at least 1, for nothing can be ranked before layer 0 has run; got {layers}")
-    if any(after <= before for before, after in pairwise(layers)):
-        raise ValueError(f"layers must increase strictly; got {layers}")
-
-
 def _check_keep(keep: list[float]) -> None:
-    if any(isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1 for ratio in keep):
+    if not all(is_number(ratio) and 0 <= ratio <= 1 for ratio in keep):
         raise ValueError(f"keep ratios must be in [0, 1]; got {keep}")
     if any(after > before for before, after in pairwise(keep)):
         raise ValueError(f"keep ratios are shares of the original count and must not increase; got {keep}")
