@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from pyramiddrop.cli.options import AsJson
 from pyramiddrop.cli.terminal import stdout
@@ -18,7 +19,7 @@ def methods(as_json: AsJson = False) -> None:
 
     entries = all_entries()
     if as_json:
-        print(json.dumps({"methods": [entry.as_dict() for entry in entries]}, indent=2))
+        print(json.dumps({"methods": list(map(asdict, entries))}, indent=2))
     else:
         for part in methods_list(entries):
             stdout().print(part)

@@ -156,9 +156,9 @@ class SizeOptions:
 
     def sizes(self) -> Sizes:
         """The sizes that the options describe; InputError if they contradict each other."""
-        from pyramiddrop.inference.sizes import SizeOptions, choose_sizes
+        from pyramiddrop.inference.sizes import choose_sizes
 
-        return choose_sizes(SizeOptions(**asdict(self)))
+        return choose_sizes(**asdict(self))
 
 
 @dataclass(frozen=True)

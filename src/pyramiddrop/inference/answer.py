@@ -66,7 +66,7 @@ def answer_greedily(
 
 def pad_token(model: Any, tokenizer: Any) -> int | None:
     """The id that pads answers shorter than others; without it, `generate` prints a warning."""
-    known: list[int | None] = [model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    known = (model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), None)
 
 
@@ -77,6 +77,11 @@ class Outcome:
     answer: str
     usage: Usage
     prefill: PrefillTime
+
+    def as_dict(self) -> dict[str, Any]:
+        """FLOPs, bytes and seconds as plain numbers, with text."""
+        prefill = {"prefill_seconds": self.prefill.wall, "prefill_cpu_seconds": self.prefill.cpu}
+        return {"answer": self.answer, **usage_dict(self.usage), **prefill}
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """FLOPs, bytes and seconds as plain numbers, with text."""
         return {
-            "vanilla": outcome_dict(self.vanilla),
-            "pruned": outcome_dict(self.pruned),
+            "vanilla": self.vanilla.as_dict(),
+            "pruned": self.pruned.as_dict(),
             "flops_ratio": none_if_nan(self.flops_ratio),
             "kv_ratio": none_if_nan(self.kv_ratio),
             "prefill_ratio": self.time_ratio,
@@ -146,13 +151,7 @@ def compare(
     )
 
 
-def outcome_dict(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as plain numbers and text."""
-    prefill = {"prefill_seconds": outcome.prefill.wall, "prefill_cpu_seconds": outcome.prefill.cpu}
-    return {"answer": outcome.answer, **usage_dict(outcome.usage), **prefill}
-
-
 def usage_dict(used: Usage) -> dict[str, Any]:
     """The usage of a prefill as plain numbers."""
-    account = {"flops": none_if_nan(used.flops), "kv_bytes": none_if_nan(used.kv_bytes)}
-    return {**asdict(used), "stages": [asdict(stage) for stage in used.stages], **account}
+    numbers = {"flops": none_if_nan(used.flops), "kv_bytes": none_if_nan(used.kv_bytes)}
+    return {**asdict(used), "stages": [asdict(stage) for stage in used.stages], **numbers}

@@ -40,51 +40,32 @@ class BudgetOptions:
 
 
 def make_plan(options: BudgetOptions, sizes: Sizes) -> Plan:
-    """Solve for the plan that `options` describe.
-
-    Raises:
-        InputError: if there is not exactly one budget, it is out of reach, options contradict each other, or a value is
-            not allowed.
-    """
-    budget = _budget(options, sizes)
-    profile = None
+    """Solve for the plan that `options` describe. Raises InputError if there is not exactly one budget, it is out of
+    reach, options contradict each other, or a value is not allowed."""
+    budget, before, profile = _budget(options, sizes), None, None
     if options.profile is not None:
         with user_input(f"cannot read {options.profile}", (OSError,)), user_input():
             profile = Profile.read(options.profile)
+    if options.before is not None:
+        method = parse_method(options.before)
+        if not isinstance(method, PreLLMMethod):
+            raise InputError(
+                f"--before takes a method that drops before the decoder, vision or downsample; got {options.before!r}"
+            )
+        schedule = PreLLMSchedule(method.schedule(sizes.shape.decoder.layers).stages)
+        before = Before(schedule, repr(method), method.ranking_flops)
+    chosen = {name: getattr(options, name) for name in ("lam", "stages", "pyramid")}
     with user_input():
-        return plan(
-            sizes.shape,
-            sizes.prompt,
-            budget,
-            lam=options.lam,
-            stages=options.stages,
-            pyramid=options.pyramid,
-            profile=profile,
-            before=_before(options.before, sizes),
-        )
+        return plan(sizes.shape, sizes.prompt, budget, **chosen, profile=profile, before=before)
 
 
 def read_times(path: Path, sizes: Sizes) -> MeasuredTimes:
-    """Read bench's measurements of the model and the prompt in `sizes`.
-
-    Raises:
-        InputError: for a file that cannot be read, is no such record, or is one of another model or prompt.
-    """
+    """Read bench's measurements of the model and the prompt in `sizes`. Raises InputError for a file that cannot be
+    read, is no such record, or is one of another model or prompt."""
     with user_input(f"cannot read {path}", (OSError,)), user_input():
         times = MeasuredTimes.read(path)
         times.check(sizes.shape, sizes.prompt)
     return times
-
-
-def _before(spec: str | None, sizes: Sizes) -> Before | None:
-    """Parse `spec` as a method that drops before the decoder."""
-    if spec is None:
-        return None
-    method = parse_method(spec)
-    if not isinstance(method, PreLLMMethod):
-        raise InputError(f"--before takes a method that drops before the decoder, vision or downsample; got {spec!r}")
-    schedule = PreLLMSchedule(method.schedule(sizes.shape.decoder.layers).stages)
-    return Before(schedule, repr(method), method.ranking_flops)
 
 
 def _budget(options: BudgetOptions, sizes: Sizes) -> Budget:

@@ -36,25 +36,19 @@ class MethodEntry:
     source: str
     arguments: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, object]:
-        """The entry as JSON values."""
-        return {**asdict(self), "arguments": list(self.arguments)}
-
 
 def all_entries() -> list[MethodEntry]:
     """All methods, then scorers, then options."""
-    return [*map(_method, NAMES), *map(_scorer, SCORERS), *OPTIONS]
-
-
-def _method(name: str) -> MethodEntry:
-    kind, shared = NAMES[name], _arguments(Method)
-    own = tuple(argument for argument in _arguments(kind) if argument not in shared)
-    return MethodEntry(METHOD, name, _rule(kind), kind.source, own)
-
-
-def _scorer(name: str) -> MethodEntry:
-    kind = SCORERS[name]
-    return MethodEntry(SCORER, f"score={name}", _rule(kind), kind.source, tuple(_arguments(kind)))
+    shared = _arguments(Method)
+    methods = [
+        MethodEntry(METHOD, name, _rule(kind), kind.source, tuple(one for one in _arguments(kind) if one not in shared))
+        for name, kind in NAMES.items()
+    ]
+    scorers = [
+        MethodEntry(SCORER, f"score={name}", _rule(kind), kind.source, tuple(_arguments(kind)))
+        for name, kind in SCORERS.items()
+    ]
+    return [*methods, *scorers, *OPTIONS]
 
 
 def _rule(kind: type[Method] | type[Scorer]) -> str:
@@ -80,11 +74,7 @@ OPTIONS = (
 
 
 PROVEN, REFUSED, BY_STRUCTURE = "proven", "refused", "by structure"
-TESTED = {
-    PROVEN: "conformance",
-    REFUSED: "refusal",
-    BY_STRUCTURE: "not proven",
-}
+TESTED = {PROVEN: "conformance", REFUSED: "refusal", BY_STRUCTURE: "not proven"}
 SAYS = {
     PROVEN: "a tiny random checkpoint passes the conformance suite",
     REFUSED: "applying any method raises UnsupportedModelError, and leaves no hook behind",
@@ -95,13 +85,7 @@ SAYS = {
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """A model family.
-
-    Attributes:
-        model_type: its name in Transformers.
-        family: its record; an empty one if it has none.
-        known: True if it has a record.
-    """
+    """A model family: its name in Transformers, and its record (an empty one if it is not `known`)."""
 
     model_type: str
     family: Family
@@ -142,21 +126,15 @@ def all_families() -> list[FamilyEntry]:
 
 
 def find_family(model: str) -> FamilyEntry:
-    """The family of a model type, or of the checkpoint in a folder.
-
-    Raises:
-        InputError: if there is no family of that name.
-    """
-    folder = Path(model)
-    name = _model_type(folder) if folder.is_dir() else model
+    """The family of a model type, or of the checkpoint in a folder. Raises InputError if there is no family of that
+    name."""
+    name, config = model, Path(model) / "config.json"
+    if config.parent.is_dir():
+        with user_input(f"no model type in {config}", (OSError, ValueError, KeyError, TypeError)):
+            name = str(json.loads(config.read_text("utf-8"))["model_type"])
     entries = {entry.model_type: entry for entry in all_families()}
     if name in entries:
         return entries[name]
     near = get_close_matches(name, entries, 3)
     advice = f"did you mean {', '.join(near)}?" if near else "`pyramiddrop families` lists them"
     raise InputError(f"{name!r} is no family of vision-language models known here, and {model!r} no folder; {advice}")
-
-
-def _model_type(folder: Path) -> str:
-    with user_input(f"no model type in {folder / 'config.json'}", (OSError, ValueError, KeyError, TypeError)):
-        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])

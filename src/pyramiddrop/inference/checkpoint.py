@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,8 @@ class Checkpoint:
 
 
 def read_config(source: str | Path) -> Any:
-    """The configuration of a checkpoint, without its weights.
-
-    Raises:
-        InputError: if there is no checkpoint, or its family is not supported.
-    """
+    """The configuration of a checkpoint, without its weights. Raises InputError if there is no checkpoint, or its
+    family is not supported."""
     config = read_any_config(source)
     family = config.model_type
     if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -52,53 +51,43 @@ def read_config(source: str | Path) -> Any:
 
 
 def read_any_config(source: str | Path) -> Any:
-    """The configuration of a checkpoint of any family in Transformers; code in the checkpoint is not run.
-
-    Raises:
-        InputError: if there is no checkpoint.
-    """
-    _check_place(source)
-    with user_input(_unread(source), (OSError, ValueError)):
+    """The configuration of a checkpoint of any family in Transformers; code in the checkpoint is not run. Raises
+    InputError if there is no checkpoint."""
+    with _reading(source):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)  # None would ask the user
 
 
 def read_served_config(source: str | Path) -> Any:
     """The configuration of a checkpoint for vLLM; that of its language model if Transformers does not know the whole.
+    Raises InputError if there is no checkpoint, or Transformers does not know its language model.
 
     InternVL in its authors' format contains code that reads its configuration; it is not run here.
-
-    Raises:
-        InputError: if there is no checkpoint, or Transformers does not know its language model.
     """
-    _check_place(source)
-    with user_input(_unread(source), (OSError, ValueError)):
+    with _reading(source):
         values, _ = PretrainedConfig.get_config_dict(source)
         if values.get("model_type") in CONFIG_MAPPING or "llm_config" not in values:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoConfig.for_model(**values["llm_config"])
 
 
-def _check_place(source: str | Path) -> None:
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"no checkpoint in {folder}: it has no config.json")
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """Turn all errors about the place `source` and its configuration into InputErrors."""
+    folder, name = Path(source), str(source)
     if folder.is_file():
         raise InputError(f"{folder} is a file; a checkpoint is a folder or a name on the hub")
-    if not folder.is_dir() and _is_path(str(source)):
-        raise InputError(f"no such folder: {source}")
-
-
-def _is_path(source: str) -> bool:
-    """True if `source` must be a local path: it is no valid name on the hub, or begins with an existing folder."""
-    folder = Path(source)
-    here = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
-    return here or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-
-
-def _unread(source: str | Path) -> str:
-    if Path(source).is_dir():
-        return f"cannot read a checkpoint at {source}"
-    return f"no such folder: {source}, and no checkpoint of that name can be read from the hub"
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"no checkpoint in {folder}: it has no config.json")
+        unread = f"cannot read a checkpoint at {source}"
+    else:
+        # Either a local path, which is no valid name on the hub or begins with an existing folder, or such a name.
+        here = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+        if here or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise InputError(f"no such folder: {source}")
+        unread = f"no such folder: {source}, and no checkpoint of that name can be read from the hub"
+    with user_input(unread, (OSError, ValueError)):
+        yield
 
 
 def decoder_layers(config: Any) -> int:
@@ -107,15 +96,12 @@ def decoder_layers(config: Any) -> int:
 
 
 def load_checkpoint(source: str | Path, device: str | None = None, dtype: str | None = None) -> Checkpoint:
-    """Load a checkpoint for inference.
+    """Load a checkpoint for inference. Raises InputError if the checkpoint, device or dtype cannot be used.
 
     Args:
         source: a folder in Hugging Face's format, or a name on the hub.
         device: `cuda`, `cuda:1`, `mps` or `cpu`; None: the best one available.
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own; None: one that suits the device.
-
-    Raises:
-        InputError: if the checkpoint, device or dtype cannot be used.
     """
     read_config(source)
     place = pick_device(device)

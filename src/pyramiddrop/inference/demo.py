@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
@@ -60,6 +60,18 @@ class Asked:
         """The known reason if PyramidDrop is wrong and vanilla is right, else empty."""
         return self.question.why if self.vanilla_right and not self.pruned_right else ""
 
+    def as_dict(self) -> dict[str, Any]:
+        """FLOPs, bytes and seconds as plain numbers, with text."""
+        return {
+            "image": self.question.image.name,
+            "kind": self.question.kind,
+            "question": self.question.question,
+            "true_answer": self.question.answer,
+            "vanilla_right": self.vanilla_right,
+            "pruned_right": self.pruned_right,
+            **self.comparison.as_dict(),
+        }
+
 
 @dataclass(frozen=True)
 class BatchPrefill:
@@ -115,7 +127,7 @@ class Demo:
     def as_dict(self) -> dict[str, Any]:
         """FLOPs, bytes and seconds as plain numbers, with text."""
         return {
-            "questions": [_asked_dict(asked) for asked in self.asked],
+            "questions": [asked.as_dict() for asked in self.asked],
             "vanilla_right": sum(asked.vanilla_right for asked in self.asked),
             "pruned_right": sum(asked.pruned_right for asked in self.asked),
             "prefill_cpu_ratio": self.prefill_cpu_ratio,
@@ -136,9 +148,15 @@ def run_demo(questions: int, progress: Callable[[str], None] = lambda step: None
         asked = []
         for question in pick_questions(questions):
             progress(f"asking: {question.question}")
-            asked.append(_ask(checkpoint, method, question))
+            picture = open_picture(question.image)
+            inputs = build_inputs(checkpoint.processor, [picture], question.question)
+            found = compare(checkpoint, inputs, method, MAX_NEW_TOKENS, RUNS, fastest=True)
+            asked.append(Asked(question, picture, found))
         progress(f"timing the prefill of {BATCH} prompts at once")
-        return Demo(checkpoint, method, asked, _time_batch(checkpoint, method, asked))
+        prompts = [([one.picture], one.question.question) for one in islice(cycle(asked), BATCH)]
+        inputs = build_batch(checkpoint.processor, prompts)
+        times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, BATCH_RUNS, min)
+        return Demo(checkpoint, method, asked, BatchPrefill(BATCH, times["vanilla"], times["pruned"]))
 
 
 def pick_questions(count: int) -> list[Question]:
@@ -153,29 +171,3 @@ def pick_questions(count: int) -> list[Question]:
     by_picture = [[Question(image, **entry) for entry in questions[image.name]] for image in demo_images()]
     in_turn = chain.from_iterable(zip_longest(*by_picture))
     return [question for question in in_turn if question][:count]
-
-
-def _time_batch(checkpoint: Checkpoint, method: Method, asked: Sequence[Asked]) -> BatchPrefill:
-    prompts = [([one.picture], one.question.question) for one in islice(cycle(asked), BATCH)]
-    inputs = build_batch(checkpoint.processor, prompts)
-    times = time_prefills(checkpoint.model, inputs, {"vanilla": None, "pruned": method}, BATCH_RUNS, min)
-    return BatchPrefill(BATCH, times["vanilla"], times["pruned"])
-
-
-def _ask(checkpoint: Checkpoint, method: Method, question: Question) -> Asked:
-    picture = open_picture(question.image)
-    inputs = build_inputs(checkpoint.processor, [picture], question.question)
-    return Asked(question, picture, compare(checkpoint, inputs, method, MAX_NEW_TOKENS, RUNS, fastest=True))
-
-
-def _asked_dict(asked: Asked) -> dict[str, Any]:
-    question = asked.question
-    return {
-        "image": question.image.name,
-        "kind": question.kind,
-        "question": question.question,
-        "true_answer": question.answer,
-        "vanilla_right": asked.vanilla_right,
-        "pruned_right": asked.pruned_right,
-        **asked.comparison.as_dict(),
-    }

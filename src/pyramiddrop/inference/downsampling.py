@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -58,29 +59,23 @@ def downsample(processor: Any, pictures: Sequence[Image.Image], keep: float) -> 
         pictures: RGB pictures of any sizes.
         keep: in (0, 1]; of N tokens, at most floor(N * keep) remain, and at least 1.
     """
-    return [_downsample(processor.image_processor, picture, keep) for picture in pictures]
+    images = processor.image_processor
 
-
-def _downsample(images: Any, picture: Image.Image, keep: float) -> Image.Image:
-    def tokens(**size: Any) -> int:
+    def tokens(picture: Image.Image, pixels: int | None = None) -> int:
+        """The number of visual tokens at a budget of exactly `pixels`, under the names that processors use."""
+        size = {"min_pixels": pixels, "max_pixels": pixels, "size": dict.fromkeys(ANY_SIZE, pixels)} if pixels else {}
         patches = int(images.get_number_of_image_patches(picture.height, picture.width, size))
         return patches // int(images.merge_size) ** 2
 
-    allowed = max(1, math.floor(tokens() * keep))
-    pixels = bisect_right(range(1, MOST_PIXELS), allowed, key=lambda pixels: tokens(**_budget(pixels)))
-    size = _budget(pixels)["size"]
-    (grid,) = images(images=[picture], size=size, return_tensors="pt")["image_grid_thw"]
-    height, width = (int(side) * images.patch_size for side in grid[1:])
-    return picture.resize((width, height), images.resample)
-
-
-def _budget(pixels: int) -> dict[str, Any]:
-    """A budget of exactly `pixels`, under the names that processors use."""
-    return {
-        "min_pixels": pixels,
-        "max_pixels": pixels,
-        "size": {"shortest_edge": pixels, "longest_edge": pixels},
-    }
+    found = []
+    for picture in pictures:
+        allowed = max(1, math.floor(tokens(picture) * keep))
+        pixels = bisect_right(range(1, MOST_PIXELS), allowed, key=partial(tokens, picture))
+        size = dict.fromkeys(ANY_SIZE, pixels)
+        (grid,) = images(images=[picture], size=size, return_tensors="pt")["image_grid_thw"]
+        height, width = (int(side) * images.patch_size for side in grid[1:])
+        found.append(picture.resize((width, height), images.resample))
+    return found
 
 
 def downsampled_usage(used: Usage, vanilla: Usage) -> Usage:

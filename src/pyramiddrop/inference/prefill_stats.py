@@ -29,8 +29,7 @@ class Usage:
     """The usage of one prefill of one prompt.
 
     Attributes:
-        visual_tokens: number of visual tokens.
-        text_tokens: number of all other tokens.
+        text_tokens: number of all tokens that are not visual.
         stages: the drops; empty without a method.
         flops: FLOPs of the decoder's layers, by the cost model; 2 for a multiply-add.
         kv_bytes: bytes of the KV cache after the prefill.
@@ -41,8 +40,8 @@ class Usage:
     visual_tokens: int
     text_tokens: int
     stages: tuple[StageTokens, ...]
-    flops: float
-    kv_bytes: float
+    flops: float = math.nan
+    kv_bytes: float = math.nan
 
     @property
     def tokens_by_stage(self) -> list[int]:
@@ -58,12 +57,11 @@ class Usage:
 def usage(trace: Trace) -> Usage:
     """The usage of the last prefill (of a single sample) in `trace`."""
     stages = tuple(StageTokens(stage.layer, stage.keep, len(stage.kept[0])) for stage in trace.stages)
-    visual = trace.visual_tokens[0]
-    text = trace.length - visual
+    used = Usage(trace.visual_tokens[0], trace.length - trace.visual_tokens[0], stages)
     if not trace.has_sizes:
-        return Usage(visual, text, stages, math.nan, math.nan)
+        return used
     cost = trace.cost()
-    return Usage(visual, text, stages, cost.flops, cost.kv_bytes)
+    return replace(used, flops=cost.flops, kv_bytes=cost.kv_bytes)
 
 
 def vanilla_usage(model: Any, inputs: Mapping[str, Any]) -> Usage:
@@ -85,7 +83,8 @@ def batch_usage(
     found = []
     for sample, (visual, text, instruction) in enumerate(_counted(info, inputs, trace)):
         stages = tuple(StageTokens(layer, keep, counts[sample]) for layer, keep, counts in kept)
-        found.append(_account(info.sizes, method, visual, text, max(1, instruction), stages))
+        used = Usage(visual, text, stages)
+        found.append(_with_costs(used, info.sizes, method, max(1, instruction)) if info.sizes else used)
     return found
 
 
@@ -110,26 +109,16 @@ def _counted(info: ModelInfo, inputs: Mapping[str, Any], trace: Trace | None = N
     return found
 
 
-def _account(
-    shape: DecoderShape | None,
-    method: Method | None,
-    visual: int,
-    text: int,
-    instruction: int,
-    stages: tuple[StageTokens, ...],
-) -> Usage:
-    """The usage of one sample with `visual` and `text` tokens, of which `instruction` follow the pictures."""
-    unknown = Usage(visual, text, stages, math.nan, math.nan)
-    if shape is None:
-        return unknown
-    tokens = unknown.by_layer(shape.layers)
+def _with_costs(used: Usage, shape: DecoderShape, method: Method | None, instruction: int) -> Usage:
+    """The usage of one sample, of whose text tokens `instruction` follow the pictures, with FLOPs and bytes."""
+    tokens, text = used.by_layer(shape.layers), used.text_tokens
     lengths = [text + count for count in tokens]
     flops = prefill_flops(shape, lengths, visual=tokens)
-    for stage, before in zip(stages, unknown.tokens_by_stage, strict=False):
+    for stage, before in zip(used.stages, used.tokens_by_stage, strict=False):
         if method is not None and stage.tokens < before:
             drop = DropCounts(stage.layer, text + before, before, stage.tokens, instruction=instruction)
             flops += method.ranking_flops(shape, drop)
-    return replace(unknown, flops=flops, kv_bytes=kv_bytes(shape, lengths))
+    return replace(used, flops=flops, kv_bytes=kv_bytes(shape, lengths))
 
 
 def none_if_nan(number: float) -> float | None:

@@ -27,39 +27,29 @@ class Video:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A copy of `picture` in RGB, without transparency, as in Transformers' processors.
+    """A copy of `picture` in RGB, without transparency, as in Transformers' processors. Raises InputError for 32-bit
+    integers and floats outside 0..1, whose range is unknown, and for modes that Pillow cannot convert.
 
     Pillow alone clips values above 255 to white. Here 16-bit values are scaled from 0..65535, and floats from 0..1.
-
-    Raises:
-        InputError: for 32-bit integers and floats outside 0..1, whose range is unknown, and for modes that Pillow
-            cannot convert.
     """
-    largest = _largest(picture)
-    if largest is not None:
+    mode = picture.mode
+    if mode.startswith("I;16") or mode in ("I", "F"):
         values = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray((values * (255 / largest)).round().astype(np.uint8))
+        lowest, highest = values.min(), values.max()
+        if mode.startswith("I;16") or (mode == "I" and picture.format in SIXTEEN_BITS):
+            white = 65535
+        elif mode == "F" and 0 <= lowest <= highest <= 1:
+            white = 1
+        else:
+            raise InputError(
+                f"mode {mode} with values from {lowest:g} to {highest:g} has no known range; save it with 8 or 16 "
+                "bits, or as floats from 0 to 1"
+            )
+        picture = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     try:
         return picture.convert("RGB")
     except ValueError as error:
         raise InputError(f"mode {picture.mode} cannot be converted to RGB; save it as an RGB picture") from error
-
-
-def _largest(picture: Image.Image) -> float | None:
-    """The value of white, or None if Pillow knows it."""
-    mode = picture.mode
-    if mode.startswith("I;16") or (mode == "I" and picture.format in SIXTEEN_BITS):
-        return 65535
-    if mode not in ("I", "F"):
-        return None
-    values = np.asarray(picture)
-    lowest, highest = values.min(), values.max()
-    if mode == "F" and 0 <= lowest <= highest <= 1:
-        return 1
-    raise InputError(
-        f"mode {mode} with values from {lowest:g} to {highest:g} has no known range; save it with 8 or 16 bits, or as "
-        "floats from 0 to 1"
-    )
 
 
 #: The prompt for processors without a chat template: the format of the first LLaVA models.
@@ -69,11 +59,8 @@ Questions = Sequence[tuple[Sequence[Image.Image], str]]
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
-    """Open a picture from a file or its bytes, upright and in RGB.
-
-    Raises:
-        InputError: if the file does not exist, is not a picture, or has values of unknown range.
-    """
+    """Open a picture from a file or its bytes, upright and in RGB. Raises InputError if the file does not exist, is not
+    a picture, or has values of unknown range."""
     with opened(source) as picture:
         upright = ImageOps.exif_transpose(picture)
         upright.format = picture.format
@@ -88,11 +75,8 @@ def check_picture(path: Path) -> None:
 
 @contextmanager
 def opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """Context manager that opens a picture from a file or its bytes and reads its header only.
-
-    Raises:
-        InputError: if the file does not exist or is not a picture, and for errors about it inside the block.
-    """
+    """Context manager that opens a picture from a file or its bytes and reads its header only. Raises InputError if the
+    file does not exist or is not a picture, and for errors about it inside the block."""
     name = "in the data" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
@@ -117,13 +101,11 @@ def check_prompt(prompt: str, pictures: int, videos: bool = False) -> None:
 
 
 def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, video: Video | None = None) -> Any:
-    """Build the tensors of one question, batch size 1, on the CPU: pictures, then the video, then the text.
+    """Build the tensors of one question, batch size 1, on the CPU: pictures, then the video, then the text. Raises
+    InputError if there is neither picture nor video, the prompt is empty or contains the processor's own image token,
+    or the processor does not take videos.
 
     The processor uses all of the video's frames without sampling.
-
-    Raises:
-        InputError: if there is neither picture nor video, the prompt is empty or contains the processor's own image
-            token, or the processor does not take videos.
     """
     if video and getattr(processor, "video_processor", None) is None:
         raise InputError("the checkpoint's processor takes no videos; give the frames as images")
@@ -131,13 +113,11 @@ def build_inputs(processor: Any, pictures: Sequence[Image.Image], prompt: str, v
 
 
 def build_batch(processor: Any, questions: Questions, size: Mapping[str, int] | None = None) -> Any:
-    """Build the tensors of several questions, each about its own pictures: one row each, left-padded.
+    """Build the tensors of several questions, each about its own pictures: one row each, left-padded. Raises InputError
+    as for `build_inputs`.
 
     Args:
         size: the size of pictures that replaces the processor's own `size`.
-
-    Raises:
-        InputError: as for `build_inputs`.
     """
     return _build(processor, questions, settings={"images_kwargs": {"size": dict(size)}} if size else {})
 
@@ -151,11 +131,16 @@ def image_token(processor: Any) -> str:
 def _build(
     processor: Any, questions: Questions, video: Video | None = None, settings: Mapping[str, Any] | None = None
 ) -> Any:
+    own_tokens = [image_token(processor), *([processor.video_token] if video else [])]
     for pictures, prompt in questions:
-        _check_question(processor, pictures, prompt, video)
+        check_prompt(prompt, len(pictures), videos=video is not None)
+        for token in own_tokens:
+            if token in prompt:
+                raise InputError(
+                    f"the prompt must not hold {token}: each image and video gets its place before the words by itself"
+                )
     questions = [([to_rgb(picture) for picture in pictures], prompt) for pictures, prompt in questions]
-    single = len(questions) == 1
-    settings = {**(settings or {}), **({} if single else {"padding": True})}
+    settings = {**(settings or {}), **({"padding": True} if len(questions) > 1 else {})}
     if video:
         settings |= {"video_metadata": [video.metadata], "do_sample_frames": False, "return_metadata": True}
     with _left_padding(processor.tokenizer):
@@ -165,13 +150,12 @@ def _build(
     return inputs
 
 
-def _of_template(
-    processor: Any,
-    questions: Questions,
-    video: Video | None,
-    settings: dict[str, Any],
-) -> Any:
-    turns = [[{"role": "user", "content": _content(pictures, prompt, video)}] for pictures, prompt in questions]
+def _of_template(processor: Any, questions: Questions, video: Video | None, settings: dict[str, Any]) -> Any:
+    clip = [{"type": "video", "video": video.frames}] if video else []
+    turns = []
+    for pictures, prompt in questions:
+        images = [{"type": "image", "image": picture} for picture in pictures]
+        turns.append([{"role": "user", "content": [*images, *clip, {"type": "text", "text": prompt}]}])
     return processor.apply_chat_template(
         turns[0] if len(turns) == 1 else turns,
         add_generation_prompt=True,
@@ -182,39 +166,13 @@ def _of_template(
     )
 
 
-def _of_text(
-    processor: Any,
-    questions: Questions,
-    video: Video | None,
-    settings: dict[str, Any],
-) -> Any:
-    images = [list(pictures) for pictures, _ in questions]
-    text = [_plain(processor, len(pictures), prompt, video) for pictures, prompt in questions]
+def _of_text(processor: Any, questions: Questions, video: Video | None, settings: dict[str, Any]) -> Any:
+    images, clip = [list(pictures) for pictures, _ in questions], processor.video_token if video else ""
+    places = [image_token(processor) * len(pictures) + clip for pictures, _ in questions]
+    text = [PLAIN.format(images=place, prompt=prompt) for place, (_, prompt) in zip(places, questions, strict=True)]
     own = (images[0] or None, text[0]) if len(text) == 1 else (images, text)
     videos = {"videos": [video.frames]} if video else {}
     return processor(images=own[0], text=own[1], return_tensors="pt", **videos, **settings)
-
-
-def _check_question(processor: Any, pictures: Sequence[Image.Image], prompt: str, video: Video | None) -> None:
-    check_prompt(prompt, len(pictures), videos=video is not None)
-    for token in (image_token(processor), *([processor.video_token] if video else [])):
-        if token in prompt:
-            raise InputError(
-                f"the prompt must not hold {token}: each image and video gets its place before the words by itself"
-            )
-
-
-def _plain(processor: Any, pictures: int, prompt: str, video: Video | None) -> str:
-    clip = processor.video_token if video else ""
-    return PLAIN.format(images=image_token(processor) * pictures + clip, prompt=prompt)
-
-
-def _content(pictures: Sequence[Image.Image], prompt: str, video: Video | None) -> list[dict[str, Any]]:
-    return [
-        *({"type": "image", "image": picture} for picture in pictures),
-        *([{"type": "video", "video": video.frames}] if video else []),
-        {"type": "text", "text": prompt},
-    ]
 
 
 @contextmanager

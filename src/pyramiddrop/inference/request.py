@@ -64,11 +64,8 @@ class PreparedRequest:
 
 
 def prepare(request: Request) -> PreparedRequest:
-    """Check the request, load its checkpoint, and build the model's inputs.
-
-    Raises:
-        InputError: if any part of the request cannot be used.
-    """
+    """Check the request, load its checkpoint, and build the model's inputs. Raises InputError if any part of the
+    request cannot be used."""
     source = request.model or str(reader_checkpoint())
     check_prompt(request.prompt, len(request.images), videos=request.video is not None)
     pictures, config = [open_picture(path) for path in request.images], read_config(source)
@@ -80,7 +77,10 @@ def prepare(request: Request) -> PreparedRequest:
     checkpoint = load_checkpoint(source, request.device, request.dtype)
     inputs = build_inputs(checkpoint.processor, pictures, request.prompt, video)
     with user_input(caught=(UnsupportedModelError,)):
-        _check_model(checkpoint, method)
+        inspect_model(checkpoint.model)
+        if method is not None:
+            with method(checkpoint.model):  # so that an unsupported combination fails before anything runs
+                pass
     return PreparedRequest(request, checkpoint, method, pictures, inputs, video)
 
 
@@ -110,14 +110,6 @@ def bundled_remarks(processor: Any, prompt: str, pictures: Sequence[Image.Image]
     return remarks
 
 
-def _check_model(checkpoint: Checkpoint, method: Method | None) -> None:
-    """Inspect the model and attach the method once, so that an unsupported combination fails before anything runs."""
-    inspect_model(checkpoint.model)
-    if method is not None:
-        with method(checkpoint.model):
-            pass
-
-
 @dataclass(frozen=True)
 class Run:
     """The result of a request. `trace` is None for vanilla, and `comparison` is None if none was requested."""
@@ -136,13 +128,13 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """FLOPs, bytes and seconds as plain numbers, with text."""
-        request, model = self.ready.request, self.ready.checkpoint.model
+        request, model, video = self.ready.request, self.ready.checkpoint.model, self.ready.video
         return {
             "model": request.model or "bundled",
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "images": [str(path) for path in request.images],
-            "video": self._video(),
+            "video": {"path": str(request.video), "frames": video.metadata["frames_indices"]} if video else None,
             "prompt": request.prompt,
             "method": {**(self.ready.method.settings() if self.ready.method else {}), "name": self.method},
             "answer": self.answer,
@@ -154,11 +146,6 @@ class Run:
             "comparison": self.comparison.as_dict() if self.comparison else None,
         }
 
-    def _video(self) -> dict[str, Any] | None:
-        """The video and the numbers of its frames that were read."""
-        video = self.ready.video
-        return {"path": str(self.ready.request.video), "frames": video.metadata["frames_indices"]} if video else None
-
 
 def run(ready: PreparedRequest, max_new_tokens: int, streamer: Any = None) -> Run:
     """Answer the request; `streamer` is a Transformers streamer that receives the tokens as they are generated."""
@@ -168,11 +155,8 @@ def run(ready: PreparedRequest, max_new_tokens: int, streamer: Any = None) -> Ru
 
 
 def run_compared(ready: PreparedRequest, max_new_tokens: int) -> Run:
-    """Answer the request without and with its method, and time both prefills.
-
-    Raises:
-        InputError: if the request is for vanilla itself.
-    """
+    """Answer the request without and with its method, and time both prefills. Raises InputError if the request is for
+    vanilla itself."""
     if ready.method is None:
         raise InputError("there is nothing to compare vanilla with; name a method that drops tokens")
     found = compare(ready.checkpoint, ready.inputs, ready.method, max_new_tokens)

@@ -12,14 +12,12 @@ from pyramiddrop.methods import FILE_NAME, Compose, Method, PyramidDrop
 
 
 def resolve_method(spec: str | None, source: str | Path, num_layers: int) -> Method | None:
-    """Parse the method in `spec` and check it against a model of `num_layers` layers; None for vanilla.
+    """Parse the method in `spec` and check it against a model of `num_layers` layers; None for vanilla. Raises
+    InputError for an unknown method, an option that the method does not have, or a bad value.
 
     Args:
         spec: as for `parse_method_spec`; None: the method saved beside the checkpoint `source`, or else the paper's
             PyramidDrop.
-
-    Raises:
-        InputError: for an unknown method, an option that the method does not have, or a bad value.
     """
     method = (saved_method(source) or PyramidDrop()) if spec is None else parse_method(spec)
     if method is not None:
@@ -45,11 +43,8 @@ def with_logits(method: Method, logits: str) -> Method:
 
 
 def saved_method(source: str | Path) -> Method | None:
-    """The method saved beside the checkpoint `source` (a folder or a name on the hub), or None.
-
-    Raises:
-        InputError: if its file cannot be read as a method.
-    """
+    """The method saved beside the checkpoint `source` (a folder or a name on the hub), or None. Raises InputError if
+    its file cannot be read as a method."""
     from transformers.utils import cached_file
 
     try:

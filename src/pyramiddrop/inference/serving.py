@@ -63,11 +63,8 @@ class Launch:
     notes: tuple[str, ...] = ()
 
     def run(self) -> None:
-        """Start the server in this process; returns when it ends.
-
-        Raises:
-            InputError: if the server is not installed, or refuses the request.
-        """
+        """Start the server in this process; returns when it ends. Raises InputError if the server is not installed, or
+        refuses the request."""
         if self.command[0] == "vllm":
             _run_vllm(self.command)
         else:
@@ -75,16 +72,13 @@ class Launch:
 
 
 def prepare_launch(model: str, spec: str | None, arguments: Sequence[str], backend: str | None = None) -> Launch:
-    """Build the command that serves `model` under a method.
+    """Build the command that serves `model` under a method. Raises InputError if any of these cannot be used.
 
     Args:
         model: folder or hub name of a checkpoint; only its configuration and its tokenizer are read.
         spec: the method specification; None: the method saved beside the checkpoint, or the paper's.
         arguments: further arguments of the server.
         backend: one of `BACKENDS`; None: vLLM if it is installed.
-
-    Raises:
-        InputError: if any of these cannot be used.
     """
     if backend is None:
         backend = "vllm" if find_spec("vllm") is not None else "transformers"
@@ -94,8 +88,12 @@ def prepare_launch(model: str, spec: str | None, arguments: Sequence[str], backe
     method = resolve_method(spec, model, decoder_layers(config))
     if method is None:
         raise InputError("--method vanilla drops nothing: for that, start the server itself")
-    prepare = _vllm_command if backend == "vllm" else _transformers_command
-    command, notes = prepare(model, method, arguments)
+    if backend == "vllm":
+        command, notes = _vllm_command(model, method, arguments)
+    elif "--continuous-batching" in arguments:
+        raise InputError("--continuous-batching cannot be served: its paged cache has one length for all layers")
+    else:
+        command, notes = ["transformers", "serve", model, *arguments], ()
     return Launch(command, method, _saving(config, method), notes)
 
 
@@ -114,12 +112,6 @@ def _vllm_command(model: str, method: Method, arguments: Sequence[str]) -> tuple
     return [*command, TEMPLATE, template, *others], (note,)
 
 
-def _transformers_command(model: str, method: Method, arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    if "--continuous-batching" in arguments:
-        raise InputError("--continuous-batching cannot be served: its paged cache has one length for all layers")
-    return ["transformers", "serve", model, *arguments], ()
-
-
 def template_with_bos(model: str) -> str | None:
     """The checkpoint's chat template with the beginning-of-sequence token, if Transformers adds it and vLLM does not.
 
@@ -127,8 +119,7 @@ def template_with_bos(model: str) -> str | None:
     """
     try:
         processor = load_processor(model)
-        tokenizer = processor.tokenizer
-        begin = tokenizer.bos_token
+        tokenizer, begin = processor.tokenizer, processor.tokenizer.bos_token
         said = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
         if begin is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
             return None
@@ -175,7 +166,9 @@ def _run_vllm(command: list[str]) -> None:
     except ValueError as error:  # also pydantic's, around a refusal of the plug-in
         if "pyramiddrop" not in str(error):
             raise
-        raise InputError(_reason(error)) from None
+        details = getattr(error, "errors", None)  # pydantic's, which has the reason without text around it
+        reason = details()[0].get("ctx", {}).get("error", error) if callable(details) else error
+        raise InputError(str(reason)) from None
 
 
 @contextmanager
@@ -196,12 +189,6 @@ def _known_as_vllm() -> Iterator[None]:
         yield
     finally:
         importlib.metadata.version = version
-
-
-def _reason(error: ValueError) -> str:
-    """The reason of a refusal, without pydantic's text around it."""
-    details = getattr(error, "errors", None)
-    return str(details()[0].get("ctx", {}).get("error", error)) if callable(details) else str(error)
 
 
 def _run_transformers(command: list[str], method: Method) -> None:

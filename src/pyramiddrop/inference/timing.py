@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -119,6 +119,11 @@ class Spread:
         low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
         return cls(median, low, high, tuple(runs))
 
+    @classmethod
+    def of_each(cls, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Summarise each quantity of `runs`, by name; None for those that were not measured."""
+        return {name: None if value is None else cls.of([run[name] for run in runs]) for name, value in runs[0].items()}
+
 
 class Clock(ABC):
     """Marks moments of a device's work; the time between two marks is known when the work is done.
@@ -192,14 +197,12 @@ RUNS = 3
 
 
 class LayerProfiler:
-    """Measures milliseconds of a decoder layer with random weights on the best device of this machine.
+    """Measures milliseconds of a decoder layer with random weights on the best device of this machine. Raises
+    InputError for a mixture of experts, whose time depends on its router, and for layers that do not all have full
+    attention with the same heads.
 
     Each number of rows is measured once: a warm-up, then the median of 3 runs. Only decoder layers are measured, not
     the vision tower, the embeddings or the head.
-
-    Raises:
-        InputError: for a mixture of experts, whose time depends on its router, and for layers that do not all have full
-            attention with the same heads.
     """
 
     def __init__(self, shape: DecoderShape) -> None:
@@ -213,7 +216,8 @@ class LayerProfiler:
         # Here, because all who time anything import this module.
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-        config: Any = _config(shape)
+        config = text_config(LlamaConfig, replace(shape, layers=1, vocabulary=1))
+        config._attn_implementation = "sdpa"
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             self._layer: Any = LlamaDecoderLayer(config, 0).to(dtype).eval()
             self._rotary: Any = LlamaRotaryEmbedding(config)
@@ -231,17 +235,15 @@ class LayerProfiler:
     def _measured(self, kind: str, rows: int, prepare: Callable[[int], Callable[[], Any]]) -> float:
         if (kind, rows) not in self._seen:
             with torch.inference_mode():
-                work = prepare(rows)
-                times = [self._timed(work) for _ in range(RUNS + 1)]
+                work, times = prepare(rows), []
+                for _ in range(RUNS + 1):
+                    synchronize(self.device)
+                    start = time.perf_counter()
+                    work()
+                    synchronize(self.device)
+                    times.append(time.perf_counter() - start)
             self._seen[kind, rows] = 1000 * statistics.median(times[1:])
         return self._seen[kind, rows]
-
-    def _timed(self, work: Callable[[], Any]) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - start
 
     def _run_layer(self, rows: int) -> Callable[[], Any]:
         hidden, positions = self._inputs(rows)
@@ -270,17 +272,17 @@ class LayerProfiler:
         return hidden, self._rotary(hidden, position_ids=ids)
 
 
-def _config(shape: DecoderShape) -> LlamaConfig:
-    config = LlamaConfig(
-        vocab_size=1,
-        bos_token_id=None,
-        eos_token_id=None,
+def text_config(kind: Any, shape: DecoderShape, **settings: Any) -> Any:
+    """The Transformers configuration of class `kind` with these sizes."""
+    return kind(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
-        num_hidden_layers=1,
+        num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        bos_token_id=None,
+        eos_token_id=None,
+        **settings,
     )
-    config._attn_implementation = "sdpa"
-    return config

@@ -21,15 +21,12 @@ UNTOLD = 1.0
 
 
 def open_video(path: Path, count: int) -> Video:
-    """Read `count` evenly spaced frames of a video, or all if it has fewer.
+    """Read `count` evenly spaced frames of a video, or all if it has fewer. Raises InputError if the path does not
+    exist or cannot be read, no decoder for it is installed, or frames differ in size.
 
     Args:
         path: a video file, an animated picture (GIF, WebP, PNG), or a folder of frames in the order of their names.
         count: at least 1.
-
-    Raises:
-        InputError: if the path does not exist or cannot be read, no decoder for it is installed, or frames differ in
-            size.
     """
     if not path.exists():
         raise InputError(f"no such video: {path}")
@@ -94,28 +91,24 @@ def _moving_picture(path: Path, count: int) -> Video | None:
 
 
 def _video_file(path: Path, count: int) -> Video:
+    from importlib.util import find_spec
+
     from transformers.video_utils import load_video
+
+    decoder = next((name for name, module in DECODERS.items() if find_spec(module) is not None), None)
+    if decoder is None:
+        raise InputError(
+            f"cannot read the video {path}: no decoder is installed (pip install av); "
+            "an animated GIF or WebP or a folder of frames needs none"
+        )
 
     def places(metadata: Any, **_: Any) -> list[int]:
         return _spaced(metadata.total_num_frames, count)
 
     with user_input(f"cannot read the video {path}", (Exception,)):  # each decoder raises its own errors
-        pixels, told = load_video(str(path), backend=_decoder(path), sample_indices_fn=places)
+        pixels, told = load_video(str(path), backend=decoder, sample_indices_fn=places)
         if not len(pixels):
             raise InputError(f"there is no frame in {path}")
         taken = [int(place) for place in told.frames_indices]
         metadata = _metadata(int(told.total_num_frames), taken, float(told.fps or UNTOLD))
         return Video([Image.fromarray(np.asarray(frame)) for frame in pixels], metadata)
-
-
-def _decoder(path: Path) -> str:
-    """The first of DECODERS that is installed."""
-    from importlib.util import find_spec
-
-    for name, module in DECODERS.items():
-        if find_spec(module) is not None:
-            return name
-    raise InputError(
-        f"cannot read the video {path}: no decoder is installed (pip install av); "
-        "an animated GIF or WebP or a folder of frames needs none"
-    )
