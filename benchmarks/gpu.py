@@ -25,7 +25,7 @@ import torch
 from pyramiddrop.inference import InputError
 from pyramiddrop.report.tables.speed import speed_markdown
 from pyramiddrop.speed.bench import Bench, BenchOptions, prepare_bench
-from pyramiddrop.speed.decoding import Compiler, eager, reduce_overhead
+from pyramiddrop.speed.generation import Compiler, eager, reduce_overhead
 from pyramiddrop.speed.memory import total_memory
 
 RESULTS = Path(__file__).parent / "results"

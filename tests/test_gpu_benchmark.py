@@ -13,7 +13,7 @@ import torch
 
 from pyramiddrop.inference.timing import CpuClock
 from pyramiddrop.speed import overhead as waits
-from pyramiddrop.speed.decoding import eager, measure_decoding
+from pyramiddrop.speed.generation import eager, measure_decoding
 from pyramiddrop.speed.predicted import choose_variants
 from pyramiddrop.speed.record import decoding_records
 from pyramiddrop.speed.subject import Subject, shape_subject

@@ -1,15 +1,17 @@
-"""Measure generation: time to the first token, of a step and of the whole call, peak memory and KV bytes."""
+"""Measure generation (time to the first token, of a step and of the call; memory), and steps on a static cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
 
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.versions import cache_argument
@@ -21,30 +23,15 @@ from pyramiddrop.speed.subject import Subject
 
 
 @dataclass(frozen=True)
-class GenerationTimes:
-    """Seconds of one call of `generate`.
+class Generation:
+    """Measurements of one variant, summarised over its runs; all times are seconds.
 
     Attributes:
         first_token: time to the first token's logits, which is the prefill.
         decoder: the part of it in the text model and in the method's hooks around it.
         dropping: the part of it in the method's hooks: planning, ranking, gathering rows, masks and positions.
         step: average time of a later token; None if there is only one token.
-        whole: time of the whole call.
-    """
-
-    first_token: float
-    decoder: float
-    dropping: float
-    step: float | None
-    whole: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Measurements of one variant, summarised over its runs.
-
-    Attributes:
-        first_token, decoder, dropping, step, whole: seconds, see :class:`GenerationTimes`.
+        whole: time of the whole call of `generate`.
         peak_bytes: peak memory during the call, above the weights and the inputs.
         kv_bytes: bytes of keys, values and states in the cache after the prefill.
         predicted: the cost model's prediction.
@@ -78,41 +65,33 @@ def measure_generation(
     Args:
         tick: called after every run, including the first round.
     """
-    times: dict[str, list[GenerationTimes]] = {variant.label: [] for variant in variants}
-    memory: dict[str, tuple[int, int]] = {}
+    times: dict[str, list[dict[str, Any]]] = {variant.label: [] for variant in variants}
+    memory: dict[str, dict[str, Any]] = {}
     for turn, variant in in_turn(variants, repeats + 1):
         if turn:
             times[variant.label].append(_generate(subject, variant, batch, new_tokens, clock)[0])
         else:
             with peak_memory(subject.model.device) as peak:
                 kv_bytes = _generate(subject, variant, batch, new_tokens, clock)[1]
-            memory[variant.label] = peak.bytes, kv_bytes
+            memory[variant.label] = {"peak_bytes": peak.bytes, "kv_bytes": kv_bytes}
         tick()
-    return [_summed(subject, variant, batch, times[variant.label], *memory[variant.label]) for variant in variants]
-
-
-def _summed(
-    subject: Subject, variant: MethodCost, batch: int, times: Sequence[GenerationTimes], peak_bytes: int, kv_bytes: int
-) -> Generation:
-    steps = [one.step for one in times if one.step is not None]
-    return Generation(
-        variant=variant.label,
-        batch=batch,
-        first_token=Spread.of([one.first_token for one in times]),
-        decoder=Spread.of([one.decoder for one in times]),
-        dropping=Spread.of([one.dropping for one in times]),
-        step=Spread.of(steps) if steps else None,
-        whole=Spread.of([one.whole for one in times]),
-        peak_bytes=peak_bytes,
-        kv_bytes=kv_bytes,
-        predicted=predict(variant, subject.info.shape, subject.prompt, batch),
-    )
+    shape, prompt = subject.info.shape, subject.prompt
+    return [
+        Generation(
+            one.label,
+            batch,
+            **Spread.of_each(times[one.label]),
+            **memory[one.label],
+            predicted=predict(one, shape, prompt, batch),
+        )
+        for one in variants
+    ]
 
 
 def _generate(
     subject: Subject, variant: MethodCost, batch: int, new_tokens: int, clock: Clock
-) -> tuple[GenerationTimes, int]:
-    """Call `generate` once: its times, and the KV bytes after its prefill."""
+) -> tuple[dict[str, Any], int]:
+    """Call `generate` once: its seconds, by the names of `Generation`, and the KV bytes after its prefill."""
     inputs, cache = subject.batch(batch), DynamicCache(config=subject.info.text.config)
     watch = _PrefillWatch(subject.info, clock)
     with torch.inference_mode():
@@ -135,13 +114,13 @@ def _generate(
             )
             end = clock.mark()
     first, last, steps = tokens.marks[0], tokens.marks[-1], len(tokens.marks) - 1
-    return GenerationTimes(
-        first_token=clock.seconds(start, first),
-        decoder=watch.decoder_seconds(),
-        dropping=watch.hook_seconds(),
-        step=clock.seconds(first, last) / steps if steps else None,
-        whole=clock.seconds(start, end),
-    ), tokens.kv_bytes
+    seconds = {
+        "first_token": clock.seconds(start, first),
+        **watch.seconds(),
+        "step": clock.seconds(first, last) / steps if steps else None,
+        "whole": clock.seconds(start, end),
+    }
+    return seconds, tokens.kv_bytes
 
 
 class _Tokens:
@@ -202,14 +181,11 @@ class _PrefillWatch:
         for handle in self.handles:
             handle.remove()
 
-    def hook_seconds(self) -> float:
-        return self._sum(self.spans[True]) + self._sum(self.spans[False])
-
-    def decoder_seconds(self) -> float:
-        return self.clock.seconds(self.entered, self.spans[True][-1][1]) + self._sum(self.spans[False])
-
-    def _sum(self, spans: Sequence[tuple[Any, Any]]) -> float:
-        return sum(self.clock.seconds(start, end) for start, end in spans)
+    def seconds(self) -> dict[str, float]:
+        """The times `decoder` and `dropping` of `Generation`."""
+        inside, around = (sum(starmap(self.clock.seconds, self.spans[where])) for where in (True, False))
+        text_model = self.clock.seconds(self.entered, self.spans[True][-1][1])
+        return {"decoder": text_model + around, "dropping": inside + around}
 
     def _enter(self, *_: Any) -> None:
         self.entered = self.clock.mark()
@@ -219,3 +195,87 @@ class _PrefillWatch:
 
     def _end(self, inside: bool, *_: Any) -> None:
         self.spans[inside].append((self._open, self.clock.mark()))
+
+
+#: Builds the function that runs a step from the model.
+Compiler = Callable[[Any], Any]
+
+
+def eager(model: Any) -> Any:
+    """Run the model without compiling it."""
+    return model
+
+
+#: Compile a step into one CUDA graph without breaks.
+reduce_overhead: Compiler = partial(torch.compile, mode="reduce-overhead", fullgraph=True)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Measurements of one variant, summarised over its runs.
+
+    Attributes:
+        compiled: the name of the compiler of a step.
+        step: seconds of a decode step, averaged over a run.
+        graphs: number of compiled graphs in all runs; 0 if nothing is compiled.
+        not_captured: number of graphs that PyTorch did not capture as CUDA graphs.
+    """
+
+    variant: str
+    compiled: str
+    batch: int
+    step: Spread
+    graphs: int
+    not_captured: int
+
+
+def measure_decoding(
+    subject: Subject,
+    variants: Sequence[MethodCost],
+    batch: int,
+    steps: int,
+    repeats: int,
+    clock: Clock,
+    compilers: Mapping[str, Compiler],
+    tick: Callable[[], None] = lambda: None,
+) -> list[Decoding]:
+    """Decode `steps` tokens of `batch` equal samples for each of `variants` and `compilers`, `repeats` times each.
+
+    The prompt is not compiled. Methods run one after another, because a compiled step contains the hooks that it was
+    compiled with; all runs of a method share a cache, whose address a CUDA graph contains. The first run compiles and
+    is not counted.
+
+    Args:
+        tick: called after every run, including first ones.
+    """
+    found = []
+    for name, compiler in compilers.items():
+        for variant in variants:
+            torch._dynamo.reset()
+            counters.clear()
+            cache = StaticCache(config=subject.info.text.config, max_cache_len=subject.visual.shape[1] + steps + 1)
+            with torch.no_grad(), subject.under(variant.method):
+                step, times = compiler(subject.model), []
+                for run in range(repeats + 1):
+                    seconds = _decode(subject, batch, steps, clock, cache, step)
+                    times += [seconds / steps] if run else []
+                    tick()
+            graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+            found.append(Decoding(variant.label, name, batch, Spread.of(times), graphs, skipped))
+    return found
+
+
+def _decode(subject: Subject, batch: int, steps: int, clock: Clock, cache: StaticCache, step: Any) -> float:
+    """Seconds of `steps` greedy tokens after the prompt, in a cache that is reset first."""
+    cache.reset()
+    inputs = subject.batch(batch)
+    mask = inputs["attention_mask"]
+    output = subject.model(**inputs, **cache_argument(cache), logits_to_keep=1)
+    start = clock.mark()
+    for _ in range(steps):
+        tokens = output.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        positions = (mask.cumsum(1) - 1)[:, -1:].contiguous()
+        given = {"attention_mask": mask, "position_ids": positions, **cache_argument(cache)}
+        output = step(**subject.model.prepare_inputs_for_generation(tokens, **given))  # as `generate` does
+    return clock.seconds(start, clock.mark())

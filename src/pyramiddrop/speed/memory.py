@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.profiler import profile
 
 
@@ -27,8 +27,24 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     On a CPU, PyTorch's profiler records every allocation, which takes time: do not time the same run.
     """
     peak = Peak()
-    with _on_cuda(device, peak) if device.type == "cuda" else _on_cpu(peak):
+    if device.type == "cuda":
+        square = torch.ones(64, 64, device=device)
+        _ = square @ square  # cuBLAS allocates its workspace once, which should not count for the first run
+        del square, _
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
+        with profile(use_cpu=True, profile_memory=True) as profiler:
+            yield peak
+        # Allocations have positive bytes, releases negative ones.
+        changes = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        peak.bytes = max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def total_memory(device: torch.device) -> int:
@@ -43,41 +59,8 @@ def cache_bytes(cache: Any) -> int:
 
     A view keeps its whole storage allocated: after a prefill, a layer with a window still holds all rows.
     """
-    return sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in _cached(layer))
-
-
-def _cached(layer: Any) -> list[Tensor]:
-    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
-    found = (getattr(layer, "keys", None), getattr(layer, "values", None), *states)
-    return [tensor for tensor in found if tensor is not None]
-
-
-@contextmanager
-def _on_cuda(device: torch.device, peak: Peak) -> Iterator[None]:
-    square = torch.ones(64, 64, device=device)
-    _ = square @ square  # cuBLAS allocates its workspace once, which should not count for the first run
-    del square, _
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    yield
-    torch.cuda.synchronize(device)
-    peak.bytes = torch.cuda.max_memory_allocated(device) - before
-
-
-@contextmanager
-def _on_cpu(peak: Peak) -> Iterator[None]:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        yield
-    peak.bytes = _highest(profiler.kineto_results.events())
-
-
-def _highest(events: Iterable[Any]) -> int:
-    """The highest running sum of the profiler's allocations (positive bytes) and releases (negative bytes)."""
-    changes = [event for event in events if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+    found = []
+    for layer in cache.layers:
+        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        found += [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return sum(tensor.untyped_storage().nbytes() for tensor in found if tensor is not None)

@@ -139,34 +139,24 @@ def count_graphs(
         backend: the backend of `torch.compile`.
         tick: called after each method.
     """
-    found = []
+    found, layers = [], subject.info.layers
     for variant in variants:
-        waits = count_waits(subject, variant)
-        found.append(Graphs(variant.label, tuple(_counts(subject, variant, visual_tokens, backend)), waits))
+        waits, graphs = count_waits(subject, variant), list[int]()
+        torch._dynamo.reset()
+        counters.clear()
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        try:
+            for one in (resized(subject, tokens) for tokens in visual_tokens):
+                with torch.no_grad(), one.under(variant.method):
+                    one.model(**one.inputs, use_cache=False, logits_to_keep=1)
+                graphs.append(counters["stats"]["unique_graphs"])
+        finally:
+            for layer in layers:
+                del layer.forward  # an attribute of this layer that hides its class's method
+        found.append(Graphs(variant.label, tuple(graphs), waits))
         tick()
     return found
-
-
-def _counts(subject: Subject, variant: MethodCost, visual_tokens: Sequence[int], backend: str) -> list[int]:
-    torch._dynamo.reset()
-    counters.clear()
-    layers = subject.info.layers
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
-    try:
-        return [_prefilled(resized(subject, tokens), variant) for tokens in visual_tokens]
-    finally:
-        for layer in layers:
-            del layer.forward  # an attribute of this layer that hides its class's method
-
-
-def _prefilled(subject: Subject, variant: MethodCost) -> int:
-    with torch.no_grad(), subject.under(variant.method):
-        subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
-    return int(counters["stats"]["unique_graphs"])
-
-
-_WAITED = "synchronizing CUDA operation"
 
 
 def count_waits(subject: Subject, variant: MethodCost) -> int | None:
@@ -185,4 +175,4 @@ def count_waits(subject: Subject, variant: MethodCost) -> int | None:
                 subject.model(**subject.inputs, logits_to_keep=1)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    return sum(_WAITED in str(one.message) for one in seen)
+    return sum("synchronizing CUDA operation" in str(one.message) for one in seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pyramiddrop.cost import DecoderShape, Mixer, ModelShape, Prompt, head_flops
+from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, head_flops
 from pyramiddrop.inference import InputError
 from pyramiddrop.inference.sizes import MethodCost, Sizes, method_costs, published_costs
 
@@ -31,13 +31,11 @@ def choose_variants(
     words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
 ) -> list[MethodCost]:
     """Vanilla, then the methods in `words` (such as `fastv:layer=3`); by default, the published ones that the model
-    allows.
+    allows. Raises InputError for an unknown method, option or value, one that does not fit the model, or one that is
+    named twice.
 
     Args:
         tell: called with the reason if a default method is left out.
-
-    Raises:
-        InputError: for an unknown method, option or value, one that does not fit the model, or one that is named twice.
     """
     sizes = Sizes("", ModelShape(shape), prompt)
     if not words:
@@ -47,9 +45,8 @@ def choose_variants(
         return variants
     variants = method_costs(words, {}, sizes)
     labels = [variant.label for variant in variants]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise InputError(f"{label} would be measured twice; name each method once")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise InputError(f"{twice[0]} would be measured twice; name each method once")
     if len(variants) == 1:
         raise InputError("vanilla is always measured; name a method to set beside it")
     return variants
@@ -58,13 +55,9 @@ def choose_variants(
 def predict(variant: MethodCost, shape: DecoderShape, prompt: Prompt, batch: int) -> Predicted:
     """Predict the cost of a prefill of `batch` equal samples."""
     flops = variant.cost.full.pruned
-    above = sum(_skipped(shape.mixer(layer), rows) for layer, rows in enumerate(rows_by_layer(variant, prompt)))
-    return Predicted(batch * flops, batch * (flops - above), batch * variant.cost.kv_bytes)
-
-
-def _skipped(mixer: Mixer, rows: int) -> int:
-    """FLOPs of the pairs whose key comes after the query."""
-    return rows * (rows - 1) * (mixer.query_width + mixer.value_width)
+    # Of the pairs of rows, a causal kernel skips those whose key comes after the query.
+    skipped = _attention(shape, [rows * (rows - 1) // 2 for rows in rows_by_layer(variant, prompt)])
+    return Predicted(batch * flops, batch * (flops - skipped), batch * variant.cost.kv_bytes)
 
 
 def predict_step(
@@ -85,7 +78,7 @@ def predict_step(
     factors. Ranking and head are not repeated.
     """
     rows = rows_by_layer(variant, prompt)
-    spared = _attention(shape, rows) - variant.cost.full.decoder if frozen else 0
+    spared = _attention(shape, [one * one for one in rows]) - variant.cost.full.decoder if frozen else 0
     decoder = 3 * variant.cost.full.decoder + spared
     if checkpointing:
         visual = variant.cost.visual_by_layer
@@ -95,10 +88,10 @@ def predict_step(
     return batch * (decoder + variant.cost.full.ranking + head)
 
 
-def _attention(shape: DecoderShape, rows: Sequence[int]) -> int:
-    """FLOPs of attention's two products over all pairs of rows."""
-    mixers = (shape.mixer(layer) for layer in range(len(rows)))
-    return sum(2 * n * n * (one.query_width + one.value_width) for one, n in zip(mixers, rows, strict=True))
+def _attention(shape: DecoderShape, pairs: Sequence[int]) -> int:
+    """FLOPs of attention's two products over so many pairs of rows in each layer."""
+    mixers = map(shape.mixer, range(len(pairs)))
+    return sum(2 * count * (one.query_width + one.value_width) for one, count in zip(mixers, pairs, strict=True))
 
 
 def rows_by_layer(variant: MethodCost, prompt: Prompt) -> list[int]:

@@ -6,19 +6,23 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 import pyramiddrop
+from pyramiddrop.inference.timing import Spread
 from pyramiddrop.method_spec import VANILLA
-from pyramiddrop.speed.decoding import Decoding
-from pyramiddrop.speed.generation import Generation
+from pyramiddrop.planning.measured import SIZES, TOKENS
+from pyramiddrop.speed.generation import Decoding, Generation
 from pyramiddrop.speed.memory import total_memory
-from pyramiddrop.speed.overhead import Graphs, Overhead
+from pyramiddrop.speed.overhead import Overhead
 from pyramiddrop.speed.subject import Subject
 from pyramiddrop.speed.training import TrainingStep
+
+Result = TypeVar("Result", Generation, TrainingStep, Decoding, Overhead)
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
@@ -39,21 +43,13 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 def subject_record(subject: Subject) -> dict[str, Any]:
     """The sizes of the model and the prompt."""
-    shape = subject.info.shape
     return {
         "name": subject.name,
         "about": subject.about,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "attention": subject.info.attention,
-        "layers": shape.layers,
-        "hidden": shape.hidden,
-        "intermediate": shape.intermediate,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocabulary": shape.vocabulary,
-        "visual_tokens": subject.prompt.visual_tokens,
-        "text_tokens": subject.prompt.text_tokens,
+        **{name: getattr(subject.info.shape, name) for name in (*SIZES, "vocabulary")},
+        **{name: getattr(subject.prompt, name) for name in TOKENS},
         "pictures": subject.pictures,
         "padded": subject.padded,
     }
@@ -65,94 +61,78 @@ def generation_records(results: Sequence[Generation]) -> list[dict[str, Any]]:
     `of_predicted` is the decoder's speed-up in the prefill divided by the speed-up in FLOPs; `dropping_share` is the
     share of a method's hooks in its own prefill.
     """
-    vanilla = {result.batch: result for result in results if result.variant == VANILLA}
-    return [_generation(result, vanilla[result.batch]) for result in results]
+    records = []
+    for result, vanilla in _beside_vanilla(results, "batch"):
+        ratios = {
+            **_ratios(result.predicted, vanilla.predicted, "flops", "causal_flops"),
+            **_ratios(result, vanilla, "decoder", "first_token", "step", "whole", "peak_bytes", "kv_bytes"),
+        }
+        record = {
+            **_rounded(asdict(result)),
+            "tokens_per_second": result.batch / result.step.median if result.step else None,
+            "ratios": ratios,
+            "of_predicted": ratios["flops"] / ratios["decoder"],
+            "dropping_share": result.dropping.median / result.first_token.median,
+        }
+        records.append(record)
+    return records
 
 
 def training_records(results: Sequence[TrainingStep]) -> list[dict[str, Any]]:
     """Each result with its ratios to vanilla of the same batch and checkpointing."""
-    vanilla = {(result.batch, result.checkpointing): result for result in results if result.variant == VANILLA}
-    return [_training(result, vanilla[result.batch, result.checkpointing]) for result in results]
+    records = []
+    for result, vanilla in _beside_vanilla(results, "batch", "checkpointing"):
+        flops = result.predicted_flops / vanilla.predicted_flops
+        ratios = {"flops": flops, **_ratios(result, vanilla, "gradients", "whole", "peak_bytes")}
+        records.append({**_rounded(asdict(result)), "ratios": ratios})
+    return records
 
 
 def decoding_records(results: Sequence[Decoding]) -> list[dict[str, Any]]:
     """Each result with its ratio to vanilla of the same batch and compiler."""
-    vanilla = {(result.batch, result.compiled): result.step.median for result in results if result.variant == VANILLA}
     return [
         {
             **_rounded(asdict(result)),
             "tokens_per_second": result.batch / result.step.median,
-            "ratios": {"step": result.step.median / vanilla[result.batch, result.compiled]},
+            "ratios": _ratios(result, vanilla, "step"),
         }
-        for result in results
+        for result, vanilla in _beside_vanilla(results, "batch", "compiled")
     ]
 
 
 def overhead_records(results: Sequence[Overhead]) -> list[dict[str, Any]]:
     """Each result with the operations that it adds to vanilla of the same batch, and ratios of seconds."""
-    vanilla = {result.batch: result for result in results if result.variant == VANILLA}
     return [
         {
             **_rounded(asdict(result)),
-            "added": {
-                "prefill_ops": result.prefill_ops - vanilla[result.batch].prefill_ops,
-                "step_ops": result.step_ops - vanilla[result.batch].step_ops,
-            },
-            "ratios": {
-                "prefill": result.prefill.median / vanilla[result.batch].prefill.median,
-                "step": result.step.median / vanilla[result.batch].step.median,
-            },
+            "added": {name: getattr(result, name) - getattr(vanilla, name) for name in ("prefill_ops", "step_ops")},
+            "ratios": _ratios(result, vanilla, "prefill", "step"),
         }
-        for result in results
+        for result, vanilla in _beside_vanilla(results, "batch")
     ]
 
 
-def graph_records(results: Sequence[Graphs]) -> list[dict[str, Any]]:
-    """Each result as plain numbers."""
-    return [asdict(result) for result in results]
+def _beside_vanilla(results: Sequence[Result], *same: str) -> list[tuple[Result, Result]]:
+    """Each result with vanilla's that has the `same` attributes."""
+    key = attrgetter(*same)
+    vanilla = {key(result): result for result in results if result.variant == VANILLA}
+    return [(result, vanilla[key(result)]) for result in results]
 
 
-def _generation(result: Generation, vanilla: Generation) -> dict[str, Any]:
-    flops_ratio = result.predicted.flops / vanilla.predicted.flops
-    decoder_ratio = result.decoder.median / vanilla.decoder.median
-    return {
-        **_rounded(asdict(result)),
-        "tokens_per_second": result.batch / result.step.median if result.step else None,
-        "ratios": {
-            "flops": flops_ratio,
-            "causal_flops": result.predicted.causal_flops / vanilla.predicted.causal_flops,
-            "decoder": decoder_ratio,
-            "first_token": result.first_token.median / vanilla.first_token.median,
-            "step": result.step.median / vanilla.step.median if result.step and vanilla.step else None,
-            "whole": result.whole.median / vanilla.whole.median,
-            "peak_bytes": result.peak_bytes / vanilla.peak_bytes,
-            "kv_bytes": result.kv_bytes / vanilla.kv_bytes,
-        },
-        "of_predicted": flops_ratio / decoder_ratio,
-        "dropping_share": result.dropping.median / result.first_token.median,
-    }
+def _ratios(result: Any, vanilla: Any, *names: str) -> dict[str, Any]:
+    """The shares of vanilla's numbers and medians; None if there is none."""
+
+    def number(value: Any) -> Any:
+        return value.median if isinstance(value, Spread) else value
+
+    pairs = {name: (number(getattr(result, name)), number(getattr(vanilla, name))) for name in names}
+    return {name: None if None in pair else pair[0] / pair[1] for name, pair in pairs.items()}
 
 
-def _training(result: TrainingStep, vanilla: TrainingStep) -> dict[str, Any]:
-    return {
-        **_rounded(asdict(result)),
-        "ratios": {
-            "flops": result.predicted_flops / vanilla.predicted_flops,
-            "gradients": result.gradients.median / vanilla.gradients.median,
-            "whole": result.whole.median / vanilla.whole.median,
-            "peak_bytes": result.peak_bytes / vanilla.peak_bytes,
-        },
-    }
-
-
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+def _rounded(value: Any) -> Any:
     """Round seconds to the microsecond, so that files are readable."""
-    return {name: _round(value) for name, value in values.items()}
-
-
-def _round(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6)
     if isinstance(value, Mapping):
-        return _rounded(value)
-    return [_round(one) for one in value] if isinstance(value, tuple) else value
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value

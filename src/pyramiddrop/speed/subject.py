@@ -18,6 +18,7 @@ from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import DTYPES, pick_dtype
 from pyramiddrop.inference.prompt import on_model
 from pyramiddrop.inference.request import PreparedRequest
+from pyramiddrop.inference.timing import text_config
 from pyramiddrop.speed.memory import total_memory
 
 #: Sizes of a decoder, and the visual tokens of its usual picture: real models and five small shapes.
@@ -112,7 +113,9 @@ def shape_subject(
     pictures: int = 1,
     padded: bool = False,
 ) -> Subject:
-    """A decoder of a named shape with random weights, called with random embeddings.
+    """A decoder of a named shape with random weights, called with random embeddings. Raises InputError for an unknown
+    shape, a depth that it does not have or that does not fit into memory, and for more pictures than visual tokens or
+    half of the text tokens.
 
     Args:
         dtype: float32, float16 or bfloat16; None: one that suits the device.
@@ -121,10 +124,6 @@ def shape_subject(
         text: number of text tokens, half of them before the last picture.
         pictures: number of pictures among which the visual tokens are divided, with a text token between two.
         padded: True for samples of different lengths in a batch.
-
-    Raises:
-        InputError: for an unknown shape, a depth that it does not have or that does not fit into memory, and for more
-            pictures than visual tokens or half of the text tokens.
     """
     shape, usual = sizes_of(name, depth)
     if dtype == "auto":
@@ -138,7 +137,11 @@ def shape_subject(
             f"stands between two pictures, and half of them behind the last one; got {pictures}"
         )
     _check_fits(name, shape, number, device)
-    model = _random_decoder(name, shape, number, device)
+    kind = Qwen2Config if name.startswith(("qwen", "internvl")) else LlamaConfig
+    config = text_config(kind, shape, max_position_embeddings=32768, pad_token_id=0)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=number).eval()
     return replace(_fed_with_embeddings(name, model, visual, text, pictures), padded=padded)
 
 
@@ -148,11 +151,8 @@ def resized(subject: Subject, visual: int) -> Subject:
 
 
 def sizes_of(name: str, depth: int | None) -> tuple[DecoderShape, int]:
-    """The sizes of a shape, cut to `depth` layers, and the visual tokens of its usual picture.
-
-    Raises:
-        InputError: for an unknown shape, or a depth that it does not have.
-    """
+    """The sizes of a shape, cut to `depth` layers, and the visual tokens of its usual picture. Raises InputError for an
+    unknown shape, or a depth that it does not have."""
     if name not in SHAPES:
         raise InputError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
     shape, visual = SHAPES[name]
@@ -172,27 +172,6 @@ def _check_fits(name: str, shape: DecoderShape, dtype: torch.dtype, device: torc
             f"{shape.layers} layers of {name} take {needed / 2**30:.1f} GiB in {kind}, and the memory has "
             f"{there / 2**30:.1f}; run fewer layers (--num-layers N) or a smaller dtype"
         )
-
-
-def _random_decoder(name: str, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Any:
-    kind = Qwen2Config if name.startswith(("qwen", "internvl")) else LlamaConfig
-    config = kind(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=32768,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), device:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _fed_with_embeddings(name: str, model: Any, visual_tokens: int, text: int, pictures: int = 1) -> Subject:

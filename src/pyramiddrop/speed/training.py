@@ -43,22 +43,12 @@ class TrainingVariant:
 
 
 @dataclass(frozen=True)
-class StepTimes:
-    """Seconds of one training step: `gradients` is forward and backward; `optimizer` is None if none runs."""
-
-    forward: float
-    backward: float
-    gradients: float
-    optimizer: float | None
-    whole: float
-
-
-@dataclass(frozen=True)
 class TrainingStep:
     """Measurements of one variant, summarised over its steps.
 
     Attributes:
-        forward, backward, gradients, optimizer, whole: seconds, see :class:`StepTimes`.
+        forward, backward, gradients, optimizer, whole: seconds; `gradients` is forward and backward, and `optimizer`
+            is None if none runs.
         peak_bytes: peak memory of forward and backward above the weights and the inputs: activations and gradients. The
             optimizer's state is the same for all methods and not included.
         predicted_flops: FLOPs of the decoder's layers, ranking and head; a backward pass counts as two forwards.
@@ -106,10 +96,13 @@ def measure_training(
         tick: called after every step, including the first round.
         lora_rank: rank of trained adapters on every linear layer of the decoder; None: all weights are trained.
     """
-    times: list[list[StepTimes]] = [[] for _ in variants]
+    times: list[list[dict[str, Any]]] = [[] for _ in variants]
     peaks = [0] * len(variants)
     with _training(subject.model), _adapted(subject, lora_rank):
-        adam = _adam(subject.model) if optimizer else None
+        trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+        # Fused on a GPU: otherwise it needs memory of the weights' size once more.
+        fused = subject.model.device.type == "cuda"
+        adam = torch.optim.AdamW(trained, lr=0.0, fused=fused) if optimizer else None
         for turn, (index, variant) in in_turn(list(enumerate(variants)), repeats + 1):
             if turn:
                 times[index].append(_step(subject, variant, batch, adam, clock))
@@ -117,57 +110,32 @@ def measure_training(
                 with peak_memory(subject.model.device) as peak:
                     _gradients(subject, variant, batch, clock)
                 peaks[index] = peak.bytes
-                _update(adam)
+                if adam:
+                    adam.step()
             subject.model.zero_grad(set_to_none=True)
             tick()
-    frozen = lora_rank is not None
-    return [_summed(subject, *found, batch, frozen) for found in zip(variants, times, peaks, strict=True)]
+    shape, prompt, frozen = subject.info.shape, subject.prompt, lora_rank is not None
+    found = []
+    for one, steps, peak_bytes in zip(variants, times, peaks, strict=True):
+        flops = predict_step(one.cost, shape, prompt, batch, one.logits == "kept", one.checkpointing, frozen)
+        measured = {**Spread.of_each(steps), "peak_bytes": peak_bytes, "predicted_flops": flops}
+        found.append(TrainingStep(one.cost.label, one.logits, one.checkpointing, batch, **measured))
+    return found
 
 
-def _summed(
-    subject: Subject,
-    variant: TrainingVariant,
-    times: Sequence[StepTimes],
-    peak_bytes: int,
-    batch: int,
-    frozen: bool,
-) -> TrainingStep:
-    updates = [one.optimizer for one in times if one.optimizer is not None]
-    return TrainingStep(
-        variant=variant.cost.label,
-        logits=variant.logits,
-        checkpointing=variant.checkpointing,
-        batch=batch,
-        forward=Spread.of([one.forward for one in times]),
-        backward=Spread.of([one.backward for one in times]),
-        gradients=Spread.of([one.gradients for one in times]),
-        optimizer=Spread.of(updates) if updates else None,
-        whole=Spread.of([one.whole for one in times]),
-        peak_bytes=peak_bytes,
-        predicted_flops=predict_step(
-            variant.cost,
-            subject.info.shape,
-            subject.prompt,
-            batch,
-            variant.logits == "kept",
-            variant.checkpointing,
-            frozen,
-        ),
-    )
-
-
-def _step(subject: Subject, variant: TrainingVariant, batch: int, adam: Any, clock: Clock) -> StepTimes:
-    """Run one step: loss, gradients, and the optimizer's update if there is one."""
+def _step(subject: Subject, variant: TrainingVariant, batch: int, adam: Any, clock: Clock) -> dict[str, Any]:
+    """Run one step, with the optimizer's update if there is one; its seconds, by the names of `TrainingStep`."""
     start, middle, end = _gradients(subject, variant, batch, clock)
-    _update(adam)
+    if adam:
+        adam.step()
     updated = clock.mark() if adam else end
-    return StepTimes(
-        forward=clock.seconds(start, middle),
-        backward=clock.seconds(middle, end),
-        gradients=clock.seconds(start, end),
-        optimizer=clock.seconds(end, updated) if adam else None,
-        whole=clock.seconds(start, updated),
-    )
+    return {
+        "forward": clock.seconds(start, middle),
+        "backward": clock.seconds(middle, end),
+        "gradients": clock.seconds(start, end),
+        "optimizer": clock.seconds(end, updated) if adam else None,
+        "whole": clock.seconds(start, updated),
+    }
 
 
 def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Clock) -> tuple[Any, Any, Any]:
@@ -180,17 +148,6 @@ def _gradients(subject: Subject, variant: TrainingVariant, batch: int, clock: Cl
         middle = clock.mark()
         loss.backward()
         return start, middle, clock.mark()
-
-
-def _adam(model: Any) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU: otherwise it needs memory of the weights' size once more."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=0.0, fused=model.device.type == "cuda")
-
-
-def _update(adam: Any) -> None:
-    if adam:
-        adam.step()
 
 
 @contextmanager
