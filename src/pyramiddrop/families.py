@@ -101,8 +101,8 @@ TILES = "tokens that name its tiles"
 GRIDS = "patch grids in time"
 _GEMMA = (OWN_ROPE, WINDOWS, STATIC)
 
-_RESAMPLED = "a resampler makes each of its tokens from the whole picture"
-_QUERIED = "a Q-Former makes each of its tokens from the whole picture"
+RESAMPLED = "a resampler makes each of its tokens from the whole picture"
+QUERIED = "a Q-Former makes each of its tokens from the whole picture"
 
 
 def _unknown(layer_type: str) -> str:
@@ -159,12 +159,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qianfan_ocr": Family(("qwen3",), layout="calibrated"),
     "idefics2": Family(
-        ("mistral",),
-        ("image",),
-        (ADJACENT, ALL_WINDOWED),
-        "separators",
-        "tokens around each part",
-        no_layout=_RESAMPLED,
+        ("mistral",), ("image",), (ADJACENT, ALL_WINDOWED), "separators", "tokens around each part", no_layout=RESAMPLED
     ),
     "idefics3": Family(("llama",), image_lengths="whole image last", split=TILES, layout="calibrated"),
     "smolvlm": Family(("llama",), VIDEO, (FRAMES,), "whole image last", TILES, layout="calibrated in time"),
@@ -187,7 +182,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ovis2": Family(("qwen2",), image_lengths="separators", split="indicators of tiles", layout="calibrated"),
     "got_ocr2": Family(("qwen2",), layout="calibrated"),
-    "aria": Family(("aria_text",), image_lengths="equal", no_layout=_RESAMPLED),
+    "aria": Family(("aria_text",), image_lengths="equal", no_layout=RESAMPLED),
     "phi4_multimodal": Family(("phi4_multimodal",), limits=(ADJACENT,), layout="phi4"),
     "fuyu": Family(("persimmon",), image_lengths="separators", split="a newline behind each row"),
     # ---- Gemma
@@ -251,9 +246,9 @@ FAMILIES: dict[str, Family] = {
     # ---- no visual token passes through a decoder of the common form
     "mllama": Family(("mllama_text_model",), refused=_CROSS),
     "idefics": Family(("idefics",), refused=_CROSS),
-    "blip-2": Family(("opt", "t5"), refused=_QUERIES, no_layout=_QUERIED),
-    "instructblip": Family(("llama", "t5"), refused=_QUERIES, no_layout=_QUERIED),
-    "instructblipvideo": Family(("llama", "t5"), ("video",), refused=_QUERIES, no_layout=_QUERIED),
+    "blip-2": Family(("opt", "t5"), refused=_QUERIES, no_layout=QUERIED),
+    "instructblip": Family(("llama", "t5"), refused=_QUERIES, no_layout=QUERIED),
+    "instructblipvideo": Family(("llama", "t5"), ("video",), refused=_QUERIES, no_layout=QUERIED),
     "florence2": Family(("bart",), refused=_ENCODER_DECODER),
     "pix2struct": Family(("pix2struct_text_model",), refused=_ENCODER_DECODER),
     "udop": Family(("udop",), refused=_ENCODER_DECODER),

@@ -13,12 +13,7 @@ class InputError(ValueError):
 
 @contextmanager
 def user_input(about: str = "", caught: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """Turn errors about user input into an :class:`InputError`.
-
-    Args:
-        about: the subject, put before the first line of the error's message.
-        caught: the classes of errors to turn.
-    """
+    """Turn the `caught` errors into an :class:`InputError`: `about`, then the first line of the error's message."""
     try:
         yield
     except InputError:

@@ -33,11 +33,10 @@ def ask(
     max_new_tokens: int = 64,
     streamer: Any = None,
 ) -> Answer:
-    """Answer greedily, so that two methods differ only by the tokens that they drop.
+    """Answer greedily under `method` (None: the unpatched model), so that methods differ only by what they drop.
 
     Args:
         inputs: the result of :func:`pyramiddrop.inference.prompt.build_inputs`, on any device.
-        method: the method to apply; None: the unpatched model.
         streamer: a Transformers streamer that receives the tokens as they are generated.
     """
     with method(checkpoint.model) if method else nullcontext() as trace:
@@ -134,8 +133,7 @@ def compare(
 ) -> Comparison:
     """Answer `inputs` without and with `method`, and time both prefills in turn, `runs` times each.
 
-    Args:
-        fastest: report the fastest run (for a machine shared with other programs) instead of the median.
+    If `fastest`, the fastest run (for a machine shared with other programs) is reported instead of the median.
     """
     plain = ask(checkpoint, inputs, None, max_new_tokens)
     pruned = ask(checkpoint, inputs, method, max_new_tokens)

@@ -25,9 +25,7 @@ class MethodEntry:
     Attributes:
         kind: METHOD, SCORER or OPTION.
         name: its name on the command line.
-        rule: its rule in one sentence.
         source: its publication; empty for this library's own controls.
-        arguments: the names of its arguments.
     """
 
     kind: str

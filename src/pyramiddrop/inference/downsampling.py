@@ -55,8 +55,7 @@ def downsample(processor: Any, pictures: Sequence[Image.Image], keep: float) -> 
     processor's configuration. With `ANY_SIZE`, the processor does not resize the results again.
 
     Args:
-        processor: a processor with a pixel budget.
-        pictures: RGB pictures of any sizes.
+        processor: one with a pixel budget.
         keep: in (0, 1]; of N tokens, at most floor(N * keep) remain, and at least 1.
     """
     images = processor.image_processor

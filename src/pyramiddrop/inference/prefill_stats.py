@@ -74,9 +74,7 @@ def batch_usage(
 ) -> list[Usage]:
     """The usage of each sample of a batch, without padding, so that it does not depend on the other samples.
 
-    Args:
-        inputs: the inputs of the batch.
-        method, trace: the method of its prefill, and the trace; None without dropping.
+    `method` and `trace` are those of the batch's prefill; None without dropping.
     """
     info = inspect_model(model)
     kept = [(stage.layer, stage.keep, list(map(len, stage.kept))) for stage in trace.stages] if trace else []

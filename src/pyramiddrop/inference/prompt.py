@@ -116,8 +116,7 @@ def build_batch(processor: Any, questions: Questions, size: Mapping[str, int] | 
     """Build the tensors of several questions, each about its own pictures: one row each, left-padded. Raises InputError
     as for `build_inputs`.
 
-    Args:
-        size: the size of pictures that replaces the processor's own `size`.
+    `size` replaces the processor's own size of pictures.
     """
     return _build(processor, questions, settings={"images_kwargs": {"size": dict(size)}} if size else {})
 

@@ -52,7 +52,6 @@ class Launch:
 
     Attributes:
         command: the command line of vLLM or of Transformers.
-        method: the method that it applies.
         saving: the estimated saving; None if the cost model does not know the text model.
         notes: further information, one line each.
     """
@@ -77,7 +76,7 @@ def prepare_launch(model: str, spec: str | None, arguments: Sequence[str], backe
     Args:
         model: folder or hub name of a checkpoint; only its configuration and its tokenizer are read.
         spec: the method specification; None: the method saved beside the checkpoint, or the paper's.
-        arguments: further arguments of the server.
+        arguments: further ones of the server.
         backend: one of `BACKENDS`; None: vLLM if it is installed.
     """
     if backend is None:

@@ -70,7 +70,12 @@ def choose_sizes(
     if given:
         name, sizes, visual = PLAIN, _plain(numbers), None
     elif model is not None:
-        name, sizes, visual = model, *_read(model)
+        from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
+        from pyramiddrop.inference.checkpoint import read_any_config
+
+        config = read_any_config(model)
+        with user_input(f"cannot count {model}"):
+            name, sizes, visual = model, model_shape(config), visual_tokens_of(config)
     else:
         name = shape or DEFAULT_SHAPE
         if name not in PRESETS:
@@ -83,15 +88,6 @@ def choose_sizes(
         raise InputError("say --visual-tokens: the sizes do not tell how many a picture has")
     with user_input():
         return Sizes(name, sizes, Prompt(visual, TEXT_TOKENS if text_tokens is None else text_tokens, crops))
-
-
-def _read(source: str) -> tuple[ModelShape, int | None]:
-    from pyramiddrop.cost.model_sizes import model_shape, visual_tokens_of
-    from pyramiddrop.inference.checkpoint import read_any_config
-
-    config = read_any_config(source)
-    with user_input(f"cannot count {source}"):
-        return model_shape(config), visual_tokens_of(config)
 
 
 def _plain(numbers: Mapping[str, Any]) -> ModelShape:

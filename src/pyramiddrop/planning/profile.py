@@ -71,7 +71,13 @@ class Profile:
         scores = {(cell["layer"], float(cell["keep"])): float(cell[metric]) for cell in cells}
         layers = sorted({layer for layer, _ in scores})
         keep = sorted({share for _, share in scores} - {1.0}, reverse=True)
-        _check(num_layers, layers, keep, scores)
+        if any(not isinstance(layer, int) or not 1 <= layer < num_layers for layer in layers):
+            raise ValueError(f"layers must be in 1..{num_layers - 1}; got {layers}")
+        if not keep or not 0 < keep[-1] <= keep[0] < 1:
+            raise ValueError(f"keep must be in (0, 1]; got {keep}")
+        for layer, share in product(layers, keep):
+            if (layer, share) not in scores:
+                raise ValueError(f"every layer needs every keep; layer {layer} has none for keep {share:g}")
         losses: dict[tuple[int, float], float] = {}
         for layer in layers:
             worst = losses[layer, 1.0] = 0.0
@@ -92,16 +98,6 @@ def read_json(path: str | Path, build: Callable[[Any], Built], what: str) -> Bui
     except (TypeError, KeyError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no {what}: {reason}") from error
-
-
-def _check(num_layers: int, layers: list[int], keep: list[float], scores: dict[tuple[int, float], float]) -> None:
-    if any(not isinstance(layer, int) or not 1 <= layer < num_layers for layer in layers):
-        raise ValueError(f"layers must be in 1..{num_layers - 1}; got {layers}")
-    if not keep or not 0 < keep[-1] <= keep[0] < 1:
-        raise ValueError(f"keep must be in (0, 1]; got {keep}")
-    missing = [cell for cell in product(layers, keep) if cell not in scores]
-    if missing:
-        raise ValueError(f"every layer needs every keep; layer {missing[0][0]} has none for keep {missing[0][1]:g}")
 
 
 #: What the cost of later layers depends on: the keep ratio, and the visual tokens in each earlier layer whose keys a

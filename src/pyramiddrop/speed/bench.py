@@ -48,7 +48,6 @@ class BenchOptions:
         model, images, prompt: a checkpoint, and a question with its pictures.
         methods: method specifications such as `fastv:layer=3`.
         batches: batch sizes, measured one by one.
-        threads: number of CPU threads.
     """
 
     shape: str | None = None
@@ -77,12 +76,8 @@ class Bench:
     threads: int
 
     def generation(self, new_tokens: int, repeats: int, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Measure prefill, decoding, memory and KV cache of generating `new_tokens`.
-
-        Args:
-            repeats: number of measured runs of each method.
-            tick: called after each of :meth:`runs` runs.
-        """
+        """Measure prefill, decoding, memory and KV cache of generating `new_tokens`, `repeats` times for each method;
+        `tick` is called after each of :meth:`runs` runs."""
 
         def measure(batch: int, clock: Clock) -> list[Generation]:
             return measure_generation(self.subject, self.variants, batch, new_tokens, repeats, clock, tick)
@@ -93,11 +88,8 @@ class Bench:
     def training(
         self, repeats: int, optimizer: bool, tick: Callable[[], None] = lambda: None, lora_rank: int | None = None
     ) -> dict[str, Any]:
-        """Measure training steps, with AdamW's update if `optimizer`; see :meth:`generation`.
-
-        Args:
-            lora_rank: rank of the trained adapters; None: all weights are trained.
-        """
+        """Measure training steps, with AdamW's update if `optimizer`, of adapters of rank `lora_rank` (None: of all
+        weights); see :meth:`generation`."""
         variants = training_variants(self.variants)
 
         def measure(batch: int, clock: Clock) -> list[TrainingStep]:
@@ -166,8 +158,7 @@ class Bench:
 def prepare_bench(options: BenchOptions, tell: Callable[[str], None] = lambda reason: None) -> Bench:
     """Check the options, and load or make the model. Raises InputError if any option cannot be used.
 
-    Args:
-        tell: called with the reason if a default method is left out.
+    `tell` is called with the reason if a default method is left out.
     """
     device = pick_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":

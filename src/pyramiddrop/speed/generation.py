@@ -60,10 +60,7 @@ def measure_generation(
 ) -> list[Generation]:
     """Generate `new_tokens` for `batch` equal samples for each of `variants`, taken in turn, `repeats` times each.
 
-    A first round warms up and measures memory; its times are not counted.
-
-    Args:
-        tick: called after every run, including the first round.
+    A first round warms up and measures memory; its times are not counted. `tick` is called after every run.
     """
     times: dict[str, list[dict[str, Any]]] = {variant.label: [] for variant in variants}
     memory: dict[str, dict[str, Any]] = {}
@@ -140,11 +137,7 @@ class _Tokens:
 
 
 def _settle(subject: Subject, inputs: Mapping[str, Tensor], watch: _PrefillWatch) -> None:
-    """Run an untimed prefill.
-
-    The first one after a method was applied checks how to extract keys from its ranking layers, and waits for the
-    device; this belongs to applying the method.
-    """
+    """Run an untimed prefill: the first one with a method checks how to extract keys, and waits for the device."""
     subject.model(**inputs, use_cache=False, logits_to_keep=1)
     watch.forget()
 
@@ -161,7 +154,7 @@ class _PrefillWatch:
         self._open: Any = None
 
     def before_method(self) -> None:
-        """Install the hooks that run before the method's; hooks run in the order of installation."""
+        """Install the hooks that run before the method's, as hooks run in the order of installation."""
         self.handles.append(self.text.register_forward_pre_hook(self._enter))
         self.handles += [module.register_forward_pre_hook(self._start) for module in (*self.around, *self.inside)]
         self.handles.append(self.text.register_forward_hook(self._start))
@@ -243,10 +236,7 @@ def measure_decoding(
 
     The prompt is not compiled. Methods run one after another, because a compiled step contains the hooks that it was
     compiled with; all runs of a method share a cache, whose address a CUDA graph contains. The first run compiles and
-    is not counted.
-
-    Args:
-        tick: called after every run, including first ones.
+    is not counted. `tick` is called after every run.
     """
     found = []
     for name, compiler in compilers.items():

@@ -62,8 +62,7 @@ def measure_overhead(
 ) -> list[Overhead]:
     """Run a prefill and some steps of `batch` equal samples for each of `variants`, in turn; a first round warms up.
 
-    Args:
-        tick: called once for each method after every round, including the first one.
+    `tick` is called once for each method after every round.
     """
     names = [variant.label for variant in variants]
     prefills, steps = ({name: list[float]() for name in names} for _ in range(2))
@@ -134,10 +133,7 @@ def count_graphs(
 ) -> list[Graphs]:
     """Prefill one sample of each of `visual_tokens` for each of `variants`, without a cache; a graph break raises.
 
-    Args:
-        subject: the subject of a shape.
-        backend: the backend of `torch.compile`.
-        tick: called after each method.
+    The subject is one of a shape, and `backend` that of `torch.compile`. `tick` is called after each method.
     """
     found, layers = [], subject.info.layers
     for variant in variants:
@@ -160,10 +156,8 @@ def count_graphs(
 
 
 def count_waits(subject: Subject, variant: MethodCost) -> int | None:
-    """Number of host waits in one prefill of one sample, after a warm-up; None without a CUDA device.
-
-    They are counted by PyTorch's sync debug mode, which does not notice every way to wait.
-    """
+    """Number of host waits in one prefill of one sample, after a warm-up, as far as PyTorch's sync debug mode notices
+    them; None without a CUDA device."""
     if subject.model.device.type != "cuda":
         return None
     with torch.no_grad(), subject.under(variant.method):

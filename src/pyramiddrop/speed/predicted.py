@@ -19,7 +19,6 @@ class Predicted:
     Attributes:
         flops: FLOPs of the decoder's layers and of ranking, with attention over all pairs of rows.
         causal_flops: the same with attention over each row and those before it, as a causal kernel computes it.
-        kv_bytes: bytes of the cache after the prefill.
     """
 
     flops: int
@@ -31,12 +30,8 @@ def choose_variants(
     words: Sequence[str], shape: DecoderShape, prompt: Prompt, tell: Callable[[str], None] = lambda reason: None
 ) -> list[MethodCost]:
     """Vanilla, then the methods in `words` (such as `fastv:layer=3`); by default, the published ones that the model
-    allows. Raises InputError for an unknown method, option or value, one that does not fit the model, or one that is
-    named twice.
-
-    Args:
-        tell: called with the reason if a default method is left out.
-    """
+    allows; `tell` is called with the reason if one is left out. Raises InputError for an unknown method, option or
+    value, one that does not fit the model, or one that is named twice."""
     sizes = Sizes("", ModelShape(shape), prompt)
     if not words:
         variants, left_out = published_costs(PUBLISHED, {}, sizes)

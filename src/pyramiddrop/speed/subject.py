@@ -41,7 +41,6 @@ class Subject:
     """A model with one sample to run.
 
     Attributes:
-        name: the name of the checkpoint or the shape.
         about: a description of what runs.
         inputs: the arguments of the model's forward, batch size 1, on its device.
         visual: (1, L) bool on the CPU, the visual tokens.

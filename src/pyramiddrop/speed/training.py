@@ -24,10 +24,9 @@ LOGITS: tuple[Logits, ...] = ("full", "kept")
 
 @dataclass(frozen=True)
 class TrainingVariant:
-    """A method, and the settings of its training step.
+    """A method or vanilla, and the settings of its training step.
 
     Attributes:
-        cost: the method, or vanilla, with its cost.
         logits: "full": of every row; "kept": of the remaining rows, for methods only.
         checkpointing: True to recompute layers in the backward pass, which saves memory.
     """
@@ -89,11 +88,10 @@ def measure_training(
 ) -> list[TrainingStep]:
     """Train for a step on `batch` equal samples for each of `variants`, in turn, `repeats` times each.
 
-    A first round warms up and measures memory; its times are not counted.
+    A first round warms up and measures memory; its times are not counted. `tick` is called after every step.
 
     Args:
         optimizer: True to step AdamW, with a learning rate of zero, so that every step starts from the same weights.
-        tick: called after every step, including the first round.
         lora_rank: rank of trained adapters on every linear layer of the decoder; None: all weights are trained.
     """
     times: list[list[dict[str, Any]]] = [[] for _ in variants]
