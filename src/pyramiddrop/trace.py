@@ -122,11 +122,36 @@ class Trace:
         Raises:
             RuntimeError: before the first prefill, and for a text model that the cost model does not know.
         """
-        return copy.copy(self)._cost()  # of one prefill, even if another one is shown meanwhile
+        trace = copy.copy(self)  # of one prefill, even if another one is shown meanwhile
+        if not trace.lengths:
+            raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
+        if trace._shape is None:
+            raise RuntimeError("the cost model does not know this model's text model")
+        shape, batch, depth = trace._shape, len(trace.visual_columns), len(trace.lengths)
+        vanilla = [trace.length] * depth
+        counts = [trace.visual_tokens, *([len(kept) for kept in stage.kept] for stage in trace.stages)]
+        stages = [sum(stage.layer <= layer for stage in trace.stages) for layer in range(depth)]
+        visual = [[counts[stage][sample] for stage in stages] for sample in range(batch)]  # of each sample, by layer
+        flops = sum(prefill_flops(shape, trace.lengths, visual=own) for own in visual)
+        return Cost(
+            flops=flops + batch * trace._ranking_cost,
+            vanilla_flops=sum(prefill_flops(shape, vanilla, visual=[own] * depth) for own in trace.visual_tokens),
+            kv_bytes=batch * kv_bytes(shape, trace.lengths),
+            vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),
+        )
 
     def __repr__(self) -> str:
         """One line: the visual tokens after each drop, over all samples, and the share of vanilla's FLOPs."""
-        return copy.copy(self)._line()
+        trace = copy.copy(self)
+        if not trace.lengths:
+            return "Trace(no prefill yet)"
+        counts = [sum(trace.visual_tokens), *(sum(map(len, stage.kept)) for stage in trace.stages)]
+        batch = len(trace.visual_columns)
+        parts = [f"{batch} samples"] if batch > 1 else []
+        parts.append(" -> ".join(map(str, counts)) + " visual tokens")
+        if trace.has_sizes:
+            parts.append(f"{100 * trace.cost().flops_ratio:.0f} % of FLOPs")
+        return f"Trace({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         """A table for notebooks: one row a drop."""
@@ -135,40 +160,7 @@ class Trace:
         rows += [(stage.layer, stage.keep, *map(len, stage.kept)) for stage in trace.stages]
         heads = ("before layer", "keep", *(f"sample {sample}" for sample in range(len(trace.visual_columns))))
         body = [_html_row("th", heads), *(_html_row("td", row) for row in rows)] if trace.lengths else []
-        return f"<table><caption>{escape(trace._line())}</caption>{''.join(body)}</table>"
-
-    def _line(self) -> str:
-        if not self.lengths:
-            return "Trace(no prefill yet)"
-        counts = [sum(self.visual_tokens), *(sum(map(len, stage.kept)) for stage in self.stages)]
-        batch = len(self.visual_columns)
-        parts = [f"{batch} samples"] if batch > 1 else []
-        parts.append(" -> ".join(map(str, counts)) + " visual tokens")
-        if self.has_sizes:
-            parts.append(f"{100 * self._cost().flops_ratio:.0f} % of FLOPs")
-        return f"Trace({', '.join(parts)})"
-
-    def _cost(self) -> Cost:
-        if not self.lengths:
-            raise RuntimeError("nothing to cost yet: the trace is filled by the first prefill of the patched model")
-        if self._shape is None:
-            raise RuntimeError("the cost model does not know this model's text model")
-        shape, batch = self._shape, len(self.visual_columns)
-        vanilla = [self.length] * len(self.lengths)
-        whole = [[tokens] * len(vanilla) for tokens in self.visual_tokens]
-        return Cost(
-            flops=sum(prefill_flops(shape, self.lengths, visual=own) for own in self._left())
-            + batch * self._ranking_cost,
-            vanilla_flops=sum(prefill_flops(shape, vanilla, visual=own) for own in whole),
-            kv_bytes=batch * kv_bytes(shape, self.lengths),
-            vanilla_kv_bytes=batch * kv_bytes(shape, vanilla),
-        )
-
-    def _left(self) -> list[list[int]]:
-        """The number of visual tokens of each sample in each layer."""
-        counts = [self.visual_tokens, *([len(kept) for kept in stage.kept] for stage in self.stages)]
-        stages = [sum(stage.layer <= layer for stage in self.stages) for layer in range(len(self.lengths))]
-        return [[counts[stage][sample] for stage in stages] for sample in range(len(self.visual_columns))]
+        return f"<table><caption>{escape(repr(trace))}</caption>{''.join(body)}</table>"
 
 
 def _html_row(tag: str, cells: Sequence[object]) -> str:

@@ -183,15 +183,9 @@ def _of_shape(options: BenchOptions, shape: str, device: torch.device) -> Subjec
                 f"{variant.label} reads or changes what the vision tower sees, and --shape runs the decoder alone: "
                 "take vision:score=diversity, random or uniform, or a checkpoint with --model"
             )
+    text, pictures = options.text_tokens or TEXT_TOKENS, options.pictures or 1
     return shape_subject(
-        shape,
-        device,
-        options.dtype,
-        options.num_layers,
-        options.visual_tokens,
-        options.text_tokens or TEXT_TOKENS,
-        options.pictures or 1,
-        options.padded,
+        shape, device, options.dtype, options.num_layers, options.visual_tokens, text, pictures, options.padded
     )
 
 
