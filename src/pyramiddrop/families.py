@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """A restriction of a family.
-
-    Attributes:
-        name: short, for tables.
-        description: one sentence.
-    """
+    """A restriction of a family: a short name for tables, and one sentence."""
 
     name: str
     description: str

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 from pyramiddrop.cost import DecoderShape, DropCounts, merging_flops
@@ -533,9 +532,7 @@ class Applied:
         self._attachment = _attach(self._model, self._method, self._given)
         return self._attachment.trace
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None

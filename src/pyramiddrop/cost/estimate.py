@@ -44,14 +44,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Parts:
-    """True FLOPs of the parts of a model in one prefill; 2 for a multiply-add.
-
-    Attributes:
-        decoder: the decoder's layers.
-        ranking: the ranking at the drops.
-        head: the language-model head over the last row.
-        vision: the vision tower; 0 if its sizes are unknown.
-        projector: the projector between the tower and the decoder.
+    """True FLOPs of the parts of a model in one prefill: the decoder's layers, the ranking at the drops, the
+    language-model head over the last row, the vision tower and the projector behind it (0 if their sizes are unknown).
     """
 
     decoder: int
@@ -125,8 +119,7 @@ class DropCounts:
 
     Attributes:
         layer: the 0-based layer before which tokens are dropped.
-        rows: number of rows before the drop, text included.
-        visual: number of visual tokens among them.
+        rows, visual: numbers of rows before the drop, text included, and of visual tokens among them.
         kept: number of visual tokens that are kept.
         queries: number of query tokens: the prompt's last one, or one for each answer in training.
         instruction: number of instruction tokens.

@@ -76,7 +76,7 @@ def prepare_launch(model: str, spec: str | None, arguments: Sequence[str], backe
     Args:
         model: folder or hub name of a checkpoint; only its configuration and its tokenizer are read.
         spec: the method specification; None: the method saved beside the checkpoint, or the paper's.
-        arguments: further ones of the server.
+        arguments: further arguments of the server.
         backend: one of `BACKENDS`; None: vLLM if it is installed.
     """
     if backend is None:

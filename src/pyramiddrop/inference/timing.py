@@ -128,8 +128,7 @@ class Spread:
 class Clock(ABC):
     """Marks moments of a device's work; the time between two marks is known when the work is done.
 
-    Attributes:
-        name: what kind of seconds it measures.
+    `name` says what kind of seconds it measures.
     """
 
     name: str
@@ -165,11 +164,7 @@ class WallClock(CpuClock):
 
 
 class CudaClock(Clock):
-    """CUDA events: marks need no synchronisation, and include the time that the device waits for Python.
-
-    Args:
-        device: the device to time; it need not be the current one.
-    """
+    """CUDA events on any device: marks need no synchronisation, and include the time that it waits for Python."""
 
     name = "CUDA event seconds"
 

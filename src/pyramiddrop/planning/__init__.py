@@ -36,8 +36,7 @@ class PublishedPlan:
     Attributes:
         tokens: the budget, average visual tokens in a layer.
         pyramid: a description of the drop layers.
-        plan: the schedule, or the nearest one if the budget is out of reach.
-        within_reach: True if the plan is within the budget.
+        plan: the schedule, or the nearest one if the budget is not `within_reach`.
     """
 
     tokens: int

@@ -98,7 +98,6 @@ class Meter:
         layer: gives the cost of a 0-based layer, by the visual tokens in it and in the layer whose keys it reads.
         ranking: gives the cost of ranking some visual tokens and the text.
         sources: for each layer, the layer whose keys it attends to.
-        tokens: number of visual tokens.
         fixed: the cost that does not depend on the schedule.
         whole: the sum that corresponds to `units` of the budget's unit.
     """
