@@ -34,11 +34,7 @@ DRAWS = (0, 1, 2)
 
 
 def at_budget(
-    method: Method,
-    percent: float,
-    shape: DecoderShape,
-    prompts: Sequence[Prompt],
-    layers: Sequence[int] | None = None,
+    method: Method, percent: float, shape: DecoderShape, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
 ) -> Method:
     """Solve the keep ratios of `method` so that all `prompts` together cost at most `percent` of vanilla.
 
@@ -66,11 +62,7 @@ def at_budget(
 
 
 def at_average_tokens(
-    method: Method,
-    tokens: float,
-    shape: DecoderShape,
-    prompts: Sequence[Prompt],
-    layers: Sequence[int] | None = None,
+    method: Method, tokens: float, shape: DecoderShape, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
 ) -> Method:
     """Solve the keep ratios of `method` so that layers have at most `tokens` visual tokens on average.
 
@@ -131,10 +123,7 @@ def check_average_tokens(tokens: float) -> None:
 
 
 def decoder_flops(
-    method: Method | None,
-    shape: DecoderShape,
-    prompts: Mapping[Prompt, int],
-    layers: Sequence[int] | None = None,
+    method: Method | None, shape: DecoderShape, prompts: Mapping[Prompt, int], layers: Sequence[int] | None = None
 ) -> int:
     """FLOPs of the decoder's layers and the ranking over all `prompts`, each times its number."""
     schedule = method.schedule(shape.layers, layers) if method else None
