@@ -107,9 +107,9 @@ def test_the_template_of_llava() -> None:
     turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "Why?"), ("assistant", "So.")]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     messages[0]["content"].insert(0, {"type": "image"})  # type: ignore[attr-defined]
-    written = collator.writer.write(messages)
-    assert written.text == "USER: <image>\nHello ASSISTANT: Hi</s>USER: Why? ASSISTANT: So.</s>"
-    assert [written.text[start:stop] for start, stop in written.answers] == [" Hi</s>", " So.</s>"]
+    text, answers = collator.write(messages)
+    assert text == "USER: <image>\nHello ASSISTANT: Hi</s>USER: Why? ASSISTANT: So.</s>"
+    assert [text[start:stop] for start, stop in answers] == [" Hi</s>", " So.</s>"]
     assert collator.ends_answers
 
 

@@ -33,13 +33,12 @@ from pyramiddrop.hf import attachment_of
 from pyramiddrop.inference import InputError
 from pyramiddrop.inference.checkpoint import load_processor
 from pyramiddrop.schedule import Stage
-from pyramiddrop.training.answers import AnswerCheck
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import LENGTH, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
 from pyramiddrop.training.recipes import RECIPES
 from pyramiddrop.training.run import TrainOptions, last_whole_checkpoint, prepare_training
-from pyramiddrop.training.trainer import ConversationTrainer, SeededLengths
+from pyramiddrop.training.trainer import AnswerCheck, ConversationTrainer, SeededLengths
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of Transformers, about its own new names
 

@@ -31,15 +31,10 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class LamCurriculum(TrainerCallback):  # type: ignore[misc]
-    """Changes λ linearly from `first` at the first step to the method's own at the last.
+    """Changes λ linearly from `first` at the first step (1 drops nothing) to that of `method` at the last.
 
-    λ is rounded to hundredths, so that the method is applied again at most a hundred times. After training, and after a
-    call of `finish`, the model has the method with its own λ.
-
-    Args:
-        model: a model to which `method` is applied.
-        method: the method, with the λ of the last step.
-        first: λ of the first step, in (0, 1]; 1 drops nothing.
+    `method` is already applied to `model`. λ is rounded to hundredths, so that it is applied again at most a hundred
+    times. After training, and after a call of `finish`, the model has the method with its own λ.
     """
 
     def __init__(self, model: nn.Module, method: StagedMethod, first: float) -> None:
@@ -55,7 +50,7 @@ class LamCurriculum(TrainerCallback):  # type: ignore[misc]
         """Apply the method with the λ of the step that begins."""
         self._use(replace(self.method, lam=self.lam(state.global_step, state.max_steps)))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Apply the method with its own λ, with which the model is saved."""
         self.finish()
 

@@ -7,7 +7,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,26 +18,31 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from pyramiddrop.inference import InputError
 from pyramiddrop.inference.prompt import open_picture, opened, to_rgb
-from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, located
+from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, image_places, listed, located, message_text
 
+IGNORED_LABEL = -100
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: The chunks of a PNG that may hold Exif data.
 PNG_TELLING = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+
+Span = tuple[int, int]
 
 
 class AnswerCollator:
     """Collates samples for any trainer: `Trainer(data_collator=AnswerCollator(processor), ...)`.
 
+    The model's processor must have a chat template.
     Rows are padded on the right to the longest one; a sample may have any number of images, or none. The tokens are
     those of inference: the beginning-of-sequence token is there if the processor adds it.
 
-    Args:
-        processor: the model's processor, with a chat template.
+    Answers are those that the template marks with `{% generation %}`. Without such marks, an answer is everything after
+    the generation prompt: the words and the end of the turn.
     """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.writer = ConversationWriter(processor)
+        self.template: str = processor.chat_template
+        self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The model's inputs for `rows`, each with `messages` and `images` (files or pictures) as in `Sample`.
@@ -47,14 +51,14 @@ class AnswerCollator:
             `input_ids`, `attention_mask` and `labels`, (B, L), with -100 outside of answers; `pixel_values` and the
             processor's other outputs for images.
         """
-        written = [self.writer.write(plain_messages(row["messages"])) for row in rows]
+        texts, answers = zip(*(self.write(plain_messages(row["messages"])) for row in rows), strict=True)
         offsets_too = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        inputs = dict(self._encode(written, [_pictures(row) for row in rows], **offsets_too))
+        inputs = dict(self._encode(texts, [_pictures(row) for row in rows], **offsets_too))
         offsets = inputs.pop("offset_mapping")
         expansions = inputs.pop("text_replacement_offsets", None) or [[] for _ in rows]
         labels = inputs["input_ids"].clone()
-        for row, one in enumerate(written):
-            labels[row, ~answer_mask(offsets[row], one.answers, expansions[row])] = IGNORED_LABEL
+        for row, spans in enumerate(answers):
+            labels[row, ~_answer_mask(offsets[row], spans, expansions[row])] = IGNORED_LABEL
         return {**inputs, "labels": labels}
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -62,9 +66,9 @@ class AnswerCollator:
 
         Rows are those of a call; pictures behind their last message are left out.
         """
-        written = [self.writer.prompt(plain_messages(row["messages"])) for row in rows]
-        pictures = [_pictures(row)[: _places(row)] for row in rows]
-        return dict(self._encode(written, pictures, padding_side="left"))
+        texts = [self._render(plain_messages(row["messages"]), prompt=True)[0] for row in rows]
+        pictures = [_pictures(row)[: image_places(row["messages"])] for row in rows]
+        return dict(self._encode(texts, pictures, padding_side="left"))
 
     @property
     def ends_answers(self) -> bool:
@@ -79,74 +83,83 @@ class AnswerCollator:
     def length(self, sample: Sample) -> int:
         """The number of tokens of a sample, including visual tokens.
 
-        Raises:
-            BrokenSampleError: if an image cannot be opened, or the template refuses the conversation.
+        BrokenSampleError if an image cannot be opened, the template refuses the conversation, or the processor would
+        read a text as an image or a video.
         """
-        self._check_text(sample)
-        written = self.writer.write(sample.messages)
-        tokens = self.processor.tokenizer(written.text, add_special_tokens=self._adds_special(written))
-        return len(tokens["input_ids"]) + sum(
-            _visual_tokens(self.processor, image_size(image)) - 1 for image in sample.images
-        )
-
-    def _check_text(self, sample: Sample) -> None:
-        """Raise BrokenSampleError for text that the processor would read as an image or a video."""
-        words = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
         for name in ("image_token", "video_token"):
             token = getattr(self.processor, name, None)
-            if token and any(token in text for text in words):
+            if token and any(token in message_text(message) for message in sample.messages):
                 raise BrokenSampleError(f"a text holds {token}, which stands for an image or a video in this model")
+        text, _ = self.write(sample.messages)
+        tokens = self.processor.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+        return len(tokens) + sum(_visual_tokens(self.processor, image_size(image)) - 1 for image in sample.images)
 
-    def _encode(self, written: Sequence[Rendered], pictures: list[list[Any]], **more: Any) -> Any:
+    def _encode(self, texts: Sequence[str], pictures: list[list[Any]], **more: Any) -> Any:
         return self.processor(
-            text=[one.text for one in written],
+            text=list(texts),
             images=pictures if any(pictures) else None,
             padding=True,
-            add_special_tokens=self._adds_special(written[0]),
+            add_special_tokens=self._adds_special(texts[0]),
             return_tensors="pt",
             **{"padding_side": "right"} | more,
         )
 
-    def _adds_special(self, written: Rendered) -> bool:
+    def _adds_special(self, text: str) -> bool:
         """True if the tokenizer should add its special tokens; False if the template wrote the first one itself."""
         first = self.processor.tokenizer.bos_token
-        return first is None or not written.text.startswith(first)
+        return first is None or not text.startswith(first)
+
+    def write(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the character ranges of its answers, which the model learns to write.
+
+        BrokenSampleError if the template refuses it, or rewrites earlier turns when one is added.
+        """
+        text, answers = self._render(messages, marked=self._marked)
+        if self._marked:
+            return text, answers
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, _ = self._render(messages[:number], prompt=True)
+                until, _ = self._render(messages[: number + 1])
+                if not (until.startswith(prompt) and text.startswith(until)):
+                    raise BrokenSampleError(
+                        "the chat template writes earlier turns anew when a further one is added; use one that marks "
+                        "its answers with {% generation %}"
+                    )
+                answers.append((len(prompt), len(until)))
+        return text, answers
+
+    def _render(
+        self, messages: Sequence[Message], prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text of messages, and the ranges that the template marks; a `prompt` ends where an answer begins."""
+        try:
+            texts, spans = render_jinja_template(
+                [list(messages)],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marked,
+                **self.processor.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # templates raise any error; Jinja's own have no common class
+            raise BrokenSampleError(f"the chat template refuses it: {error}") from error
+        return texts[0], [(start, stop) for start, stop in spans[0]] if marked else []
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Image.Image]:
-    return [open_image(image) for image in listed(row["images"])]
-
-
-def _places(row: Mapping[str, Any]) -> int:
-    """The number of image places in the messages of a row."""
-    return sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
-
-
-def listed(images: Any) -> Sequence[Any]:
-    """Images as a list, from a list, a single image or None."""
-    if images is None:
-        return []
-    return images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+    return [_open_image(image) for image in listed(row["images"])]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages without the empty fields that a table of `datasets` adds to every part."""
-    return [
-        {"role": message["role"], "content": [_without_empty(part) for part in message["content"]]}
-        for message in messages
-    ]
+    found = []
+    for message in messages:
+        parts = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
+        found.append({"role": message["role"], "content": parts})
+    return found
 
 
-def _without_empty(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if value is not None}
-
-
-def open_image(image: Any) -> Image.Image:
-    """Open a picture from a file or its bytes, or take a picture itself, in RGB.
-
-    Raises:
-        BrokenSampleError: if it does not exist, is not a picture or cannot be decoded.
-    """
+def _open_image(image: Any) -> Image.Image:
     found = located(image)
     with _broken():
         if isinstance(found, Image.Image):
@@ -155,38 +168,28 @@ def open_image(image: Any) -> Image.Image:
 
 
 def image_size(image: Any) -> tuple[int, int]:
-    """(width, height) of a picture or of a picture file, of which only the header is decoded.
-
-    Raises:
-        BrokenSampleError: if it does not exist or is not a picture.
-    """
+    """(width, height) of a picture or a file, of which only the header is decoded; BrokenSampleError if it is none."""
     found = located(image)
     if isinstance(found, Image.Image):
         return found.size
     with _broken(), opened(found if isinstance(found, bytes) else Path(found)) as picture:
         width, height = picture.size
-        turned = _exif(picture).get(ExifTags.Base.Orientation, 1) >= 5
-        return (height, width) if turned else (width, height)
+        # Pillow decodes a whole PNG for its Exif data, which is only needed if data follows the pixels.
+        leading = picture.format == "PNG" and PNG_TELLING.isdisjoint(_chunks_behind_pixels(picture.fp))  # type: ignore[attr-defined]
+        exif = Image.Image.getexif(picture) if leading else picture.getexif()
+        return (height, width) if exif.get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
 
 
-def _exif(picture: Any) -> Image.Exif:
-    """The picture's Exif data. Pillow decodes a whole PNG for it, which is only needed if data follows the pixels."""
-    if picture.format == "PNG" and PNG_TELLING.isdisjoint(list(_chunks_behind_pixels(picture.fp))):
-        return Image.Image.getexif(picture)
-    return picture.getexif()  # type: ignore[no-any-return]
-
-
-def _chunks_behind_pixels(file: BinaryIO) -> Iterator[bytes]:
-    """The names of a PNG's chunks after the first one with pixels; the position in the file is restored."""
-    place = file.tell()
+def _chunks_behind_pixels(file: BinaryIO) -> list[bytes]:
+    """The names of a PNG's chunks from the first one with pixels on; the position in the file is restored."""
+    place, names = file.tell(), list[bytes]()
     file.seek(len(PNG_SIGNATURE))
-    pixels = False
     while len(head := file.read(8)) == 8:
-        pixels |= head[4:] == b"IDAT"
-        if pixels:
-            yield head[4:]
+        if names or head[4:] == b"IDAT":
+            names.append(head[4:])
         file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
     file.seek(place)
+    return names
 
 
 @contextmanager
@@ -204,87 +207,11 @@ def _visual_tokens(processor: Any, size: tuple[int, int]) -> int:
     return len(inputs["input_ids"][0])
 
 
-IGNORED_LABEL = -100
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text; `answers` are the character ranges that the model learns to write."""
-
-    text: str
-    answers: list[Span]
-
-
-class ConversationWriter:
-    """Writes conversations with a processor's chat template, and finds the characters of answers.
-
-    Answers are those that the template marks with `{% generation %}`. Without such marks, an answer is everything after
-    the generation prompt: the words and the end of the turn.
+def _answer_mask(offsets: Tensor, answers: Sequence[Span], expansions: Sequence[dict[str, Any]]) -> Tensor:
+    """(L,) bool: the tokens that overlap an answer, given as character ranges in the text before images are expanded.
 
     Args:
-        processor: the model's processor, which must have a chat template.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.template: str = processor.chat_template
-        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-
-    def write(self, messages: Sequence[Message]) -> Rendered:
-        """The text of a conversation with the ranges of its answers.
-
-        Raises:
-            BrokenSampleError: if the template refuses the conversation, or rewrites earlier turns when one is added, so
-                that the answers cannot be found.
-        """
-        if self.marked:
-            text, answers = self._render(messages, marked=True)
-            return Rendered(text, [(start, stop) for start, stop in answers])
-        return self._by_prefixes(messages)
-
-    def prompt(self, messages: Sequence[Message]) -> Rendered:
-        """The text of a conversation that ends where the next answer begins."""
-        return Rendered(self._render(messages, prompt=True)[0], [])
-
-    def _by_prefixes(self, messages: Sequence[Message]) -> Rendered:
-        text, answers = self._render(messages)[0], []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:number], prompt=True)[0]
-            until = self._render(messages[: number + 1])[0]
-            if not (until.startswith(prompt) and text.startswith(until)):
-                raise BrokenSampleError(
-                    "the chat template writes earlier turns anew when a further one is added; use one that marks its "
-                    "answers with {% generation %}"
-                )
-            answers.append((len(prompt), len(until)))
-        return Rendered(text, answers)
-
-    def _render(
-        self, messages: Sequence[Message], prompt: bool = False, marked: bool = False
-    ) -> tuple[str, Sequence[Sequence[int]]]:
-        try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marked,
-                **self.processor.tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # templates raise any error; Jinja's own have no common class
-            raise BrokenSampleError(f"the chat template refuses it: {error}") from error
-        return texts[0], spans[0] if marked else []
-
-
-def answer_mask(offsets: Tensor, answers: Sequence[Span], expansions: Sequence[dict[str, Any]]) -> Tensor:
-    """(L,) bool: the tokens that overlap an answer.
-
-    Args:
-        offsets: (L, 2), the characters of each token in the text with expanded images; begin and end of padding are
-            equal.
-        answers: character ranges in the text before the expansion.
+        offsets: (L, 2), the characters of each token in the expanded text; begin and end of padding are equal.
         expansions: the processor's expansions, with the `span` of each image before and its `new_span` after.
     """
     ends = [expansion["span"][1] for expansion in expansions]

@@ -37,7 +37,7 @@ CHECKED = datasets.Features(
 
 @dataclass
 class Report:
-    """The result of the check: the number of good samples, and the broken ones as `file[index]: why`."""
+    """The number of good samples, and the broken ones as `file[index]: why`."""
 
     good: int = 0
     broken: list[str] = field(default_factory=list)
@@ -83,22 +83,16 @@ def load_samples(
 
 
 def with_fillers(table: datasets.Dataset, ranks_batch: int) -> datasets.Dataset:
-    """Append fillers to `table` so that its last batch over all ranks is complete.
+    """Append fillers to `table` so that its last batch of `ranks_batch` samples over all ranks is complete.
 
     accelerate would complete it with the epoch's first samples, whose loss would count twice. A filler is a question
     without image and answer, which does not contribute to any loss; its length is 0.
-
-    Args:
-        ranks_batch: number of samples that all ranks together run at once.
     """
-    missing = -len(table) % ranks_batch
     question = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    filler = {"messages": question, "images": None, LENGTH: 0}
+    missing = [{"messages": question, "images": None, LENGTH: 0}] * (-len(table) % ranks_batch)
     if not missing:
         return table
-    return datasets.concatenate_datasets(
-        [table, datasets.Dataset.from_list([filler] * missing, features=table.features)]
-    )
+    return datasets.concatenate_datasets([table, datasets.Dataset.from_list(missing, features=table.features)])
 
 
 @dataclass(frozen=True)
@@ -112,9 +106,8 @@ class _Check:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The sample of a record in the columns CHECKED, without pictures that are in the data itself."""
-        record = json.loads(row[RECORD]) if RECORD in row else row
         try:
-            sample = read_sample(record, self.folder)
+            sample = read_sample(json.loads(row[RECORD]) if RECORD in row else row, self.folder)
             length = self.collator.length(sample)
             if self.max_length is not None and length > self.max_length:
                 raise BrokenSampleError(f"{length} tokens are more than --max-length {self.max_length}")
@@ -126,7 +119,7 @@ class _Check:
 
 
 def _checked(records: datasets.Dataset, check: _Check) -> datasets.Dataset:
-    """The results of `check` for each record, from the cache if possible; broken records are checked again."""
+    """The results of `check` for each record, from the cache if possible; broken ones are checked again."""
     fingerprint = Hasher.hash([records._fingerprint, check])
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "pyramiddrop"
     cache.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,8 @@ processor = AutoProcessor.from_pretrained("{name}")
 
 - Data: {samples} conversations of `{data}`; their answers alone were supervised.
 - Trained were {trained}.
-- {steps} steps of {batch} conversations, with a peak learning rate of {rate:g} and seed {seed}.
-- pyramiddrop {version}, TRL {trl}, Transformers {transformers}.
+- {steps} steps of {batch} conversations, with a peak learning rate of {learning_rate:g} and seed {seed}.
+- pyramiddrop {version}, TRL {trl.__version__}, Transformers {transformers.__version__}.
 
 How well the model answers was not measured in this training.
 """
@@ -52,30 +52,18 @@ How well the model answers was not measured in this training.
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """The facts on the card of a training.
+    """The facts on the card of a training."""
 
-    Attributes:
-        base: folder or hub name of the initial checkpoint.
-        data: the file, folder or hub name of the data.
-        samples: number of training samples.
-        recipe: a name in RECIPES.
-        batch: number of conversations in a step, over all devices.
-        learning_rate: the peak learning rate.
-        method: the method, or None.
-        first_lam: λ at the first step, if it changed over the steps.
-        stages: the method's drops in this model.
-    """
-
-    base: str
-    data: str
-    samples: int
+    base: str  # folder or hub name of the initial checkpoint
+    data: str  # file, folder or hub name
+    samples: int  # for training
     recipe: str
-    batch: int
-    learning_rate: float
+    batch: int  # conversations in a step, over all devices
+    learning_rate: float  # the peak
     seed: int
     method: Method | None
-    stages: Sequence[Stage]
-    first_lam: float | None = None
+    stages: Sequence[Stage]  # the method's drops in this model
+    first_lam: float | None = None  # λ at the first step, if it changed over the steps
 
     def card(self, name: str, steps: int) -> ModelCard:
         """The card of the model `name` after `steps` steps, without a licence, which is the user's choice."""
@@ -86,31 +74,17 @@ class TrainingFacts:
             pipeline_tag="image-text-to-text",
             tags=["pyramiddrop", "trl", "sft"],
         )
-        text = CARD.format(
-            name=name,
-            base=f"[{self.base}](https://huggingface.co/{self.base})" if on_hub else f"The model in `{self.base}`",
-            dropping=self._dropping(),
-            loading=self._loading(name),
-            samples=self.samples,
-            data=self.data,
-            trained=TRAINED[self.recipe],
-            steps=steps,
-            batch=self.batch,
-            rate=self.learning_rate,
-            seed=self.seed,
-            version=__version__,
-            trl=trl.__version__,
-            transformers=transformers.__version__,
-        )
+        base = f"[{self.base}](https://huggingface.co/{self.base})" if on_hub else f"The model in `{self.base}`"
+        told = {"name": name, "base": base, "dropping": self._dropping(), "loading": self._loading(name)}
+        told |= {"trained": TRAINED[self.recipe], "version": __version__}
+        text = CARD.format(**{**vars(self), **told}, steps=steps, trl=trl, transformers=transformers)
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     def _dropping(self) -> str:
         if self.method is None:
             return "None: the model was trained with all of them."
-        shares = [f"{stage.keep:.4g}" if stage.keep else "none" for stage in self.stages]
-        drops = ", ".join(
-            f"{share} of them from layer {stage.layer} on" for share, stage in zip(shares, self.stages, strict=True)
-        )
+        shares = [(f"{stage.keep:.4g}" if stage.keep else "none", stage.layer) for stage in self.stages]
+        drops = ", ".join(f"{share} of them from layer {layer} on" for share, layer in shares)
         first = "all at first, " if self.stages[0].layer else ""
         parts = self.method.parts if isinstance(self.method, Compose) else (self.method,)
         names = [f"{type(part).__name__}{f' ({part.source})' if part.source else ''}" for part in parts]

@@ -18,18 +18,12 @@ VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which weights are trained, and with which settings.
+    """Which weights are trained, and with which settings."""
 
-    Attributes:
-        language: how the language model is trained: "frozen", "all" or "lora".
-        learning_rate: the peak, reached after the share `warmup` of the steps and followed by a cosine decay.
-        batch: number of samples in a step, over all devices.
-    """
-
-    language: str
-    learning_rate: float
-    batch: int
-    warmup: float = 0.03
+    language: str  # how the language model is trained: "frozen", "all" or "lora"
+    learning_rate: float  # the peak, followed by a cosine decay
+    batch: int  # samples in a step, over all devices
+    warmup: float = 0.03  # the share of the steps before the peak
 
 
 #: The settings of LLaVA-1.5's published scripts, all with a frozen vision tower.
@@ -41,25 +35,12 @@ RECIPES: dict[str, Recipe] = {
 LORA_RANK, LORA_DROPOUT = 128, 0.05
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name; InputError if there is none."""
-    if name not in RECIPES:
-        raise InputError(f"recipe {name!r} is not one of {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
 def prepare_weights(model: nn.Module, recipe: Recipe, lora_rank: int = LORA_RANK) -> Any:
     """Freeze the weights that `recipe` does not train, and cast the others to float32, because half precision loses
     small updates.
 
-    Args:
-        lora_rank: rank of the adapters of the LoRA recipe; α is twice as much, as in LLaVA.
-
-    Returns:
-        The model, wrapped by PEFT for the LoRA recipe.
-
-    Raises:
-        InputError: if the model has no projector with a known name.
+    Returns the model, wrapped by PEFT for the LoRA recipe, whose adapters have the rank `lora_rank` and α of twice as
+    much, as in LLaVA. InputError if the model has no projector with a known name.
     """
     projector = [name for name, _ in model.named_parameters() if _within(name, PROJECTORS)]
     if not projector:
@@ -82,8 +63,7 @@ def _with_lora(model: nn.Module, rank: int) -> Any:
     """Add LoRA to every linear layer of the decoder; the projector is trained fully, as in LLaVA's script."""
     from peft import LoraConfig, get_peft_model
 
-    layers = inspect_model(model).layers
-    linear = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
+    linear = {id(module) for module in inspect_model(model).layers.modules() if isinstance(module, nn.Linear)}
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

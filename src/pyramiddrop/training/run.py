@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.checkpoint import decoder_layers, load_processor, pick_dtype, read_config
 from pyramiddrop.inference.resolve import resolve_method, with_logits
 from pyramiddrop.methods import Logits, Method, StagedMethod, apply
-from pyramiddrop.training.answers import EXACT_MATCH, AnswerCheck
 from pyramiddrop.training.callbacks import LamCurriculum, check_first_lam
 from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.dataset import Report, load_samples, with_fillers
 from pyramiddrop.training.model_card import TrainingFacts
-from pyramiddrop.training.recipes import LORA_RANK, Recipe, find_recipe, prepare_weights
+from pyramiddrop.training.recipes import LORA_RANK, RECIPES, Recipe, prepare_weights
 from pyramiddrop.training.trainer import (
+    EXACT_MATCH,
+    AnswerCheck,
     ConversationTrainer,
     DummyImage,
     MethodCallback,
@@ -39,81 +41,53 @@ from pyramiddrop.training.trainer import (
 )
 
 BROKEN_LIST = "broken.txt"
+ENDLESS = (
+    "the chat template ends no answer with an end-of-text token, so that the model will not learn to stop; "
+    "--chat-template takes one that does"
+)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `train`; None: the default of the recipe or the library.
-
-    Attributes:
-        model: folder or hub name of a checkpoint.
-        data, images: see `load_samples`.
-        output: folder of checkpoints, logs and the trained model.
-        recipe: "projector", "all" or "lora".
-        method: the method specification; None: the method saved beside the checkpoint, or PyramidDrop.
-        first_lam: λ at the first step, which changes linearly to the method's own at the last; None: constant.
-        batch: number of samples in a step, over all devices and accumulated ones.
-        device_batch: number of samples that a device runs at once.
-        steps: number of training steps; None: those of `epochs`.
-        lr_schedule: a name of Transformers' `lr_scheduler_type`, such as "cosine", "linear" or "constant_with_warmup".
-        warmup: number of steps until the peak; below 1, a share of all steps.
-        weight_decay: weight decay of AdamW.
-        lora_rank: rank of the recipe "lora"; α is twice as much.
-        logits: see `Method`.
-        eval_data: evaluation data, like `data`; its loss is logged, and the best weights are kept.
-        eval_every: number of steps between two evaluations; the last step is always evaluated.
-        eval_answers: number of samples of `eval_data` answered at each evaluation; the share of right ones is logged.
-        best_by: how weights are compared: "loss", or "exact_match" for the share of right answers.
-        skip_broken: leave out broken samples instead of stopping at the first one.
-        resume: continue from the last complete checkpoint in `output`.
-        save_every, log_every: numbers of steps; None saves only at the end, or the best checkpoint with `eval_data`.
-        report_to: names of Transformers' reporting integrations, such as "tensorboard" and "wandb"; or "none".
-        chat_template: a file that replaces the checkpoint's.
-    """
+    """The options of `train`; None: the default of the recipe or the library."""
 
     model: str
-    data: str
-    output: Path
+    data: str  # like `images`: see `load_samples`
+    output: Path  # folder of checkpoints, logs and the trained model
     images: Path | None = None
-    recipe: str = "all"
-    method: str | None = None
-    first_lam: float | None = None
+    recipe: str = "all"  # or "projector" or "lora"
+    method: str | None = None  # a specification; None: the method saved beside the checkpoint, or PyramidDrop
+    first_lam: float | None = None  # λ at the first step, which changes linearly to the method's own at the last
     epochs: float = 1.0
-    steps: int | None = None
-    batch: int | None = None
-    device_batch: int = 1
+    steps: int | None = None  # None: those of `epochs`
+    batch: int | None = None  # samples in a step, over all devices and accumulated ones
+    device_batch: int = 1  # samples that a device runs at once
     learning_rate: float | None = None
-    lr_schedule: str = "cosine"
-    warmup: float | None = None
+    lr_schedule: str = "cosine"  # a name of Transformers' `lr_scheduler_type`, such as "linear"
+    warmup: float | None = None  # steps until the peak; below 1, a share of all steps
     weight_decay: float = 0.0
-    lora_rank: int = LORA_RANK
-    eval_data: str | None = None
-    eval_every: int | None = None
-    eval_answers: int | None = None
-    best_by: str = "loss"
+    lora_rank: int = LORA_RANK  # of the recipe "lora"; α is twice as much
+    eval_data: str | None = None  # like `data`; its loss is logged, and the best weights are kept
+    eval_every: int | None = None  # steps between two evaluations; the last step is always evaluated
+    eval_answers: int | None = None  # samples of `eval_data` to answer at each evaluation; the right ones are counted
+    best_by: str = "loss"  # how weights are compared; "exact_match": by the share of right answers
     max_length: int | None = None
-    logits: Logits = "kept"
+    logits: Logits = "kept"  # see `Method`
     checkpointing: bool = True
-    skip_broken: bool = False
-    resume: bool = False
-    save_every: int | None = None
+    skip_broken: bool = False  # leave out broken samples instead of stopping at the first one
+    resume: bool = False  # continue from the last complete checkpoint in `output`
+    save_every: int | None = None  # steps; None: only at the end, or the best checkpoint with `eval_data`
     log_every: int = 10
-    report_to: Sequence[str] = ("tensorboard",)
+    report_to: Sequence[str] = ("tensorboard",)  # Transformers' reporting integrations, or "none"
     seed: int = 0
     workers: int = 0
     dtype: str | None = None
-    chat_template: Path | None = None
+    chat_template: Path | None = None  # a file that replaces the checkpoint's
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training that is ready to run.
-
-    Attributes:
-        method: the method; None for vanilla.
-        report: the result of the check of the data.
-        remarks: messages to the user, a line each.
-    """
+    """A training that is ready to run, under `method` (None: vanilla), with `remarks` to the user, a line each."""
 
     options: TrainOptions
     trainer: ConversationTrainer
@@ -143,32 +117,23 @@ class TrainingJob:
         trainer.create_model_card()
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.options.recipe == "lora" and not sharded and trainer.is_world_process_zero():
-            self._merge()
+            for path in self.options.output.glob("adapter_*"):
+                path.unlink()
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            model.merge_and_unload().save_pretrained(self.options.output)
         return figures
-
-    def _merge(self) -> None:
-        """Replace the adapter that the trainer saved by the merged model."""
-        for path in self.options.output.glob("adapter_*"):
-            path.unlink()
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.merge_and_unload().save_pretrained(self.options.output)
 
 
 def prepare_training(options: TrainOptions, progress: Callable[[str], None] = lambda step: None) -> TrainingJob:
-    """Check the options, data and weights, cheap checks first, and build the trainer.
+    """Check the options, data and weights, cheap checks first, and build the trainer; InputError for a bad option.
 
-    Args:
-        progress: called with the name of each phase.
-
-    Raises:
-        InputError: if an option cannot be used.
+    `progress` is called with the name of each phase.
     """
-    recipe = find_recipe(options.recipe)
-    _check_output(options)
-    _check_settings(options)
+    _check_options(options)
+    recipe = RECIPES[options.recipe]
     method = resolve_method(options.method, options.model, decoder_layers(read_config(options.model)))
     check_first_lam(method, options.first_lam)
-    arguments = training_arguments(options, recipe)
+    arguments = _training_arguments(options, recipe)
     processor = _processor(options)
     collator = AnswerCollator(processor)
     tables, report = _load_tables(options, collator, arguments, progress)
@@ -197,17 +162,16 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
         trainer.follow(LamCurriculum(model, method, options.first_lam))
     if options.eval_answers:
         trainer.check = _answer_check(trainer, collator, tables["eval"], options.eval_answers)
-    trainer.facts = _facts(options, recipe, arguments, report, model, method)
+    trainer.facts = _facts(options, arguments, report, model, method)
     if report.broken and trainer.is_world_process_zero():
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / BROKEN_LIST).write_text("\n".join(report.broken) + "\n", encoding="utf-8")
-    return TrainingJob(options, trainer, method, report, _remarks(collator))
+    return TrainingJob(options, trainer, method, report, [] if collator.ends_answers else [ENDLESS])
 
 
 def _answer_check(trainer: ConversationTrainer, collator: AnswerCollator, table: Dataset, count: int) -> AnswerCheck:
-    """The answer check; InputError if no process holds all weights, so that none can generate on its own."""
     if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-        raise InputError(
+        raise InputError(  # no process holds all weights, so that none can generate on its own
             f"--eval-answers {count} is not supported where weights are sharded (FSDP, ZeRO-3); leave it out, and ask "
             "the trained model with pyramiddrop eval"
         )
@@ -217,67 +181,75 @@ def _answer_check(trainer: ConversationTrainer, collator: AnswerCollator, table:
 def _load_tables(
     options: TrainOptions, collator: AnswerCollator, arguments: SFTConfig, progress: Callable[[str], None]
 ) -> tuple[dict[str, Dataset], Report]:
-    """The training and evaluation tables, and the reports on both."""
     tables, broken, good = {}, [], 0
     for name, source in (("train", options.data), ("eval", options.eval_data)):
         if source is None:
             continue
         progress(f"checking {source}")
         with arguments.main_process_first():  # the other ranks find the results in the cache
-            tables[name], found = load_samples(
-                source, collator, options.images, options.max_length, options.skip_broken
-            )
+            limits = options.images, options.max_length, options.skip_broken
+            tables[name], found = load_samples(source, collator, *limits)
         broken += found.broken
         good += found.good if name == "train" else 0
     return tables, Report(good, broken)
 
 
-def training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
-    """The trainer's arguments, with the recipe's defaults.
-
-    Raises:
-        InputError: if the batch cannot be divided evenly among devices.
-    """
+def _training_arguments(options: TrainOptions, recipe: Recipe) -> SFTConfig:
+    """The trainer's arguments, with the recipe's defaults."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = options.batch or recipe.batch
-    if batch % (ranks * options.device_batch):
+    batch, cuda = options.batch or recipe.batch, torch.cuda.is_available()
+    accumulated, rest = divmod(batch, ranks * options.device_batch)
+    if rest:
         raise InputError(
             f"--batch {batch} is no multiple of {options.device_batch} samples on each of {ranks} devices; change "
             "--batch or --device-batch"
         )
-    cuda = torch.cuda.is_available()
     with warnings.catch_warnings():
         # Checkpointing has two names, of which the oldest supported Transformers has only the deprecated one.
         warnings.simplefilter("ignore", FutureWarning)
-        return _sft_config(options, recipe, batch // (ranks * options.device_batch), cuda)
+        return SFTConfig(
+            output_dir=str(options.output),
+            num_train_epochs=options.epochs,
+            max_steps=options.steps or -1,
+            per_device_train_batch_size=options.device_batch,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=recipe.learning_rate if options.learning_rate is None else options.learning_rate,
+            lr_scheduler_type=options.lr_schedule,
+            warmup_steps=recipe.warmup if options.warmup is None else options.warmup,
+            weight_decay=options.weight_decay,
+            bf16=(cuda and torch.cuda.is_bf16_supported()) or options.dtype == "bfloat16",
+            use_cpu=not cuda,
+            gradient_checkpointing=options.checkpointing,
+            max_length=None,  # truncation could remove image tokens: long samples count as broken instead
+            packing=False,
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+            dataloader_num_workers=options.workers,
+            include_num_input_tokens_seen="non_padding",
+            logging_steps=options.log_every,
+            logging_first_step=True,
+            report_to=list(options.report_to),
+            save_steps=options.save_every or 500,
+            seed=options.seed,
+            **_saving(options),
+        )
 
 
-def _sft_config(options: TrainOptions, recipe: Recipe, accumulated: int, cuda: bool) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(options.output),
-        num_train_epochs=options.epochs,
-        max_steps=options.steps or -1,
-        per_device_train_batch_size=options.device_batch,
-        gradient_accumulation_steps=accumulated,
-        learning_rate=recipe.learning_rate if options.learning_rate is None else options.learning_rate,
-        lr_scheduler_type=options.lr_schedule,
-        warmup_steps=recipe.warmup if options.warmup is None else options.warmup,
-        weight_decay=options.weight_decay,
-        bf16=(cuda and torch.cuda.is_bf16_supported()) or options.dtype == "bfloat16",
-        use_cpu=not cuda,
-        gradient_checkpointing=options.checkpointing,
-        max_length=None,  # truncation could remove image tokens: long samples count as broken instead
-        packing=False,
-        train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,
-        dataloader_num_workers=options.workers,
-        include_num_input_tokens_seen="non_padding",
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        report_to=list(options.report_to),
-        save_steps=options.save_every or 500,
+def _facts(
+    options: TrainOptions, arguments: SFTConfig, report: Report, model: Any, method: Method | None
+) -> TrainingFacts:
+    attachment = attachment_of(model)
+    return TrainingFacts(
+        base=options.model,
+        data=options.data,
+        samples=report.good,
+        recipe=options.recipe,
+        batch=options.batch or RECIPES[options.recipe].batch,
+        learning_rate=arguments.learning_rate,
         seed=options.seed,
-        **_saving(options),
+        method=method,
+        first_lam=options.first_lam,
+        stages=attachment.rules.schedule.stages if attachment is not None else (),
     )
 
 
@@ -299,57 +271,24 @@ def _saving(options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def _facts(
-    options: TrainOptions, recipe: Recipe, arguments: SFTConfig, report: Report, model: Any, method: Method | None
-) -> TrainingFacts:
-    attachment = attachment_of(model)
-    return TrainingFacts(
-        base=options.model,
-        data=options.data,
-        samples=report.good,
-        recipe=options.recipe,
-        batch=options.batch or recipe.batch,
-        learning_rate=arguments.learning_rate,
-        seed=options.seed,
-        method=method,
-        first_lam=options.first_lam,
-        stages=attachment.rules.schedule.stages if attachment is not None else (),
-    )
-
-
-def _remarks(collator: AnswerCollator) -> list[str]:
-    if collator.ends_answers:
-        return []
-    return [
-        "the chat template ends no answer with an end-of-text token, so that the model will not learn to stop; "
-        "--chat-template takes one that does"
-    ]
-
-
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint (a trainer writes its state last), or None."""
-    states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states if _readable(path)}
-    return str(steps[max(steps)]) if steps else None
+    whole = {}
+    for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):
+            json.loads(state.read_text(encoding="utf-8"))
+            whole[int(state.parent.name.rpartition("-")[2])] = state.parent
+    return str(whole[max(whole)]) if whole else None
 
 
-def _readable(state: Path) -> bool:
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
-
-
-def _check_output(options: TrainOptions) -> None:
+def _check_options(options: TrainOptions) -> None:
+    if options.recipe not in RECIPES:
+        raise InputError(f"recipe {options.recipe!r} is not one of {', '.join(RECIPES)}")
     there = last_whole_checkpoint(options.output) is not None
     if options.resume and not there:
         raise InputError(f"nothing to resume: {options.output} holds no whole checkpoint (--save-every writes them)")
     if there and not options.resume:
         raise InputError(f"{options.output} holds checkpoints already; give --resume, or another --output")
-
-
-def _check_settings(options: TrainOptions) -> None:
     if (options.eval_data is None) != (options.eval_every is None):
         raise InputError("--eval-data and --eval-every go together; give both, or neither")
     if options.eval_answers is not None and options.eval_data is None:
@@ -366,10 +305,11 @@ def _check_settings(options: TrainOptions) -> None:
     schedules = [one.value for one in SchedulerType]
     if options.lr_schedule not in schedules:
         raise InputError(f"--lr-schedule {options.lr_schedule!r} is not one of {', '.join(schedules)}")
-    unknown = [name for name in options.report_to if name not in (*get_available_reporting_integrations(), "none")]
-    if unknown:
-        there = ", ".join([*get_available_reporting_integrations(), "none"])
-        raise InputError(f"--report-to {unknown[0]} is not installed, or not known to Transformers; there is {there}")
+    reports = [*get_available_reporting_integrations(), "none"]
+    for name in options.report_to:
+        if name not in reports:
+            known = ", ".join(reports)
+            raise InputError(f"--report-to {name} is not installed, or not known to Transformers; there is {known}")
 
 
 def _processor(options: TrainOptions) -> Any:
@@ -384,15 +324,13 @@ def _processor(options: TrainOptions) -> Any:
 
 
 def _load_weights(options: TrainOptions, recipe: Recipe) -> Any:
-    """Load the weights, in the device's own dtype if the language model is frozen."""
+    """Load the weights, in the device's own dtype if the language model is frozen.
+
+    Those of a resumed run are in its checkpoint, if that contains a whole model.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(device, options.dtype) if options.dtype or recipe.language != "all" else torch.float32
-    source = _weights_source(options)
+    checkpoint = last_whole_checkpoint(options.output) if options.resume else None
+    source = checkpoint if checkpoint is not None and holds_whole_model(checkpoint) else options.model
     with user_input(f"cannot load the weights of {source}", (OSError, ValueError)):
         return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-
-
-def _weights_source(options: TrainOptions) -> str:
-    """The source of the weights: the checkpoint of a resumed run, if it contains a whole model."""
-    checkpoint = last_whole_checkpoint(options.output) if options.resume else None
-    return checkpoint if checkpoint is not None and holds_whole_model(checkpoint) else options.model

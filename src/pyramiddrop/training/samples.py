@@ -28,12 +28,9 @@ class BrokenSampleError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation and its images.
+    """A conversation of `{"role": ..., "content": [part, ...]}`, and a file or a picture for each place of an image.
 
-    Attributes:
-        messages: `{"role": ..., "content": [part, ...]}`; a part is `{"type": "text", "text": ...}` or the place of an
-            image, `{"type": "image"}`.
-        images: a file or a picture for each place, in order.
+    A part is `{"type": "text", "text": ...}` or the place of an image, `{"type": "image"}`.
     """
 
     messages: list[Message]
@@ -41,26 +38,21 @@ class Sample:
 
 
 def json_records(path: Path) -> Iterator[Any]:
-    """The records of a JSON list, or of a `.jsonl` file with one in each line.
-
-    Raises:
-        OSError, ValueError: if the file cannot be read, or is not a JSON list.
-    """
+    """The records of a JSON list, or of a `.jsonl` file with one in each line; else OSError or ValueError."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        yield from (_json_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    if path.suffix != ".jsonl":
+        records = json.loads(text)
+        if not isinstance(records, list):
+            raise ValueError(f"it must be a list of samples; got {type(records).__name__}")
+        yield from records
         return
-    records = json.loads(text)
-    if not isinstance(records, list):
-        raise ValueError(f"it must be a list of samples; got {type(records).__name__}")
-    yield from records
-
-
-def _json_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            yield record
 
 
 def read_sample(record: Any, folder: Path | None = None) -> Sample:
@@ -81,17 +73,19 @@ def read_sample(record: Any, folder: Path | None = None) -> Sample:
     if not isinstance(record, Mapping):
         raise BrokenSampleError(f"a sample must be an object; got {type(record).__name__}")
     if record.get("conversations") is not None:
-        turns = [_llava_turn(turn) for turn in _list_of(record["conversations"], "conversations")]
+        messages = [_llava_message(turn) for turn in _list_of(record["conversations"], "conversations")]
     elif record.get("messages") is not None:
-        turns = [_message_turn(turn) for turn in _list_of(record["messages"], "messages")]
+        messages = [_message(turn) for turn in _list_of(record["messages"], "messages")]
     else:
         raise BrokenSampleError('a sample must have "conversations" or "messages"')
     if record.get("video") is not None or record.get("videos") is not None:
         raise BrokenSampleError(VIDEOS)
-    images = [located(image, folder) for image in _images_of(record)]
-    messages = [{"role": role, "content": parts} for role, parts in turns]
-    _place_images(messages, len(images))
-    _check_roles([role for role, _ in turns])
+    given = record.get("image") if record.get("images") is None else record["images"]
+    images = [located(image, folder) for image in listed(given)]
+    _check_roles([message["role"] for message in messages])
+    if images and not image_places(messages):
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
     _check_content(messages, len(images))
     return Sample(messages, images)
 
@@ -102,26 +96,26 @@ def _list_of(value: Any, name: str) -> Sequence[Any]:
     return value
 
 
-def _llava_turn(turn: Any) -> tuple[str, list[Part]]:
+def _llava_message(turn: Any) -> Message:
     role = _field(turn, "from")
     if role not in LLAVA_ROLES:
         raise BrokenSampleError(f'"from" must be one of {", ".join(LLAVA_ROLES)}; got {role!r}')
-    return LLAVA_ROLES[role], split_at_images(_text(_field(turn, "value")))
+    return {"role": LLAVA_ROLES[role], "content": split_at_images(_text(turn, "value"))}
 
 
-def _message_turn(turn: Any) -> tuple[str, list[Part]]:
+def _message(turn: Any) -> Message:
     role, content = _field(turn, "role"), _field(turn, "content")
     if role not in ROLES:
         raise BrokenSampleError(f'"role" must be one of {", ".join(ROLES)}; got {role!r}')
     if isinstance(content, str):
-        return role, split_at_images(content)
-    return role, [_part(part) for part in _list_of(content, "content")]
+        return {"role": role, "content": split_at_images(content)}
+    return {"role": role, "content": [_part(part) for part in _list_of(content, "content")]}
 
 
 def _part(part: Any) -> Part:
     kind = _field(part, "type")
     if kind == "text":
-        return {"type": "text", "text": _text(_field(part, "text"))}
+        return {"type": "text", "text": _text(part, "text")}
     if kind == "image":
         return {"type": "image"}
     raise BrokenSampleError(f'a part of type {kind!r} is not supported; use "text" or "image"')
@@ -133,7 +127,8 @@ def _field(holder: Any, name: str) -> Any:
     return holder[name]
 
 
-def _text(value: Any) -> str:
+def _text(holder: Any, name: str) -> str:
+    value = _field(holder, name)
     if not isinstance(value, str):
         raise BrokenSampleError(f"a turn must be text; got {type(value).__name__}")
     return value
@@ -145,25 +140,30 @@ def split_at_images(text: str) -> list[Part]:
     for number, piece in enumerate(text.split(IMAGE)):
         if number:
             parts.append({"type": "image"})
-        words = piece.strip("\n")
-        if words.strip():
-            parts.append({"type": "text", "text": words})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip("\n")})
     return parts
 
 
-def _images_of(record: Mapping[str, Any]) -> Sequence[Any]:
-    given = record.get("images") if record.get("images") is not None else record.get("image")
-    if given is None:
+def message_text(message: Message) -> str:
+    """The texts of a message, joined by spaces."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def image_places(messages: Sequence[Message]) -> int:
+    """The number of places of images in messages."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """A list of images or answers, from a list, a single one or None."""
+    if value is None:
         return []
-    return given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
 
 
 def located(image: Any, folder: Path | None = None) -> str | bytes | Image:
-    """The path of an image file in `folder`, the bytes of a file, or the picture itself.
-
-    Raises:
-        BrokenSampleError: for anything else.
-    """
+    """The path of an image file in `folder`, the bytes of a file, or the picture itself; else BrokenSampleError."""
     if isinstance(image, Mapping):  # undecoded images of `datasets`
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None or (isinstance(image, str | bytes) and not image):
@@ -177,18 +177,9 @@ def located(image: Any, folder: Path | None = None) -> str | bytes | Image:
     return image
 
 
-def _place_images(messages: list[Message], images: int) -> None:
-    """Add places for images to a conversation without any, before the user's first text."""
-    if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = [{"type": "image"} for _ in range(images)] + first["content"]
-
-
 def _check_roles(roles: Sequence[str]) -> None:
     spoken = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if not spoken or list(spoken) != expected:
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise BrokenSampleError(
             f"user and assistant must take turns, the user first and the assistant last; got {', '.join(roles)}"
         )
@@ -200,8 +191,7 @@ def _check_content(messages: Sequence[Message], images: int) -> None:
             raise BrokenSampleError(f"a turn of the user holds a {VIDEO}; {VIDEOS}")
         if not message["content"]:
             raise BrokenSampleError(f"a turn of the {message['role']} is empty")
-        if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
+        if message["role"] == "assistant" and image_places([message]):
             raise BrokenSampleError(f"an answer holds an {IMAGE}")
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places != images:
+    if (places := image_places(messages)) != images:
         raise BrokenSampleError(f"{places} {IMAGE} for {images} images")

@@ -1,13 +1,15 @@
-"""TRL's SFTTrainer for conversations, with a vision tower that runs on every rank in every forward."""
+"""TRL's SFTTrainer for conversations, which answers samples, with a vision tower that runs on every rank each time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,11 +17,73 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer
 
+from pyramiddrop.evaluation.tasks import exact
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.hf.versions import cache_of
-from pyramiddrop.training.answers import EXACT_MATCH, AnswerCheck, keep_random_state
+from pyramiddrop.inference.answer import answer_greedily
+from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.training.callbacks import LamCurriculum, MethodCallback
+from pyramiddrop.training.collate import AnswerCollator
 from pyramiddrop.training.model_card import TrainingFacts
+from pyramiddrop.training.samples import Message, message_text
+
+__all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]
+
+#: The logged name of the share of right answers.
+EXACT_MATCH = "exact_match"
+#: Tokens to generate beyond the longest right answer; longer answers are wrong anyway.
+SPARE_TOKENS = 8
+
+
+class AnswerCheck:
+    """Generates a model's last answer of each conversation, and computes the share of exact matches.
+
+    Answers are greedy, under the method that is applied to the model, if any. Case, surrounding space and a final full
+    stop do not matter (`pyramiddrop.evaluation.tasks.exact`).
+
+    At most `count` samples are answered, spread evenly over the table, `batch` in a forward.
+    """
+
+    def __init__(self, table: Dataset, collator: AnswerCollator, count: int, batch: int) -> None:
+        count = min(count, len(table))
+        self.table = table.select([number * len(table) // count for number in range(count)])
+        self.collator, self.batch = collator, batch
+        self.right = [message_text(messages[_last_answer(messages)]).strip() for messages in self.table["messages"][:]]
+        tokenizer = collator.processor.tokenizer
+        self.max_new_tokens = max(len(tokenizer(text)["input_ids"]) for text in self.right) + SPARE_TOKENS
+
+    def answers(self, model: Any, rank: int = 0, ranks: int = 1) -> list[str]:
+        """The answers to every `ranks`-th sample, from `rank` on; the model's mode and random state are restored."""
+        rows, checkpoint = range(rank, len(self.table), ranks), Checkpoint(model, self.collator.processor, "")
+        texts: list[str] = []
+        was_training = model.training
+        with keep_random_state():
+            model.eval()
+            try:
+                for start in range(0, len(rows), self.batch):
+                    batch = [self.table[row] for row in rows[start : start + self.batch]]
+                    prompts = [{**row, "messages": row["messages"][: _last_answer(row["messages"])]} for row in batch]
+                    texts += answer_greedily(checkpoint, self.collator.prompts(prompts), self.max_new_tokens)
+            finally:
+                model.train(was_training)
+        return texts
+
+    def exact_match(self, model: Any, rank: int, ranks: int, total: Callable[[float], float]) -> float:
+        """The share of right answers, in [0, 1]; `total` sums a number over all ranks, each with its own samples."""
+        texts = self.answers(model, rank, ranks)
+        return total(sum(map(exact, texts, ([one] for one in self.right[rank::ranks])))) / len(self.table)
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    return max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+
+
+@contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Context manager that restores PyTorch's random state on the CPU and on this process's GPU."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
 
 
 def holds_whole_model(checkpoint: str | Path) -> bool:
@@ -31,16 +95,11 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with an order of batches that a resumed run repeats.
 
     To resume from a checkpoint with a whole model, construct it with the model loaded from there.
-
-    Attributes:
-        facts: the facts on the model card; None: TRL's own card, without pictures and method.
-        curriculum: the callback that changes λ over the steps, see `follow`.
-        check: generates answers at each evaluation, whose share of exact matches is logged; None: no answers.
     """
 
-    facts: TrainingFacts | None = None
-    curriculum: LamCurriculum | None = None
-    check: AnswerCheck | None = None
+    facts: TrainingFacts | None = None  # on the model card; None: TRL's own card, without pictures and method
+    curriculum: LamCurriculum | None = None  # changes λ over the steps, see `follow`
+    check: AnswerCheck | None = None  # answers at each evaluation; the share of exact matches is logged
 
     def follow(self, curriculum: LamCurriculum) -> None:
         """Train with a changing λ; all evaluations use the last one, so that their losses are comparable."""
@@ -61,18 +120,13 @@ class ConversationTrainer(SFTTrainer):  # type: ignore[misc]
         """Transformers' own evaluation, with the share of right answers among its metrics."""
         found = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.check is not None:
+            model, ranks = self.accelerator.unwrap_model(self.model), self.args.world_size
             with self.compute_loss_context_manager():
-                share = self.check.exact_match(
-                    self.accelerator.unwrap_model(self.model),
-                    self.args.process_index,
-                    self.args.world_size,
-                    self._total,
-                )
+                share = self.check.exact_match(model, self.args.process_index, ranks, self._total)
             found.metrics[f"{metric_key_prefix}_{EXACT_MATCH}"] = share
         return found
 
     def _total(self, number: float) -> float:
-        """The sum over all ranks."""
         return float(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), reduction="sum"))
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -113,12 +167,10 @@ class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
     """A sampler of samples grouped by length, whose order depends on the seed and the epoch alone.
 
     Transformers' own sampler draws from the global generator, so that ranks may disagree and a run resumed in its
-    second epoch would see other batches.
+    second epoch would see other batches. Samples of length 0, the fillers of `with_fillers`, stay at the end.
 
     Args:
         batch_size: number of samples in a step, over all ranks.
-        lengths: lengths of all samples; those of length 0, the fillers of `with_fillers`, stay at the end.
-        seed: seed of the order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -138,9 +190,6 @@ class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
         return chain(super().__iter__(), self.fillers)
 
 
-__all__ = ["ConversationTrainer", "MethodCallback", "SFTConfig", "SeededLengths"]
-
-
 def name_layers_to_shard(model: nn.Module) -> None:
     """Remove missing layers from the names of layers that FSDP shards, because accelerate stops at them.
 
@@ -151,9 +200,8 @@ def name_layers_to_shard(model: nn.Module) -> None:
 
 
 def dummy_pixels(processor: Any) -> dict[str, Tensor]:
-    """The model's arguments for one blank image."""
-    any_size = (64, 64)  # the processor's output for it
-    return dict(processor.image_processor(images=[Image.new("RGB", any_size)], return_tensors="pt"))
+    """The model's arguments for one blank image, of which any size will do."""
+    return dict(processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt"))
 
 
 class DummyImage:

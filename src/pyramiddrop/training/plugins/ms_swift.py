@@ -28,12 +28,7 @@ METHOD_VARIABLE = "PYRAMIDDROP_METHOD"
 
 
 class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
-    """Applies the method when training begins, around the adapters if there are any, and saves it with each checkpoint.
-
-    Args:
-        args: the trainer's arguments, which ms-swift gives to every callback.
-        trainer: the trainer.
-    """
+    """Applies the method when training begins, around any adapters, and saves it with each checkpoint."""
 
     def __init__(self, args: TrainingArguments, trainer: Any) -> None:
         self.trainer = trainer
@@ -51,7 +46,7 @@ class PyramidDropCallback(TrainerCallback):  # type: ignore[misc]
         models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
         labels = HiddenLabels(self.trainer)
         for one in models:
-            labels.show_to(one)  # before the hooks of the method
+            one.register_forward_pre_hook(labels.add, with_kwargs=True)  # before the hooks of the method
             apply(one, method)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -65,9 +60,6 @@ class HiddenLabels:
 
     DPO, CPO, ORPO and KTO remove them from a batch before the model's forward, and GRPO has none: there the tokens of a
     completion serve as labels. Trainers that pass labels to the model are unchanged.
-
-    Args:
-        trainer: a trainer of ms-swift, whose methods are wrapped.
     """
 
     labels: Tensor | None
@@ -84,11 +76,8 @@ class HiddenLabels:
             if method is not None:
                 setattr(trainer, name, partial(wrapper, method))
 
-    def show_to(self, model: nn.Module) -> None:
-        """Pass the labels to forwards of `model` that have none."""
-        model.register_forward_pre_hook(self._add, with_kwargs=True)
-
-    def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A pre-hook that passes the labels to forwards of a model that have none."""
         if kwargs.get("labels") is not None or self.labels is None:
             return None
         return args, {**kwargs, "labels": self.labels}
