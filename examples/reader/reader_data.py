@@ -20,7 +20,8 @@ import torch
 from reader_text import FORMATS, SLOTS, WIDTH, question_rows
 from torch import Tensor
 
-from pyramiddrop.evaluation.reader import GROUPS, IMAGE, KINDS, draw_picture, picture_rng, spread_over_kinds
+from pyramiddrop.evaluation.digits import split_rng
+from pyramiddrop.evaluation.reader import GROUPS, IMAGE, KINDS, spread_over_kinds
 from pyramiddrop.evaluation.reader.canvas import CHANNELS, SIDE
 
 BLOCK = 32  # pictures that a worker hands over at once
@@ -51,8 +52,8 @@ class Batch:
 def draw_block(split: str, seed: int, number: int, into: Fields) -> None:
     """Fill the arrays of a block with pictures that depend on these arguments alone; the groups take turns."""
     for index in range(len(into["images"])):
-        rng = picture_rng(split, seed, number, index)
-        picture = draw_picture(tuple(GROUPS)[(number + index) % len(GROUPS)], split, rng)
+        rng = split_rng(split, seed, number, index)
+        picture = tuple(GROUPS.values())[(number + index) % len(GROUPS)](rng, split)
         asked = spread_over_kinds(rng, picture, SLOTS)
         questions = [asked[slot % len(asked)] for slot in range(SLOTS)]
         into["images"][index], into["labels"][index] = picture.pixels, picture.labels

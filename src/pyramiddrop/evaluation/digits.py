@@ -106,17 +106,13 @@ class DigitsSample:
 class DigitsBenchmark:
     """A fixed list of questions: iterate it, and compare exact answers.
 
-    Args:
-        split: ``"test"``, ``"val"`` or ``"train"``; no two of them share a digit image or a scene.
-        scenes: number of pictures.
-        questions_per_scene: number of different questions about each, as evenly over the kinds as the picture allows.
-        seed: selects another list of scenes of the same split. Scene ``i`` does not depend on ``scenes``.
+    No two splits share a digit image or a scene. Scene ``i`` does not depend on ``scenes``.
     """
 
-    split: str = "test"
-    scenes: int = 80
-    questions_per_scene: int = 16
-    seed: int = 0
+    split: str = "test"  # or ``"val"`` or ``"train"``
+    scenes: int = 80  # number of pictures
+    questions_per_scene: int = 16  # different ones, as evenly over the kinds as the picture allows
+    seed: int = 0  # selects another list of scenes of the same split
 
     def __len__(self) -> int:
         return self.scenes * self.questions_per_scene
@@ -142,13 +138,13 @@ class SceneGenerator:
     """Draws scenes with digit images of one split."""
 
     def __init__(self, split: str) -> None:
-        self.split = _checked(split)
+        self.split = split
         self.images, self.labels = digit_bank(split)
         self.by_digit = [np.flatnonzero(self.labels == digit) for digit in range(10)]
 
     def rng(self, *seed: int) -> np.random.Generator:
         """A random generator that differs from those of other splits."""
-        return np.random.default_rng([SPLITS.index(self.split), *seed])
+        return split_rng(self.split, *seed)
 
     def scenes(self, rng: np.random.Generator, count: int, style: SceneStyle = SceneStyle()) -> SceneBatch:
         """Draw ``count`` new scenes."""
@@ -188,14 +184,12 @@ def digit_bank(split: str) -> tuple[Array, Array]:
     pictures = images.astype(np.float32) / 16
     chosen = split_indices(split, len(labels))
     rng = np.random.default_rng([len(SPLITS), SPLITS.index(split)])
-    distort = split == "train"
-    cells, names = [], []
+    cells = []
     for index in chosen:
         for variant in range(VARIANTS[split]):
-            place = _distorted if distort and variant else _shifted
+            place = _distorted if split == "train" and variant else _shifted
             cells.append(place(pictures[index], rng))
-            names.append(labels[index])
-    return np.stack(cells), np.array(names)
+    return np.stack(cells), np.repeat(labels[chosen], VARIANTS[split])
 
 
 def split_indices(split: str, total: int = 1797) -> Array:
@@ -203,6 +197,11 @@ def split_indices(split: str, total: int = 1797) -> Array:
     order = np.random.RandomState(1234).permutation(total)
     bounds = {"val": slice(0, HELD_OUT), "test": slice(HELD_OUT, 2 * HELD_OUT), "train": slice(2 * HELD_OUT, None)}
     return order[bounds[_checked(split)]]
+
+
+def split_rng(split: str, *seed: int) -> np.random.Generator:
+    """A random generator that differs from those of other splits."""
+    return np.random.default_rng([SPLITS.index(_checked(split)), *seed])
 
 
 def draw_questions(
@@ -215,12 +214,11 @@ def draw_questions(
     """Draw random questions for a batch (for training). A kind that a scene does not allow becomes ``digit_at``."""
     masks = _candidates(scenes, read_lengths)
     share = np.array([(weights or {}).get(kind, 1.0) for kind in KIND_NAMES])
-    count = len(scenes.digits)
-    kinds = rng.choice(len(KIND_NAMES), size=(count, per_scene), p=share / share.sum())
+    kinds = rng.choice(len(KIND_NAMES), size=(len(scenes.digits), per_scene), p=share / share.sum())
+    each = np.arange(len(scenes.digits))[:, None]
     askable = np.asarray(masks.any(-1))
-    possible = askable[np.arange(count)[:, None], kinds]
-    kinds = np.where(possible, kinds, 0)
-    allowed = masks[np.arange(count)[:, None], kinds]
+    kinds = np.where(askable[each, kinds], kinds, 0)
+    allowed = masks[each, kinds]
     cells = (rng.random(allowed.shape, dtype=np.float32) * allowed).argmax(-1)
     return _ask(scenes, kinds, cells)
 
@@ -278,15 +276,10 @@ def _ask(scenes: SceneBatch, kinds: Array, cells: Array) -> QuestionBatch:
     answers = np.full((*kinds.shape, MAX_ANSWER), EMPTY)
     answers[..., 0] = first
     reads = kinds == KIND_NAMES.index("read_row")
-    answers[reads] = _row_digits(scenes.digits)[np.nonzero(reads)[0], row[reads]]
+    order = np.argsort(scenes.digits == EMPTY, axis=-1, kind="stable")
+    row_digits = np.take_along_axis(scenes.digits, order, axis=-1)[..., :MAX_ANSWER]  # (B, 8, 3), from left to right
+    answers[reads] = row_digits[np.nonzero(reads)[0], row[reads]]
     return QuestionBatch(kinds, arguments, answers)
-
-
-def _row_digits(digits: Array) -> Array:
-    """(B, 8, 3): the first three digits of each row from left to right."""
-    order = np.argsort(digits == EMPTY, axis=-1, kind="stable")
-    ordered: Array = np.take_along_axis(digits, order, axis=-1)
-    return ordered[..., :MAX_ANSWER]
 
 
 def _unique(values: Array, classes: int) -> Array:

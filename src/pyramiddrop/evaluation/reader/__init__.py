@@ -6,25 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pyramiddrop.evaluation.digits import SPLITS
-from pyramiddrop.evaluation.reader.canvas import IMAGE, PATCH, Picture, Question
+from pyramiddrop.evaluation.digits import split_rng
+from pyramiddrop.evaluation.reader.canvas import IMAGE as IMAGE
+from pyramiddrop.evaluation.reader.canvas import PATCH as PATCH
+from pyramiddrop.evaluation.reader.canvas import Picture, Question
 from pyramiddrop.evaluation.reader.charts import draw_chart
 from pyramiddrop.evaluation.reader.documents import draw_document
 from pyramiddrop.evaluation.reader.scenes import draw_scene
 
-__all__ = [
-    "GROUPS",
-    "IMAGE",
-    "KINDS",
-    "PATCH",
-    "Picture",
-    "Question",
-    "ReaderBenchmark",
-    "ReaderSample",
-    "draw_picture",
-]
-
-
+#: Functions that draw a new picture of a group, with the handwritten digits and the layouts of a split.
 GROUPS: dict[str, Callable[[np.random.Generator, str], Picture]] = {
     "scenes": draw_scene,
     "documents": draw_document,
@@ -54,17 +44,13 @@ class ReaderSample:
 class ReaderBenchmark:
     """A fixed list of questions: iterate it, and compare exact answers.
 
-    Args:
-        split: `"test"`, `"val"` or `"train"`; no two of them share a handwritten digit, a layout or a scene.
-        pictures: number of pictures; the groups take turns.
-        questions_per_picture: number of different questions about each, as evenly over the kinds as it allows.
-        seed: selects another list of pictures of the same split. Picture `i` does not depend on `pictures`.
+    No two splits share a handwritten digit, a layout or a scene. Picture `i` does not depend on `pictures`.
     """
 
-    split: str = "test"
-    pictures: int = 90
-    questions_per_picture: int = 12
-    seed: int = 0
+    split: str = "test"  # or "val" or "train"
+    pictures: int = 90  # their number; the groups take turns
+    questions_per_picture: int = 12  # different ones, as evenly over the kinds as the picture allows
+    seed: int = 0  # selects another list of pictures of the same split
 
     def __iter__(self) -> Iterator[ReaderSample]:
         for index in range(self.pictures):
@@ -75,22 +61,10 @@ class ReaderBenchmark:
 
     def drawn(self, index: int) -> tuple[str, Picture, list[Question]]:
         """Picture number `index`, its group and its questions."""
-        rng = picture_rng(self.split, self.seed, index)
+        rng = split_rng(self.split, self.seed, index)
         group = tuple(GROUPS)[index % len(GROUPS)]
-        picture = draw_picture(group, self.split, rng)
+        picture = GROUPS[group](rng, self.split)
         return group, picture, spread_over_kinds(rng, picture, self.questions_per_picture)
-
-
-def picture_rng(split: str, *seed: int) -> np.random.Generator:
-    """A random generator that differs from those of other splits."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    return np.random.default_rng([SPLITS.index(split), *seed])
-
-
-def draw_picture(group: str, split: str, rng: np.random.Generator) -> Picture:
-    """Draw a new picture of a group, with the handwritten digits and the layouts of a split."""
-    return GROUPS[group](rng, split)
 
 
 def spread_over_kinds(rng: np.random.Generator, picture: Picture, count: int) -> list[Question]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ CHANNELS: dict[str, tuple[str, ...]] = {
 
 
 Array = NDArray[Any]
+L = TypeVar("L")
 
 IMAGE, PATCH = 336, 14
 SIDE = IMAGE // PATCH
@@ -65,17 +66,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its questions.
+    """A picture with its questions."""
 
-    Attributes:
-        pixels: (336, 336, 3) uint8.
-        labels: (576, 5) int8, the content of each patch as indices into the words of each of `CHANNELS`; -1: ignored.
-        questions: at least one of each kind that the picture allows.
-    """
-
-    pixels: Array
-    labels: Array
-    questions: Sequence[Question]
+    pixels: Array  # (336, 336, 3) uint8
+    labels: Array  # (576, 5) int8, the content of each patch as indices into the words of each of CHANNELS; -1: ignored
+    questions: Sequence[Question]  # at least one of each kind that the picture allows
 
 
 @dataclass(frozen=True)
@@ -106,9 +101,8 @@ class Box:
 class Canvas:
     """Pixels and the labels of their patches; `split` determines which handwritten digits may appear."""
 
-    def __init__(self, rng: np.random.Generator, split: str, ground: Array) -> None:
-        self.rng, self.split = rng, split
-        self.pixels = ground
+    def __init__(self, rng: np.random.Generator, split: str, ground: Image.Image) -> None:
+        self.rng, self.split, self.pixels = rng, split, np.array(ground)
         self.labels = np.zeros((SIDE, SIDE, len(CHANNELS)), np.int8)
 
     def finish(self, questions: Sequence[Question]) -> Picture:
@@ -119,10 +113,6 @@ class Canvas:
         noisy = self.pixels.astype(np.int16) + plane[top : top + IMAGE, left : left + IMAGE]
         pixels = np.clip(noisy, 0, 255).astype(np.uint8)
         return Picture(pixels, self.labels.reshape(SIDE * SIDE, -1), questions)
-
-    def paint(self, image: Image.Image) -> None:
-        """Replace the pixels by a Pillow image."""
-        self.pixels = np.array(image)
 
     def paste(self, alpha: Array, left: int, top: int, colour: Array) -> Box:
         """Blend in `colour` (3,) with opacity `alpha` (h, w) in 0..255."""
@@ -157,6 +147,13 @@ class Canvas:
     def leave_open(self, box: Box) -> None:
         """Mark the patches under a box as ignored."""
         self.labels[_covered(box.top, box.bottom), _covered(box.left, box.right)] = UNLABELLED
+
+
+def layouts_of(split: str, layouts: Sequence[L], seed: int) -> list[L]:
+    """The layouts of a split; no two splits share one. Of nine, one is reserved for validation and one for the test."""
+    rank = np.random.RandomState(seed).permutation(len(layouts)) % 9
+    wanted = {"val": rank == 0, "test": rank == 1, "train": rank > 1}[split]
+    return [layout for layout, mine in zip(layouts, wanted, strict=True) if mine]
 
 
 def texture(rng: np.random.Generator, darkest: int, brightest: int, spread: int = 25, tint: int = 18) -> Array:

@@ -19,6 +19,7 @@ from pyramiddrop.evaluation.reader.canvas import (
     Canvas,
     Picture,
     Question,
+    layouts_of,
     pick,
     printed,
     tinted,
@@ -33,7 +34,7 @@ FEWEST, MOST = 3, 6
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a chart. Of nine combinations, one is reserved for validation and one for the test."""
+    """The layout of a chart."""
 
     kind: str
     count: int
@@ -41,16 +42,10 @@ class Layout:
     wide: bool  # bars almost touch; large markers
 
 
+ORDER = 12  # seed of the layouts of the splits
 LAYOUTS = [
     Layout(*one) for one in product(KINDS_OF_CHART, range(FEWEST, MOST + 1), ("none", "lines", "dashes"), (False, True))
 ]
-
-
-def layouts_of(split: str) -> list[Layout]:
-    """The layouts of a split; no two splits share one."""
-    rank = np.random.RandomState(12).permutation(len(LAYOUTS)) % 9
-    wanted = {"val": rank == 0, "test": rank == 1, "train": rank > 1}[split]
-    return [layout for layout, mine in zip(LAYOUTS, wanted, strict=True) if mine]
 
 
 @dataclass(frozen=True)
@@ -75,13 +70,14 @@ class Plot:
 
 def draw_chart(rng: np.random.Generator, split: str) -> Picture:
     """Draw a new chart in one of the layouts of `split`."""
-    layouts = layouts_of(split)
+    layouts = layouts_of(split, LAYOUTS, ORDER)
     layout = layouts[rng.integers(len(layouts))]
     levels = _levels(rng, layout.count)
     labels = pick(rng, CATEGORIES, layout.count)
-    colours = (
-        [str(rng.choice(BAR_COLOURS))] * layout.count if layout.kind == "line" else pick(rng, BAR_COLOURS, layout.count)
-    )
+    if layout.kind == "line":
+        colours = [str(rng.choice(BAR_COLOURS))] * layout.count
+    else:
+        colours = pick(rng, BAR_COLOURS, layout.count)
     step = int(rng.choice(STEPS))
     plot = _plot(rng, layout)
 
@@ -93,16 +89,18 @@ def draw_chart(rng: np.random.Generator, split: str) -> Picture:
     if layout.kind == "line":
         _draw_line(image, plot, levels, inks[0], layout.wide)
     else:
-        _draw_bars(image, plot, levels, inks, 0.85 if layout.wide else 0.6)
-    canvas = Canvas(rng, split, np.empty(0))
-    canvas.paint(image)
+        for index, (level, shade) in enumerate(zip(levels, inks, strict=True)):
+            box = plot.box(index, 0, level, 0.85 if layout.wide else 0.6)
+            corners = box.left, box.top, box.right - 1, box.bottom - 1
+            ImageDraw.Draw(image).rectangle(corners, tuple(shade.tolist()))
+    canvas = Canvas(rng, split, image)
     _print_ticks(canvas, plot, step, ink)
     _print_labels(canvas, plot, labels, ink)
     for index, (level, label, colour) in enumerate(zip(levels, labels, colours, strict=True)):
         _label_value(canvas, plot, index, level, str(level * step), owner=label, colour=colour)
-        extreme = "highest" if level == max(levels) else "lowest" if level == min(levels) else None
-        if extreme:
-            canvas.label(plot.box(index, 0, level, 0.6), height=extreme)
+        for extreme, value in (("highest", max(levels)), ("lowest", min(levels))):
+            if level == value:
+                canvas.label(plot.box(index, 0, level, 0.6), height=extreme)
     return canvas.finish(_questions(layout, labels, colours, levels, step))
 
 
@@ -149,13 +147,6 @@ def _across(plot: Plot, level: float, along: float) -> tuple[int, int]:
     return round(x + along), round(y - level * plot.level)
 
 
-def _draw_bars(image: Image.Image, plot: Plot, levels: list[int], inks: list[Array], width: float) -> None:
-    draw = ImageDraw.Draw(image)
-    for index, (level, ink) in enumerate(zip(levels, inks, strict=True)):
-        box = plot.box(index, 0, level, width)
-        draw.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), tuple(ink.tolist()))
-
-
 def _draw_line(image: Image.Image, plot: Plot, levels: list[int], ink: Array, wide: bool) -> None:
     draw = ImageDraw.Draw(image)
     colour, radius = tuple(ink.tolist()), 8 if wide else 6
@@ -166,18 +157,14 @@ def _draw_line(image: Image.Image, plot: Plot, levels: list[int], ink: Array, wi
 
 
 def _print_ticks(canvas: Canvas, plot: Plot, step: int, ink: Array) -> None:
+    slots = round((IMAGE - plot.origin[1] - 28) / plot.slot)
+    foot = round(plot.origin[1] + slots * plot.slot)  # the pixel row below the last slot of horizontal bars
     for level in range(1, LEVELS + 1):
         text = str(level * step)
         height, width = printed(text, 15).shape
         x, y = _across(plot, level, 0)
-        left, top = (x - width // 2, _foot(plot) + 8) if plot.lying else (x - 8 - width, y - height // 2)
+        left, top = (x - width // 2, foot + 8) if plot.lying else (x - 8 - width, y - height // 2)
         canvas.leave_open(canvas.word(text, left, top, 15, ink))
-
-
-def _foot(plot: Plot) -> int:
-    """The pixel row below the last slot of horizontal bars."""
-    slots = round((IMAGE - plot.origin[1] - 28) / plot.slot)
-    return round(plot.origin[1] + slots * plot.slot)
 
 
 def _print_labels(canvas: Canvas, plot: Plot, labels: list[str], ink: Array) -> None:

@@ -18,6 +18,7 @@ from pyramiddrop.evaluation.reader.canvas import (
     Canvas,
     Picture,
     Question,
+    layouts_of,
     pick,
     scribble,
     texture,
@@ -31,7 +32,7 @@ WORD_WIDTH = 84  # pixels of the widest printed word
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a document. Of nine combinations, one is reserved for validation and one for the test."""
+    """The layout of a document."""
 
     labels: str  # the side of the printed words
     title: str  # the place of the title
@@ -45,23 +46,17 @@ _FACTORS = (
     ("none", "lines", "boxes"),
     tuple(range(FEWEST_LINES, MOST_LINES + 1)),
 )
+ORDER = 11  # seed of the layouts of the splits
 LAYOUTS = [Layout(*one) for one in product(*_FACTORS)]
-
-
-def layouts_of(split: str) -> list[Layout]:
-    """The layouts of a split; no two splits share one."""
-    rank = np.random.RandomState(11).permutation(len(LAYOUTS)) % 9
-    wanted = {"val": rank == 0, "test": rank == 1, "train": rank > 1}[split]
-    return [layout for layout, mine in zip(LAYOUTS, wanted, strict=True) if mine]
 
 
 def draw_document(rng: np.random.Generator, split: str) -> Picture:
     """Draw a new document in one of the layouts of `split`, with its handwritten digits."""
-    layouts = layouts_of(split)
+    layouts = layouts_of(split, LAYOUTS, ORDER)
     layout = layouts[rng.integers(len(layouts))]
     width, left, right = _paper(rng, layout)
-    canvas = Canvas(rng, split, texture(rng, 25, 120))
-    image = scribble(rng, canvas.pixels, int(rng.integers(0, 10)), (20, 160))
+    ground = texture(rng, 25, 120)
+    image = scribble(rng, ground, int(rng.integers(0, 10)), (20, 160))
     paper_left, paper_top = int(rng.integers(0, IMAGE - width + 1)), int(rng.integers(0, 7))
     draw = ImageDraw.Draw(image)
     paper = tuple((rng.integers(222, 254) + rng.integers(-8, 3, 3)).tolist())
@@ -75,13 +70,14 @@ def draw_document(rng: np.random.Generator, split: str) -> Picture:
     top += int(rng.integers(0, slack + 1)) if slack > 0 else 0
     lines = [top + index * spacing for index in range(layout.lines)]
     _rule(draw, rng, layout, (paper_left + 6, paper_left + width - 6), lines, spacing)
-    canvas.paint(image)
+    canvas = Canvas(rng, split, image)
 
     title = str(rng.choice(TITLES))
     _print_title(canvas, title, layout.title, paper_left, paper_top, width)
     fields = pick(rng, FIELDS, layout.lines)
     values = [_value(rng) for _ in fields]
-    print_ink, pen = rng.integers(0, 70, 3), _pen(rng)
+    print_ink = rng.integers(0, 70, 3)
+    pen = rng.integers((0, 0, 90), (50, 60, 190)) if rng.random() < 0.6 else rng.integers(0, 60, 3)  # blue or black
     size = int(rng.integers(20, 24))
     for index, (field, value, y) in enumerate(zip(fields, values, lines, strict=True)):
         line = LINES[index]
@@ -134,11 +130,6 @@ def _print_title(canvas: Canvas, title: str, place: str, left: int, top: int, wi
 def _value(rng: np.random.Generator) -> str:
     digits = int(rng.integers(1, LONGEST_NUMBER + 1))
     return str(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
-
-
-def _pen(rng: np.random.Generator) -> np.ndarray:
-    """Blue or black ink."""
-    return rng.integers((0, 0, 90), (50, 60, 190)) if rng.random() < 0.6 else rng.integers(0, 60, 3)
 
 
 def _questions(rng: np.random.Generator, title: str, fields: list[str], values: list[str]) -> list[Question]:

@@ -63,8 +63,8 @@ class Thing:
 
 def draw_scene(rng: np.random.Generator, split: str) -> Picture:
     """Draw a new scene with digits of `split`."""
-    canvas = Canvas(rng, split, texture(rng, 15, 75))
-    canvas.paint(scribble(rng, canvas.pixels, int(rng.integers(0, 14)), (40, 125)))
+    ground = texture(rng, 15, 75)
+    canvas = Canvas(rng, split, scribble(rng, ground, int(rng.integers(0, 14)), (40, 125)))
     things = [_draw(canvas, *one) for one in _plan(rng)]
     return canvas.finish(_questions(rng, things))
 
@@ -165,8 +165,7 @@ def _yes_or_no(rng: np.random.Generator, things: list[Thing]) -> list[Question]:
     names_absent = [name for name in (*DIGITS, *SHAPES) if name not in names]
     asked += [("yes", name) for name in pick(rng, names, 2)]
     denied += [("no", name) for name in pick(rng, names_absent, len(asked) - len(denied))]
-    return [Question("is_there", f"Is there {_with_article(what)}?", answer) for answer, what in asked + denied]
-
-
-def _with_article(what: str) -> str:
-    return f"an {what}" if what[0] in "aeiou8" else f"a {what}"
+    return [
+        Question("is_there", f"Is there {'an' if what[0] in 'aeiou8' else 'a'} {what}?", answer)
+        for answer, what in asked + denied
+    ]
