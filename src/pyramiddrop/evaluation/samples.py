@@ -14,29 +14,20 @@ from pyramiddrop.evaluation.digits import DigitsBenchmark
 from pyramiddrop.evaluation.reader import ReaderBenchmark
 from pyramiddrop.inference import InputError, user_input
 from pyramiddrop.inference.prompt import check_picture, open_picture
-from pyramiddrop.training.samples import BrokenSampleError, json_records, read_sample
+from pyramiddrop.training.samples import BrokenSampleError, json_records, listed, message_text, read_sample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one or several pictures.
+    """One question about one or several pictures."""
 
-    Attributes:
-        images: RGB pictures; those of a user's file are opened on access.
-        answers: the right answers, each of which counts; empty if none is known.
-        kind: the kind of the question, for scores by kind.
-        subkind: a finer kind, for further scores; empty if there is none.
-        reads_text: True if the answer is read in the picture, as letters or figures.
-        cluster: a label that is equal for samples that are not independent, such as those of one picture.
-    """
-
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image]  # RGB; those of a user's file are opened on access
     question: str
-    answers: tuple[str, ...] = ()
-    kind: str = "all"
-    cluster: str = ""
-    subkind: str = ""
-    reads_text: bool = False
+    answers: tuple[str, ...] = ()  # the right ones, each of which counts; empty if none is known
+    kind: str = "all"  # for scores by kind
+    cluster: str = ""  # equal for samples that are not independent, such as those of one picture
+    subkind: str = ""  # finer, for further scores; empty if there is none
+    reads_text: bool = False  # True if the answer is read in the picture, as letters or figures
 
 
 #: Parts of the names of kinds whose questions are about text in a picture: `read_row`, `ocr`, `DocVQA`, `scene_text`.
@@ -68,8 +59,7 @@ class PictureFiles(Sequence[Image.Image]):
 def digits_samples(split: str = "test", scenes: int = 80, seed: int = 0) -> list[Sample]:
     """The questions of the digits benchmark: 16 about each of `scenes` pictures, clustered by picture.
 
-    Raises:
-        InputError: for an unknown split, no scene, or the train split without SciPy, which distorts its digits.
+    InputError for an unknown split, no scene, or the train split without SciPy, which distorts its digits.
     """
     if scenes < 1:
         raise InputError(f"scenes must be at least 1; got {scenes}")
@@ -84,23 +74,15 @@ def digits_samples(split: str = "test", scenes: int = 80, seed: int = 0) -> list
 def reader_samples(split: str = "test", pictures: int = 120, seed: int = 0, questions: int = 6) -> list[Sample]:
     """The questions of the reader benchmark: `questions` about each of `pictures`, by group, clustered by picture.
 
-    Raises:
-        InputError: for an unknown split.
+    InputError for an unknown split.
     """
     with user_input(caught=(ValueError,)):
         drawn = list(ReaderBenchmark(split, pictures, questions, seed))
-    return [
-        Sample(
-            (one.image,),
-            one.question,
-            (one.answer,),
-            one.group,
-            str(one.picture),
-            one.kind,
-            named_reading(one.group, one.kind),
-        )
-        for one in drawn
-    ]
+    samples = []
+    for one in drawn:
+        reads = named_reading(one.group, one.kind)
+        samples.append(Sample((one.image,), one.question, (one.answer,), one.group, str(one.picture), one.kind, reads))
+    return samples
 
 
 def read_samples(file: str | Path, images: str | Path | None = None) -> list[Sample]:
@@ -140,43 +122,25 @@ def _sample(record: Any, folder: Path) -> Sample:
     if not isinstance(record, Mapping):
         raise BrokenSampleError(f"a sample must be an object; got {type(record).__name__}")
     if "conversations" in record or "messages" in record:
-        return _of_conversation(record, folder)
-    names = _either(record, "image", "images")
-    return _checked(_listed(names), folder, record.get("question"), _answers(record), record)
-
-
-def _checked(
-    names: Sequence[Any], folder: Path, question: Any, answers: tuple[str, ...], record: Mapping[str, Any]
-) -> Sample:
+        conversation = read_sample(record, folder)
+        roles = [message["role"] for message in conversation.messages]
+        if roles != ["user", "assistant"]:
+            raise BrokenSampleError(f"a conversation must be one question and one answer; got {', '.join(roles)}")
+        question: Any = message_text(conversation.messages[0])
+        answers, names = [message_text(conversation.messages[1])], conversation.images
+    else:
+        names = list(listed(_either(record, "image", "images")))
+        question, answers = record.get("question"), _answers(record)
     files = _files(names, folder)
     if not isinstance(question, str) or not question.strip():
         raise BrokenSampleError(f"a question must be text; got {question!r}")
-    kind = _label(record, "kind") or "all"
-    return Sample(
-        images=PictureFiles(files),
-        question=question,
-        answers=answers,
-        kind=kind,
-        cluster=_label(record, "cluster") or "|".join(map(str, files)),
-        reads_text=_reads_text(record, kind),
-    )
-
-
-def _words(message: Mapping[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _of_conversation(record: Mapping[str, Any], folder: Path) -> Sample:
-    conversation = read_sample(record, folder)
-    roles = [message["role"] for message in conversation.messages]
-    if roles != ["user", "assistant"]:
-        raise BrokenSampleError(f"a conversation must be one question and one answer; got {', '.join(roles)}")
-    question, answer = map(_words, conversation.messages)
-    return _checked(conversation.images, folder, question, (answer,), record)
+    kind, reads_text = _label(record, "kind") or "all", record.get("reads_text")
+    cluster = _label(record, "cluster") or "|".join(map(str, files))
+    if reads_text is None:
+        reads_text = named_reading(kind)
+    elif not isinstance(reads_text, bool):
+        raise BrokenSampleError(f'"reads_text" must be true or false; got {reads_text!r}')
+    return Sample(PictureFiles(files), question, tuple(answers), kind, cluster, reads_text=reads_text)
 
 
 def _either(record: Mapping[str, Any], one: str, several: str) -> Any:
@@ -202,19 +166,12 @@ def _files(names: Sequence[Any], folder: Path) -> list[Path]:
     return files
 
 
-def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    answers = _listed(_either(record, "answer", "answers"))
+def _answers(record: Mapping[str, Any]) -> list[str]:
+    answers = listed(_either(record, "answer", "answers"))
     for answer in answers:
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise BrokenSampleError(f"an answer must be text or a number; got {answer!r}")
-    return tuple(map(str, answers))
-
-
-def _reads_text(record: Mapping[str, Any], kind: str) -> bool:
-    given = record.get("reads_text")
-    if given is not None and not isinstance(given, bool):
-        raise BrokenSampleError(f'"reads_text" must be true or false; got {given!r}')
-    return named_reading(kind) if given is None else given
+    return list(map(str, answers))
 
 
 def _label(record: Mapping[str, Any], name: str) -> str:

@@ -58,76 +58,38 @@ DIGITS_SCENES, READER_PICTURES = 80, 120
 
 @dataclass(frozen=True)
 class Task:
-    """Samples with right answers.
-
-    Attributes:
-        about: the origin of the samples, as plain values.
-        match: the rule that scores answers, a name in `pyramiddrop.evaluation.tasks.MATCHES`.
-        kinds: the kinds of the samples, in the order of tables.
-        subkinds: finer kinds, in the order of tables; empty if no question has one.
-        bundled: the folder of the bundled model, which answers if no model is named.
-    """
+    """Samples with right answers."""
 
     name: str
-    about: dict[str, Any]
+    about: dict[str, Any]  # the origin of the samples, as plain values
     samples: Sequence[Sample]
-    match: str
-    kinds: tuple[str, ...]
-    bundled: Path = field(default_factory=digits_checkpoint)
-    subkinds: tuple[str, ...] = ()
+    match: str  # the rule that scores answers, a name in MATCHES
+    kinds: tuple[str, ...]  # of the samples, in the order of tables
+    bundled: Path = field(default_factory=digits_checkpoint)  # the model that answers if none is named
+    subkinds: tuple[str, ...] = ()  # finer kinds, in the order of tables; empty if no question has one
 
 
 def digits_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
-    """The digits benchmark, or `limit` of its questions, spread over the pictures.
-
-    Raises:
-        InputError: for an unknown split or limit.
-    """
+    """The digits benchmark, or `limit` of its questions over all pictures; InputError for an unknown split or limit."""
     _check_limit(limit)
     samples = spread(digits_samples(split, min(DIGITS_SCENES, limit or DIGITS_SCENES), seed), limit)
     asked = {sample.kind for sample in samples}
-    about = {"split": split, "seed": seed}
-    return Task(DIGITS, about, samples, "same", tuple(kind for kind in KIND_NAMES if kind in asked))
+    kinds = tuple(kind for kind in KIND_NAMES if kind in asked)
+    return Task(DIGITS, {"split": split, "seed": seed}, samples, "same", kinds)
 
 
 def reader_task(split: str = "test", seed: int = 0, limit: int | None = None) -> Task:
-    """The reader benchmark, or `limit` of its questions, spread over the pictures; the groups are its kinds.
-
-    Raises:
-        InputError: for an unknown split or limit.
-    """
+    """The reader benchmark, like `digits_task`; the groups of pictures are its kinds."""
     _check_limit(limit)
     samples = spread(reader_samples(split, min(READER_PICTURES, limit or READER_PICTURES), seed), limit)
-    asked = {sample.kind for sample in samples}
+    asked = {name for sample in samples for name in (sample.kind, sample.subkind)}
     kinds = tuple(kind for kind in KINDS if kind in asked)
-    finer = {sample.subkind for sample in samples}
-    subkinds = tuple(one for kind in kinds for one in KINDS[kind] if one in finer)
+    subkinds = tuple(one for kind in kinds for one in KINDS[kind] if one in asked)
     return Task(READER, {"split": split, "seed": seed}, samples, "same", kinds, reader_checkpoint(), subkinds)
 
 
 #: Benchmarks without a download, by name.
 BUNDLED_TASKS = {DIGITS: digits_task, READER: reader_task}
-
-
-def file_task(
-    file: Path, images: Path | None = None, match: str = "exact", limit: int | None = None, answered: bool = True
-) -> Task:
-    """A user's own questions, or `limit` of them; see `pyramiddrop.evaluation.samples.read_samples`.
-
-    Args:
-        answered: True if every question needs a right answer.
-
-    Raises:
-        InputError: if the file cannot be read, a question lacks an answer, or `match` is unknown.
-    """
-    _check_limit(limit)
-    if match not in MATCHES:
-        raise InputError(f"--metric must be one of {', '.join(MATCHES)}; got {match!r}")
-    samples = spread(read_samples(file, images), limit)
-    for index, sample in enumerate(samples):
-        if answered and not sample.answers:
-            raise InputError(f'{file.name}[{index}]: no "answer" to compare with')
-    return Task(file.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
 
 
 def choose_task(
@@ -145,22 +107,30 @@ def choose_task(
 
     Args:
         tasks: the name of a bundled benchmark; by default, digits.
-        data, images, metric: a file of questions, the folder of its pictures, and the rule that scores answers; without
-            a file, a bundled benchmark.
+        data, images, metric: a file of questions (see `read_samples`), the folder of its pictures, and the rule that
+            scores answers; without a file, a bundled benchmark.
         split, seed: the split and the seed of the bundled benchmark.
         limit: the largest number of questions.
         answered: True if every question needs a right answer.
 
     Raises:
-        InputError: if options contradict each other, or a file cannot be read.
+        InputError: if options contradict each other, a file cannot be read, or one of its questions lacks an answer.
     """
-    if data is not None:
-        _refuse("means nothing with", tasks=tasks, split=split, seed=seed)
-        return file_task(data, images, metric or "exact", limit, answered)
-    _refuse("belongs to", images=images, metric=metric)
-    if (name := tasks or DIGITS) not in BUNDLED_TASKS:
-        raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
-    return BUNDLED_TASKS[name](split or "test", seed or 0, limit)
+    if data is None:
+        _refuse("belongs to", images=images, metric=metric)
+        if (name := tasks or DIGITS) not in BUNDLED_TASKS:
+            raise InputError(f"--tasks must be one of {', '.join(BUNDLED_TASKS)}; got {name!r}")
+        return BUNDLED_TASKS[name](split or "test", seed or 0, limit)
+    _refuse("means nothing with", tasks=tasks, split=split, seed=seed)
+    _check_limit(limit)
+    match = metric or "exact"
+    if match not in MATCHES:
+        raise InputError(f"--metric must be one of {', '.join(MATCHES)}; got {match!r}")
+    samples = spread(read_samples(data, images), limit)
+    for index, sample in enumerate(samples):
+        if answered and not sample.answers:
+            raise InputError(f'{data.name}[{index}]: no "answer" to compare with')
+    return Task(data.name, {}, samples, match, tuple(dict.fromkeys(sample.kind for sample in samples)))
 
 
 def _refuse(why: str, **options: Any) -> None:
