@@ -93,6 +93,6 @@ def test_benchmarks_of_lmms_eval_ask_anew(monkeypatch: pytest.MonkeyPatch, tmp_p
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyramiddrop.evaluation.benchmarks.run_benchmarks", stop)
+    monkeypatch.setattr("pyramiddrop.evaluation.lmms.run.run_benchmarks", stop)
     result = run("eval", "--tasks", "mme", "--output", str(tmp_path))
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "stopped")

@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 from pyramiddrop import PyramidDrop
 from pyramiddrop.cli.main import app
-from pyramiddrop.evaluation import benchmarks
-from pyramiddrop.evaluation.benchmarks import Measured, TaskScore, read_measured, run_benchmarks
+from pyramiddrop.evaluation.lmms import run as benchmarks
+from pyramiddrop.evaluation.lmms.run import Measured, TaskScore, read_measured, run_benchmarks
 from pyramiddrop.evaluation.paper import paper_figures
-from pyramiddrop.evaluation.paper.budgets import published_rows
-from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables, suite_record
+from pyramiddrop.evaluation.paper.tables import average, paper_benchmarks, paper_tables, published_rows, suite_record
 from pyramiddrop.inference import InputError
 from test_cli_eval import run, run_json
 from test_cli_generate import assert_one_line

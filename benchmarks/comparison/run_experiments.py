@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramiddrop.evaluation.benchmarks import benchmarks_record, read_measured
 from pyramiddrop.evaluation.lmms import MODEL
 from pyramiddrop.evaluation.lmms.arguments import write_arguments
-from pyramiddrop.evaluation.lmms.run import check_installed
+from pyramiddrop.evaluation.lmms.run import benchmarks_record, check_installed, read_measured
 from pyramiddrop.evaluation.record import evaluation_record
 from pyramiddrop.evaluation.run import EvalOptions, Evaluator
 from pyramiddrop.evaluation.store import write_json

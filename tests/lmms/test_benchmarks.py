@@ -9,7 +9,7 @@ from digits_task import TASK, samples
 from pyramiddrop import FastV
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.benchmarks import read_measured, run_benchmarks
+from pyramiddrop.evaluation.lmms.run import read_measured, run_benchmarks
 from pyramiddrop.evaluation.tasks import same
 from pyramiddrop.inference.checkpoint import load_checkpoint
 

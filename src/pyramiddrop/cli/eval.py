@@ -179,7 +179,7 @@ def _run_benchmarks(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    from pyramiddrop.evaluation.benchmarks import RESULTS, benchmarks_record, run_benchmarks
+    from pyramiddrop.evaluation.lmms.run import RESULTS, benchmarks_record, run_benchmarks
     from pyramiddrop.evaluation.store import write_json
     from pyramiddrop.report.tables.paper import benchmarks_table
 
@@ -203,9 +203,8 @@ def _run_benchmarks(
 
 
 def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
-    from pyramiddrop.evaluation.benchmarks import read_measured
-    from pyramiddrop.evaluation.paper.budgets import budgets_record
-    from pyramiddrop.evaluation.paper.tables import suite_record
+    from pyramiddrop.evaluation.lmms.run import read_measured
+    from pyramiddrop.evaluation.paper.tables import budgets_record, suite_record
     from pyramiddrop.inference import InputError
     from pyramiddrop.report.tables.paper import budget_tables, suite_tables, tasks_table
 

@@ -16,13 +16,7 @@ from pyramiddrop.method_spec import BAR, NAMES, VANILLA, option_names, with_opti
 
 @dataclass(frozen=True)
 class Arguments:
-    """The parsed `--model_args`.
-
-    Attributes:
-        method: the method; None for vanilla.
-        backend: the name of the backend, or "auto".
-        passed: further arguments for the backend.
-    """
+    """The parsed `--model_args`: the method, the name of the backend or "auto", and further arguments for it."""
 
     method: Method | None
     backend: str
@@ -36,13 +30,10 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
     it go to the method inside the decoder; settings of a whole forward go to both methods.
 
     By default, as in `pyramiddrop generate`, the method is the one saved beside the checkpoint, or else the paper's
-    PyramidDrop.
+    PyramidDrop. InputError for an unknown method, or a field or value that it does not have.
 
     Args:
         given: lmms-eval's parsed arguments: numbers, True and False, and text (lists with slashes: 8/16/24).
-
-    Raises:
-        InputError: for an unknown method, or a field or value that it does not have.
     """
     known = set().union(*map(option_names, NAMES.values()))
     options = {name: value for name, value in given.items() if name in known}
@@ -58,12 +49,8 @@ def read_arguments(pretrained: str, given: Mapping[str, Any]) -> Arguments:
 def write_arguments(pretrained: str, method: Method | None, others: Mapping[str, Any]) -> str:
     """Write the text of `--model_args` that `read_arguments` parses to the same values.
 
-    Args:
-        others: arguments of the backend; None if not given.
-
-    Raises:
-        InputError: for names with commas, which lmms-eval cannot read, methods without a name, and scorers with
-            settings.
+    `others` are arguments of the backend; None if not given. InputError for names with commas, which lmms-eval cannot
+    read, methods without a name, and scorers with settings.
     """
     if "," in pretrained:
         raise InputError(f"lmms-eval cannot read the name of a checkpoint with a comma: {pretrained}")
@@ -102,35 +89,23 @@ AUTO, GENERIC = "auto", "generic"
 
 @dataclass(frozen=True)
 class Backend:
-    """A chat class.
-
-    Attributes:
-        name: its name in `backend=`.
-        families: model types that it takes; empty: all that the library supports.
-        module, kind: the module and the name of its class.
-        batches: True if it takes several requests at a time.
-    """
+    """A chat class, `kind` in `module`, by its name in `backend=`."""
 
     name: str
-    families: tuple[str, ...]
+    families: tuple[str, ...]  # model types that it takes; empty: all that the library supports
     module: str
     kind: str
-    batches: bool = True
+    batches: bool = True  # True if it takes several requests at a time
 
 
+_CHAT = "lmms_eval.models.chat"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
-            "llava_hf",
-            ("llava", "llava_next", "llava_onevision"),
-            "lmms_eval.models.chat.llava_hf",
-            "LlavaHf",
-            batches=False,
-        ),
-        Backend("qwen2_5_vl", ("qwen2_5_vl",), "lmms_eval.models.chat.qwen2_5_vl", "Qwen2_5_VL"),
-        Backend("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), "lmms_eval.models.chat.qwen3_vl", "Qwen3_VL"),
-        Backend(GENERIC, (), "pyramiddrop.evaluation.lmms.chat", "Chat"),
+        Backend("llava_hf", ("llava", "llava_next", "llava_onevision"), f"{_CHAT}.llava_hf", "LlavaHf", batches=False),
+        Backend("qwen2_5_vl", ("qwen2_5_vl",), f"{_CHAT}.qwen2_5_vl", "Qwen2_5_VL"),
+        Backend("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), f"{_CHAT}.qwen3_vl", "Qwen3_VL"),
+        Backend(GENERIC, (), "pyramiddrop.evaluation.lmms.model", "Chat"),
     )
 }
 
@@ -138,16 +113,14 @@ BACKENDS = {
 def pick_backend(name: str, family: str, batch: int, processes: int, device: str) -> Backend:
     """The named backend; "auto": lmms-eval's own if it takes this model and these arguments, or else ours.
 
-    Raises:
-        InputError: for an unknown name, or a backend that does not take this model or these arguments.
+    InputError for an unknown name, or a backend that does not take this model or these arguments.
     """
     if name == AUTO:
-        own = (backend for backend in BACKENDS.values() if not _objection(backend, family, batch, processes, device))
-        return next(own)
+        fitting = (one for one in BACKENDS.values() if not _objection(one, family, batch, processes, device))
+        return next(fitting)
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not one of {', '.join([AUTO, *BACKENDS])}")
-    objection = _objection(BACKENDS[name], family, batch, processes, device)
-    if objection:
+    if objection := _objection(BACKENDS[name], family, batch, processes, device):
         raise InputError(f"backend {name} {objection}; use backend={GENERIC}")
     return BACKENDS[name]
 
@@ -168,10 +141,8 @@ def load_backend(
     """Construct the backend, which loads its model.
 
     A single process needs an explicit device for lmms-eval's classes, because their defaults are "auto", which means
-    CUDA, or "", which Transformers 5 refuses; several processes place the model themselves.
-
-    Raises:
-        InputError: if it cannot be imported, or does not have an argument.
+    CUDA, or "", which Transformers 5 refuses; several processes place the model themselves. InputError if the backend
+    cannot be imported, or does not have an argument.
     """
     try:
         kind = getattr(import_module(backend.module), backend.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -13,18 +14,7 @@ from torch import Tensor
 
 from pyramiddrop import Method, apply, remove
 from pyramiddrop.inference.checkpoint import decoder_layers
-from pyramiddrop.inference.prefill_stats import Usage, batch_usage
-
-#: The averages over a run's requests.
-COSTS = (
-    "requests_measured",
-    "visual_tokens",
-    "retained_visual_tokens",
-    "prefill_flops",
-    "flops_ratio",
-    "kv_bytes",
-    "kv_ratio",
-)
+from pyramiddrop.inference.prefill_stats import batch_usage
 
 
 class GenerationError(BaseException):
@@ -36,13 +26,9 @@ class GenerationError(BaseException):
 
 @dataclass(frozen=True)
 class CostSums:
-    """Sums over requests.
+    """Sums over requests: visual tokens, those in a layer on average, and FLOPs and bytes of the prefill as in `Usage`.
 
-    Attributes:
-        visual_tokens: number of visual tokens.
-        retained_tokens: number of visual tokens in a layer, averaged over the layers.
-        flops, kv_bytes: the prefill's, as in `Usage`; NaN if the cost model does not know the text model.
-        vanilla_flops, vanilla_kv_bytes: the same without dropping.
+    FLOPs and bytes are NaN if the cost model does not know the text model.
     """
 
     requests: int = 0
@@ -60,28 +46,27 @@ class CostSums:
         """The averages over requests, and their ratios to vanilla's, without unknown values."""
         if not self.requests:
             return {}
-        values = (
-            float(self.requests),
-            self.visual_tokens / self.requests,
-            self.retained_tokens / self.requests,
-            self.flops / self.requests,
-            self.flops / self.vanilla_flops,
-            self.kv_bytes / self.requests,
-            self.kv_bytes / self.vanilla_kv_bytes,
-        )
-        return {name: value for name, value in zip(COSTS, values, strict=True) if not math.isnan(value)}
+        found = {
+            "requests_measured": float(self.requests),
+            "visual_tokens": self.visual_tokens / self.requests,
+            "retained_visual_tokens": self.retained_tokens / self.requests,
+            "prefill_flops": self.flops / self.requests,
+            "flops_ratio": self.flops / self.vanilla_flops,
+            "kv_bytes": self.kv_bytes / self.requests,
+            "kv_ratio": self.kv_bytes / self.vanilla_kv_bytes,
+        }
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+#: The names of the averages.
+COSTS = tuple(CostSums(1, 1, 1, 1, 1, 1, 1).averages())
 
 
 class Meter:
-    """Applies a method to a model and measures each call of its `generate`.
-
-    Args:
-        model: a Transformers model; `detach` restores it.
-        method: the method; None for vanilla.
-    """
+    """Applies a method (None: vanilla) to a Transformers model and measures each call of its `generate`."""
 
     def __init__(self, model: Any, method: Method | None) -> None:
-        self.by_task: dict[str, CostSums] = {}
+        self.by_task: dict[str, CostSums] = defaultdict(CostSums)
         self._model, self._method, self._task = model, method, ""
         self._trace = apply(model, method) if method else None
         self._before = model.__dict__.get("generate")
@@ -89,18 +74,13 @@ class Meter:
 
     @contextmanager
     def task(self, name: str, requests: int) -> Iterator[None]:
-        """Count the calls within the block for this task.
-
-        Raises:
-            RuntimeError: if not all `requests` went through the model under the method.
-        """
-        self._task, before = name, self.by_task.get(name, CostSums())
+        """Count the calls within the block for this task; RuntimeError if they are not as many as its `requests`."""
+        self._task, before = name, self.by_task[name].requests
         try:
             yield
         except GenerationError as error:
             raise error.carried from None
-        done = self.by_task.get(name, before).requests - before.requests
-        if done != requests:
+        if (done := self.by_task[name].requests - before) != requests:
             raise RuntimeError(f"{done} of {requests} requests of {name} went through the model under the method")
 
     def detach(self) -> None:
@@ -122,7 +102,7 @@ class Meter:
                 costs = self._account(kwargs)
             except Exception as error:
                 raise GenerationError(error) from error
-            self.by_task[self._task] = self.by_task.get(self._task, CostSums()) + costs
+            self.by_task[self._task] += costs
             return output
 
         return measured
@@ -137,10 +117,8 @@ class Meter:
         }
         plain = batch_usage(self._model, tokens)[::beams]
         used = batch_usage(self._model, tokens, self._method, self._trace)[::beams] if self._trace else plain
-        pairs = zip(used, plain, strict=True)
-        return sum((_cost_sums(one, vanilla, layers) for one, vanilla in pairs), CostSums())
-
-
-def _cost_sums(used: Usage, vanilla: Usage, layers: int) -> CostSums:
-    retained = sum(used.by_layer(layers)) / layers
-    return CostSums(1, used.visual_tokens, retained, used.flops, vanilla.flops, used.kv_bytes, vanilla.kv_bytes)
+        costs = CostSums()
+        for own, full in zip(used, plain, strict=True):
+            retained = sum(own.by_layer(layers)) / layers
+            costs += CostSums(1, own.visual_tokens, retained, own.flops, full.flops, own.kv_bytes, full.kv_bytes)
+        return costs

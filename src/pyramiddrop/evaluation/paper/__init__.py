@@ -11,33 +11,29 @@ from pyramiddrop.cost import PRESETS, Prompt, estimate_cost
 from pyramiddrop.schedule import Schedule, Stage, powers
 
 STAGES = 4  # of the paper's PyramidDrop, equal
-_FILE = Path(__file__).parent / "flops.csv"
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of this package, without its suffix."""
+    with (Path(__file__).parent / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that the paper prints, in TFLOPs, and ours.
-
-    Attributes:
-        table: its table in the paper.
-        preset: the model's name in `pyramiddrop.cost.PRESETS`.
-        method: the method and its settings, as text.
-        printed: the figure as the paper prints it.
-        exact: ours by the `paper` convention, not rounded.
-    """
+    """A figure that the paper prints in a table, in TFLOPs, and ours."""
 
     table: str
-    preset: str
+    preset: str  # a name in `pyramiddrop.cost.PRESETS`
     visual_tokens: int
-    method: str
+    method: str  # with its settings
     printed: str
-    exact: float
+    exact: float  # ours by the `paper` convention, not rounded
 
     @property
     def ours(self) -> str:
         """Our figure, rounded to as many digits as the paper prints."""
-        decimals = len(self.printed.partition(".")[2])
-        return f"{self.exact:.{decimals}f}"
+        return f"{self.exact:.{len(self.printed.partition('.')[2])}f}"
 
     @property
     def agrees(self) -> bool:
@@ -51,18 +47,16 @@ class Figure:
 
 def paper_figures() -> list[Figure]:
     """All FLOPs figures of the paper beside ours, in the paper's order."""
-    with _FILE.open(encoding="utf-8", newline="") as file:
-        return [_figure(row) for row in csv.DictReader(file)]
-
-
-def _figure(row: dict[str, str]) -> Figure:
-    shape, tokens = PRESETS[row["preset"]].shape, int(row["visual_tokens"])
-    schedule, method = None, "vanilla"
-    if row["method"] == "pyramiddrop":
-        schedule = Schedule.equal(shape.decoder.layers, STAGES, powers(float(row["lam"]), STAGES - 1))
-        method = f"PyramidDrop λ={row['lam']}"
-    elif row["method"] == "fastv":
-        schedule = Schedule((Stage(int(row["layer"]), float(row["keep"])),))
-        method = f"FastV K={row['layer']} R={1 - float(row['keep']):.0%}"
-    flops = estimate_cost(shape, Prompt(tokens), schedule).paper
-    return Figure(row["table"], row["preset"], tokens, method, row["tflops"], flops / 1e12)
+    found = []
+    for row in read_csv("flops"):
+        shape, tokens = PRESETS[row["preset"]].shape, int(row["visual_tokens"])
+        schedule, method = None, "vanilla"
+        if row["method"] == "pyramiddrop":
+            schedule = Schedule.equal(shape.decoder.layers, STAGES, powers(float(row["lam"]), STAGES - 1))
+            method = f"PyramidDrop λ={row['lam']}"
+        elif row["method"] == "fastv":
+            schedule = Schedule((Stage(int(row["layer"]), float(row["keep"])),))
+            method = f"FastV K={row['layer']} R={1 - float(row['keep']):.0%}"
+        flops = estimate_cost(shape, Prompt(tokens), schedule).paper
+        found.append(Figure(row["table"], row["preset"], tokens, method, row["tflops"], flops / 1e12))
+    return found

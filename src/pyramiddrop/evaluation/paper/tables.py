@@ -1,17 +1,15 @@
-"""The paper's Tables 1 to 5 as data, the tasks of lmms-eval that measure them, and measured scores beside them."""
+"""Published scores as data, with measured ones beside them: the paper's Tables 1 to 5, and scores at fixed budgets."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from pyramiddrop.evaluation.benchmarks import Measured, TaskScore
+from pyramiddrop.evaluation.lmms.run import Measured, TaskScore
+from pyramiddrop.evaluation.paper import read_csv
 
-_FOLDER = Path(__file__).parent
 #: MME's perception score is a sum, which averages take in percent of this value.
 _MME, _MME_MOST = "mme", 2000
 TITLES = {
@@ -25,22 +23,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the paper.
-
-    Attributes:
-        column: its name in the tables.
-        name: its name in the paper.
-        task: its task in lmms-eval 0.7; empty if there is none.
-        metric: lmms-eval's name of the printed metric.
-        scale: the factor that converts it to the paper's unit.
-        note: a note about the task.
-    """
+    """A benchmark of the paper: its name in the tables' columns and in the text, and how lmms-eval 0.7 measures it."""
 
     column: str
     name: str
-    task: str
-    metric: str
-    scale: float
+    task: str  # empty if there is none
+    metric: str  # lmms-eval's name of the printed metric
+    scale: float  # converts lmms-eval's unit to the paper's
     note: str
 
 
@@ -87,23 +76,11 @@ class PaperTable:
         """Its number and subject."""
         return f"Table {self.number}: {TITLES[self.number]}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """The table as plain values, with numbers as numbers."""
-        rows = [
-            {
-                **row.settings,
-                "scores": {column: float(score) for column, score in row.scores.items()},
-                "average": float(row.average),
-            }
-            for row in self.rows
-        ]
-        return {"table": self.number, "title": TITLES[self.number], "rows": rows}
-
 
 @cache
 def paper_benchmarks() -> dict[str, Benchmark]:
     """The paper's benchmarks by column: its 14, and ScienceQA of Tables 3 and 5."""
-    rows = _read("benchmarks")
+    rows = read_csv("benchmarks")
     return {row["column"]: Benchmark(**{**row, "scale": float(row["scale"] or 1)}) for row in rows}  # type: ignore[arg-type]
 
 
@@ -120,62 +97,106 @@ def average(scores: Mapping[str, float]) -> float:
 
 
 def _table(number: int) -> PaperTable:
-    known, rows = paper_benchmarks(), _read(f"table{number}")
+    known, rows = paper_benchmarks(), read_csv(f"table{number}")
     columns = [column for column in rows[0] if column in known]
-    return PaperTable(
-        number,
-        tuple(known[column] for column in columns),
-        tuple(
-            PaperRow(
-                settings={name: value for name, value in row.items() if name not in columns and name != "avg"},
-                scores={column: row[column] for column in columns},
-                average=row["avg"],
-            )
-            for row in rows
-        ),
-    )
+    found = []
+    for row in rows:
+        settings = {name: value for name, value in row.items() if name not in columns and name != "avg"}
+        found.append(PaperRow(settings, {column: row[column] for column in columns}, row["avg"]))
+    return PaperTable(number, tuple(known[column] for column in columns), tuple(found))
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    with (_FOLDER / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _numbers(scores: Mapping[str, str]) -> dict[str, float]:
+    return {column: float(score) for column, score in scores.items()}
 
 
 def suite_record(measured: Sequence[Measured]) -> dict[str, Any]:
     """The benchmarks with their tasks, the paper's tables, and each measured method in the paper's units."""
+    tables = []
+    for table in paper_tables():  # with numbers as numbers
+        rows = [{**one.settings, "scores": _numbers(one.scores), "average": float(one.average)} for one in table.rows]
+        tables.append({"table": table.number, "title": TITLES[table.number], "rows": rows})
     return {
         "suite": "paper",
         "benchmarks": [asdict(benchmark) for benchmark in paper_benchmarks().values()],
-        "tables": [table.as_dict() for table in paper_tables()],
+        "tables": tables,
         "measured": [_beside(one) for one in measured],
     }
 
 
-def scores_by_column(one: Measured) -> dict[str, TaskScore]:
+def _scores_by_column(one: Measured) -> dict[str, TaskScore]:
     """The measured scores on the paper's benchmarks, in its units."""
-    return {column: score for column, benchmark in paper_benchmarks().items() if (score := _score(one, benchmark))}
+    found = {}
+    for column, benchmark in paper_benchmarks().items():
+        score, scale = one.scores.get(benchmark.task, {}).get(benchmark.metric), benchmark.scale
+        if score is not None:
+            found[column] = TaskScore(score.value * scale, None if score.error is None else score.error * scale)
+    return found
 
 
 def _beside(one: Measured) -> dict[str, Any]:
     """The scores by the paper's columns, and the average of each completely measured table."""
-    found = scores_by_column(one)
+    found = _scores_by_column(one)
     values = {column: score.value for column, score in found.items()}
     averages = {
         str(table.number): average({column: values[column] for column in columns})
         for table in paper_tables()
         if set(columns := [benchmark.column for benchmark in table.benchmarks]) <= set(values)
     }
-    return {
-        "name": one.name,
-        "scores": {column: asdict(score) for column, score in found.items()},
-        "averages": averages,
-        "costs": dict(one.costs),
-    }
+    scores = {column: asdict(score) for column, score in found.items()}
+    return {"name": one.name, "scores": scores, "averages": averages, "costs": dict(one.costs)}
 
 
-def _score(one: Measured, benchmark: Benchmark) -> TaskScore | None:
-    """The measured score on the benchmark, in the paper's unit."""
-    score = one.scores.get(benchmark.task, {}).get(benchmark.metric)
-    if score is None:
-        return None
-    return TaskScore(score.value * benchmark.scale, None if score.error is None else score.error * benchmark.scale)
+#: Benchmarks with scores, by the columns of `benchmarks.csv`; VQAv2 is not among the paper's.
+COLUMNS = ("gqa", "mmbench", "mme", "pope", "sqa_image", "vqav2", "textvqa")
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """Published scores of a method at a budget."""
+
+    model: str
+    budget: float  # such as 64 "average tokens", or 25 "% of the tokens"; papers average over different layers
+    unit: str
+    method: str
+    trained: str  # "no", "yes", or which part of the model was trained with the method
+    scores: Mapping[str, str]  # by benchmark, as printed
+    mean: str  # over `benchmarks` benchmarks; empty if not printed, like that of the `full` model
+    full: str
+    percent: str  # of the full model's quality, as printed, or else `mean` in percent of `full`
+    benchmarks: str
+    source: str
+    version: str
+    schedule: str  # the drop layers; "not printed", or empty for methods without any
+    second_hand: bool  # taken from notes about the paper, not from the paper itself
+    note: str
+
+
+@cache
+def published_rows() -> tuple[PublishedRow, ...]:
+    """All published rows, by model, unit and budget, with PyramidDrop first."""
+    found = []
+    for row in read_csv("budgets"):
+        rest: dict[str, Any] = {name: value for name, value in row.items() if name not in COLUMNS}
+        rest |= {"budget": float(row["budget"]), "second_hand": row["second_hand"] == "yes"}
+        found.append(PublishedRow(**rest, scores={column: row[column] for column in COLUMNS if row[column]}))
+    return tuple(found)
+
+
+def budgets_record(measured: Sequence[Measured]) -> dict[str, Any]:
+    """The published rows, and each measured method in their units."""
+    published, own = [], []
+    for row in published_rows():  # numbers as numbers, and None for missing ones
+        numbers = {name: float(text) if (text := getattr(row, name)) else None for name in ("mean", "full", "percent")}
+        published.append({**asdict(row), **numbers, "scores": _numbers(row.scores)})
+    for one in measured:
+        found = _scores_by_column(one)
+        scores = {column: found[column].value for column in COLUMNS if column in found}
+        own.append({"name": one.name, "scores": scores, "costs": dict(one.costs)})
+    return {"suite": "budgets", "published": published, "measured": own}
+
+
+def benchmark_name(column: str) -> str:
+    """The benchmark's name as papers write it."""
+    known = paper_benchmarks()
+    return known[column].name if column in known else "VQAv2"

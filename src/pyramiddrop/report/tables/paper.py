@@ -8,9 +8,17 @@ from typing import Any
 
 from rich.table import Table
 
-from pyramiddrop.evaluation.benchmarks import Measured
-from pyramiddrop.evaluation.paper.budgets import COLUMNS, PublishedRow, benchmark_name, published_rows
-from pyramiddrop.evaluation.paper.tables import PaperRow, PaperTable, paper_benchmarks, paper_tables
+from pyramiddrop.evaluation.lmms.run import Measured
+from pyramiddrop.evaluation.paper.tables import (
+    COLUMNS,
+    PaperRow,
+    PaperTable,
+    PublishedRow,
+    benchmark_name,
+    paper_benchmarks,
+    paper_tables,
+    published_rows,
+)
 from pyramiddrop.report.tables import new_table
 from pyramiddrop.report.tables.evaluation import folded
 
