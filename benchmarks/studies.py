@@ -21,11 +21,10 @@ import torch
 from pyramiddrop import Method, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cost import ModelShape, Prompt
+from pyramiddrop.evaluation import budgets
 from pyramiddrop.evaluation.answering import Answerer, Reply
-from pyramiddrop.evaluation.budgets import at_budget
 from pyramiddrop.evaluation.scores import Array, difference, score
-from pyramiddrop.evaluation.studies.inputs import make_grid
-from pyramiddrop.evaluation.studies.redundancy import Redundancy
+from pyramiddrop.evaluation.studies.redundancy import Redundancy, make_grid
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.checkpoint import load_checkpoint
@@ -84,7 +83,7 @@ def measure_planned(profile: Profile) -> dict[str, Any]:
         planned = plan(ModelShape(shape), usual, Budget(percent=percent), profile=profile)
         right, used = ask(answerer, task, PyramidDrop(**planned.arguments))
         spent = 100 * flops_ratio(used)
-        equal = at_budget(PyramidDrop(), spent, shape, prompts)
+        equal = budgets.Budget(budgets.PERCENT, spent).solve(PyramidDrop(), shape, prompts)
         equal_right, equal_used = ask(answerer, task, equal)
         rows.append(
             {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -121,13 +120,8 @@ def test_layers_that_methods_share_run_once(
 
 
 def test_a_model_that_cannot_share_answers_each_method_alone(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    replaying = PrefillReplay._replaying
-
-    def wrongly(self: PrefillReplay, index: int, last: int, forward: Any) -> Any:
-        replay = replaying(self, index, last, forward)
-        return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
-
-    monkeypatch.setattr(PrefillReplay, "_replaying", wrongly)
+    replay = PrefillReplay._replay
+    monkeypatch.setattr(PrefillReplay, "_replay", lambda *args, **kwargs: replay(*args, **kwargs) * 1.5)
     answerer = Answerer(tiny, batch=3, max_new_tokens=3)
     assert list(answerer.answers_by_method(SAMPLES, METHODS)) == [answerer.answers(SAMPLES, one) for one in METHODS]
 

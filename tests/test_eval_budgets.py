@@ -10,7 +10,7 @@ import pytest
 
 from pyramiddrop import Downsample, FastV, Method, PyramidDrop, RandomDrop, UniformDrop, VisionDrop
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
-from pyramiddrop.evaluation.budgets import at_average_tokens, at_budget, decoder_flops
+from pyramiddrop.evaluation.budgets import PERCENT, TOKENS, Budget, decoder_flops
 from pyramiddrop.inference import InputError
 from pyramiddrop.schedule import Schedule
 
@@ -50,9 +50,9 @@ def test_the_budget_is_used_up_and_kept(method: Method, percent: float) -> None:
     limit = percent / 100 * spent(None)
     if percent == 40 and isinstance(method, PyramidDrop) and method.layers == (3,):
         with pytest.raises(InputError, match="out of reach"):  # three whole layers of eight cost more than 40 %
-            at_budget(method, percent, SHAPE, PROMPTS)
+            Budget(PERCENT, percent).solve(method, SHAPE, PROMPTS)
         return
-    solved = at_budget(method, percent, SHAPE, PROMPTS)
+    solved = Budget(PERCENT, percent).solve(method, SHAPE, PROMPTS)
     assert spent(solved) <= limit
     name = "keep" if getattr(solved, "keep", None) is not None else "lam"
     value: Any = getattr(solved, name)
@@ -64,7 +64,7 @@ def test_the_budget_is_used_up_and_kept(method: Method, percent: float) -> None:
 
 def test_of_one_prompt_one_token_more_is_too_much() -> None:
     one = [Prompt(64, 6)]
-    solved = at_budget(FastV(layer=2), 52, SHAPE, one)
+    solved = Budget(PERCENT, 52).solve(FastV(layer=2), SHAPE, one)
     (kept,) = counts(solved, 64)
     more = FastV(layer=2, keep=(kept + 1) / 64)
     assert spent(solved, one) <= 0.52 * spent(None, one) < spent(more, one)
@@ -72,14 +72,14 @@ def test_of_one_prompt_one_token_more_is_too_much() -> None:
 
 def test_shares_of_several_drops_keep_their_proportions_and_settings_stay() -> None:
     method = PyramidDrop(layers=[2, 4, 6], keep=[0.5, 0.4, 0.1], positions="compact")
-    solved = at_budget(method, 60, SHAPE, PROMPTS)
+    solved = Budget(PERCENT, 60).solve(method, SHAPE, PROMPTS)
     assert solved.keep is not None
     assert [ratio / solved.keep[0] for ratio in solved.keep] == pytest.approx([1, 0.8, 0.2])
     assert (solved.layers, solved.positions) == ((2, 4, 6), "compact")
 
 
 def test_the_model_may_drop_elsewhere_than_its_depth_says() -> None:
-    late = at_budget(PyramidDrop(), 60, SHAPE, PROMPTS, layers=[4, 5, 6])
+    late = Budget(PERCENT, 60).solve(PyramidDrop(), SHAPE, PROMPTS, layers=[4, 5, 6])
     there = decoder_flops(late, SHAPE, Counter(PROMPTS), [4, 5, 6])
     assert 0.57 * spent(None) < there <= 0.6 * spent(None)
     assert isinstance(late, PyramidDrop)
@@ -87,25 +87,25 @@ def test_the_model_may_drop_elsewhere_than_its_depth_says() -> None:
 
 
 def test_the_whole_of_vanilla_keeps_everything() -> None:
-    assert at_budget(PyramidDrop(), 100, SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
+    assert Budget(PERCENT, 100).solve(PyramidDrop(), SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
 
 
 def test_numbers_are_as_short_as_they_can_be() -> None:
-    share = at_budget(FastV(layer=2), 52, SHAPE, [Prompt(64, 6)]).keep
+    share = Budget(PERCENT, 52).solve(FastV(layer=2), SHAPE, [Prompt(64, 6)]).keep
     assert len(f"{share}") <= len("0.32")
 
 
 @pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan")])
 def test_what_is_no_percentage(percent: float) -> None:
     with pytest.raises(InputError, match="--percent must be above 0 and at most 100"):
-        at_budget(PyramidDrop(), percent, SHAPE, PROMPTS)
+        Budget(PERCENT, percent).solve(PyramidDrop(), SHAPE, PROMPTS)
 
 
 def test_what_is_out_of_reach_says_what_is_not() -> None:
     with pytest.raises(
         InputError, match=r"10 % of vanilla's .* out of reach of FastV: .* spend here is (\d+\.\d) %"
     ) as caught:
-        at_budget(FastV(layer=4), 10, SHAPE, PROMPTS)
+        Budget(PERCENT, 10).solve(FastV(layer=4), SHAPE, PROMPTS)
     least = float(str(caught.value).split()[-2])
     assert least == pytest.approx(100 * spent(FastV(layer=4, keep=1e-9)) / spent(None), abs=0.05)
 
@@ -116,7 +116,7 @@ def test_a_method_without_a_share_cannot_be_solved() -> None:
             return Schedule.equal(num_layers, 2, [0.5])
 
     with pytest.raises(InputError, match="Fixed has no share to solve for --percent"):
-        at_budget(Fixed(), 50, SHAPE, PROMPTS)
+        Budget(PERCENT, 50).solve(Fixed(), SHAPE, PROMPTS)
 
 
 # ---- average tokens ------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def average_tokens(method: Method, prompts: list[Prompt] = PROMPTS) -> float:
 @pytest.mark.parametrize("tokens", [27.0, 36.5])
 @pytest.mark.parametrize("method", [*METHODS, VisionDrop(), Downsample()])
 def test_average_tokens_are_used_up_and_kept(method: Method, tokens: float) -> None:
-    solved = at_average_tokens(method, tokens, SHAPE, PROMPTS)
+    solved = Budget(TOKENS, tokens).solve(method, SHAPE, PROMPTS)
     assert 0.93 * tokens < average_tokens(solved) <= tokens
     if isinstance(solved, FastV):
         assert average_tokens(replace(solved, keep=solved.keep + 1 / 64)) > tokens
@@ -144,19 +144,19 @@ def test_average_tokens_are_used_up_and_kept(method: Method, tokens: float) -> N
 def test_the_papers_layers_reach_a_quarter_of_the_tokens_at_the_least() -> None:
     """Before layers 8, 16 and 24 of 32 an average below 8/32 of 576 tokens cannot be had; one token stays of each."""
     shape, prompts = replace(SHAPE, layers=32), [Prompt(576, 30)]
-    assert at_average_tokens(PyramidDrop(), 192, shape, prompts).schedule(32).layers == (8, 16, 24)
+    assert Budget(TOKENS, 192).solve(PyramidDrop(), shape, prompts).schedule(32).layers == (8, 16, 24)
     with pytest.raises(
         InputError, match=r"of 128 visual tokens a layer is out of reach of PyramidDrop: .* 144\.8 tokens"
     ):
-        at_average_tokens(PyramidDrop(), 128, shape, prompts)
-    assert at_average_tokens(PyramidDrop(stages=8), 128, shape, prompts).schedule(32).layers[0] == 4
+        Budget(TOKENS, 128).solve(PyramidDrop(), shape, prompts)
+    assert Budget(TOKENS, 128).solve(PyramidDrop(stages=8), shape, prompts).schedule(32).layers[0] == 4
 
 
 def test_enough_tokens_keep_everything() -> None:
-    assert at_average_tokens(PyramidDrop(), 1000, SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
+    assert Budget(TOKENS, 1000).solve(PyramidDrop(), SHAPE, PROMPTS) == PyramidDrop(lam=1.0)
 
 
 @pytest.mark.parametrize("tokens", [0, -3, float("nan"), float("inf")])
 def test_what_is_no_number_of_tokens(tokens: float) -> None:
     with pytest.raises(InputError, match="--average-tokens must be above 0; got"):
-        at_average_tokens(PyramidDrop(), tokens, SHAPE, PROMPTS)
+        Budget(TOKENS, tokens).solve(PyramidDrop(), SHAPE, PROMPTS)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyramiddrop.evaluation.answering import Reply
-from pyramiddrop.evaluation.kept_places import Place
+from pyramiddrop.evaluation.answering import Place, Reply
 from pyramiddrop.evaluation.samples import PictureFiles, Sample
 from pyramiddrop.evaluation.store import ReplyJournal, digest, model_digest, samples_digest
 from pyramiddrop.inference import InputError

@@ -10,8 +10,7 @@ from PIL import Image
 
 from pyramiddrop import Downsample, FastV, PyramidDrop
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.kept_places import Place, batch_views, kept_places, mean_place
+from pyramiddrop.evaluation.answering import Answerer, Place, batch_views, kept_places, mean_place
 from pyramiddrop.evaluation.record import evaluation_record
 from pyramiddrop.evaluation.run import EvalOptions, Evaluator
 from pyramiddrop.evaluation.tasks import digits_task

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pyramiddrop.assets import digits_checkpoint
-from pyramiddrop.evaluation.agreement import kl_divergence_to, top1_match
 from pyramiddrop.evaluation.answering import Answerer
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
@@ -23,11 +22,20 @@ from pyramiddrop.evaluation.studies.attention import (
     attention_concentration,
     attention_on_picture,
     pick_samples,
+    single_drop,
     spread_layers,
 )
-from pyramiddrop.evaluation.studies.inputs import Grid, make_grid, single_drop, usual_layers
-from pyramiddrop.evaluation.studies.redundancy import Redundancy
-from pyramiddrop.evaluation.studies.redundancy_record import Means, profile_of, ratio
+from pyramiddrop.evaluation.studies.redundancy import (
+    Grid,
+    Means,
+    Redundancy,
+    kl_divergence_to,
+    make_grid,
+    profile_of,
+    ratio,
+    top1_match,
+    usual_layers,
+)
 from pyramiddrop.evaluation.tasks import Task, digits_task
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference import InputError
@@ -161,13 +169,8 @@ def test_the_shared_prefix_changes_nothing(record: dict[str, Any], tmp_path: Pat
 def test_a_model_that_cannot_share_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = Grid((6,), (0.5,))
     plain = study(grid, share=False).run(tmp_path / "plain")
-    replaying = PrefillReplay._replaying
-
-    def wrongly(self: PrefillReplay, index: int, last: int, forward: Any) -> Any:
-        replay = replaying(self, index, last, forward)
-        return lambda *args, **kwargs: replay(*args, **kwargs) * 1.5
-
-    monkeypatch.setattr(PrefillReplay, "_replaying", wrongly)
+    replay = PrefillReplay._replay
+    monkeypatch.setattr(PrefillReplay, "_replay", lambda *args, **kwargs: replay(*args, **kwargs) * 1.5)
     found = study(grid).run(tmp_path / "tried")
     assert not found["shared_prefix"]
     assert found == plain

@@ -28,7 +28,7 @@ from pyramiddrop import FastV, PyramidDrop, RandomDrop, UniformDrop
 from pyramiddrop.assets import digits_checkpoint
 from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.answering import Answerer
-from pyramiddrop.evaluation.budgets import at_budget, decoder_flops
+from pyramiddrop.evaluation.budgets import PERCENT, Budget, decoder_flops
 from pyramiddrop.evaluation.digits import KIND_NAMES, KINDS, DigitsBenchmark
 from pyramiddrop.evaluation.samples import Sample, digits_samples
 from pyramiddrop.evaluation.scores import Array, Score, score, score_by_kind
@@ -92,8 +92,8 @@ def table_methods(answerer: Answerer) -> Methods:
     percent = 100 * decoder_flops(paper, shape, usual) / decoder_flops(None, shape, usual)
     methods: Methods = {"vanilla": [], "PyramidDrop": [paper]}
     for layer in (1, 2, 3):
-        methods[f"FastV, K = {layer}"] = [at_budget(FastV(layer=layer), percent, shape, [PROMPT])]
-    single = at_budget(PyramidDrop(layers=[2], keep=[1.0]), percent, shape, [PROMPT])
+        methods[f"FastV, K = {layer}"] = [Budget(PERCENT, percent).solve(FastV(layer=layer), shape, [PROMPT])]
+    single = Budget(PERCENT, percent).solve(PyramidDrop(layers=[2], keep=[1.0]), shape, [PROMPT])
     methods["one drop at layer 2, ranked as PyramidDrop"] = [single]
     draws = [RandomDrop(layers=LAYERS, keep=KEEP, seed=seed) for seed in range(DRAWS)]
     methods[f"random, mean of {DRAWS} draws"] = draws

@@ -80,8 +80,7 @@ def redundancy(
     Measures accuracy if answers are known, and agreement with the full model's answers and next tokens. Also writes a
     profile, from which `pyramiddrop plan --profile` makes a schedule.
     """
-    from pyramiddrop.evaluation.studies.inputs import study_models
-    from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy
+    from pyramiddrop.evaluation.studies.redundancy import RedundancyOptions, run_redundancy, study_models
     from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
 
     task = questions.task(answered=False)

@@ -1,15 +1,17 @@
-"""Answer samples greedily, in left-padded batches, under any method, and record what each prefill cost."""
+"""Answer samples greedily, in left-padded batches, under any method, with the cost and the kept places of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
 
 from pyramiddrop.cost import Prompt
 from pyramiddrop.evaluation.budgets import drop_layers
-from pyramiddrop.evaluation.kept_places import Place, batch_views, kept_places
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay, first_layer_seen, replays_exactly
 from pyramiddrop.evaluation.samples import Sample
 from pyramiddrop.hf.model_info import inspect_model
@@ -18,9 +20,16 @@ from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.downsampling import ANY_SIZE, downsample, downsampled_usage, split_downsampling
 from pyramiddrop.inference.prefill_stats import Usage, batch_prompts, batch_usage
 from pyramiddrop.inference.prompt import build_batch, on_model
-from pyramiddrop.methods import Method
-from pyramiddrop.report.token_layout.views import PlacedView
+from pyramiddrop.methods import Compose, Downsample, Method
+from pyramiddrop.report.token_layout.views import PlacedView, place_pictures
 from pyramiddrop.trace import Trace
+
+
+class Place(NamedTuple):
+    """A place in a picture, from 0 at its upper or left edge to 1 at its lower or right one."""
+
+    row: float
+    column: float
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,7 @@ class Reply:
 
 
 class Answerer:
-    """A checkpoint that answers samples. A sample's reply does not depend on the others in its batch.
-
-    Attributes:
-        batch: number of samples in a forward.
-        max_new_tokens: length of the longest answer.
-    """
+    """A checkpoint that answers samples, `batch` in a forward. A reply does not depend on the others in its batch."""
 
     def __init__(self, checkpoint: Checkpoint, batch: int = 16, max_new_tokens: int = 32) -> None:
         self.checkpoint, self.batch, self.max_new_tokens = checkpoint, batch, max_new_tokens
@@ -56,14 +60,12 @@ class Answerer:
     ) -> list[Reply]:
         """The replies under `method` (None: vanilla); `advance` is called with the size of each finished batch.
 
-        Raises:
-            InputError: if the processor refuses a sample, or a picture cannot be read.
-            UnsupportedModelError, ValueError: if the model or the method is not supported.
+        InputError if the processor refuses a sample, or a picture cannot be read; UnsupportedModelError or ValueError
+        if the model or the method is not supported.
         """
         replies: list[Reply] = []
         with self._applied(method) as trace:
-            for start in range(0, len(samples), self.batch):
-                batch = samples[start : start + self.batch]
+            for batch in self._batches(samples):
                 inputs = self.inputs(batch)
                 views = self._views(batch, inputs) if method else ()
                 replies += self._answer(batch, inputs, method, trace, views)
@@ -99,17 +101,18 @@ class Answerer:
     def inputs(self, samples: Sequence[Sample], share: float | None = None) -> Any:
         """The tensors of one batch, on the CPU; a `share` downsamples pictures to at most that share of tokens."""
         processor = self.checkpoint.processor
-        questions = [(list(one.images), one.question) for one in samples]
         if share is None:
-            return build_batch(processor, questions)
-        smaller = [(downsample(processor, images, share), question) for images, question in questions]
+            return build_batch(processor, [(list(one.images), one.question) for one in samples])
+        smaller = [(downsample(processor, list(one.images), share), one.question) for one in samples]
         return build_batch(processor, smaller, ANY_SIZE)
 
     def prompts(self, samples: Sequence[Sample]) -> list[Prompt]:
         """The token counts of each sample, from the processor alone."""
-        starts = range(0, len(samples), self.batch)
-        batches = (self.inputs(samples[start : start + self.batch]) for start in starts)
+        batches = map(self.inputs, self._batches(samples))
         return [prompt for inputs in batches for prompt in batch_prompts(self.checkpoint.model, inputs)]
+
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        return (samples[start : start + self.batch] for start in range(0, len(samples), self.batch))
 
     def _views(self, samples: Sequence[Sample], inputs: Any) -> list[Sequence[PlacedView]]:
         """The views of each sample's pictures, which place its visual tokens."""
@@ -144,7 +147,12 @@ class Answerer:
         """
         model, vanilla = self.checkpoint.model, methods[0] is None
         shared = {start: method for method, start in zip(methods, starts, strict=True) if start is not None and method}
-        if sum(start is not None for start in starts) + vanilla < 2 or not self._replays(sample, shared):
+        if sum(start is not None for start in starts) + vanilla < 2:
+            return None
+        if self._exact is None:  # tried once, on one sample with one of the methods
+            layer, one = max(shared), on_model(model, self.inputs([sample]))
+            self._exact = replays_exactly(self.checkpoint, one, shared[layer], layer, self.max_new_tokens)
+        if not self._exact:
             return None
         replay = PrefillReplay(inspect_model(model), shared)
         if not vanilla:
@@ -152,10 +160,54 @@ class Answerer:
                 answer_greedily(self.checkpoint, inputs, max_new_tokens=1)
         return replay
 
-    def _replays(self, sample: Sample, methods: Mapping[int, Method]) -> bool:
-        """True if replayed prefills are exact in this model, tried once on one sample with one of `methods`."""
-        if self._exact is None:
-            layer = max(methods)
-            inputs = on_model(self.checkpoint.model, self.inputs([sample]))
-            self._exact = replays_exactly(self.checkpoint, inputs, methods[layer], layer, self.max_new_tokens)
-        return self._exact
+
+def mean_place(views: Sequence[PlacedView], tokens: Iterable[int]) -> Place | None:
+    """The mean place of `tokens` (counted from 0 through all `views` of a prompt), each at the middle of its cell.
+
+    None if none of them has a place.
+    """
+    located = [(seen, cell) for seen in views for cell in seen.view.cells]
+    places = []
+    for seen, cell in (located[token] for token in tokens):
+        if cell is not None:
+            box, view, picture = seen.view.box, seen.view, seen.picture
+            down = box.top + (cell[0] + 0.5) / view.rows * box.height
+            across = box.left + (cell[1] + 0.5) / view.columns * box.width
+            places.append((down / picture.height, across / picture.width))
+    return Place(*(sum(axis) / len(places) for axis in zip(*places, strict=True))) if places else None
+
+
+def batch_views(
+    config: Any, processor: Any, pictures: Sequence[Sequence[Image.Image]], inputs: Mapping[str, Any]
+) -> list[Sequence[PlacedView]]:
+    """The views of each prompt of a batch, given its pictures and the processor's outputs for the batch.
+
+    None for prompts whose visual tokens have no known place.
+    """
+    total, start, found = sum(map(len, pictures)), 0, list[Sequence[PlacedView]]()
+    rows = {name: value for name, value in inputs.items() if len(value) == total}
+    for own in pictures:
+        part = {name: value[start : start + len(own)] for name, value in rows.items()}
+        try:
+            found.append(place_pictures(config, processor, own, part))
+        except ValueError:  # CannotPlaceError among them
+            found.append(())
+        start += len(own)
+    return found
+
+
+def kept_places(trace: Trace, method: Method | None, views: Sequence[Sequence[PlacedView]]) -> list[Place | None]:
+    """For each prompt, the mean place of the tokens that its last drop (before an early exit) kept.
+
+    None for tokens without a known place, and for downsampling, whose tokens are different ones.
+    """
+    parts = method.parts if isinstance(method, Compose) else (method,)
+    if any(isinstance(part, Downsample) for part in parts) or not trace.stages:
+        return [None] * len(views)
+    kept = [stage.kept for stage in trace.stages]
+    found: list[Place | None] = []
+    for sample, (columns, own) in enumerate(zip(trace.visual_columns, views, strict=True)):
+        last = next((one[sample] for one in reversed(kept) if len(one[sample])), columns)
+        known = sum(seen.view.tokens for seen in own) == len(columns)
+        found.append(mean_place(own, torch.searchsorted(columns, last).tolist()) if known else None)
+    return found

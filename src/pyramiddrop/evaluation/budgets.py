@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyramiddrop.cost import DecoderShape, ModelShape, Prompt, attention_ranking_flops, estimate_cost
@@ -33,93 +33,62 @@ from pyramiddrop.speed.predicted import PUBLISHED
 DRAWS = (0, 1, 2)
 
 
-def at_budget(
-    method: Method, percent: float, shape: DecoderShape, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
-) -> Method:
-    """Solve the keep ratios of `method` so that all `prompts` together cost at most `percent` of vanilla.
+PERCENT, TOKENS = "percent", "average_tokens"
 
-    The cost is that of the decoder's layers and the ranking. λ is solved, or the keep ratio of a method with a single
-    one; given keep ratios of several drops are scaled by one factor. One more token would exceed the budget.
 
-    Args:
-        shape: the sizes of the model's decoder.
-        prompts: the token counts of each prompt, with their number.
-        layers: the method's drop layers in this model, if they differ from those by depth alone.
+@dataclass(frozen=True)
+class Budget:
+    """The largest cost of all prompts together: `limit` PERCENT of vanilla's FLOPs, or on average TOKENS in a layer.
 
-    Raises:
-        InputError: if the percentage is not allowed, the method has no keep ratio to solve, or the budget is out of its
-            reach.
+    FLOPs are those of the decoder's layers and the ranking. The average of visual tokens is over layers and prompts;
+    published tables call it "average tokens". InputError if the limit is not allowed.
     """
-    check_percent(percent)
-    counted = Counter(prompts)
-    vanilla = decoder_flops(None, shape, counted)
 
-    def spent(method: Method) -> float:
-        return 100 * decoder_flops(method, shape, counted, layers) / vanilla
+    kind: str
+    limit: float
 
-    words = (f"{percent:g} % of vanilla's decoder FLOPs", "%")
-    return _solve(_scaled(method, "--percent"), spent, percent, words, prompts)
+    def __post_init__(self) -> None:
+        if self.kind == PERCENT and not 0 < self.limit <= 100:
+            raise InputError(f"--percent must be above 0 and at most 100; got {self.limit:g}")
+        if self.kind == TOKENS and not 0 < self.limit < math.inf:
+            raise InputError(f"--average-tokens must be above 0; got {self.limit:g}")
 
+    def solve(
+        self, method: Method, shape: DecoderShape, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
+    ) -> Method:
+        """Solve the keep ratios of `method` for this budget, which one more token would exceed.
 
-def at_average_tokens(
-    method: Method, tokens: float, shape: DecoderShape, prompts: Sequence[Prompt], layers: Sequence[int] | None = None
-) -> Method:
-    """Solve the keep ratios of `method` so that layers have at most `tokens` visual tokens on average.
+        λ is solved, or the keep ratio of a method with a single one; given keep ratios of several drops are scaled by
+        one factor. InputError if the method has no keep ratio to solve, or the budget is out of its reach.
 
-    The average is over layers and `prompts`; published tables call it "average tokens". Arguments as for `at_budget`.
+        Args:
+            layers: the method's drop layers in this model, if they differ from those by depth alone.
+        """
+        counted = Counter(prompts)
+        if self.kind == PERCENT:
+            option, unit, words = "--percent", "%", f"{self.limit:g} % of vanilla's decoder FLOPs"
+            full = decoder_flops(None, shape, counted)
+        else:
+            option, unit, words = "--average-tokens", "tokens", f"an average of {self.limit:g} visual tokens a layer"
+        scaled = _scaled(method, option)
 
-    Raises:
-        InputError: if the number is not positive, the method has no keep ratio to solve, or the budget is out of its
-            reach.
-    """
-    check_average_tokens(tokens)
-    counted = Counter(prompts)
+        def spent(share: float) -> float:
+            if self.kind == PERCENT:
+                return 100 * decoder_flops(scaled(share), shape, counted, layers) / full
+            schedule, depth = scaled(share).schedule(shape.layers, layers), shape.layers
+            visual = (n * sum(visual_by_layer(schedule, one.visual_tokens, depth)) for one, n in counted.items())
+            return sum(visual) / depth / len(prompts)
 
-    def spent(method: Method) -> float:
-        schedule = method.schedule(shape.layers, layers)
-        visual = {prompt: visual_by_layer(schedule, prompt.visual_tokens, shape.layers) for prompt in counted}
-        return sum(count * sum(visual[prompt]) for prompt, count in counted.items()) / shape.layers / len(prompts)
-
-    words = (f"an average of {tokens:g} visual tokens a layer", "tokens")
-    return _solve(_scaled(method, "--average-tokens"), spent, tokens, words, prompts)
-
-
-def _solve(
-    scaled: Callable[[float], Method],
-    spent: Callable[[Method], float],
-    limit: float,
-    words: tuple[str, str],
-    prompts: Sequence[Prompt],
-) -> Method:
-    """The method at the largest share that costs at most `limit`.
-
-    Args:
-        scaled: gives the method at a share in (0, 1].
-        words: the budget and its unit, for errors.
-    """
-    if spent(scaled(1.0)) <= limit:
-        return scaled(1.0)
-    least = 1 / (2 * max(prompt.visual_tokens for prompt in prompts))  # keeps one token everywhere
-    if spent(scaled(least)) > limit:
-        budget, unit = words
-        raise InputError(
-            f"{budget} is out of reach of {type(scaled(least)).__name__}: "
-            f"the least that it can spend here is {spent(scaled(least)):.1f} {unit}"
-        )
-    share = largest(lambda share: spent(scaled(share)) <= limit, least, 1.0)
-    return scaled(shortest(share, lambda short: spent(scaled(short)) == spent(scaled(share))))
-
-
-def check_percent(percent: float) -> None:
-    """Raise InputError if `percent` is not a percentage of a cost."""
-    if not 0 < percent <= 100:
-        raise InputError(f"--percent must be above 0 and at most 100; got {percent:g}")
-
-
-def check_average_tokens(tokens: float) -> None:
-    """Raise InputError if `tokens` is not a number of tokens."""
-    if not 0 < tokens < math.inf:
-        raise InputError(f"--average-tokens must be above 0; got {tokens:g}")
+        if spent(1.0) <= self.limit:
+            return scaled(1.0)
+        least = 1 / (2 * max(prompt.visual_tokens for prompt in prompts))  # keeps one token everywhere
+        if (lowest := spent(least)) > self.limit:
+            name = type(scaled(least)).__name__
+            raise InputError(
+                f"{words} is out of reach of {name}: the least that it can spend here is {lowest:.1f} {unit}"
+            )
+        share = largest(lambda share: spent(share) <= self.limit, least, 1.0)
+        return scaled(shortest(share, lambda short: spent(short) == spent(share)))
 
 
 def decoder_flops(
@@ -153,20 +122,16 @@ def _scaled(method: Method, option: str) -> Callable[[float], Method]:
 def choose_methods(words: Sequence[str], source: str) -> list[Method]:
     """The methods in `words`, without vanilla, which always runs.
 
-    By default: the method saved beside the checkpoint `source`, or else the published ones.
-
-    Raises:
-        InputError: for an unknown method, option or value, or a method that is named twice.
+    By default: the method saved beside the checkpoint `source`, or else the published ones. InputError for an unknown
+    method, option or value, or a method that is named twice.
     """
-    saved = None if words else saved_method(source)
-    if saved is not None:
+    if not words and (saved := saved_method(source)) is not None:
         return [saved]
     methods = [method for method in map(parse_method, words or PUBLISHED) if method is not None]
     if len(methods) < len(words) - 1:
         raise InputError(f"{VANILLA} is named twice; it always runs, once")
-    labels = [method_label(method) for method in methods]
-    for label in labels:
-        if labels.count(label) > 1:
+    for label, count in Counter(map(method_label, methods)).items():
+        if count > 1:
             raise InputError(f"{label} is named twice")
     return methods
 
@@ -186,8 +151,7 @@ def control_methods(methods: Sequence[Method]) -> list[Method]:
 def drop_layers(checkpoint: Checkpoint, method: Method) -> tuple[int, ...]:
     """The layers before which `method` drops in a model; 0 for downsampled pictures.
 
-    Raises:
-        UnsupportedModelError, ValueError: if the model does not support the method.
+    UnsupportedModelError or ValueError if the model does not support the method.
     """
     share, inside = split_downsampling(method, checkpoint.processor)
     smaller = () if share is None else (0,)

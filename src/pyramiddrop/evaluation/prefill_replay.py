@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from pyramiddrop.evaluation.agreement import generate_with_logits
 from pyramiddrop.hf.model_info import ModelInfo, inspect_model
 from pyramiddrop.hf.versions import cache_of
+from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.methods import Method
 
@@ -52,75 +52,81 @@ class PrefillReplay:
         """True if a layer depends only on its input and the cache; False for models whose layers share keys."""
         return info.sources == tuple(range(len(info.layers)))
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> AbstractContextManager[None]:
         """Record the first prefill in the block, which must not drop tokens."""
-        with self._standing_in(max(self._ends) + 1, self._recording, self._seeing):
-            yield
+        return self._standing_in(max(self._ends) + 1, self._record, self._see)
+
+    def replayed(self, layer: int) -> AbstractContextManager[None]:
+        """Start the next prefill at `layer`, with its recorded input. Enter it after the method."""
+        return self._standing_in(layer, partial(self._replay, layer - 1), self._seen if self._features else None)
 
     @contextmanager
-    def replayed(self, layer: int) -> Iterator[None]:
-        """Start the next prefill at `layer`, with its recorded input. Enter it after the method."""
+    def _standing_in(self, count: int, layer: Forward, features: Forward | None) -> Iterator[None]:
+        """Run stand-ins for the first calls of the first `count` layers and of the picture encoder.
 
-        def replaying(index: int, forward: Forward) -> Forward:
-            return self._replaying(index, layer - 1, forward)
-
-        with self._standing_in(layer, replaying, self._seen):
-            yield
-
-    def _standing_in(
-        self, count: int, layers: Callable[[int, Forward], Forward], features: Callable[[Forward], Forward]
-    ) -> AbstractContextManager[None]:
-        """Replacements of the forwards of the first `count` layers and of the picture encoder."""
-        others: dict[tuple[nn.Module, str], Forward] = {
-            (layer, "forward"): layers(index, layer.forward) for index, layer in enumerate(self._layers[:count])
+        Args:
+            layer: called with the layer's number, its forward, and the arguments of the call.
+            features: called with the encoder and the arguments of the call; None: the encoder runs.
+        """
+        others: dict[tuple[Any, str], Forward] = {
+            (module, "forward"): partial(layer, index) for index, module in enumerate(self._layers[:count])
         }
-        if self._sees is not None:
-            others[self._sees, _FEATURES] = features(getattr(self._sees, _FEATURES))
-        return _replaced(others)
+        if self._sees is not None and features is not None:
+            others[self._sees, _FEATURES] = features
+        held = {key: key[0].__dict__.get(key[1]) for key in others}
+        try:
+            for (module, name), stand_in in others.items():
+                module.__dict__[name] = _first_call(getattr(module, name), stand_in)
+            yield
+        finally:
+            for (module, name), own in held.items():
+                if own is None:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = own
 
-    def _recording(self, index: int, forward: Forward) -> Forward:
-        @_once(forward)
-        def record(*args: Any, **kwargs: Any) -> Any:
-            output, cache = forward(*args, **kwargs), cache_of(kwargs)
-            if cache is not None:
-                self._caches[index] = deepcopy(cache.layers[index])
-            if index in self._ends:
-                self._outputs[index] = deepcopy(output)
-            return output
+    def _record(self, index: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output, cache = forward(*args, **kwargs), cache_of(kwargs)
+        if cache is not None:
+            self._caches[index] = deepcopy(cache.layers[index])
+        if index in self._ends:
+            self._outputs[index] = deepcopy(output)
+        return output
 
-        return record
+    def _replay(self, last: int, index: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_of(kwargs)
+        if cache is not None:
+            cache.layers[index] = deepcopy(self._caches[index])
+        return deepcopy(self._outputs[last])  # only the shape matters to the layers in between
 
-    def _replaying(self, index: int, last: int, forward: Forward) -> Forward:
-        @_once(forward)
-        def replay(*args: Any, **kwargs: Any) -> Any:
-            cache = cache_of(kwargs)
-            if cache is not None:
-                cache.layers[index] = deepcopy(self._caches[index])
-            return deepcopy(self._outputs[last])  # only the shape matters to the layers in between
+    def _see(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        self._features.append(forward(*args, **kwargs))
+        return self._seen()
 
-        return replay
+    def _seen(self, *args: Any, **kwargs: Any) -> Any:
+        return deepcopy(self._features[0])
 
-    def _seeing(self, forward: Forward) -> Forward:
-        @_once(forward)
-        def see(*args: Any, **kwargs: Any) -> Any:
-            self._features.append(forward(*args, **kwargs))
-            return deepcopy(self._features[0])
 
-        return see
+def _first_call(forward: Forward, stand_in: Forward) -> Forward:
+    """`stand_in`, given `forward` and its arguments, for the first call; later ones (decode steps) run `forward`."""
+    called = False
 
-    def _seen(self, forward: Forward) -> Forward:
-        return _once(forward)(lambda *args, **kwargs: deepcopy(self._features[0])) if self._features else forward
+    @wraps(forward)
+    def first(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        if called:
+            return forward(*args, **kwargs)
+        called = True
+        return stand_in(forward, *args, **kwargs)
+
+    return first
 
 
 def first_layer_seen(method: Method, layers: Sequence[int]) -> int | None:
-    """The first layer whose input `method` ranks or changes; all layers before it run as in the unpatched model.
+    """The 0-based first layer whose input `method` ranks or changes, if it drops before `layers`.
 
-    Args:
-        layers: the layers before which the method drops.
-
-    Returns:
-        A 0-based layer; None if the method drops before the decoder, or its scorer reads an earlier layer.
+    All layers before it run as in the unpatched model. None if the method drops before the decoder, or its scorer reads
+    an earlier layer.
     """
     if layers[0] == 0 or method.scorer().needs_previous_hidden:
         return None
@@ -138,42 +144,28 @@ def replays_exactly(
     with replay.recorded():
         generate_with_logits(checkpoint, inputs, max_new_tokens)
     with method(model):
-        whole = generate_with_logits(checkpoint, inputs, max_new_tokens)
+        whole, logits = generate_with_logits(checkpoint, inputs, max_new_tokens)
     with method(model), replay.replayed(layer):
-        short = generate_with_logits(checkpoint, inputs, max_new_tokens)
-    return torch.equal(whole.logits, short.logits) and whole.texts == short.texts
+        short, same_logits = generate_with_logits(checkpoint, inputs, max_new_tokens)
+    return torch.equal(logits, same_logits) and whole == short
 
 
-def _once(forward: Forward) -> Callable[[Forward], Forward]:
-    """Decorator of a replacement for the first call of `forward`; later calls (decode steps) run the original."""
+def generate_with_logits(
+    checkpoint: Checkpoint, inputs: Mapping[str, Any], max_new_tokens: int
+) -> tuple[list[str], Tensor]:
+    """Answer a batch of left-padded prompts under the method that is applied to the model, if any.
 
-    def decorate(stand_in: Forward) -> Forward:
-        called = False
+    Returns:
+        The answers, and the logits (B, V) of their first tokens, float32.
+    """
+    found: list[Tensor] = []
 
-        @wraps(forward)
-        def first(*args: Any, **kwargs: Any) -> Any:
-            nonlocal called
-            if called:
-                return forward(*args, **kwargs)
-            called = True
-            return stand_in(*args, **kwargs)
+    def keep_first(module: Any, args: Any, output: Any) -> None:
+        if not found:
+            found.append(output.logits[:, -1].float())
 
-        return first
-
-    return decorate
-
-
-@contextmanager
-def _replaced(others: Mapping[tuple[nn.Module, str], Forward]) -> Iterator[None]:
-    """Replace methods of these module objects within the block."""
-    held = {key: key[0].__dict__.get(key[1]) for key in others}
+    handle = checkpoint.model.register_forward_hook(keep_first)
     try:
-        for (module, name), other in others.items():
-            module.__dict__[name] = other
-        yield
+        return answer_greedily(checkpoint, inputs, max_new_tokens), found[0]
     finally:
-        for (module, name), own in held.items():
-            if own is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = own
+        handle.remove()

@@ -9,17 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pyramiddrop.evaluation.answering import Answerer, Reply
-from pyramiddrop.evaluation.budgets import (
-    at_average_tokens,
-    at_budget,
-    check_average_tokens,
-    check_percent,
-    choose_methods,
-    control_methods,
-    drop_layers,
-)
+from pyramiddrop.evaluation.budgets import PERCENT, TOKENS, Budget, choose_methods, control_methods, drop_layers
 from pyramiddrop.evaluation.scores import Array
-from pyramiddrop.evaluation.store import Store, Times
+from pyramiddrop.evaluation.store import Store, Times, variant_name
 from pyramiddrop.evaluation.tasks import MATCHES, Task
 from pyramiddrop.hf.model_info import UnsupportedModelError, inspect_model
 from pyramiddrop.inference import InputError, user_input
@@ -34,58 +26,36 @@ ROUNDS = 5
 Progress = Callable[[str, int], None]
 
 
-PERCENT, TOKENS = "percent", "average_tokens"
-SOLVERS = {PERCENT: at_budget, TOKENS: at_average_tokens}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The largest cost of every method: `limit` percent of vanilla's decoder FLOPs, or average visual tokens."""
-
-    kind: str
-    limit: float
-
-
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of `eval`; `model` None is the bundled one.
+    """The options of `eval`.
 
-    Attributes:
-        methods: method specifications; by default, the one saved beside the checkpoint, or else the published ones.
-        percents, average_tokens: budgets in percent of vanilla's decoder FLOPs, and in average visual tokens of a
-            layer. Every method is solved for each of them; without budgets, the methods are unchanged.
-        rounds: how often a prefill is timed under each method; 0: never.
-        output: the folder in which replies and times are stored and looked up.
-        controls: True to add the controls of `control_methods`; needs a budget.
+    Every method is solved for each budget, of `percents` and `average_tokens`; without one, the methods are unchanged.
     """
 
-    methods: tuple[str, ...] = ()
-    percents: tuple[float, ...] = ()
-    model: str | None = None
+    methods: tuple[str, ...] = ()  # by default, the one saved beside the checkpoint, or else the published ones
+    percents: tuple[float, ...] = ()  # of vanilla's decoder FLOPs
+    model: str | None = None  # None: the bundled one
     batch: int = 16
     max_new_tokens: int = 32
     device: str | None = None
     dtype: str | None = None
-    output: Path | None = None
-    average_tokens: tuple[float, ...] = ()
-    rounds: int = ROUNDS
-    controls: bool = False
+    output: Path | None = None  # the folder in which replies and times are stored and looked up
+    average_tokens: tuple[float, ...] = ()  # visual tokens of a layer
+    rounds: int = ROUNDS  # how often a prefill is timed under each method; 0: never
+    controls: bool = False  # add the controls of `control_methods`; needs a budget
 
     @property
     def budgets(self) -> list[Budget]:
-        """All budgets, percentages first."""
+        """All budgets, percentages first; InputError if a limit is not allowed."""
         return [*(Budget(PERCENT, one) for one in self.percents), *(Budget(TOKENS, one) for one in self.average_tokens)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one variant.
+    """The replies of one variant (None: vanilla), and their scores `points`, (N,) from 0 to 1.
 
-    Attributes:
-        method: the method; None for vanilla.
-        budget: the budget that it was solved for, or None.
-        replies: the reply to each sample.
-        points: (N,) the score of each reply, from 0 to 1.
+    `budget` is the one that the method was solved for.
     """
 
     method: Method | None
@@ -95,66 +65,50 @@ class Outcome:
 
     @property
     def label(self) -> str:
-        """Its label in tables."""
+        """The method's label in tables."""
         return VANILLA if self.method is None else method_label(self.method)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation, with vanilla first.
-
-    `times` are those of a prefill of the first batch under each method, if it was timed; `left_out` has the controls
-    that the model does not support, with reasons.
-    """
+    """A finished evaluation, with vanilla first."""
 
     task: Task
     options: EvalOptions
     checkpoint: Checkpoint
     outcomes: Sequence[Outcome]
-    times: Times | None
-    left_out: Mapping[str, str]
+    times: Times | None  # of a prefill of the first batch under each method, if it was timed
+    left_out: Mapping[str, str]  # controls that the model does not support, with reasons
 
 
 class Evaluator:
-    """Checks the options and loads the model, then runs the evaluation.
-
-    Raises:
-        InputError: at construction, if an option cannot be used.
-    """
+    """Checks the options and loads the model, with InputError if it cannot, then runs the evaluation."""
 
     def __init__(self, task: Task, options: EvalOptions) -> None:
         self.task, self.options = task, options
         source = options.model or str(task.bundled)
         self.methods = choose_methods(options.methods, source)
-        for percent in options.percents:
-            check_percent(percent)
-        for tokens in options.average_tokens:
-            check_average_tokens(tokens)
+        budgets = options.budgets
         self.checkpoint = load_checkpoint(source, options.device, options.dtype)
         with user_input(caught=(UnsupportedModelError, ValueError)):
             self._info = inspect_model(self.checkpoint.model)
             self._layers = [drop_layers(self.checkpoint, method) for method in self.methods]
         self._left_out: dict[str, str] = {}
-        if options.controls:
-            self._add_controls()
-        if options.budgets and self._info.sizes is None:
-            option = "--percent" if options.percents else "--average-tokens"
-            raise InputError(f"{option} needs a text model that the cost model knows, and it does not know this one")
-        self.answerer = Answerer(self.checkpoint, options.batch, options.max_new_tokens)
-        self._store = Store(options.output, self.answerer, task.samples) if options.output else None
-
-    def _add_controls(self) -> None:
-        """Add the controls that the model supports."""
-        if not self.options.budgets:
+        if options.controls and not budgets:
             raise InputError(
                 "--controls need a budget, --percent or --average-tokens: without one each costs something else"
             )
-        for control in control_methods(self.methods):
+        for control in control_methods(self.methods) if options.controls else ():
             try:
                 self._layers.append(drop_layers(self.checkpoint, control))
                 self.methods.append(control)
             except (UnsupportedModelError, ValueError) as error:
                 self._left_out[method_label(control)] = str(error)
+        if budgets and self._info.sizes is None:
+            option = "--percent" if options.percents else "--average-tokens"
+            raise InputError(f"{option} needs a text model that the cost model knows, and it does not know this one")
+        self.answerer = Answerer(self.checkpoint, options.batch, options.max_new_tokens)
+        self._store = Store(options.output, self.answerer, task.samples) if options.output else None
 
     @property
     def total(self) -> int:
@@ -165,7 +119,10 @@ class Evaluator:
         """Answer, score and time; results in the output folder are reused."""
         variants = [(None, None), *self._solved(progress)]  # all are solved before the first one runs
         replies = self._replies([method for method, _ in variants], progress)
-        outcomes = [self._outcome(*variant, said) for variant, said in zip(variants, replies, strict=True)]
+        match, outcomes = MATCHES[self.task.match], list[Outcome]()
+        for (method, budget), said in zip(variants, replies, strict=True):
+            points = [match(reply.text, sample.answers) for reply, sample in zip(said, self.task.samples, strict=True)]
+            outcomes.append(Outcome(method, budget, said, np.array(points)))
         times = None
         if self.options.rounds:
             progress("timing prefills", 0)
@@ -180,19 +137,13 @@ class Evaluator:
         prompts = self.answerer.prompts(self.task.samples)
         found: list[tuple[Method, Budget | None]] = []
         for budget in self.options.budgets:
-            solve = SOLVERS[budget.kind]
             for method, layers in zip(self.methods, self._layers, strict=True):
-                solved = solve(method, budget.limit, self._info.shape, prompts, layers), budget
+                solved = budget.solve(method, self._info.shape, prompts, layers), budget
                 if solved in found:
                     unit = "%" if budget.kind == PERCENT else "average tokens"
                     raise InputError(f"two of the methods are {method_label(solved[0])} at {budget.limit:g} {unit}")
                 found.append(solved)
         return found
-
-    def _outcome(self, method: Method | None, budget: Budget | None, replies: Sequence[Reply]) -> Outcome:
-        match = MATCHES[self.task.match]
-        points = [match(reply.text, sample.answers) for reply, sample in zip(replies, self.task.samples, strict=True)]
-        return Outcome(method, budget, replies, np.array(points))
 
     def _replies(self, methods: Sequence[Method | None], progress: Progress) -> list[list[Reply]]:
         """The replies under each method; a batch is answered under all methods before the next one."""
@@ -200,7 +151,7 @@ class Evaluator:
         journals = [self._store.journal(method) if self._store else None for method in methods]
         replies = [journal.read(size, len(samples)) if journal else [] for journal in journals]
         for method, said in zip(methods, replies, strict=True):
-            progress(_name(method), len(said))
+            progress(variant_name(method), len(said))
         for start in range(0, len(samples), size):
             waiting = [number for number, said in enumerate(replies) if len(said) == start]
             asked = [methods[number] for number in waiting]
@@ -209,7 +160,7 @@ class Evaluator:
                 if (journal := journals[number]) is not None:
                     journal.append_replies(batch)
                 replies[number] += batch
-                progress(_name(methods[number]), len(batch))
+                progress(variant_name(methods[number]), len(batch))
         return replies
 
     def _times(self, methods: Sequence[Method | None]) -> Times:
@@ -223,7 +174,3 @@ class Evaluator:
             return list(times.values())
 
         return self._store.times(methods, measure) if self._store else measure()
-
-
-def _name(method: Method | None) -> str:
-    return VANILLA if method is None else type(method).__name__

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ class Score:
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers as plain values, with None for NaN, which JSON does not have."""
+        return {name: None if math.isnan(number) else number for name, number in asdict(self).items()}
+
     def signed(self) -> str:
         """The score with its sign, for differences."""
         return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f}"
@@ -43,19 +48,15 @@ class Difference(Score):
 
 
 def score(values: ArrayLike, clusters: ArrayLike) -> Score:
-    """The mean of `values` over all questions, with an error clustered by `clusters`.
+    """The mean of `values` (N,) over all questions, with an error clustered by `clusters`.
 
     The error is the cluster-robust one of a mean, with the usual correction g / (g - 1) for g clusters. It is NaN for a
-    single cluster.
+    single cluster. ValueError if there are no values, or not as many clusters.
 
     Args:
-        values: (N,) the score of each question.
         clusters: (N,) labels that are equal for questions that are not independent, such as those of one picture.
-
-    Raises:
-        ValueError: if there are no values, or not as many clusters.
     """
-    sums, counts = cluster_sums(values, clusters)
+    sums, counts = _cluster_sums(values, clusters)
     mean = sums.sum() / counts.sum()
     residuals, groups = sums - counts * mean, len(sums)
     error = np.sqrt(groups / (groups - 1) * (residuals**2).sum()) / counts.sum() if groups > 1 else np.nan
@@ -74,41 +75,30 @@ def difference(
 ) -> Difference:
     """The paired difference of `values` and `base`, (N,) each, of the same questions.
 
-    The interval is that of the percentile bootstrap. Whole clusters are drawn with replacement, so that the questions
-    of a picture, and the two values of a question, stay together. NaN for a single cluster.
-
-    Args:
-        draws: number of bootstrap samples.
-        seed: seed of the draws; the same seed gives the same interval.
+    The interval is that of the percentile bootstrap: the middle 95 % of the means of redrawn clusters. Whole clusters
+    are drawn with replacement, so that the questions of a picture, and the two values of a question, stay together. NaN
+    for a single cluster.
     """
     gained = np.asarray(values, float) - np.asarray(base, float)
     own = score(gained, clusters)
-    sums, counts = cluster_sums(gained, clusters)
-    low, high = _interval(sums, counts, draws, seed) if len(sums) > 1 else (np.nan, np.nan)
-    return Difference(own.mean, own.error, own.count, float(low), float(high))
-
-
-def cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
-    """(G,) the sum, and (G,) the number of the values of each cluster.
-
-    Raises:
-        ValueError: if there are no values, or not as many clusters.
-    """
-    points, groups = np.asarray(values, float), np.asarray(clusters)
-    if points.ndim != 1 or not len(points) or points.shape != groups.shape:
-        raise ValueError(f"values and clusters must be equally long and not empty; got {points.shape}, {groups.shape}")
-    _, member = np.unique(groups, return_inverse=True)
-    return np.bincount(member, weights=points), np.bincount(member)
-
-
-def _interval(sums: Array, counts: Array, draws: int, seed: int) -> Array:
-    """The ends of the middle 95 % of the means of redrawn clusters."""
+    sums, counts = _cluster_sums(gained, clusters)
     generator, groups = np.random.default_rng(seed), len(sums)
+    if groups == 1:
+        return Difference(own.mean, own.error, own.count, math.nan, math.nan)
     some = max(1, AT_ONCE // groups)
     means = []
     for start in range(0, draws, some):
         chosen = generator.integers(groups, size=(min(some, draws - start), groups))
         means.append(sums[chosen].sum(1) / counts[chosen].sum(1))
     tail = (1 - LEVEL) / 2
-    ends: Array = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return ends
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Difference(own.mean, own.error, own.count, float(low), float(high))
+
+
+def _cluster_sums(values: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
+    """(G,) the sum, and (G,) the number of the values of each cluster."""
+    points, groups = np.asarray(values, float), np.asarray(clusters)
+    if points.ndim != 1 or not len(points) or points.shape != groups.shape:
+        raise ValueError(f"values and clusters must be equally long and not empty; got {points.shape}, {groups.shape}")
+    _, member = np.unique(groups, return_inverse=True)
+    return np.bincount(member, weights=points), np.bincount(member)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from pyramiddrop.evaluation.prefill_replay import PrefillReplay
 from pyramiddrop.evaluation.samples import Sample
-from pyramiddrop.evaluation.studies.inputs import single_drop
 from pyramiddrop.hf import inspect_model
 from pyramiddrop.inference.answer import answer_greedily
 from pyramiddrop.inference.checkpoint import Checkpoint
 from pyramiddrop.inference.prompt import build_inputs, on_model
+from pyramiddrop.methods import PyramidDrop
 
 #: The share of the picture's attention whose tokens `attention_concentration` counts.
 CONCENTRATION = 0.9
@@ -23,28 +24,27 @@ CONCENTRATION = 0.9
 MAX_LAYERS = 4
 
 
+def single_drop(layer: int, keep: float) -> PyramidDrop:
+    """PyramidDrop with a single drop before `layer`."""
+    return PyramidDrop(layers=[layer], keep=[keep])
+
+
 @torch.inference_mode()
 def attention_by_layer(model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> dict[int, list[Tensor]]:
-    """For each of the 0-based `layers` (from 1 on) and each sample, the attention on its visual tokens.
+    """For each of the 0-based `layers` (from 1 on) and each sample of a batch, the attention on its visual tokens.
 
     It is the attention of the prompt's last token (softmax over all keys, mean over heads) in the full model, by which
     a drop before that layer ranks. It works with any attention implementation.
-
-    Args:
-        inputs: the model's inputs for a batch of prompts, on its device.
     """
-    replay, shares = PrefillReplay(inspect_model(model), layers), PrefillReplay.can_share(inspect_model(model))
-    if shares:
+    info = inspect_model(model)
+    replay = PrefillReplay(info, layers) if PrefillReplay.can_share(info) else None
+    if replay:
         with replay.recorded():
             model(**inputs, use_cache=True)
     found = {}
     for layer in layers:
-        with single_drop(layer, 0.5)(model) as trace:
-            if shares:
-                with replay.replayed(layer):
-                    model(**inputs, use_cache=True)
-            else:
-                model(**inputs)
+        with single_drop(layer, 0.5)(model) as trace, replay.replayed(layer) if replay else nullcontext():
+            model(**inputs, **({"use_cache": True} if replay else {}))
         found[layer] = trace.stages[0].scores or []
     return found
 
@@ -63,12 +63,9 @@ def attention_concentration(scores: Tensor) -> float:
 
 @dataclass(frozen=True)
 class AttentionExample:
-    """One prompt with its answer and the attention on each visual token by layer, to be drawn.
+    """One prompt with its answer and the attention `scores` by layer, (N,) each, to be drawn.
 
-    Attributes:
-        scores: layer -> (N,) the attention on each visual token.
-        config, processor, inputs: the model's configuration, the processor, and its output for the prompt, which place
-            the tokens in the picture.
+    The model's configuration, the processor, and its output `inputs` for the prompt place the tokens in the picture.
     """
 
     sample: Sample
@@ -83,8 +80,14 @@ def attention_examples(
     checkpoint: Checkpoint, samples: Sequence[Sample], layers: Sequence[int], max_new_tokens: int
 ) -> list[AttentionExample]:
     """One example for each of `samples`, at a few of `layers` from the first to the last."""
-    chosen = spread_layers(layers)
-    return [_example(checkpoint, sample, chosen, max_new_tokens) for sample in samples]
+    model, processor, examples = checkpoint.model, checkpoint.processor, []
+    for sample in samples:
+        inputs = build_inputs(processor, list(sample.images), sample.question)
+        (answer,) = answer_greedily(checkpoint, inputs, max_new_tokens)
+        found = attention_by_layer(model, on_model(model, inputs), spread_layers(layers))
+        scores = {layer: of_samples[0] for layer, of_samples in found.items() if of_samples}
+        examples.append(AttentionExample(sample, answer, scores, model.config, processor, inputs))
+    return examples
 
 
 def pick_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -102,17 +105,3 @@ def spread_layers(layers: Sequence[int]) -> list[int]:
     if len(layers) <= MAX_LAYERS:
         return list(layers)
     return [layers[round(place * (len(layers) - 1) / (MAX_LAYERS - 1))] for place in range(MAX_LAYERS)]
-
-
-def _example(checkpoint: Checkpoint, sample: Sample, layers: Sequence[int], max_new_tokens: int) -> AttentionExample:
-    inputs = build_inputs(checkpoint.processor, list(sample.images), sample.question)
-    (answer,) = answer_greedily(checkpoint, inputs, max_new_tokens)
-    scores = attention_by_layer(checkpoint.model, on_model(checkpoint.model, inputs), layers)
-    return AttentionExample(
-        sample,
-        answer,
-        {layer: found[0] for layer, found in scores.items() if found},
-        checkpoint.model.config,
-        checkpoint.processor,
-        inputs,
-    )

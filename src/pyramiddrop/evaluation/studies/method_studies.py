@@ -19,11 +19,7 @@ PERCENTS = (40.0, 50.0, 60.0, 70.0, 80.0)
 def prepare_tradeoff(task: Task, options: EvalOptions) -> MethodStudy:
     """Check and load the trade-off study, whose record adds each method's specification as `line`.
 
-    Args:
-        options: the options; METHODS and PERCENTS are the defaults of `methods` and `percents`.
-
-    Raises:
-        InputError: if an option cannot be used.
+    METHODS and PERCENTS are the defaults of `methods` and `percents`. InputError if an option cannot be used.
     """
     words = tuple(word for word in options.methods or METHODS if parse_method(word) is not None)
     if not words:
@@ -38,26 +34,16 @@ LAMBDAS = (0.4, 0.5, 0.6)
 
 
 def prepare_ablation(task: Task, lambdas: Sequence[float], options: EvalOptions) -> MethodStudy:
-    """Check and load the ablation, whose record adds each method's `lam`, ascending.
-
-    Raises:
-        InputError: if an option cannot be used.
-    """
+    """Check and load the ablation, whose record adds each method's `lam`, ascending; InputError for bad options."""
     chosen = sorted(set(lambdas))
     methods = tuple(f"pyramiddrop:lam={lam!r}" for lam in chosen)
-    return MethodStudy(
-        "ablation", Evaluator(task, replace(options, methods=methods, rounds=0)), [{"lam": lam} for lam in chosen]
-    )
+    evaluator = Evaluator(task, replace(options, methods=methods, rounds=0))
+    return MethodStudy("ablation", evaluator, [{"lam": lam} for lam in chosen])
 
 
 @dataclass(frozen=True)
 class MethodStudy:
-    """An evaluation that is ready to run, without timing.
-
-    Attributes:
-        study: its name.
-        labels: values that the record adds to each method after vanilla.
-    """
+    """An evaluation that is ready to run, without timing; the record adds `labels` to each method after vanilla."""
 
     study: str
     evaluator: Evaluator
@@ -65,14 +51,9 @@ class MethodStudy:
 
     def record(self, progress: Progress = lambda step, count: None) -> dict[str, Any]:
         """Run the evaluation; returns its record with the labels and the settings."""
-        found = evaluation_record(self.evaluator.run(progress))
+        found, options = evaluation_record(self.evaluator.run(progress)), self.evaluator.options
         vanilla, *variants = found["methods"]
         labelled = [{**label, **variant} for label, variant in zip(self.labels, variants, strict=True)]
-        options = self.evaluator.options
-        setting = {
-            **found["task"],
-            **{name: found[name] for name in ("model", "dtype", "batch")},
-            "methods": options.methods,
-            "percent": options.percents,
-        }
+        setting = {**found["task"], **{name: found[name] for name in ("model", "dtype", "batch")}}
+        setting |= {"methods": options.methods, "percent": options.percents}
         return {"study": self.study, **found, "methods": [vanilla, *labelled], "setting": setting}
