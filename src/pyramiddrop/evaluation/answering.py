@@ -115,7 +115,6 @@ class Answerer:
         return (samples[start : start + self.batch] for start in range(0, len(samples), self.batch))
 
     def _views(self, samples: Sequence[Sample], inputs: Any) -> list[Sequence[PlacedView]]:
-        """The views of each sample's pictures, which place its visual tokens."""
         config = self.checkpoint.model.config
         return batch_views(config, self.checkpoint.processor, [list(one.images) for one in samples], inputs)
 
@@ -127,7 +126,6 @@ class Answerer:
         trace: Trace | None,
         views: Sequence[Sequence[PlacedView]],
     ) -> list[Reply]:
-        """The replies to `samples` with tensors `inputs`, under the part of `method` in the model."""
         share, inside = self.split(method)
         given = inputs if share is None else self.inputs(samples, share)
         texts = answer_greedily(self.checkpoint, given, self.max_new_tokens)

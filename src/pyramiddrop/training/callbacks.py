@@ -64,10 +64,8 @@ class LamCurriculum(TrainerCallback):  # type: ignore[misc]
             apply(self.model, method)
 
 
-def check_first_lam(method: Method | None, first: float | None) -> None:
-    """Raise InputError if λ cannot change from `first` to that of `method`; None: constant λ."""
-    if first is None:
-        return
+def check_first_lam(method: Method | None, first: float) -> None:
+    """Raise InputError if λ cannot change from `first` to that of `method`."""
     if not isinstance(method, StagedMethod) or method.keep is not None:
         name = "vanilla" if method is None else repr(method)
         raise InputError(

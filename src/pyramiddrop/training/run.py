@@ -132,7 +132,8 @@ def prepare_training(options: TrainOptions, progress: Callable[[str], None] = la
     _check_options(options)
     recipe = RECIPES[options.recipe]
     method = resolve_method(options.method, options.model, decoder_layers(read_config(options.model)))
-    check_first_lam(method, options.first_lam)
+    if options.first_lam is not None:
+        check_first_lam(method, options.first_lam)
     arguments = _training_arguments(options, recipe)
     processor = _processor(options)
     collator = AnswerCollator(processor)

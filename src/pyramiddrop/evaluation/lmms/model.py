@@ -224,8 +224,7 @@ class Chat(lmms):
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][document]))
         if messages.extract_media()[2]:
             raise InputError(f"task {task} asks about sound, which is not supported")
-        turns: list[dict[str, Any]] = messages.to_hf_messages()
-        return turns
+        return messages.to_hf_messages()  # type: ignore[no-any-return]
 
     def _inputs(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
         processor = self.checkpoint.processor

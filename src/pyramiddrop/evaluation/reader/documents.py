@@ -40,14 +40,9 @@ class Layout:
     lines: int
 
 
-_FACTORS = (
-    ("left", "right"),
-    ("left", "centre", "right"),
-    ("none", "lines", "boxes"),
-    tuple(range(FEWEST_LINES, MOST_LINES + 1)),
-)
+_PLACES, _RULES = ("left", "centre", "right"), ("none", "lines", "boxes")
 ORDER = 11  # seed of the layouts of the splits
-LAYOUTS = [Layout(*one) for one in product(*_FACTORS)]
+LAYOUTS = [Layout(*one) for one in product(("left", "right"), _PLACES, _RULES, range(FEWEST_LINES, MOST_LINES + 1))]
 
 
 def draw_document(rng: np.random.Generator, split: str) -> Picture:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pyramiddrop.evaluation.reader.canvas import (
@@ -17,6 +15,7 @@ from pyramiddrop.evaluation.reader.canvas import (
     IMAGE,
     SHAPES,
     SIDES,
+    Array,
     Box,
     Canvas,
     Picture,
@@ -104,7 +103,7 @@ def _draw(canvas: Canvas, name: str, colour: str, box: Box) -> Thing:
     return thing
 
 
-def _shape(name: str, size: int) -> NDArray[Any]:
+def _shape(name: str, size: int) -> Array:
     """A filled shape: (size, size) in 0..255."""
     image = Image.new("L", (size, size))
     draw = ImageDraw.Draw(image)
