@@ -175,6 +175,15 @@ def test_a_model_that_cannot_have_fastv_is_shown_without(hybrid: str) -> None:
     assert named.stderr == f"error: {result.stderr.partition(': ')[2]}"
 
 
+def test_a_scorer_that_reads_the_layer_before_cannot_rank_in_the_first() -> None:
+    """As the model itself refuses it (`tests/test_limits.py`)."""
+    method = "pyramiddrop:keep=0.5,score=variation,rank_layer=last"
+    refused = run("--shape", "llava-1.5-7b", "--method", f"{method},layers=1")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: this model cannot drop before layer 1; allowed are layers [2, 3")
+    assert run("--shape", "llava-1.5-7b", "--method", f"{method},layers=2").exit_code == 0
+
+
 def test_layers_of_several_kinds_are_one_size_a_stage(hybrid: str) -> None:
     words = ["--model", hybrid, "--visual-tokens", "100", "--method", "pyramiddrop:stages=2"]
     sizes = found(*words)["methods"][1]["kv_bytes_by_layer"]

@@ -98,7 +98,9 @@ class DecoderShape:
         attends = [mixer for mixer in self.mixers if mixer.query_width]
         return next((mixer for mixer in attends if mixer.ranks), attends[0] if attends else self.plain_mixer)
 
-    def drop_layers(self, rank_layer: str = "next", attends: bool = True) -> tuple[int, ...]:
+    def drop_layers(
+        self, rank_layer: str = "next", attends: bool = True, reads_previous: bool = False
+    ) -> tuple[int, ...]:
         """The layers before which tokens are best dropped, as `pyramiddrop.hf.drop_layers` finds them in a model.
 
         They have keys of their own, and their ranking layer has full attention.
@@ -106,20 +108,24 @@ class DecoderShape:
         Args:
             rank_layer: "next" or "last", the setting of the method.
             attends: True if the method ranks by attention.
+            reads_previous: True if it reads the input of the layer before the ranking one.
         """
-        possible = self._possible(rank_layer, attends)
+        possible = self._possible(rank_layer, attends, reads_previous)
         far = [layer for layer in possible if self.mixer(_ranking(layer, rank_layer)).ranks]
         return tuple(far if far and attends else possible)
 
-    def check_layers(self, layers: Sequence[int], rank_layer: str, attends: bool, prompt: Prompt) -> None:
+    def check_layers(
+        self, layers: Sequence[int], rank_layer: str, attends: bool, reads_previous: bool, prompt: Prompt
+    ) -> None:
         """Raise ValueError if the model itself would refuse to drop before one of `layers`.
 
         Args:
             rank_layer: "next" or "last", the setting of the method.
             attends: True if the method ranks by attention.
+            reads_previous: True if it reads the input of the layer before the ranking one.
             prompt: the prompt; from its end, the ranking layer must reach all visual tokens.
         """
-        possible = self._possible(rank_layer, attends)
+        possible = self._possible(rank_layer, attends, reads_previous)
         for layer in layers:
             if not layer:  # a drop before the decoder does not depend on its layers
                 continue
@@ -134,12 +140,15 @@ class DecoderShape:
                     f"{list(self.drop_layers(rank_layer))}"
                 )
 
-    def _possible(self, rank_layer: str, attends: bool) -> list[int]:
+    def _possible(self, rank_layer: str, attends: bool, reads_previous: bool) -> list[int]:
         """The layers before which tokens can be dropped at all."""
         attention = [layer for layer in range(self.layers) if self.mixer(layer).query_width]
         own = sum(source == layer for layer, source in enumerate(self.sources))
+        ranking = attention if attends else range(self.layers)
         return [
-            layer for layer in range(attention[0] + 1, own) if not attends or _ranking(layer, rank_layer) in attention
+            layer
+            for layer in range(attention[0] + 1, own)
+            if _ranking(layer, rank_layer) in ranking and _ranking(layer, rank_layer) >= reads_previous
         ]
 
     def experts_of(self, layer: int) -> Experts | None:

@@ -132,9 +132,10 @@ def method_costs(specs: Sequence[str], shared: Mapping[str, str], sizes: Sizes) 
     found = [MethodCost(VANILLA, None, estimate_cost(sizes.shape, sizes.prompt))]
     for method in filter(None, methods):
         with user_input():
-            attends = method.scorer().needs_attention
-            schedule = method.schedule(shape.layers, shape.drop_layers(method.rank_layer, attends))
-            shape.check_layers(schedule.layers, method.rank_layer, attends, sizes.prompt)
+            scorer = method.scorer()
+            ranks = method.rank_layer, scorer.needs_attention, scorer.needs_previous_hidden
+            schedule = method.schedule(shape.layers, shape.drop_layers(*ranks))
+            shape.check_layers(schedule.layers, *ranks, sizes.prompt)
         cost = estimate_cost(sizes.shape, sizes.prompt, schedule, method.ranking_flops)
         found.append(MethodCost(method_label(method), method, cost))
     return found
