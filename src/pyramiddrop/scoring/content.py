@@ -50,13 +50,17 @@ class DiversityScorer(Scorer):
     source: ClassVar[str] = "max-min diversity (DivPrune, arXiv 2503.02175); own implementation"
 
     def __call__(self, inputs: ScorerInputs) -> Tensor:
-        visual, groups, num_keep = inputs.visual, inputs.groups, inputs.num_keep
         import torch
+        from torch.nn.functional import normalize
 
-        unit = _normalized(inputs.hidden.float())
+        visual, groups, num_keep = inputs.visual, inputs.groups, inputs.num_keep
+        unit = normalize(inputs.hidden.float(), dim=-1)
         distance = 1 - unit @ unit.transpose(1, 2)
-        # Nothing is chosen yet: every distance is 2, the maximum, and the distance from the mean decides.
-        nearest = 2 + 1 - (unit * _group_means(inputs, unit)).sum(-1)
+        owners = groups[..., None].expand_as(unit)
+        sums = unit.new_zeros(*num_keep.shape, unit.shape[-1])
+        sums = sums.scatter_add(1, owners, unit.masked_fill(~visual[..., None], 0))
+        # Nothing is chosen yet: every distance is 2, the maximum, and the distance from the group's mean decides.
+        nearest = 2 + 1 - (unit * normalize(sums, dim=-1).gather(1, owners)).sum(-1)
         nearest = nearest.masked_fill(~visual, float("-inf"))
         scores, left = torch.zeros_like(nearest), num_keep.clone()
         samples, steps = torch.arange(len(num_keep), device=num_keep.device), int(num_keep.sum(1).max())
@@ -73,20 +77,6 @@ class DiversityScorer(Scorer):
 
     def flops(self, shape: DecoderShape, drop: DropCounts) -> int:
         return 2 * drop.rows * drop.rows * shape.hidden
-
-
-def _group_means(inputs: ScorerInputs, unit: Tensor) -> Tensor:
-    """(B, N, D): for each row the normalised mean of `unit` (B, N, D) over its group."""
-    groups = inputs.groups[..., None].expand_as(unit)
-    sums = unit.new_zeros(*inputs.num_keep.shape, unit.shape[-1])
-    sums = sums.scatter_add(1, groups, unit.masked_fill(~inputs.visual[..., None], 0))
-    return _normalized(sums).gather(1, groups)
-
-
-def _normalized(vectors: Tensor) -> Tensor:
-    """(..., D) scaled to length 1."""
-    length: Tensor = vectors.norm(dim=-1, keepdim=True)
-    return vectors / length.clamp(min=1e-12)
 
 
 @dataclass(frozen=True)

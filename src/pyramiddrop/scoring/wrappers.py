@@ -95,7 +95,11 @@ class RandomScorer(Scorer):
             import torch
 
             seed = int(torch.randint(2**31, ()))
-        return _hashed(inputs.token_index + (seed + 1) * 0x9E3779B9)
+        # The first steps of splitmix64 hash each number to a float32 in [0, 1), independently of all others.
+        numbers = inputs.token_index + (seed + 1) * 0x9E3779B9
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+        return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,3 @@ class UniformScorer(Scorer):
         tokens, kept = inputs.per_token(present).clamp(min=1), inputs.per_token(inputs.num_keep)
         # Of n tokens, keep those at which floor(rank * c / n) steps up: exactly c, as even as integers allow.
         return ((rank + 1) * kept // tokens > rank * kept // tokens).float()
-
-
-def _hashed(numbers: Tensor) -> Tensor:
-    """Hash each long to a float32 in [0, 1) with the first steps of splitmix64, independently of all others."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
-    return (numbers >> 40 & (1 << 24) - 1).float() / (1 << 24)
