@@ -19,108 +19,94 @@ from transformers import PretrainedConfig
 ImageLengths = Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]
 
 
+def encoded_lengths(call: Mapping[str, Any], modality: str) -> list[int] | None:
+    """Tokens of each "image" or "video" from features that `generate` has already encoded.
+
+    Transformers 5.2x passes the features to the forward, without the pixels and grids that they were made of.
+    """
+    encoded = (call.get("mm_encoder_outputs") or {}).get(modality)
+    features = getattr(encoded, "pooler_output", None)
+    return None if features is None else [len(each) for each in features]
+
+
+def _by_argument(name: str, rule: Callable[[PretrainedConfig, Any, Tensor], Sequence[int] | None]) -> ImageLengths:
+    """The lengths of encoded features; else those by a rule that reads the argument `name` of the call."""
+
+    def lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+        encoded, value = encoded_lengths(call, "image"), call.get(name)
+        return encoded if encoded is not None or value is None else rule(config, value, image)
+
+    return lengths
+
+
+def _equal(config: PretrainedConfig, pixels: Tensor, image: Tensor) -> list[int] | None:
+    """Every image has the same number of tokens."""
+    tokens, rest = divmod(int(image.sum()), len(pixels))
+    return None if rest else [tokens] * len(pixels)
+
+
+def _in_proportion(patches: Tensor, image: Tensor) -> list[int] | None:
+    """Tokens of each image if all tokens stand for the same number of `patches`; None if that does not fit."""
+    counts = patches.tolist()
+    merged, rest = divmod(sum(counts), max(1, int(image.sum())))
+    return None if rest or any(count % merged for count in counts) else [count // merged for count in counts]
+
+
 _MERGES = ("spatial_merge_size", "merge_kernel_size", "merge_size")  # patches on a side of one token
 
 
-def equal_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-    """Every image has the same number of tokens."""
-    encoded, pixels, visual_tokens = _encoded_lengths(call), call.get("pixel_values"), int(image.sum())
-    if encoded is not None or pixels is None or visual_tokens % len(pixels):
-        return encoded
-    return [visual_tokens // len(pixels)] * len(pixels)
-
-
-def grid_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _grid(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Qwen-VL and relatives: one token for a square of patches, with the grids in the call."""
     if not any(hasattr(getattr(config, "vision_config", None), name) for name in _MERGES):
         return None
-    encoded, grids = _encoded_lengths(call), call.get("image_grid_thw")
-    if encoded is not None or grids is None:
-        return encoded
-    return _in_proportion(grids.prod(-1).tolist(), image)
+    encoded, grids = encoded_lengths(call, "image"), call.get("image_grid_thw")
+    return encoded if encoded is not None or grids is None else _in_proportion(grids.prod(-1), image)
 
 
-def pooled_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _pooled(config: PretrainedConfig, places: Tensor, image: Tensor) -> list[int] | None:
     """Gemma 4: one token for a square of patches, with the position of each patch in the call (-1: padding)."""
-    encoded, places = _encoded_lengths(call), call.get("image_position_ids")
-    if encoded is not None or places is None:
-        return encoded
-    return _in_proportion((places >= 0).all(-1).sum(-1).tolist(), image)
+    return _in_proportion((places >= 0).all(-1).sum(-1), image)
 
 
-def _in_proportion(patches: Sequence[int], image: Tensor) -> Sequence[int] | None:
-    """Tokens of each image if all tokens stand for the same number of `patches`; None if that does not fit."""
-    merged, rest = divmod(sum(patches), max(1, int(image.sum())))
-    if rest or any(count % merged for count in patches):
-        return None
-    return [count // merged for count in patches]
-
-
-def anyres_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _anyres(config: PretrainedConfig, sizes: Any, image: Tensor) -> list[int]:
     """LLaVA-NeXT: the base crop, and the unpadded grid with one newline token a row."""
-    encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
-    if encoded is not None or sizes is None:
-        return encoded
-    return [_anyres_length(config, int(height), int(width)) for height, width in sizes]
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    vision, found = config.vision_config, []
+    side = vision.image_size // vision.patch_size
+    base = side * side + (config.vision_feature_select_strategy == "full")  # with the class token
+    for size in sizes:
+        height, width = map(int, size)
+        tiles = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)
+        _, _, rows, columns = unpadded(tiles[0] * side, tiles[1] * side, height, width)
+        found.append(base + rows * (columns + 1))
+    return found
 
 
-def pixtral_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _pixtral(config: PretrainedConfig, sizes: Any, image: Tensor) -> list[int]:
     """Mistral 3: a token for each square of merged patches; their rows are separated."""
-    encoded, sizes = _encoded_lengths(call), call.get("image_sizes")
-    if encoded is not None or sizes is None:
-        return encoded
     side = config.vision_config.patch_size * config.spatial_merge_size
     return [(int(height) // side) * (int(width) // side) for height, width in sizes]
 
 
-def molmo_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _molmo(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
     """Molmo 2: the whole image and its crops, as two grids of separated rows; or a video's frames."""
-    encoded, images, videos = _encoded_lengths(call), call.get("image_grids"), call.get("video_grids")
+    encoded, images, videos = encoded_lengths(call, "image"), call.get("image_grids"), call.get("video_grids")
     if encoded is not None:
         return encoded
     if images is not None:
         return [int(high * wide + rows * columns) for high, wide, rows, columns in images]
     if videos is not None:
         return [int(frames * rows * columns) for frames, rows, columns in videos]
-    return _encoded_lengths(call, "video")
+    return encoded_lengths(call, "video")
 
 
-def step_lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
+def _step(config: PretrainedConfig, counts: Any, image: Tensor) -> list[int]:
     """Step 3.7: local views, whose number is in the call, and the whole image."""
-    encoded, counts = _encoded_lengths(call), call.get("num_local_patches")
-    if encoded is not None or counts is None:
-        return encoded
     counts = [int(count) for count in counts]
     whole = (config.vision_config.image_size // config.vision_config.patch_size // 4) ** 2
     local = (int(image.sum()) - whole * len(counts)) // max(sum(counts), 1)
     return [whole + local * count for count in counts]
-
-
-def _encoded_lengths(call: Mapping[str, Any], modality: str = "image") -> list[int] | None:
-    """Tokens of each image or video from features that `generate` has already encoded.
-
-    Transformers 5.2x passes the features to the forward, without the pixels and grids that they were made of.
-    """
-    encoded = (call.get("mm_encoder_outputs") or {}).get(modality)
-    return None if encoded is None else [len(features) for features in encoded.pooler_output]
-
-
-def _anyres_length(config: PretrainedConfig, height: int, width: int) -> int:
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    tiles_high, tiles_wide = get_anyres_image_grid_shape(
-        (height, width), config.image_grid_pinpoints, vision.image_size
-    )
-    class_token = config.vision_feature_select_strategy == "full"
-    return token_count((tiles_high * side, tiles_wide * side), side, height, width, class_token)
-
-
-def token_count(grid: tuple[int, int], side: int, height: int, width: int, class_token: bool) -> int:
-    """Tokens of a picture: a base crop of `side` x `side`, and the unpadded `grid` with a newline token in each row."""
-    _, _, rows, columns = unpadded(*grid, height, width)
-    return side * side + class_token + rows * (columns + 1)
 
 
 def unpadded(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -141,9 +127,7 @@ Beginnings = Callable[[Sequence[int], Sequence[range]], list[bool] | None]
 _INSIDE = 2  # the most tokens that a processor writes between two parts, for rules with an end token
 
 
-def tile_lengths(
-    beginnings: Beginnings,
-) -> Callable[[PretrainedConfig, Mapping[str, Any], Tensor], Sequence[int] | None]:
+def tile_lengths(beginnings: Beginnings) -> ImageLengths:
     """The number of visual tokens of each image of a call, by a rule for the runs of one row."""
 
     def lengths(config: PretrainedConfig, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
@@ -219,13 +203,13 @@ def _runs(mask: Tensor) -> list[range]:
 
 #: The rules that find the tokens of each image of a call, by their name in `families.py`.
 IMAGE_LENGTHS: dict[str, ImageLengths] = {
-    "": grid_lengths,
-    "equal": equal_lengths,
-    "anyres": anyres_lengths,
-    "pooled patches": pooled_lengths,
-    "rows of patches": pixtral_lengths,
-    "two grids": molmo_lengths,
-    "local views": step_lengths,
+    "": _grid,
+    "equal": _by_argument("pixel_values", _equal),
+    "anyres": _by_argument("image_sizes", _anyres),
+    "pooled patches": _by_argument("image_position_ids", _pooled),
+    "rows of patches": _by_argument("image_sizes", _pixtral),
+    "two grids": _molmo,
+    "local views": _by_argument("num_local_patches", _step),
     "separators": tile_lengths(one_between),
     "end token": tile_lengths(end_behind),
     "whole image last": tile_lengths(whole_last),
@@ -236,12 +220,9 @@ IMAGE_LENGTHS: dict[str, ImageLengths] = {
 def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
     """The number of frames of each video of a call, as the language model counts them; None if the call does not tell.
 
-    Args:
-        merged: number of frames that the model merges into one (ERNIE 4.5 VL: 2).
+    The model merges `merged` frames into one (ERNIE 4.5 VL: 2).
     """
-    grids, pixels, counts = (
-        call.get(name) for name in ("video_grid_thw", "pixel_values_videos", "num_frames_per_video")
-    )
+    grids, pixels, counts = map(call.get, ("video_grid_thw", "pixel_values_videos", "num_frames_per_video"))
     if counts is not None:
         return [int(frames) for frames in counts]
     if grids is not None:
@@ -252,11 +233,7 @@ def video_frames(call: Mapping[str, Any], merged: int = 1) -> list[int] | None:
 
 
 def frames_of_beams(frames: Sequence[int], video: Tensor, beams: int) -> list[int]:
-    """Repeat `frames` of each video for a batch in which `generate` has repeated each row `beams` times.
-
-    Args:
-        video: (B, L) bool, the batch's video tokens.
-    """
+    """Repeat `frames` of each video for a batch whose rows, with tokens `video` (B, L), are repeated `beams` times."""
     starts = video & ~torch.nn.functional.pad(video, (1, 0))[:, :-1]
     runs = starts.sum(1).tolist()[::beams]
     alone = sum(runs) == len(frames)  # each video is one run of tokens; otherwise each frame is one
@@ -267,13 +244,6 @@ def frames_of_beams(frames: Sequence[int], video: Tensor, beams: int) -> list[in
             mine.append(of_video)
         repeated += mine * beams
     return repeated
-
-
-def video_lengths(call: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each video if `generate` has already encoded them and passes on neither grids nor pixels."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("video")
-    features = getattr(encoded, "pooler_output", None)
-    return None if features is None else [len(each) for each in features]
 
 
 def group_tokens(
@@ -288,8 +258,7 @@ def group_tokens(
 
     Args:
         grouping: "sample", "image" (each image and each video is a group) or "frame" (each image and each frame is).
-        visual: (B, L) bool, the visual tokens.
-        video: (B, L) bool, those of videos.
+        visual, video: (B, L) bool, the visual tokens, and those of videos.
         image_lengths: tokens of each image of the batch in order. If None, or if they do not fit, each run of tokens is
             an image.
         frames: number of frames of each video of the batch in order; None if unknown.
@@ -297,9 +266,6 @@ def group_tokens(
 
     Returns:
         (B, L) long, 0 at text.
-
-    Raises:
-        ValueError: for "frame", if the frames of a video cannot be told apart.
     """
     if grouping == "sample":
         return torch.zeros_like(visual, dtype=torch.long)
@@ -330,12 +296,7 @@ def _videos(video: Tensor, frames: Sequence[int] | None, lengths: Sequence[int] 
     if not count or (not by_frame and (frames is None or count != sum(frames))):
         return runs
     if frames is not None and count == sum(frames):  # a run is a frame, with timestamps between frames
-        owner = (
-            torch.arange(count)
-            if by_frame
-            else torch.repeat_interleave(torch.arange(len(frames)), torch.tensor(frames))
-        )
-        return owner[runs]
+        return runs if by_frame else torch.repeat_interleave(torch.arange(len(frames)), torch.tensor(frames))[runs]
     if frames is None or count != len(frames):
         raise ValueError(
             f"per_frame=True: this call's {count} runs of video tokens do not tell where its frames "
@@ -376,7 +337,5 @@ def counted_along(number: Tensor, visual: Tensor) -> Tensor:
     """Renumber groups in the order in which they occur along each row."""
     groups = torch.zeros_like(number)
     for row, mask, numbers in zip(groups, visual, number, strict=True):
-        mine = numbers[mask]
-        changes = torch.cat([mine.new_zeros(1), (mine[1:] != mine[:-1]).long()])[: len(mine)]
-        row[mask] = changes.cumsum(0)
+        row[mask] = torch.unique_consecutive(numbers[mask], return_inverse=True)[1]
     return groups

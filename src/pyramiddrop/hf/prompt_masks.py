@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyramiddrop.hf.images import counted_along, frames_of_beams, group_tokens, video_frames, video_lengths
+from pyramiddrop.hf.images import counted_along, encoded_lengths, frames_of_beams, group_tokens, video_frames
 from pyramiddrop.hf.model_info import ModelInfo
 from pyramiddrop.hf.rows import find_documents
 
@@ -296,7 +296,7 @@ def _groups(
     frames = video_frames(prompt.call, info.merged_frames)
     if frames is None and given_frames is not None:
         frames = frames_of_beams(given_frames, video, beams)
-    return group_tokens(grouping, marked, video, lengths, frames, video_lengths(prompt.call)) * visual
+    return group_tokens(grouping, marked, video, lengths, frames, encoded_lengths(prompt.call, "video")) * visual
 
 
 def _fitted(mask: Tensor | None, name: str, shape: tuple[int, int], past: int) -> Tensor | None:
