@@ -40,11 +40,8 @@ class ModelInfo:
         wrappers: the modules from the model down to the one that holds the text model, outermost first; the first one
             that receives input_ids also receives labels and pixel values.
         generator: the module whose `generate` runs, or None.
-        text: the text model; its `layers` are the decoder layers.
         visual_ids: ids of visual tokens in input_ids.
         video_ids: the visual ids of videos.
-        family: the record of its family.
-        config: the configuration of the whole model.
         sizes: the sizes for the cost model; None if it does not know the text model.
         scopes: the attention scope of each decoder layer.
         sources: for each decoder layer the layer whose keys it attends to: itself, or an earlier one that shares them.
@@ -76,21 +73,15 @@ class ModelInfo:
 
     @property
     def shape(self) -> DecoderShape:
-        """The sizes for the cost model.
-
-        Raises:
-            UnsupportedModelError: if the cost model does not know the text model.
-        """
+        """The sizes for the cost model; raises UnsupportedModelError if it does not know the text model."""
         if self.sizes is None:
             raise UnsupportedModelError(f"the cost model does not know the text model {self.text.config.model_type!r}")
         return self.sizes
 
     @cached_property
     def longest(self) -> int | None:
-        """The length up to which attention does not depend on row numbers; None: no limit.
-
-        Llama 4 scales queries by their row number from `floor_scale` on.
-        """
+        """The length up to which attention does not depend on row numbers; None: no limit."""
+        # Llama 4 scales queries by their row number from `floor_scale` on.
         config = self.text.config
         return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
@@ -102,11 +93,8 @@ class ModelInfo:
     @cached_property
     def caching(self) -> tuple[int, ...]:
         """The decoder layers with keys of their own."""
-        return tuple(
-            index
-            for index, (scope, source) in enumerate(zip(self.scopes, self.sources, strict=True))
-            if index == source and scope.kind != "recurrent"
-        )
+        own = (index for index, source in enumerate(self.sources) if index == source)
+        return tuple(index for index in own if self.scopes[index].kind != "recurrent")
 
     @cached_property
     def windowed(self) -> bool:
@@ -119,14 +107,7 @@ class ModelInfo:
         return {scope: self.scopes.index(scope) for scope in self.scopes}
 
     def image_lengths(self, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-        """Tokens of each image of a call; None if each run of visual tokens is an image.
-
-        Args:
-            image: (B, L) bool, the call's visual tokens of images.
-
-        Raises:
-            UnsupportedModelError: if images are not runs and the call does not tell their lengths.
-        """
+        """Tokens of each image of a call with the tokens `image` (B, L) bool; None if each run of them is an image."""
         lengths = IMAGE_LENGTHS[self.family.image_lengths]
         found, visual_tokens = lengths(self.config, call, image), int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
@@ -145,22 +126,29 @@ class ModelInfo:
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:
-    """Inspect `model`.
-
-    Raises:
-        UnsupportedModelError: if its family, its text model or a setting is not supported.
-    """
-    core = _core(model)
+    """Inspect `model`; raises UnsupportedModelError if its family, its text model or a setting is not supported."""
+    # `model` itself, or the one inside PEFT, DDP and other wrappers.
+    core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if core is None:
+        raise UnsupportedModelError(f"{type(model).__name__} holds no Transformers model")
     config, family = core.config, FAMILIES.get(core.config.model_type, Family())
     if family.refused:
         raise _unsupported(core, family.refused)
     text = _text_model(core)
-    wrappers = tuple(module for module in model.modules() if _contains(module, text))
-    images, videos = _image_ids(core), _ids(core.config, ("video_token_id", "video_token_index"))
-    scopes, sources = _scopes(core, text), _sources(text)
+    wrappers = tuple(part for part in model.modules() if part is not text and text in part.modules())
+    # A Transformers model with a `generate` of its own; wrappers call that one.
+    generates = (part for part in wrappers if isinstance(part, PreTrainedModel) and hasattr(type(part), "generate"))
+    vocabulary = next((part for part in core.modules() if hasattr(part, "image_token_id")), None)  # Chameleon, Emu3
+    images = _ids(config, ("image_token_id", "image_token_index")) | _ids(vocabulary, ("image_token_id",))
+    videos = _ids(config, ("video_token_id", "video_token_index"))
+    try:
+        scopes, sources = scopes_of(text), _sources(text)
+    except UnknownLayerTypeError as error:
+        raise _unsupported(core, f"{error} are not known") from error
+    kinds = [(scopes[index], None if source == index else source) for index, source in enumerate(sources)]
     return ModelInfo(
         wrappers=wrappers,
-        generator=next((module for module in wrappers if _generates(module)), None),
+        generator=next(generates, None),
         text=text,
         visual_ids=tuple(sorted(images | videos)),
         video_ids=tuple(sorted(videos - images)),
@@ -169,16 +157,8 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         sizes=decoder_shape(text.config, text.dtype.itemsize) if text.config.model_type in TEXT_MODELS else None,
         scopes=scopes,
         sources=sources,
-        alike=_alike(scopes, sources),
+        alike=tuple(kinds.index(kind) for kind in kinds),
     )
-
-
-def _core(model: nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model: `model` itself, or the one inside PEFT, DDP and other wrappers."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise UnsupportedModelError(f"{type(model).__name__} holds no Transformers model")
 
 
 def _text_model(core: PreTrainedModel) -> PreTrainedModel:
@@ -186,59 +166,32 @@ def _text_model(core: PreTrainedModel) -> PreTrainedModel:
     if core.config.is_encoder_decoder:
         raise _unsupported(core, "it is an encoder-decoder: its visual tokens do not pass through the decoder")
     expected = core.config.get_text_config(decoder=True).model_type
-    for module in core.modules():
-        if not isinstance(module, PreTrainedModel) or module.config.model_type != expected:
+    for text in core.modules():
+        if not isinstance(text, PreTrainedModel) or text.config.model_type != expected:
             continue
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
-            _check_text_model(core, module)
-            return module
-    raise _unsupported(core, "it has no decoder with `layers` and `embed_tokens`")
-
-
-def _check_text_model(core: PreTrainedModel, text: PreTrainedModel) -> None:
-    crossing = [name for name, _ in text.named_modules() if "cross_attn" in name or "crossattention" in name]
+        if isinstance(getattr(text, "layers", None), nn.ModuleList) and hasattr(text, "embed_tokens"):
+            break
+    else:
+        raise _unsupported(core, "it has no decoder with `layers` and `embed_tokens`")
+    crossing = any("cross_attn" in name or "crossattention" in name for name, _ in text.named_modules())
     if crossing or getattr(text.config, "cross_attention_layers", None):
         raise _unsupported(core, "its text model looks at the image by cross-attention; no visual token is in the text")
-    if not _takes_any(text) or not hasattr(sys.modules[type(text.layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    parameters = inspect.signature(text.forward).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if not takes_any or not hasattr(sys.modules[type(text.layers[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise _unsupported(core, f"{type(text).__name__} does not use Transformers' common attention interface")
     if text.config._attn_implementation == "flex_attention":
         raise UnsupportedModelError("attention implementation 'flex_attention' is not supported; use 'sdpa' or 'eager'")
+    return text
 
 
 def _unsupported(core: PreTrainedModel, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{core.config.model_type!r} ({type(core).__name__}) is not supported: {reason}")
 
 
-def _takes_any(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def _generates(module: nn.Module) -> bool:
-    """True for a Transformers model with its own `generate`; wrappers call that one."""
-    return isinstance(module, PreTrainedModel) and hasattr(type(module), "generate")
-
-
-def _contains(module: nn.Module, part: nn.Module) -> bool:
-    return module is not part and any(inner is part for inner in module.modules())
-
-
-def _image_ids(core: PreTrainedModel) -> set[int]:
-    """Ids of image tokens: from the configuration, or from an image vocabulary (Chameleon, Emu3)."""
-    vocabulary = next((module for module in core.modules() if hasattr(module, "image_token_id")), None)
-    return _ids(core.config, ("image_token_id", "image_token_index")) | _ids(vocabulary, ("image_token_id",))
-
-
 def _ids(holder: Any, names: tuple[str, ...]) -> set[int]:
     found = (getattr(holder, name, None) for name in names)
     return {number for number in found if isinstance(number, int)}
-
-
-def _scopes(core: PreTrainedModel, text: PreTrainedModel) -> tuple[AttentionScope, ...]:
-    try:
-        return scopes_of(text)
-    except UnknownLayerTypeError as error:
-        raise _unsupported(core, f"{error} are not known") from error
 
 
 def _sources(text: PreTrainedModel) -> tuple[int, ...]:
@@ -253,22 +206,12 @@ def _sources(text: PreTrainedModel) -> tuple[int, ...]:
     return tuple(index if index < own else last[types[index]] for index in range(count))
 
 
-def _alike(scopes: Sequence[AttentionScope], sources: Sequence[int]) -> tuple[int, ...]:
-    kinds = [
-        (scope, None if source == index else source)
-        for index, (scope, source) in enumerate(zip(scopes, sources, strict=True))
-    ]
-    return tuple(kinds.index(kind) for kind in kinds)
-
-
 def drop_layers(info: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer attends to a prompt of any length.
 
-    Args:
-        rank_layer: "next" or "last", the setting of the method.
-        scorer: the method's scorer; if it does not need attention, any layer with a layer before it is suitable.
+    If the `scorer` does not need attention, any layer with a layer before it is suitable.
     """
-    shift, possible = _shift(rank_layer), _possible(info, rank_layer, scorer)
+    shift, possible = int(rank_layer == "last"), _possible(info, rank_layer, scorer)
     far = [layer for layer in possible if not info.scopes[layer - shift].windowed]
     return tuple(far if far and scorer.needs_attention else possible)
 
@@ -279,7 +222,7 @@ def check_layers(info: ModelInfo, layers: tuple[int, ...], rank_layer: str, scor
     wrong = [layer for layer in layers if layer not in possible]
     if not wrong:
         return
-    layer, ranking = wrong[0], wrong[0] - _shift(rank_layer)
+    layer, ranking = wrong[0], wrong[0] - (rank_layer == "last")
     if info.sources[layer] != layer:
         why = "it reuses the keys of an earlier layer"
     elif scorer.needs_attention and info.scopes[ranking].kind == "recurrent":
@@ -299,12 +242,8 @@ def _possible(info: ModelInfo, rank_layer: str, scorer: Scorer) -> list[int]:
     # The model reads the length of the sequence from its first attention layer; layers that share keys have no cache.
     first, own = attention[0] + 1, sum(source == index for index, source in enumerate(info.sources))
     ranking = attention if scorer.needs_attention else range(len(info.scopes))
-    drops = [index + _shift(rank_layer) for index in ranking if index >= scorer.needs_previous_hidden]
+    drops = [index + (rank_layer == "last") for index in ranking if index >= scorer.needs_previous_hidden]
     return [layer for layer in drops if first <= layer < own]
-
-
-def _shift(rank_layer: str) -> int:
-    return 0 if rank_layer == "next" else 1
 
 
 def check_attention(info: ModelInfo, first: int) -> None:
@@ -332,11 +271,7 @@ def check_compact_positions(info: ModelInfo) -> None:
 
 
 def check_grouping(info: ModelInfo, grouping: str) -> None:
-    """Raise UnsupportedModelError if the tokens of an image or frame cannot be told from those of others.
-
-    Args:
-        grouping: "sample", "image" or "frame", the setting of the method.
-    """
+    """Raise UnsupportedModelError if the tokens of an image or frame cannot be told from those of others."""
     if grouping == "frame" and not info.video_ids:
         raise UnsupportedModelError(
             f"per_frame=True is not supported for {info.config.model_type!r}: it has no video tokens of its own; "
