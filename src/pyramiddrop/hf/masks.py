@@ -22,8 +22,6 @@ class MaskSpec:
     """What the mask of a layer depends on beside its rows.
 
     Attributes:
-        scope: the layer's attention scope.
-        attention: name of the attention implementation.
         past: number of columns before this call.
         length: number of columns of this call.
         width: number of slots of a static cache; None for a growing one.
@@ -44,11 +42,6 @@ class MaskSpec:
         """The number of columns in the cache and in this call."""
         return self.past + self.length
 
-    @property
-    def flash(self) -> bool:
-        """True for flash attention kernels."""
-        return self.attention.startswith("flash")
-
     def fits_window(self) -> bool:
         """True if the whole sequence fits in the window, so no window mask is needed."""
         padded = self.scope.kind == "chunked" and self.padding is not None
@@ -66,7 +59,6 @@ def follow_mask(
         kept: the rows of this call that the layer computes; None: the last `count` of all.
         slots: the slots that the layer's KV cache returns, including this call's rows.
         count: number of rows that the layer computes.
-        spec: what else the mask depends on.
     """
     if mask is None or not spec.counts_columns:
         return _ruled(mask, kept, slots, count, spec)
@@ -83,7 +75,7 @@ def follow_mask(
         mask = hide(mask, (slots.columns >= offset)[:, None, None])
     if slots.valid is not None:
         mask = hide(mask, slots.valid[:, None, None])
-    return _padded(_padding_sees_itself(mask, kept, slots, spec), spec.width)
+    return _finished(mask, kept, slots, spec)
 
 
 def follow_recurrent_mask(mask: Tensor | None, kept: Selection | None) -> Tensor | None:
@@ -103,25 +95,23 @@ def _ruled(mask: Tensor | None, kept: Selection | None, slots: CacheIndex, count
     if mask is not None and spec.padding is not None:  # the model makes no mask if it saw no padding
         shown = spec.padding.bool().gather(1, slots.columns)
         valid = shown if valid is None else valid & shown
-    if spec.flash:
+    if spec.attention.startswith("flash"):
         return valid
     # Without a mask, SDPA uses its causal path, which is right for a square and for a single row. Eager needs a mask.
     if valid is None and spec.fits_window() and spec.attention != "eager" and (count == 1 or not spec.past):
         return None
-    queries = _query_columns(kept, slots, count, spec)
+    if kept is None:
+        last = torch.arange(spec.total - count, spec.total, device=slots.columns.device)
+        queries = last.expand(len(slots.columns), -1)
+    else:
+        queries = kept.rows + spec.past
     seen = causal(queries, slots.columns, valid)
     if not spec.fits_window():
-        seen = seen & spec.scope.reaches(queries, slots.columns, _first_column(spec, len(queries), queries.device))
+        start = queries.new_zeros(len(queries)) if spec.padding is None else spec.padding.long().argmax(1)
+        seen = seen & spec.scope.reaches(queries, slots.columns, start)
     if mask is not None and mask.is_floating_point():
         seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, _hidden(mask))
-    return _padded(_padding_sees_itself(seen, kept, slots, spec), spec.width)
-
-
-def _first_column(spec: MaskSpec, batch: int, device: torch.device) -> Tensor:
-    """(B,) the first column of each sample that is not padding."""
-    if spec.padding is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
-    return spec.padding.long().argmax(1)
+    return _finished(seen, kept, slots, spec)
 
 
 def take_columns(mask: Tensor, columns: Tensor) -> Tensor:
@@ -141,30 +131,19 @@ def hide(mask: Tensor, visible: Tensor | None) -> Tensor:
     return mask if visible is None else mask.masked_fill(~visible, _hidden(mask))
 
 
-def _padding_sees_itself(mask: Tensor, kept: Selection | None, slots: CacheIndex, spec: MaskSpec) -> Tensor:
-    """Let each padding row attend to its own slot: a row without keys can become NaN, which spreads even if masked."""
-    if kept is None or kept.valid is None:
+def _finished(mask: Tensor, kept: Selection | None, slots: CacheIndex, spec: MaskSpec) -> Tensor:
+    """Let padding rows attend to themselves, and widen the mask to a static cache, masked beyond the sequence."""
+    if kept is not None and kept.valid is not None:  # a row without keys can become NaN, which spreads even if masked
+        own = slots.columns[:, None] == (kept.rows + spec.past)[..., None]
+        own = (own & ~kept.valid[..., None])[:, None]
+        mask = mask.masked_fill(own, 0 if mask.is_floating_point() else True)
+    if spec.width is None or spec.width == mask.shape[-1]:
         return mask
-    own = slots.columns[:, None] == (kept.rows + spec.past)[..., None]
-    return mask.masked_fill((own & ~kept.valid[..., None])[:, None], 0 if mask.is_floating_point() else True)
+    return torch.nn.functional.pad(mask, (0, spec.width - mask.shape[-1]), value=_hidden(mask))
 
 
 def _hidden(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
-
-
-def _query_columns(kept: Selection | None, slots: CacheIndex, count: int, spec: MaskSpec) -> Tensor:
-    if kept is not None:
-        return kept.rows + spec.past
-    last = torch.arange(spec.total - count, spec.total, device=slots.columns.device)
-    return last.expand(len(slots.columns), -1)
-
-
-def _padded(mask: Tensor, width: int | None) -> Tensor:
-    """Widen the mask to the slots of a static cache, with those beyond the sequence masked."""
-    if width is None or width == mask.shape[-1]:
-        return mask
-    return torch.nn.functional.pad(mask, (0, width - mask.shape[-1]), value=_hidden(mask))
 
 
 @dataclass(frozen=True)
@@ -187,15 +166,11 @@ class AttentionScope:
         return self.kind in ("sliding", "chunked")
 
     def reaches(self, queries: Tensor, keys: Tensor, start: Tensor) -> Tensor:
-        """Which keys lie within the scope of which queries, without regard to causality.
+        """(B, 1, Q, K) bool: which keys lie within the scope of which queries, without regard to causality.
 
         Args:
-            queries: (B, Q) long, columns.
-            keys: (B, K) long, columns.
+            queries, keys: (B, Q) and (B, K) long, columns.
             start: (B,) long, the first column of each sample that is not padding.
-
-        Returns:
-            (B, 1, Q, K) bool.
         """
         queries, keys = queries[:, None, :, None], keys[:, None, None, :]
         if self.kind == "sliding":
@@ -222,11 +197,7 @@ class UnknownLayerTypeError(ValueError):
 
 
 def scopes_of(text: Any) -> tuple[AttentionScope, ...]:
-    """The attention scope of each decoder layer, by the text model's configuration.
-
-    Raises:
-        UnknownLayerTypeError: if a layer type is unknown.
-    """
+    """The attention scope of each decoder layer, by the text model's configuration."""
     config, count = text.config, len(text.layers)
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -237,9 +208,7 @@ def scopes_of(text: Any) -> tuple[AttentionScope, ...]:
     unknown = sorted(set(types) - set(_KINDS))
     if unknown:
         raise UnknownLayerTypeError(f"layers of type {', '.join(map(repr, unknown))}")
-    return tuple(_scope(_KINDS[layer_type], config) for layer_type in types)
-
-
-def _scope(kind: str, config: Any) -> AttentionScope:
-    size = getattr(config, _SIZES[kind], None) if kind in _SIZES else None
-    return AttentionScope(kind, size or 0) if size or kind == "recurrent" else FULL
+    sizes = {kind: getattr(config, name, None) for kind, name in _SIZES.items()}
+    scopes = {kind: AttentionScope(kind, size) for kind, size in sizes.items() if size}
+    scopes["recurrent"] = AttentionScope("recurrent")
+    return tuple(scopes.get(_KINDS[layer_type], FULL) for layer_type in types)
