@@ -159,9 +159,9 @@ def test_the_probe_takes_what_sdpa_takes_in_its_order() -> None:
     sdpa_attention_forward(*given)
     with pytest.raises(query_key._ReachedError) as stopped:
         query_key._stop(*given)
-    assert stopped.value.queries is query
-    assert stopped.value.keys is key
-    assert stopped.value.scale == 0.25
+    assert stopped.value.found.queries is query
+    assert stopped.value.found.keys is key
+    assert stopped.value.found.scale == 0.25
 
 
 class Logits(nn.Module):

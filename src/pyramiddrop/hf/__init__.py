@@ -2,8 +2,8 @@
 
 from pyramiddrop.hf.attachment import Attachment, attachment_of
 from pyramiddrop.hf.before_decoder import PreLLMAttachment
-from pyramiddrop.hf.forward import Rules
 from pyramiddrop.hf.model_info import UnsupportedModelError, drop_layers, inspect_model
+from pyramiddrop.hf.plan import Rules
 from pyramiddrop.hf.prompt_masks import GivenMasks
 from pyramiddrop.hf.query_key import shared_copy
 

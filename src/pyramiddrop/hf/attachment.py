@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -19,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from pyramiddrop.hf.cache_state import CacheState
 from pyramiddrop.hf.compatibility import TrainerCheck, check_cache, check_reached, check_signatures
 from pyramiddrop.hf.dispatch import Dispatcher
-from pyramiddrop.hf.forward import DecodeStep, Forward, Rules
-from pyramiddrop.hf.generation import WAIT, Generate, Generation, generations, refuse_continuous_batching
-from pyramiddrop.hf.layer_inputs import Kwargs
+from pyramiddrop.hf.forward import DecodeStep, Forward
+from pyramiddrop.hf.generation import WAIT, Generate, refuse_continuous_batching
+from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs
 from pyramiddrop.hf.model_info import (
     ModelInfo,
     UnsupportedModelError,
@@ -30,6 +29,7 @@ from pyramiddrop.hf.model_info import (
     check_grouping,
     check_layers,
 )
+from pyramiddrop.hf.plan import Rules
 from pyramiddrop.hf.prompt_masks import GivenMasks, call_shape
 from pyramiddrop.hf.versions import cache_names, cache_of, given_twice, with_one_cache
 from pyramiddrop.trace import Trace
@@ -44,65 +44,48 @@ _labels: ContextVar[Mapping[int, tuple[Tensor | None, ...]]] = ContextVar("pyram
 class Attachment:
     """A method attached to a model through hooks; no module, parameter, class or state dict changes.
 
-    Args:
-        info: the parts of the model.
-        rules: the method's settings.
-        given: the user's masks.
-
     Attributes:
         method: the user's method; it is only stored here.
-        trace: the trace of the last prefill.
-
-    Raises:
-        RuntimeError: if the model already has a method.
-        UnsupportedModelError: if the model does not allow these rules.
+        tower: gives the vision tower's scores for a drop before the decoder that needs them; see `Dispatcher`.
     """
+
+    tower: Callable[[], Tensor | None] | None = None
 
     def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks) -> None:
         if attachment_of(info.text) is not None:
             raise RuntimeError(
                 "a pyramiddrop method is applied to this model already; leave its `with` block or call remove(model)"
             )
-        self.info, self.rules, self.given = info, rules, given
+        self.info, self.rules = info, rules
         self.method: Any = None
         self._check()
         self.trace = Trace()
         self._handles: list[RemovableHandle] = []
         # The running calls of `generate` in all threads, with the owner's id, because a deep copy runs none of them.
-        self._generating: set[tuple[int, int]] = set()
+        self.generating: set[tuple[int, int]] = set()
         signatures = [_parameters(module) for module in (*info.wrappers, info.text)]
         # The keyword that carries the state does not pass through a forward that names all of its arguments.
         self._closed = max((number for number, (_, takes_any) in enumerate(signatures) if not takes_any), default=-1)
-        self.dispatcher = self._make_dispatcher()
+        # Transformers' `loss_function` receives `shift_labels`.
+        code = getattr(inspect.unwrap(getattr(info.generator, "forward", _parameters)), "__code__", None)
+        reads_shift_labels = self._closed < 0 and code is not None and "loss_function" in code.co_names
+        self.dispatcher = Dispatcher(info, rules, given, self.trace, reads_shift_labels, self.tower)
         self._attach([names for names, _ in signatures])
 
     def _check(self) -> None:
         """Raise UnsupportedModelError if the model does not allow the rules."""
         info, rules = self.info, self.rules
-        self._check_call()
-        if rules.scorer.needs_vision_attention:
+        check_signatures(info)
+        if rules.positions == "compact":
+            check_compact_positions(info)
+        check_grouping(info, rules.grouping)
+        layers = rules.schedule.layers
+        if rules.scorer.needs_vision_attention and layers[0]:
             raise UnsupportedModelError(
                 "what a patch receives in the vision tower ranks before the decoder alone; use VisionDrop"
             )
-        check_layers(info, rules.schedule.layers, rules.rank_layer, rules.scorer)
-        check_attention(info, rules.schedule.layers[0])
-
-    def _check_call(self) -> None:
-        """Raise UnsupportedModelError if the model's forward lacks arguments that the rules need."""
-        check_signatures(self.info)
-        if self.rules.positions == "compact":
-            check_compact_positions(self.info)
-        check_grouping(self.info, self.rules.grouping)
-
-    def _make_dispatcher(self) -> Dispatcher:
-        return Dispatcher(self.info, self.rules, self.given, self.trace, self._reads_shift_labels)
-
-    @property
-    def _reads_shift_labels(self) -> bool:
-        """True if Transformers' `loss_function` computes the loss, so that it receives `shift_labels`."""
-        forward = inspect.unwrap(getattr(self.info.generator, "forward", _parameters))
-        code = getattr(forward, "__code__", None)
-        return self._closed < 0 and code is not None and "loss_function" in code.co_names
+        check_layers(info, tuple(layer for layer in layers if layer), rules.rank_layer, rules.scorer)
+        check_attention(info, layers[0])
 
     def _attach(self, names: list[tuple[str, ...]]) -> None:
         text, generator = self.info.text, self.info.generator
@@ -120,14 +103,11 @@ class Attachment:
                 self._handles.append(module.register_forward_hook(self._forget_labels, always_call=True))
         self._handles.append(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._handles.append(text.register_forward_hook(self._after_text, with_kwargs=True))
-        stage_of = self.rules.schedule.stage_of
-        self._layer_hooks = LayerHooks(
-            [
-                (layer, partial(self._before_layer, stage_of(index), index, _parameters(layer)[0]))
-                for index, layer in enumerate(self.info.layers)
-            ]
-        )
-        check = TrainerCheck(self.rules, _rules_of, cache_of)
+        stage_of, hooks = self.rules.schedule.stage_of, list[tuple[nn.Module, Hook]]()
+        for index, layer in enumerate(self.info.layers):
+            hooks.append((layer, partial(self._before_layer, stage_of(index), index, _parameters(layer)[0])))
+        self._layer_hooks = LayerHooks(hooks)
+        check = TrainerCheck(self.rules, attachment_of)
         self._handles.append(text.register_forward_pre_hook(check, with_kwargs=True))
         setattr(text, _MARK, self)
         if generator is not None:
@@ -136,7 +116,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove all hooks, which restores the model."""
-        if any(owner == id(self) for owner, _ in self._generating):
+        if any(owner == id(self) for owner, _ in self.generating):
             warnings.warn(
                 "the pyramiddrop method was taken off while another thread still generates with it; what that thread "
                 f"writes from now on is wrong. {WAIT}",
@@ -155,17 +135,6 @@ class Attachment:
         """True while the hooks are on the model."""
         return bool(self._handles)
 
-    @contextmanager
-    def generating(self, generation: Generation) -> Iterator[None]:
-        """Assign the forwards of this thread within the block to this call of `generate`."""
-        token = generations.set({**generations.get(), id(self.dispatcher): generation})
-        self._generating.add((id(self), id(generation)))
-        try:
-            yield
-        finally:
-            self._generating.discard((id(self), id(generation)))
-            generations.reset(token)
-
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _note_labels(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
@@ -183,7 +152,9 @@ class Attachment:
         labels = next(reversed(_labels.get().get(id(self), ())), None)
         if labels is None or call.get("labels") is not None:
             return self._open(call, shape)
-        known, taker = {**call, "labels": labels}, self._loss_taker
+        # The innermost module whose forward names all of its arguments.
+        taker = type((*self.info.wrappers, self.info.text)[self._closed]).__name__
+        known = {**call, "labels": labels}
         state = self._open(known, shape)
         if state is not None and state.shift_labels is not None:
             raise ValueError(
@@ -198,39 +169,26 @@ class Attachment:
             )
         return state
 
-    @property
-    def _loss_taker(self) -> str:
-        """The class of the innermost module whose forward names all of its arguments."""
-        return type((*self.info.wrappers, self.info.text)[self._closed]).__name__
-
     def _open(self, call: Kwargs, shape: tuple[int, int]) -> Forward | None:
         """Open the state of this forward; None if the method has nothing to do in it."""
         cache = cache_of(call)
         follows = shape[1] == 1 and cache is not None and cache.is_compileable
         if torch.compiler.is_compiling() and follows:
             cache_state = CacheState.of(cache)
-            return None if cache_state is None else DecodeStep(self.info, self.rules, 0, 1, cache_state)
+            if cache_state is None:
+                return None
+            return DecodeStep(LayerInputs(self.info, self.rules, 0, 1, cache_state.shift, None), cache_state)
         opened: Forward | None = self._open_eagerly(call, shape, cache)
         return opened
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_eagerly(self, call: Kwargs, shape: tuple[int, int], cache: Any) -> Forward | None:
         state = self.dispatcher.open(call, shape)
-        if cache is not None and cache.is_compileable:
-            self._layer_hooks.pin()
-        if state is None:
-            self._layer_hooks.take_off()
-        else:
-            self._layer_hooks.put_on(state)
+        self._layer_hooks.update(state, forever=cache is not None and cache.is_compileable)
         return state
 
     def _before_model(
-        self,
-        names: tuple[str, ...],
-        caches: tuple[str, ...],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Kwargs,
+        self, names: tuple[str, ...], caches: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[()], Kwargs] | None:
         """Hook of each module from the model down to the text model; the outermost one with tokens opens the state."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -303,13 +261,10 @@ _changing = threading.Lock()
 
 
 class LayerHooks:
-    """The hooks on decoder layers, which are installed only while a running forward needs them.
+    """The forward pre-hooks on decoder layers, which are installed only while a running forward needs them.
 
     Even a hook that does nothing makes PyTorch call a layer on its slow path; in a decode step, that would be the whole
     overhead of a method.
-
-    Args:
-        hooks: the layers, each with its forward pre-hook.
     """
 
     def __init__(self, hooks: list[tuple[nn.Module, Hook]]) -> None:
@@ -318,26 +273,22 @@ class LayerHooks:
         self._pinned = False
         self._register()
 
-    def pin(self) -> None:
-        """Install the hooks permanently: a model with a static cache may be compiled, and a compiled graph does not
-        notice later hooks."""
-        with _changing:
-            self._pinned = True
-            self._register()
+    def update(self, forward: Forward | None, forever: bool) -> None:
+        """Install the hooks while `forward` runs; None: remove them if no other forward needs them.
 
-    def put_on(self, forward: Forward) -> None:
-        """Install the hooks while `forward` runs."""
-        with _changing:
-            _running[forward] = id(self)
-            self._register()
-
-    def take_off(self) -> None:
-        """Remove the hooks if no forward needs them and no foreign hooks are beside them, whose order would change."""
-        if self._pinned or not self._handles:
+        They stay `forever` with a static cache: such a model may be compiled, and a compiled graph does not notice
+        later hooks. They also stay beside foreign hooks, whose order would change.
+        """
+        if forward is None and not forever and (self._pinned or not self._handles):
             return
         with _changing:
+            self._pinned = self._pinned or forever
+            if forward is not None:
+                _running[forward] = id(self)
             alone = all(len(layer._forward_pre_hooks) == 1 for layer, _ in self._hooks)
-            if alone and id(self) not in _running.values():
+            if forward is not None or self._pinned:
+                self._register()
+            elif alone and id(self) not in _running.values():
                 self._unregister()
 
     def _register(self) -> None:
@@ -368,8 +319,3 @@ def _parameters(module: nn.Module) -> tuple[tuple[str, ...], bool]:
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, found from any module around its text model; None if there is none."""
     return next((found for module in model.modules() if (found := module.__dict__.get(_MARK)) is not None), None)
-
-
-def _rules_of(model: nn.Module) -> Rules | None:
-    found = attachment_of(model)
-    return None if found is None else found.rules

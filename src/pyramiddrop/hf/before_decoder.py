@@ -20,50 +20,41 @@ from torch.utils.hooks import RemovableHandle
 
 from pyramiddrop.families import FAMILIES
 from pyramiddrop.hf.attachment import Attachment
-from pyramiddrop.hf.dispatch import Dispatcher
-from pyramiddrop.hf.forward import Rules
-from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError, check_layers
+from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError
+from pyramiddrop.hf.plan import Rules
 from pyramiddrop.hf.prompt_masks import GivenMasks
 from pyramiddrop.hf.query_key import extract
 from pyramiddrop.schedule import PreLLMSchedule
-from pyramiddrop.scoring.attention import attention_by_head
+from pyramiddrop.scoring.attention import attention_received
 
 
 class PreLLMAttachment(Attachment):
     """Attaches a method that drops before the decoder, and possibly inside it too.
 
-    Args:
-        shrinks: True if the vision tower encodes a smaller picture, whose tokens are the kept ones.
-
-    Raises:
-        RuntimeError: if the model already has a method.
-        UnsupportedModelError: if the model does not allow this.
+    If it `shrinks`, the vision tower encodes a smaller picture, whose tokens are the kept ones.
     """
 
     def __init__(self, info: ModelInfo, rules: Rules, given: GivenMasks, shrinks: bool) -> None:
-        windowed = [index for index, scope in enumerate(info.scopes) if scope.kind != "full"]
-        if windowed:
+        limited = [index for index, scope in enumerate(info.scopes) if scope.kind != "full"]
+        if limited:
             raise UnsupportedModelError(
-                f"{type(info.text).__name__} cannot drop before its first layer: layer {windowed[0]} does not see "
+                f"{type(info.text).__name__} cannot drop before its first layer: layer {limited[0]} does not see "
                 "everything, and would count what is left"
             )
         self.vision: ClsAttentionRecorder | DownsampledEncoder | None = None
         if shrinks:
             assert isinstance(rules.schedule, PreLLMSchedule)
             tower = Tower(info)
-            self.vision = DownsampledEncoder(tower, small_side(tower.side, rules.schedule.keep[0]))
+            side = max(1, math.isqrt(math.floor(tower.side**2 * rules.schedule.keep[0])))  # of the largest square grid
+            self.vision = DownsampledEncoder(tower, side)
             rules = replace(rules, schedule=rules.schedule.starting_with(self.vision.share))
         elif rules.scorer.needs_vision_attention:
             self.vision = ClsAttentionRecorder(Tower(info))
+        self.tower = None if self.vision is None else self._scores
         super().__init__(info, rules, given)
 
-    def _make_dispatcher(self) -> Dispatcher:
-        return Dispatcher(self.info, self.rules, self.given, self.trace, self._reads_shift_labels, self.vision)
-
-    def _check(self) -> None:
-        self._check_call()
-        inside = self.rules.schedule.layers[1:]
-        check_layers(self.info, inside, self.rules.rank_layer, self.rules.scorer)
+    def _scores(self) -> Tensor | None:
+        return None if self.vision is None else self.vision.received
 
     def _attach(self, names: list[tuple[str, ...]]) -> None:
         super()._attach(names)
@@ -71,21 +62,18 @@ class PreLLMAttachment(Attachment):
 
 
 class Tower:
-    """The vision tower of a model.
+    """The vision tower of a model; UnsupportedModelError if the visual tokens are not its patches, one for one.
 
     Attributes:
-        module: the tower.
         side: number of patches on a side of its square input.
         class_token: True if a class token precedes the patches.
-
-    Raises:
-        UnsupportedModelError: if the visual tokens are not its patches, one for one.
+        layer: the number of the layer whose output the decoder receives.
     """
 
     def __init__(self, info: ModelInfo) -> None:
         config = info.config
-        named = info.wrappers[0].named_modules()
-        module = next((part for name, part in named if name.endswith("vision_tower")), None)
+        parts = info.wrappers[0].named_modules()
+        module = next((part for name, part in parts if name.endswith("vision_tower")), None)
         if not info.family.fixed_patches or module is None or config.vision_feature_select_strategy != "default":
             fixed = [name for name, family in FAMILIES.items() if family.fixed_patches]
             raise UnsupportedModelError(
@@ -99,9 +87,8 @@ class Tower:
         self.class_token = vision.model_type == "clip_vision_model"
         stacks = [getattr(part, "layers", None) for part in module.modules()]
         self.layers = next(stack for stack in stacks if isinstance(stack, nn.ModuleList))
-        feature = config.vision_feature_layer
+        feature = config.vision_feature_layer  # hidden state k is the output of layer k - 1
         feature = feature[-1] if isinstance(feature, list | tuple) else feature
-        # Hidden state k is the output of layer k - 1.
         self.layer = int(feature) % (len(self.layers) + 1) - 1
 
 
@@ -132,9 +119,8 @@ class ClsAttentionRecorder:
         count = 1 if first else hidden.shape[1]
         query_rows = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
         seen = extract(layer, hidden, query_rows, lambda rows: {"attention_mask": None})
-        visible = seen.keys.new_ones(1, 1, 1, hidden.shape[1], dtype=torch.bool)
         weights = seen.keys.new_ones(len(hidden), count)
-        received = attention_by_head(seen.queries, seen.keys, visible, weights, seen.scale).mean(1)[:, first:]
+        received = attention_received(seen.queries, seen.keys, None, weights, seen.scale)[:, first:]
         others = {watch: table for watch, table in _received.get().items() if watch() is not None}
         _received.set({**others, ref(self): received})
 
@@ -148,9 +134,6 @@ class DownsampledEncoder:
 
     Each patch is repeated over the part of the full grid that it covers, so that the model finds as many visual tokens
     as it expects.
-
-    Attributes:
-        side: number of patches on a side of the small picture.
     """
 
     def __init__(self, tower: Tower, side: int) -> None:
@@ -197,8 +180,3 @@ class DownsampledEncoder:
         number = torch.arange(side, device=state.device) * self.side // side
         rows = (number[:, None] * self.side + number).flatten() + first
         return torch.cat([state[:, :first], state[:, rows]], 1)
-
-
-def small_side(side: int, keep: float) -> int:
-    """The side of the largest square grid with at most the share `keep` of `side` squared patches."""
-    return max(1, math.isqrt(math.floor(side * side * keep)))

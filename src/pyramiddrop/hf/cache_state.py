@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache as memoized
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyramiddrop.hf.rows import map_tensors
+from pyramiddrop.hf.versions import empty_object
 
 _STATE = "pyramiddrop_memory"
 
@@ -17,8 +20,7 @@ _STATE = "pyramiddrop_memory"
 def _carrying_class(base: type) -> Any:
     """Subclass the class of a cache layer so that the layer carries a state.
 
-    Transformers reads the number of columns so far from this layer, and so columns that were dropped before it count
-    too.
+    Transformers reads from it the number of columns so far, and so columns that were dropped before it count too.
     """
 
     class CarryingLayer(base):  # type: ignore[misc]
@@ -60,7 +62,7 @@ def _carrying_class(base: type) -> Any:
             _detach(self)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _empty_layer, (base,), self.__dict__
+            return empty_object, (_carrying_class, base), self.__dict__
 
     CarryingLayer.__name__ = base.__name__
     return CarryingLayer
@@ -75,11 +77,6 @@ def _check_called(cache_state: CacheState) -> None:
             "that has the method, or start again without this cache"
         )
     cache_state.called = False
-
-
-def _empty_layer(base: type) -> Any:
-    """An empty layer that carries a state, for copying and unpickling."""
-    return object.__new__(_carrying_class(base))
 
 
 def _detach(layer: Any) -> None:
@@ -131,51 +128,34 @@ class CacheIndex:
         """(B, n) bool, False at padding."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.valid is None else self.valid
 
-    def select(self, pick: Callable[[Tensor], Tensor]) -> CacheIndex:
-        """Apply `pick`, a selection of samples, to the (B, n) tensors."""
-        return CacheIndex(pick(self.columns), None if self.valid is None else pick(self.valid), self.length)
+    def select(self, pick: Callable[[Tensor], Tensor], length: int | None = None) -> CacheIndex:
+        """Apply `pick`, a selection of samples or of the slots up to column `length`, to the (B, n) tensors."""
+        valid = None if self.valid is None else pick(self.valid)
+        return CacheIndex(pick(self.columns), valid, self.length if length is None else length)
 
     def resized(self, length: int) -> CacheIndex:
-        """Extend the slots to the columns up to `length`, or shorten them if the cache was cropped.
-
-        Raises:
-            ValueError: if the crop reaches columns of dropped tokens.
-        """
-        if length <= self.length:
-            return self if length == self.length else self._cropped(self.length - length)
-        batch = len(self.columns)
-        later = torch.arange(self.length, length, device=self.columns.device).expand(batch, -1)
+        """Extend the slots to the columns up to `length`, or shorten them if the cache was cropped."""
+        if length == self.length:
+            return self
+        if length < self.length:  # a crop removes as many slots from every layer, and so all of them must be text
+            count = self.length - length
+            tail = torch.arange(length, self.length, device=self.columns.device)
+            if count >= self.columns.shape[1] or not bool((self.columns[:, -count:] == tail).all()):
+                raise ValueError(
+                    f"the KV cache was cropped by {count} tokens, into visual tokens of which some were dropped; crop "
+                    "only what follows the last image"
+                )
+            return self.first(length)
+        later = torch.arange(self.length, length, device=self.columns.device).expand(len(self.columns), -1)
         valid = None
         if self.valid is not None:
-            valid = torch.cat([self.valid, self.valid.new_ones(batch, later.shape[1])], 1)
+            valid = torch.cat([self.valid, self.valid.new_ones(later.shape)], 1)
         return CacheIndex(torch.cat([self.columns, later], 1), valid, length)
 
-    def _cropped(self, count: int) -> CacheIndex:
-        """Remove the last `count` columns, which must be text: a crop removes that many slots from every layer."""
-        columns, valid = self.columns[:, :-count], self.valid
-        tail = torch.arange(self.length - count, self.length, device=columns.device)
-        if count >= self.columns.shape[1] or not bool((self.columns[:, -count:] == tail).all()):
-            raise ValueError(
-                f"the KV cache was cropped by {count} tokens, into visual tokens of which some were dropped; crop only "
-                "what follows the last image"
-            )
-        return CacheIndex(columns, None if valid is None else valid[:, :-count], self.length - count)
-
     def first(self, length: int) -> CacheIndex:
-        """The slots up to column `length`, of slots that were indexed in advance."""
+        """The slots up to column `length`, if each later column has a slot."""
         count = self.columns.shape[1] - (self.length - length)
-        return CacheIndex(self.columns[:, :count], None if self.valid is None else self.valid[:, :count], length)
-
-    def widened(self, width: int) -> CacheIndex:
-        """Extend the slots to the whole `width` of a static cache.
-
-        Prompts of any length then have one shape, so that compiled decoding does not recompile. The model's own mask
-        tells which of the later slots are filled.
-        """
-        grown = self.resized(width)
-        missing = width - grown.columns.shape[1]
-        columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
-        return CacheIndex(columns, valid, width)
+        return self.select(lambda table: table[:, :count], length)
 
     def window(self, cache: Any, index: int, added: int) -> CacheIndex:
         """The slots that layer `index` of a cache returns, of which the last `added` are this call's.
@@ -187,13 +167,13 @@ class CacheIndex:
         if layer is None or not layer.is_sliding or before < layer.sliding_window:
             return self
         first = before - (layer.sliding_window - 1)
-        return CacheIndex(self.columns[:, first:], None if self.valid is None else self.valid[:, first:], self.length)
+        return self.select(lambda table: table[:, first:])
 
     def restricted(self, columns: Tensor, valid: Tensor | None) -> CacheIndex:
         """Mark all slots as padding except those that hold one of the `valid` `columns` (B, n)."""
         shown = torch.zeros(len(columns), self.length + 1, dtype=torch.bool, device=columns.device)
-        alive = torch.ones_like(columns, dtype=torch.bool) if valid is None else valid
-        shown = shown.scatter(1, columns.masked_fill(~alive, self.length), True)
+        marked = columns if valid is None else columns.masked_fill(~valid, self.length)
+        shown = shown.scatter(1, marked, True)
         shown[:, -1] = False
         return CacheIndex(self.columns, self.alive & shown.gather(1, self.columns), self.length)
 
@@ -208,14 +188,10 @@ class CacheIndex:
 
 
 def past_length(cache: Any) -> int:
-    """The number of columns in a cache; 0 without a cache.
-
-    Raises:
-        ValueError: if the cache is not a list of layers (that of continuous batching is not).
-    """
+    """The number of columns in a cache; 0 without a cache."""
     if cache is None:
         return 0
-    if not hasattr(cache, "layers"):
+    if not hasattr(cache, "layers"):  # that of continuous batching
         raise ValueError(
             f"a {type(cache).__name__} is not supported with a pyramiddrop method, for it is no list of one layer for "
             "each decoder layer; use a DynamicCache or a StaticCache, or take the method off"
@@ -239,7 +215,6 @@ class CacheState:
 
     Attributes:
         layers: the layers before which tokens were dropped.
-        positions: "original" or "compact".
         slots: stage -> its slots, for stages with dropped tokens.
         full_width: the same for the whole width of a static cache.
         shift: stage -> (B, 1), by how much positions were renumbered (`positions="compact"` only).
@@ -264,14 +239,7 @@ class CacheState:
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
         """Apply `pick`, a selection of samples, to the (B, ...) tensors."""
-
-        def rows(tables: Mapping[int, CacheIndex]) -> dict[int, CacheIndex]:
-            return {stage: slots.select(pick) for stage, slots in tables.items()}
-
-        shift = {stage: pick(shift) for stage, shift in self.shift.items()}
-        return replace(
-            self, slots=rows(self.slots), full_width=rows(self.full_width), shift=shift, _ahead=rows(self._ahead)
-        )
+        return map_tensors(self, pick)
 
     def check(self, layers: tuple[int, ...], positions: str, batch: int) -> None:
         """Raise ValueError if a call cannot continue this cache: another method, or another batch size."""
@@ -293,7 +261,12 @@ class CacheState:
         self.slots[stage], self.plain = slots, False
         self._ahead.pop(stage, None)
         if width is not None:
-            self.full_width[stage] = slots.widened(width)
+            # All slots, so that prompts of any length have one shape and compiled decoding does not recompile. The
+            # model's own mask tells which of the later ones are filled.
+            grown = slots.resized(width)
+            missing = width - grown.columns.shape[1]
+            columns, valid = (torch.nn.functional.pad(table, (0, missing)) for table in (grown.columns, grown.alive))
+            self.full_width[stage] = CacheIndex(columns, valid, width)
 
     def grown_to(self, stage: int, length: int) -> CacheIndex | None:
         """The slots of a stage's cache up to column `length`; None if nothing was dropped there."""
@@ -325,10 +298,8 @@ def check_lengths(cache: Any, columns: int, layers: Mapping[int, int], cache_sta
     """Raise ValueError if a layer of a dynamic cache does not hold as many rows as dropping has left.
 
     Args:
-        cache: the call's cache.
         columns: number of columns of the full sequence, up to the last one in the cache.
         layers: layer -> its stage, for the layers to check.
-        cache_state: the state of the cache.
     """
     if cache.is_compileable:
         return

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from traceback import walk_stack
+from typing import Any
 
 import torch
 import transformers
@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError
+from pyramiddrop.hf.plan import Rules
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
-
-if TYPE_CHECKING:
-    from pyramiddrop.hf.forward import Rules
 
 _POSITIONS = ("position_embeddings", "position_ids")
 _FOLLOWED = ("attention_mask", *_POSITIONS)
@@ -52,10 +50,7 @@ def check_signatures(info: ModelInfo) -> None:
 
 
 def _check_names(name: str, forward: Any, needed: Sequence[tuple[str, ...]]) -> None:
-    """Raise if `forward` lacks an argument, each of which may have several names.
-
-    A forward without any named argument wraps another one and is accepted.
-    """
+    # A forward without any named argument wraps another one and is accepted.
     parameters = inspect.signature(forward).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {parameter.name for parameter in parameters if parameter.kind not in variable} - {"self"}
@@ -75,19 +70,21 @@ def check_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def check_per_token(layer: nn.Module, kwargs: Mapping[str, Any], length: int) -> None:
-    """Raise UnsupportedModelError if a layer receives per-token tables of `length` tokens under an unknown name."""
-    unknown = [name for name, value in kwargs.items() if name not in _FOLLOWED and _is_per_token(value, length)]
+    """Raise UnsupportedModelError if a layer receives per-token tables of `length` tokens under an unknown name.
+
+    These are sequences of tensors (B or 1, length, ...), such as cosines and sines.
+    """
+    several = {name: value for name, value in kwargs.items() if isinstance(value, tuple | list) and len(value)}
+    unknown = [
+        name
+        for name, tables in several.items()
+        if name not in _FOLLOWED and all(isinstance(one, Tensor) and length in one.shape[1:2] for one in tables)
+    ]
     if unknown:
         raise _lost(
             f"{type(layer).__name__} is given {unknown[0]!r}, tensors of all {length} tokens, and only "
             f"{_either(_FOLLOWED)} can be shortened"
         )
-
-
-def _is_per_token(value: Any, length: int) -> bool:
-    """True if `value` is a sequence of tensors (B or 1, length, ...), such as cosines and sines."""
-    several = isinstance(value, tuple | list) and len(value) > 0
-    return several and all(isinstance(table, Tensor) and length in table.shape[1:2] for table in value)
 
 
 @contextmanager
@@ -152,31 +149,21 @@ def _lost(what: str) -> UnsupportedModelError:
     )
 
 
+@dataclass(eq=False)
 class TrainerCheck:
     """A forward pre-hook that checks, once, a `Trainer` with a reference model (TRL's DPO, KTO, GRPO and RLOO).
 
     Trainers do not tell their models about each other, and so the trainer is searched on the call stack. Forwards with
-    a cache, which are those of `generate`, are skipped.
-
-    Args:
-        rules: the rules of the model's method.
-        rules_of: gives the rules of another model's method, or None.
-        cache_of: gives the cache among the arguments of a forward, or None.
+    a cache, which are those of `generate`, are skipped. `attachment_of` gives the attachment of another model, or None.
     """
 
-    def __init__(
-        self, rules: Rules, rules_of: Callable[[nn.Module], Rules | None], cache_of: Callable[[dict[str, Any]], Any]
-    ) -> None:
-        self.rules, self.rules_of, self.cache_of = rules, rules_of, cache_of
-        self._done = False
+    rules: Rules
+    attachment_of: Callable[[nn.Module], Any]
+    _done: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the trainer of this forward.
-
-        Raises:
-            ValueError: if `logits="kept"` meets a trainer that reads a log-probability for each column.
-        """
-        if torch.compiler.is_compiling() or self._done or self.cache_of(kwargs) is not None:
+        """Check the trainer of this forward."""
+        if torch.compiler.is_compiling() or self._done or cache_of(kwargs) is not None:
             return
         trainer = calling_trainer()
         self._done = trainer is not None or module.training
@@ -187,24 +174,21 @@ class TrainerCheck:
             raise ValueError(
                 f'logits="kept" is not supported under {name}, which reads the logits of all columns; use logits="full"'
             )
-        if trainer.ref_model is not None and not self._drops_alike(trainer.ref_model):
+        if trainer.ref_model is None:
+            return
+        found = self.attachment_of(trainer.ref_model)
+        if found is None or replace(found.rules, ranking_flops=self.rules.ranking_flops) != self.rules:
             warnings.warn(
                 f"the reference model of {name} does not drop visual tokens as the trained model does, and the two are "
                 "compared as if it did. Before training: pyramiddrop.apply(trainer.ref_model, method)",
                 stacklevel=2,
             )
 
-    def _drops_alike(self, reference: nn.Module) -> bool:
-        found = self.rules_of(reference)
-        return found is not None and replace(found, ranking_flops=self.rules.ranking_flops) == self.rules
-
 
 def calling_trainer() -> Any:
     """The innermost `Trainer` with a `ref_model` on the call stack, or None; such a trainer reads all logits."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in walk_stack(sys._getframe(1)):
         owner = frame.f_locals.get("self")
         if hasattr(type(owner), "compute_loss") and hasattr(owner, "ref_model"):
             return owner
-        frame = frame.f_back
     return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 
 from pyramiddrop.hf.cache_state import CacheState, check_lengths, detach_state, past_length
 from pyramiddrop.hf.compatibility import calling_trainer
-from pyramiddrop.hf.forward import DecodeStep, Forward, Rules
+from pyramiddrop.hf.forward import DecodeStep, Forward
 from pyramiddrop.hf.generation import Generation, generations
-from pyramiddrop.hf.layer_inputs import Kwargs
+from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs
 from pyramiddrop.hf.model_info import ModelInfo, UnsupportedModelError, check_further_image, check_static_cache
-from pyramiddrop.hf.plan import GeneralPlan, Plan, make_plan, plan_last_token
+from pyramiddrop.hf.plan import GeneralPlan, Plan, Rules, make_plan, plan_last_token
 from pyramiddrop.hf.prefill import Prefill
 from pyramiddrop.hf.prompt_masks import (
     IGNORED_LABEL,
@@ -38,52 +38,34 @@ from pyramiddrop.trace import Trace
 Shape = tuple[int, int]
 
 
-class TowerScores(Protocol):
-    """Scores that the vision tower gives to the patches of a call's pictures."""
-
-    @property
-    def received(self) -> Tensor | None:
-        """(pictures, patches) scores of the last pictures encoded in this thread, or (1, patches) for all pictures.
-
-        None if this thread has encoded none.
-        """
-        ...
-
-
+@dataclass(eq=False)
 class Dispatcher:
     """Opens the forwards of one attachment.
 
-    Args:
-        info: the parts of the model.
-        rules: the rules of the method.
-        given: the user's masks.
+    Attributes:
         trace: the attachment's trace, which shows the last prefill.
         reads_shift_labels: True if the loss reads `shift_labels`, so that `logits="auto"` may shorten logits.
-        tower: the vision tower's scores for a drop before the decoder; None if it does not need them.
+        tower: gives the vision tower's scores for a drop before the decoder that needs them: (pictures, patches) of
+            the last pictures encoded in this thread, None if there are none, or (1, patches) for all pictures.
     """
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        rules: Rules,
-        given: GivenMasks,
-        trace: Trace,
-        reads_shift_labels: bool,
-        tower: TowerScores | None = None,
-    ) -> None:
-        self.info, self.rules, self.given, self.trace = info, rules, given, trace
-        self.reads_shift_labels, self.tower = reads_shift_labels, tower
-        self._said: set[str] = set()
+    info: ModelInfo
+    rules: Rules
+    given: GivenMasks
+    trace: Trace
+    reads_shift_labels: bool
+    tower: Callable[[], Tensor | None] | None
+    _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
         # The first layer with keys of its own in each stage, whose cache length is checked in each call.
-        first = {rules.schedule.stage_of(index): index for index in reversed(info.caching)}
+        first = {self.rules.schedule.stage_of(index): index for index in reversed(self.info.caching)}
         self._first_layers = {index: stage for stage, index in first.items()}
 
     def open(self, call: Kwargs, shape: Shape) -> Forward | None:
         """Open the state of this forward; None if the method has nothing to do in it.
 
-        Args:
-            call: arguments of the outermost forward with tokens; labels that cannot be scored are removed from it.
-            shape: (B, L) of its tokens.
+        Labels that cannot be scored are removed from `call`, the arguments of the outermost forward with tokens.
         """
         cache = cache_of(call)
         past = past_length(cache)
@@ -97,38 +79,46 @@ class Dispatcher:
             check_lengths(cache, past, self._first_layers, cache_state)
         if cache_state is not None:
             cache_state.crop(past)
-        generation = self._generation()
+        generation = generations.get().get(id(self))
+        # An outermost prompt is traced; planning starts its generation.
+        traced = generation is None or not (generation.started or generation.nested)
         vision = self._vision(call, generation)
-        plan, trace = self._plan(call, shape, past, generation)
-        if plan is not None and plan.drops_any:
-            return self._prefill(call, past, plan, cache_state, trace, vision)
-        if cache_state is None:
+        plan = self._plan(call, shape, past, generation)
+        trace = self._begin_trace(plan) if plan is not None and traced else None
+        if cache_state is None and (plan is None or not plan.drops_any):
             return None
-        self._check_length(past + shape[1])
-        mask = call.get("attention_mask")
+        longest = self.info.longest
+        if longest is not None and past + shape[1] > longest:
+            raise UnsupportedModelError(
+                f"{type(self.info.text).__name__} scales the queries of sequences of more than {longest} tokens by row "
+                f"numbers, which dropping changes; this one has {past + shape[1]}. Use shorter prompts, or no method"
+            )
+        mask, shift = call.get("attention_mask"), {} if cache_state is None else cache_state.shift
+        padding = mask if isinstance(mask, Tensor) and mask.shape == (shape[0], past + shape[1]) else None
+        if plan is not None and plan.drops_any:
+            plan = self._prepared(plan, call, past)
+            inputs = LayerInputs(self.info, self.rules, past, shape[1], dict(shift), padding, plan)
+            return Prefill(inputs, cache_state, self._labels_to_shorten(call), trace, vision)
+        assert cache_state is not None
         shown = mask is None or (generation is not None and generation.continues(call) and not generation.padded)
         if shown and DecodeStep.is_plain(self.info, shape[1], cache_state):
             return None
-        return DecodeStep(self.info, self.rules, past, shape[1], cache_state, _padding(mask, shape, past))
+        return DecodeStep(LayerInputs(self.info, self.rules, past, shape[1], shift, padding), cache_state)
 
-    def _prefill(
-        self,
-        call: Kwargs,
-        past: int,
-        plan: Plan,
-        cache_state: CacheState | None,
-        trace: Trace | None,
-        vision: VisionScores | None,
-    ) -> Prefill:
-        self._check_length(past + plan.length)
+    def _prepared(self, plan: Plan, call: Kwargs, past: int) -> Plan:
+        """Check the plan of a prefill that drops, move it to the call's device, and take out labels that it ignores."""
         if past:
             check_further_image(self.info, self.rules.schedule.layers[0])
         check_static_cache(self.info, next(drop.layer for drop in plan.drops if drop.happens), cache_of(call))
-        plan = plan.to(tokens_of(call).device)
-        self.ignore_labels(call, plan)
-        padding = _padding(call.get("attention_mask"), (plan.batch, plan.length), past)
-        labels = self.labels_to_shorten(call)
-        return Prefill(self.info, self.rules, past, plan, cache_state, labels, trace, padding, vision)
+        tokens: Tensor = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        plan = plan.to(tokens.device)
+        if plan.ignored is not None:  # labels whose predicting rows are dropped would be scored on zero vectors
+            ignored = plan.ignored.to(call["labels"].device)
+            columns = labelled_columns(call, (plan.batch, plan.length))
+            if columns is not None:
+                ignored = pad(ignored[:, columns.to(ignored.device)], (1, 0))
+            call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)
+        return plan
 
     def _vision(self, call: Kwargs, generation: Generation | None) -> VisionScores | None:
         """The vision tower's scores for a drop before the decoder; called before the forward is planned.
@@ -138,31 +128,24 @@ class Dispatcher:
         tower = self.tower
         if tower is None:
             return None
-        own = generation is not None and (not generation.started or generation.continues(call))
+        own = generation if generation is not None and (not generation.started or generation.continues(call)) else None
 
         def scores(plan: GeneralPlan) -> Tensor:
-            if generation is None or not own:
-                return scores_by_patch(plan.visual, tower.received)
-            if generation.vision is None:
-                generation.vision = tower.received
-            return scores_by_patch(plan.visual, generation.vision)
+            if own is not None and own.vision is None:
+                own.vision = tower()
+            received, visual = tower() if own is None else own.vision, plan.visual
+            total = int(visual.sum())
+            if received is None or total % received.shape[1] or len(received) not in (1, total // received.shape[1]):
+                raise UnsupportedModelError(
+                    f"the {total} visual tokens of this call are not the patches that its vision tower has seen (beams "
+                    "and images given as embeddings cannot be told apart here); leave beams out"
+                )
+            flat = received.expand(total // received.shape[1], -1).flatten().to(visual.device).float()
+            return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, flat)
 
         return scores
 
-    def _generation(self) -> Generation | None:
-        """The call of `generate` to which this forward belongs."""
-        return generations.get().get(id(self))
-
-    def ignore_labels(self, call: Kwargs, plan: Plan) -> None:
-        """Remove labels from `call` whose predicting rows are dropped: they would be scored on zero vectors."""
-        if plan.ignored is None:
-            return
-        ignored, columns = plan.ignored.to(call["labels"].device), labelled_columns(call, (plan.batch, plan.length))
-        if columns is not None:
-            ignored = pad(ignored[:, columns.to(ignored.device)], (1, 0))
-        call["labels"] = call["labels"].masked_fill(ignored, IGNORED_LABEL)
-
-    def labels_to_shorten(self, call: Kwargs) -> Tensor | None:
+    def _labels_to_shorten(self, call: Kwargs) -> Tensor | None:
         """The labels, if loss and logits are to be computed for the remaining rows alone, else None.
 
         Labels of selected columns (`logits_to_keep`) are excluded: their caller wants the logits of these columns.
@@ -176,25 +159,10 @@ class Dispatcher:
             return labels if trains and self.reads_shift_labels and calling_trainer() is None else None
         return labels if self.rules.logits == "kept" else None
 
-    def _check_length(self, columns: int) -> None:
-        longest = self.info.longest
-        if longest is not None and columns > longest:
-            raise UnsupportedModelError(
-                f"{type(self.info.text).__name__} scales the queries of sequences of more than {longest} tokens by "
-                f"row numbers, which dropping changes; this one has {columns}. Use shorter prompts, or no method"
-            )
-
     # ---- planning --------------------------------------------------------------------------------------------------
 
-    def _plan(
-        self, call: Kwargs, shape: Shape, past: int, generation: Generation | None
-    ) -> tuple[Plan | None, Trace | None]:
-        """The plan of this forward if it is a prefill, and its trace if it is one to be shown."""
-        first = generation is None or generation.is_first
-        plan = self._plan_of(call, shape, past, generation)
-        return plan, self._begin_trace(plan) if plan is not None and first else None
-
-    def _plan_of(self, call: Kwargs, shape: Shape, past: int, generation: Generation | None) -> Plan | None:
+    def _plan(self, call: Kwargs, shape: Shape, past: int, generation: Generation | None) -> Plan | None:
+        """The plan of this forward; None if it is no prefill."""
         if generation is not None and generation.continues(call):
             # A step of `generate`. With a cache it continues the pruned prompt, and generated image ids are never
             # dropped; without a cache the prompt is ranked again, by its own last token.
@@ -233,30 +201,24 @@ class Dispatcher:
         self, call: Kwargs, shape: Shape, past: int, generation: Generation | None, own: bool
     ) -> tuple[Prompt, Callable[[], PromptMasks]]:
         """A prompt and the function that computes its masks: the `generation`'s `own` prompt, or another one."""
-        info, grouping = self.info, self.rules.grouping
-        if generation is None:
-            prompt = read_prompt(call, shape, info, self.given, past)
-            return prompt, partial(read_prompt_masks, prompt, info, info.text.training, grouping)
-        if not own:
-            prompt = read_prompt(call, shape, info, self._given_inside(generation, call, shape), past)
-            return prompt, partial(read_prompt_masks, prompt, info, False, grouping)
-        candidates, beams = generation.candidates(past, shape[1]), generation.beams(shape[0])
-        prompt = read_prompt(call, shape, info, self.given, past, candidates, may_be_packed=False)
-        generation.prompt = partial(read_prompt_masks, prompt, info, False, grouping, generation.frames, beams)
-        generation.padded = past > 0 or prompt.valid is not None  # cached columns may be padding
-        return prompt, generation.prompt
-
-    def _given_inside(self, generation: Generation, call: Kwargs, shape: Shape) -> GivenMasks:
-        """The user's masks for another prompt inside `generate`.
-
-        They belong to the generation's own prompt, and are used here only if nothing else tells where the visual tokens
-        are. Ids beside a prompt of embeddings are text.
-        """
-        if call.get("input_ids") is None:
-            return self.given
-        if self.info.visual_ids:
-            return GivenMasks()
-        return GivenMasks(torch.zeros(shape, dtype=torch.bool)) if generation.embedded else self.given
+        info, given, candidates, frames, beams = self.info, self.given, 0, None, 1
+        if generation is not None and own:
+            candidates, beams = generation.candidates(past, shape[1]), generation.beams(shape[0])
+            frames = generation.frames
+        elif generation is not None and call.get("input_ids") is not None:
+            # The user's masks belong to the generation's own prompt, and are used for another one only if nothing else
+            # tells where the visual tokens are. Ids beside a prompt of embeddings are text.
+            if info.visual_ids:
+                given = GivenMasks()
+            elif generation.embedded:
+                given = GivenMasks(torch.zeros(shape, dtype=torch.bool))
+        prompt = read_prompt(call, shape, info, given, past, candidates, may_be_packed=not own)
+        training = generation is None and info.text.training
+        masks = partial(read_prompt_masks, prompt, info, training, self.rules.grouping, frames, beams)
+        if generation is not None and own:
+            generation.prompt = masks
+            generation.padded = past > 0 or prompt.valid is not None  # cached columns may be padding
+        return prompt, masks
 
     def _warn(self, masks: PromptMasks, plan: Plan) -> None:
         """Warn once about what a training or evaluation loop probably did not intend."""
@@ -278,39 +240,10 @@ class Dispatcher:
             length=plan.length,
             lengths=[lengths[schedule.stage_of(layer)] for layer in range(layers)],
             _shape=sizes,
-            _ranking_cost=sum(self.rules.ranking_flops(sizes, drop) for drop in plan.drop_counts)
-            if sizes is not None
-            else 0,
+            _ranking_cost=sum(self.rules.ranking_flops(sizes, drop) for drop in plan.drop_counts) if sizes else 0,
         )
         if not plan.drops_any:
             for drop in plan.drops:
                 trace.record(drop.layer, drop.keep, *plan.visual_rows, plan.past)
             self.trace.show(trace)
         return trace
-
-
-def tokens_of(call: Kwargs) -> Tensor:
-    """The ids or embeddings of a call, whichever it has."""
-    tokens: Tensor = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    return tokens
-
-
-def scores_by_patch(visual: Tensor, received: Tensor | None) -> Tensor:
-    """(B, L) float: the values (pictures, patches), or (1, patches) for all pictures, at the `visual` tokens (B, L).
-
-    Raises:
-        UnsupportedModelError: if the visual tokens are not these patches.
-    """
-    total = int(visual.sum())
-    if received is None or total % received.shape[1] or len(received) not in (1, total // received.shape[1]):
-        raise UnsupportedModelError(
-            f"the {total} visual tokens of this call are not the patches that its vision tower has seen (beams and "
-            "images given as embeddings cannot be told apart here); leave beams out"
-        )
-    flat = received.expand(total // received.shape[1], -1).flatten().to(visual.device).float()
-    return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, flat)
-
-
-def _padding(mask: object, shape: Shape, past: int) -> Tensor | None:
-    """The call's own (B, past + L) attention mask, if it has a two-dimensional one."""
-    return mask if isinstance(mask, Tensor) and mask.shape == (shape[0], past + shape[1]) else None

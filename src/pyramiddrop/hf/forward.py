@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyramiddrop.cost import RankingCost
 from pyramiddrop.hf.cache_state import CacheIndex, CacheState
 from pyramiddrop.hf.layer_inputs import Kwargs, LayerInputs
 from pyramiddrop.hf.model_info import ModelInfo
-from pyramiddrop.schedule import Schedule
-from pyramiddrop.scoring import AttentionScorer, Scorer
 from pyramiddrop.trace import Trace
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The settings of a method that the adapter needs; `pyramiddrop.methods` documents them."""
-
-    schedule: Schedule
-    scorer: Scorer
-    positions: str
-    rank_layer: str
-    grouping: str
-    logits: str
-    merge: bool
-    ranking_flops: RankingCost
-
-    @property
-    def are_usual(self) -> bool:
-        """True if a prefill whose last token is the query may use `LastTokenPlan`."""
-        return type(self.scorer) is AttentionScorer and self.grouping == "sample" and not self.merge
-
-    @property
-    def ranking_layers(self) -> list[int]:
-        """The layer that ranks for each drop; for a drop before the decoder, layer 0, whose input is read."""
-        return [max(0, layer - (self.rank_layer == "last")) for layer in self.schedule.layers]
-
-
 class Forward:
-    """The state of one forward, carried from layer to layer in the call's kwargs.
+    """The state of one forward, carried from layer to layer in the call's kwargs; layers differ in rows or cache slots.
 
     Attributes:
+        cache_state: the state of the KV cache; None if nothing was ever dropped from it.
         trace: the trace to fill, or None.
         unreached: the number of a prefill, until the text model is called with it.
         shift_labels: the next labels of the remaining rows, if the loss is computed on these alone.
@@ -54,6 +27,12 @@ class Forward:
     unreached: int | None = None
     shift_labels: Tensor | None = None
 
+    def __init__(self, inputs: LayerInputs, cache_state: CacheState | None) -> None:
+        self.inputs, self.info, self.rules, self.cache_state = inputs, inputs.info, inputs.rules, cache_state
+        self.past, self.length = inputs.past, inputs.length
+        self._slots: dict[tuple[int, int], CacheIndex | None] = {}
+        self._changes: dict[tuple[int, ...], tuple[Kwargs, Kwargs]] = {}
+
     def before_text(self, kwargs: Kwargs) -> Kwargs:
         """The arguments that replace `kwargs` in the call of the text model."""
         return kwargs
@@ -62,28 +41,11 @@ class Forward:
         self, stage: int, index: int, layer: nn.Module, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor, Kwargs]:
         """The inputs of decoder layer `index`, in `stage`, that replace `hidden` (B, N, D) and `kwargs`."""
-        return hidden, kwargs
+        raise NotImplementedError
 
     def after_text(self, output: Any) -> Any:
         """The result that replaces the text model's `output`."""
-        return output
-
-
-class StagedForward(Forward):
-    """A forward whose layers differ in their rows or KV cache slots.
-
-    Args:
-        info: the parts of the model.
-        rules: the rules of the method.
-        inputs: builds the arguments of pruned layers.
-        cache_state: the state of the KV cache; None if nothing was ever dropped from it.
-    """
-
-    def __init__(self, info: ModelInfo, rules: Rules, inputs: LayerInputs, cache_state: CacheState | None) -> None:
-        self.info, self.rules, self.inputs, self.cache_state = info, rules, inputs, cache_state
-        self.past, self.length = inputs.past, inputs.length
-        self._slots: dict[tuple[int, int], CacheIndex | None] = {}
-        self._changes: dict[tuple[int, ...], tuple[Kwargs, Kwargs]] = {}
+        raise NotImplementedError
 
     def _move(self, device: torch.device) -> None:
         """Move to the device of the text model's masks and positions; the call's tokens may be on another one."""
@@ -126,23 +88,10 @@ class StagedForward(Forward):
         raise NotImplementedError
 
 
-class DecodeStep(StagedForward):
+class DecodeStep(Forward):
     """A call that drops nothing on a pruned KV cache: a decode step, or a further turn of text."""
 
     cache_state: CacheState
-
-    def __init__(
-        self,
-        info: ModelInfo,
-        rules: Rules,
-        past: int,
-        length: int,
-        cache_state: CacheState,
-        padding: Tensor | None = None,
-    ) -> None:
-        first = rules.schedule.layers[0]
-        inputs = LayerInputs(info, rules.positions, past, length, cache_state.shift, first, padding)
-        super().__init__(info, rules, inputs, cache_state)
 
     @staticmethod
     def is_plain(info: ModelInfo, length: int, cache_state: CacheState) -> bool:

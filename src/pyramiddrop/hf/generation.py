@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pyramiddrop.hf.images import video_frames
-from pyramiddrop.hf.layer_inputs import Kwargs
 from pyramiddrop.hf.model_info import UnsupportedModelError
 from pyramiddrop.hf.prompt_masks import PromptMasks
 from pyramiddrop.hf.versions import cache_of
@@ -32,7 +31,6 @@ class Generation:
         tokens: (B, L) ids or (B, L, D) embeddings given to `generate`, of all columns so far or of the new ones alone;
             None if there are neither.
         columns: number of all columns so far, if the attention mask tells it.
-        frames: the number of frames of each video given to `generate`.
         nested: True if it runs inside another call of the same model.
         prompt: computes the masks of the first forward; None before it, and if it is one token on top of a cache.
         padded: True if the prompt may have padding; False once it is known to have none.
@@ -53,11 +51,6 @@ class Generation:
     _cache: Any = None
     _ids: Tensor | None = None
 
-    @property
-    def is_first(self) -> bool:
-        """True if the next forward is the prompt of an outermost generation, which is traced."""
-        return not (self.started or self.nested)
-
     def start(self, call: Mapping[str, Any], batch: int) -> None:
         """Remember the first forward, of `batch` rows, so that later ones can be recognised."""
         self.started, self._cache, self._ids = True, cache_of(call), call.get("input_ids")
@@ -66,10 +59,9 @@ class Generation:
             self._ids = self.tokens.repeat_interleave(self.beams(batch), 0)
 
     def continues(self, call: Mapping[str, Any]) -> bool:
-        """True if a forward after the first one is a step of this generation.
+        """True if a forward after the first one is a step of this generation; else it is another prompt (guidance).
 
-        It then has the same cache or, without a cache, the same ids with more after them. Everything else is another
-        prompt (guidance, verifiers).
+        A step has the same cache or, without a cache, the same ids with more after them.
         """
         if not self.started:
             return False
@@ -112,17 +104,24 @@ class Generate:
                 "prefill_chunk_size is not supported with a pyramiddrop method: tokens are ranked by the last token "
                 "of the whole prompt. Leave it unset"
             )
-        frames = video_frames(kwargs, self.attachment.info.merged_frames)
-        outer, mask, key = generations.get(), kwargs.get("attention_mask"), id(self.attachment.dispatcher)
-        generation = Generation(_tokens(args, kwargs), None if mask is None else mask.shape[1], frames, key in outer)
-        if not self.attachment.attached:
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        tokens = next((value for value in given if isinstance(value, Tensor)), None)
+        attachment, mask, outer = self.attachment, kwargs.get("attention_mask"), generations.get()
+        frames, key = video_frames(kwargs, attachment.info.merged_frames), id(attachment.dispatcher)
+        generation = Generation(tokens, None if mask is None else mask.shape[1], frames, nested=key in outer)
+        if not attachment.attached:
             warnings.warn(
                 "this `generate` was taken from a model while a pyramiddrop method was on it, and starts after the "
                 f"method was taken off: nothing is dropped. {WAIT}",
                 stacklevel=2,
             )
-        with self.attachment.generating(generation):
+        token, running = generations.set({**outer, key: generation}), (id(attachment), id(generation))
+        attachment.generating.add(running)
+        try:
             return type(self.generator).generate(self.generator, *args, **kwargs)
+        finally:
+            attachment.generating.discard(running)
+            generations.reset(token)
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
@@ -132,9 +131,3 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
         "its paged cache holds every token in every layer. Use generate with a batch, or serve with vLLM (pyramiddrop "
         "serve), or take the method off with remove(model)"
     )
-
-
-def _tokens(args: tuple[Any, ...], kwargs: Kwargs) -> Tensor | None:
-    """The ids or embeddings among the arguments of `generate`."""
-    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    return next((value for value in given if isinstance(value, Tensor)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pyramiddrop.hf.cache_state import CacheIndex, static_width
 from pyramiddrop.hf.masks import MaskSpec, follow_mask, follow_recurrent_mask
 from pyramiddrop.hf.model_info import ModelInfo
-from pyramiddrop.hf.plan import GeneralPlan, Plan
-from pyramiddrop.hf.rows import Selection, take_embeddings, take_positions, take_rows
+from pyramiddrop.hf.plan import GeneralPlan, Plan, Rules
+from pyramiddrop.hf.rows import Selection, take_embeddings, take_rows
 from pyramiddrop.hf.versions import cache_of
 
 Kwargs = dict[str, Any]
@@ -27,8 +27,6 @@ class LayerCall:
     """The call of a decoder layer.
 
     Attributes:
-        index: the layer's 0-based number.
-        layer: the module.
         hidden: (B, N, D) hidden states, or (streams, B, N, D) in models with several streams.
         kwargs: the text model's arguments for the full length.
     """
@@ -39,35 +37,31 @@ class LayerCall:
     kwargs: Kwargs
 
 
+@dataclass(eq=False)
 class LayerInputs:
     """Builds the arguments of pruned layers in one forward, each once for all layers that share it.
 
-    Args:
-        info: the parts of the model.
-        positions: "original" or "compact".
+    Attributes:
         past: number of columns before this call.
         length: number of columns of this call.
         shift: stage -> (B, 1), by how much earlier calls renumbered positions on the stage's cache.
-        first: the first layer before which tokens are dropped.
         padding: (B, past + length) the call's own 2-D attention mask, or None.
         plan: the plan of a call that drops, or None.
     """
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        positions: str,
-        past: int,
-        length: int,
-        shift: Mapping[int, Tensor],
-        first: int,
-        padding: Tensor | None,
-        plan: Plan | None = None,
-    ) -> None:
-        self.info, self.compact = info, positions == "compact"
-        self.past, self.length, self.shift = past, length, shift
-        self.first, self.padding, self.plan = first, padding, plan
-        self._made: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+    info: ModelInfo
+    rules: Rules
+    past: int
+    length: int
+    shift: Mapping[int, Tensor]
+    padding: Tensor | None
+    plan: Plan | None = None
+    _made: dict[tuple[Any, ...], list[tuple[Any, Any]]] = field(default_factory=dict)
+
+    @property
+    def compact(self) -> bool:
+        """True if the remaining tokens are renumbered."""
+        return self.rules.positions == "compact"
 
     def build(
         self,
@@ -88,31 +82,23 @@ class LayerInputs:
             hidden: (B, N, D), the layer's input.
             kwargs: the text model's arguments for the full length.
         """
-        mask = kwargs.get("attention_mask")
-        own = self._mask(stage, index, kept, slots, added, hidden.shape[-2], kwargs)
+        mask, scope, source = kwargs.get("attention_mask"), self.info.scopes[index], self.info.sources[index]
+        if scope.kind == "recurrent":
+            own = self._once(("mask", stage, scope), mask, lambda: follow_recurrent_mask(mask, kept))
+        else:
+            cache, count = cache_of(kwargs), hidden.shape[-2]
+            width = static_width(cache, source)
+            if scope.windowed:
+                slots = slots.window(cache, source, added)
+            own = self._once(
+                ("mask", stage, scope, width, slots.columns.shape[1], count, source == index),
+                mask,
+                lambda: follow_mask(mask, kept, slots, count, self._mask_spec(index, width)),
+            )
         if kept is not None or self.compact:
             bounds = {} if kept is None else self._bounds(stage, kwargs)
             return {"attention_mask": own} | self.tokens(stage, kept, hidden, kwargs) | bounds
         return {} if own is mask else {"attention_mask": own}  # {}: a step that does not depend on the missing slots
-
-    def _mask(
-        self, stage: int, index: int, kept: Selection | None, slots: CacheIndex, added: int, count: int, kwargs: Kwargs
-    ) -> Tensor | None:
-        mask, scope, source = kwargs.get("attention_mask"), self.info.scopes[index], self.info.sources[index]
-        if scope.kind == "recurrent":
-            recurrent: Tensor | None = self._once(
-                ("mask", stage, scope), mask, lambda: follow_recurrent_mask(mask, kept)
-            )
-            return recurrent
-        cache = cache_of(kwargs)
-        width = static_width(cache, source)
-        if scope.windowed:
-            slots = slots.window(cache, source, added)
-        key = ("mask", stage, scope, width, slots.columns.shape[1], count, source == index)
-        own: Tensor | None = self._once(
-            key, mask, lambda: follow_mask(mask, kept, slots, count, self._mask_spec(index, width))
-        )
-        return own
 
     def _mask_spec(self, index: int, width: int | None) -> MaskSpec:
         scope, attention = self.info.scopes[index], self.info.attention
@@ -121,16 +107,17 @@ class LayerInputs:
     def counts_columns(self, index: int) -> bool:
         """True if the model's own mask for layer `index` counts columns instead of the slots of a pruned cache."""
         # Layer 0 reports all columns, also those that were dropped before it: see `CarryingLayer`.
-        return not self.past or self.info.first_of_kind[self.info.scopes[index]] < max(self.first, 1)
+        return not self.past or self.info.first_of_kind[self.info.scopes[index]] < max(self.rules.schedule.layers[0], 1)
 
     def tokens(self, stage: int, kept: Selection | None, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """The per-token arguments in `kwargs` for the rows in `kept`; renumbered on the cache of `stage` if compact."""
         # Ranking shares its rows with the layers before the drop, and so their positions unless these are renumbered.
         rows = (stage if self.compact else None, kept)
-        source = first_table(kwargs.get("position_embeddings"))
-        positions: Kwargs = self._once(
-            ("positions", *rows), source, lambda: self._positions(stage, kept, hidden, kwargs)
-        )
+        source = kwargs.get("position_embeddings")
+        if isinstance(source, tuple | list):
+            source = source[0]  # the same object for layers that share them
+        make = partial(self._positions, stage, kept, hidden, kwargs)
+        positions: Kwargs = self._once(("positions", *rows), source, make)
         names = per_token(kwargs, self.length)
         if kept is None:
             return positions | {name: kwargs[name] for name in names}
@@ -162,12 +149,8 @@ class LayerInputs:
         flash = self.info.attention.startswith("flash") and kwargs.get("position_ids") is not None
         if bounds is None or not (told or flash):
             return {}
-        return {
-            "cu_seq_lens_q": bounds.cumulative,
-            "cu_seq_lens_k": bounds.cumulative,
-            "max_length_q": bounds.longest,
-            "max_length_k": bounds.longest,
-        }
+        cumulative = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds.cumulative)
+        return cumulative | dict.fromkeys(("max_length_q", "max_length_k"), bounds.longest)
 
     def renumbered(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
         """(B, N) consecutive positions in each document; a further turn continues those of the one before."""
@@ -181,12 +164,8 @@ class LayerInputs:
         if not self.past:
             return consecutive
         start = kept.rows.gather(1, valid.argmax(1, keepdim=True))
-        first = take_positions(position_ids, start)
+        first = take_rows(position_ids, start, -1)
         return first - self.shift.get(stage, torch.zeros_like(first)) + consecutive
-
-    def new_shift(self, stage: int, kept: Selection, position_ids: Tensor) -> Tensor:
-        """(B, 1) by how much the positions of tokens after this call are lowered on the cache of `stage`."""
-        return take_positions(position_ids, kept.rows[:, -1:]) - self.renumbered(stage, kept, position_ids)[:, -1:]
 
     def _once(self, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
         """Build once for each `source`, compared by identity: a compiled graph would guard on `id` and recompile."""
@@ -200,20 +179,8 @@ class LayerInputs:
 
 def take_tokens(tokens: Kwargs, rows: Tensor) -> Kwargs:
     """Gather rows (B, n) of the result of `LayerInputs.tokens`."""
-    take = {"position_ids": take_positions, "position_embeddings": _taken}
+    take: dict[str, Any] = {"position_ids": partial(take_rows, dim=-1), "position_embeddings": take_embeddings}
     return {name: value if value is None else take.get(name, take_rows)(value, rows) for name, value in tokens.items()}
-
-
-def _taken(embeddings: Any, rows: Tensor) -> Any:
-    """Gather rows of position embeddings, in one table or several."""
-    if isinstance(embeddings, Tensor):
-        return take_embeddings(embeddings, rows)
-    return tuple(take_embeddings(table, rows) for table in embeddings)
-
-
-def first_table(positions: Any) -> Any:
-    """The first tensor of position embeddings, which is the same object for layers that share them."""
-    return positions[0] if isinstance(positions, tuple | list) else positions
 
 
 def per_token(kwargs: Kwargs, length: int) -> list[str]:
@@ -227,16 +194,17 @@ _BETWEEN = ("deepstack_visual_embeds", "visual_pos_masks")  # a list: entry i is
 _BEFORE = ("deepstack_features", "vision_mask")  # a dict: entry i is added before layer i
 
 
+@dataclass(eq=False)
 class DeepStack:
     """Visual features that are added after tokens were dropped; the model's own loop adds those before.
 
-    Args:
+    Attributes:
         features: layer -> (M, D), added to the layer's input.
         visual: (B, L) bool, the M rows of the full sequence to which they are added.
     """
 
-    def __init__(self, features: Mapping[int, Tensor], visual: Tensor) -> None:
-        self.features, self.visual = features, visual
+    features: Mapping[int, Tensor]
+    visual: Tensor
 
     @classmethod
     def taken(cls, kwargs: dict[str, Any], first: int) -> tuple[DeepStack | None, dict[str, Any]]:

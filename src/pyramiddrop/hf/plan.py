@@ -1,17 +1,41 @@
-"""Plan a prefill: the index tables of its tokens, and the counts of every drop."""
+"""The rules of a method, and the plan of a prefill: the index tables of its tokens, and the counts of every drop."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pyramiddrop.cost import DropCounts
+from pyramiddrop.cost import DropCounts, RankingCost
 from pyramiddrop.hf.prompt_masks import Prompt, PromptMasks, last_column
-from pyramiddrop.hf.rows import Bounds, Packing
+from pyramiddrop.hf.rows import Bounds, Packing, map_tensors
 from pyramiddrop.schedule import Schedule
+from pyramiddrop.scoring import AttentionScorer, Scorer
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of a method that the adapter needs; `pyramiddrop.methods` documents them."""
+
+    schedule: Schedule
+    scorer: Scorer
+    positions: str
+    rank_layer: str
+    grouping: str
+    logits: str
+    merge: bool
+    ranking_flops: RankingCost
+
+    @property
+    def are_usual(self) -> bool:
+        """True if a prefill whose last token is the query may use `LastTokenPlan`."""
+        return type(self.scorer) is AttentionScorer and self.grouping == "sample" and not self.merge
+
+    @property
+    def ranking_layers(self) -> list[int]:
+        """The layer that ranks for each drop; for a drop before the decoder, layer 0, whose input is read."""
+        return [max(0, layer - (self.rank_layer == "last")) for layer in self.schedule.layers]
 
 
 @dataclass(frozen=True)
@@ -19,8 +43,6 @@ class Drop:
     """One drop of one prefill.
 
     Attributes:
-        layer: the 0-based layer before which tokens are dropped.
-        keep: keep ratio of the original count.
         kept: number of kept visual tokens in the sample that keeps most.
         length: padded number of rows after the drop.
         happens: True if it drops any token.
@@ -40,12 +62,13 @@ class Plan:
     """The plan of a prefill of B x L tokens, known on the host before it runs.
 
     Attributes:
-        batch, length: B and L.
         drops: shallow to deep. Stage k is the run of layers between drops k - 1 and k.
         past: number of columns before this call.
         visual_tokens: the largest number of visual tokens of a sample.
         num_queries: the largest numbers of query tokens and of instruction tokens of a sample.
         reach: the largest distance in columns from the first visual token to the last query token of a sample.
+        bounds: for each stage the bounds of its documents; empty if no row is packed.
+        ignored: (B, L) bool, the tokens whose labels are not scored; None if all are.
     """
 
     batch: int
@@ -55,6 +78,8 @@ class Plan:
     visual_tokens: int
     num_queries: tuple[int, int]
     reach: int
+    bounds: tuple[Bounds, ...] = field(default=(), kw_only=True)
+    ignored: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def drop_counts(self) -> list[DropCounts]:
@@ -82,18 +107,13 @@ class Plan:
         rows, visual = self.visual_rows
         return list(rows) if visual is None else [row[mask] for row, mask in zip(rows, visual, strict=True)]
 
-    @property
-    def ignored(self) -> Tensor | None:
-        """(B, L) bool, the tokens whose labels are not scored; None if all are."""
-        return None
-
     def document_bounds(self, stage: int) -> Bounds | None:
         """The bounds of the documents in the rows of `stage`; None if no row is packed."""
-        return None
+        return self.bounds[stage] if self.bounds else None
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on `device`."""
-        raise NotImplementedError
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -152,19 +172,15 @@ class GeneralPlan(Plan):
     """The plan of any prefill: padding, several queries, protected tokens, groups, packed rows.
 
     Attributes:
-        visual: (B, L) bool, visual tokens.
+        visual, valid, groups: see `PromptMasks`.
         protected: (B, L) bool, visual tokens that are never dropped.
-        valid: (B, L) bool, False at padding; None if there is none.
         token_index: (B, L) long, the number of each visual token in its sample, or in its document.
-        groups: (B, L) long, the group of each visual token.
         queries: (B, Q) long, the columns of the query tokens, padded with repetitions.
         weights: (B, Q) float, 1 at a query token, 0 at padding.
         instruction, instruction_weights: the same for instruction tokens.
         num_keeps: for each drop (B, G) long, the number of kept visual tokens of each group.
         ragged: for each drop, True if some sample has padding after it.
         packing: the documents of packed rows; None if no row is packed.
-        bounds: for each stage the bounds of its documents; empty if no row is packed.
-        ignored_labels: (B, L) bool, the tokens whose labels are not scored; None if all are.
     """
 
     visual: Tensor
@@ -179,29 +195,10 @@ class GeneralPlan(Plan):
     num_keeps: tuple[Tensor, ...]
     ragged: tuple[bool, ...]
     packing: Packing | None = None
-    bounds: tuple[Bounds, ...] = ()
-    ignored_labels: Tensor | None = None
 
     @property
     def visual_rows(self) -> tuple[Tensor, Tensor]:
         return torch.arange(self.length, device=self.visual.device).expand_as(self.visual), self.visual
-
-    @property
-    def ignored(self) -> Tensor | None:
-        return self.ignored_labels
-
-    def document_bounds(self, stage: int) -> Bounds | None:
-        return self.bounds[stage] if self.bounds else None
-
-    def to(self, device: torch.device) -> GeneralPlan:
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        num_keeps = tuple(num_keep.to(device) for num_keep in self.num_keeps)
-        bounds = tuple(bound.to(device) for bound in self.bounds)
-        return replace(
-            self, **moved, num_keeps=num_keeps, packing=self.packing and self.packing.to(device), bounds=bounds
-        )
 
 
 def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
@@ -211,20 +208,21 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
     num_groups = int(groups.max()) + 1
     protected = visual & masks.protected
     asked = last_column(queries, documents) >= 0
-    tokens, held, asks = (_count(mask, groups, num_groups) for mask in (visual, protected, visual & asked))
+    tokens, held, asks = (
+        torch.zeros(batch, num_groups, dtype=torch.long).scatter_add(1, groups, mask.long())
+        for mask in (visual, protected, visual & asked)
+    )
     columns, weights = _query_columns(queries)
     instructed = last_column(masks.instruction, documents) >= 0
     instruction = torch.where(instructed, masks.instruction, queries)
     instruction_columns, instruction_weights = _query_columns(instruction)
     packing = None if documents is None else _packing(documents, valid, visual, groups, queries, instruction)
-    num_keeps = _num_keeps(schedule, tokens, held, asks > 0)
     rows = torch.full((batch,), length) if valid is None else valid.sum(1)
-    drops, ragged = _drops(schedule, tokens, held, num_keeps, rows, length)
-    dropped = [torch.zeros_like(tokens), *(tokens - num_keep for num_keep in num_keeps)]
+    drops, num_keeps, ragged = _drops(schedule, tokens, held, asks > 0, rows, length)
     return GeneralPlan(
         batch=batch,
         length=length,
-        drops=drops,
+        drops=tuple(drops),
         past=masks.past,
         visual_tokens=int(tokens.sum(1).max()),
         num_queries=(columns.shape[1], instruction_columns.shape[1]),
@@ -238,16 +236,12 @@ def make_plan(masks: PromptMasks, schedule: Schedule) -> GeneralPlan:
         weights=weights,
         instruction=instruction_columns,
         instruction_weights=instruction_weights,
-        num_keeps=num_keeps,
-        ragged=ragged,
+        num_keeps=tuple(num_keeps),
+        ragged=tuple(ragged),
         packing=packing,
-        bounds=() if packing is None else tuple(_bounds(packing, gone) for gone in dropped),
-        ignored_labels=masks.ignored,
+        bounds=() if packing is None else tuple(packing.bounds(tokens - kept) for kept in (tokens, *num_keeps)),
+        ignored=masks.ignored,
     )
-
-
-def _bounds(packing: Packing, dropped: Tensor) -> Bounds:
-    return Bounds.of(packing.lengths - packing.per_document(dropped))
 
 
 def _reach(visual: Tensor, queries: Tensor, documents: Tensor | None) -> int:
@@ -292,22 +286,22 @@ def _packing(
     )
 
 
-def _num_keeps(schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
-    """For each drop (B, G), how many of the groups' visual `tokens` are kept; `held` of them are protected."""
-    num_keeps = []
+def _drops(
+    schedule: Schedule, tokens: Tensor, held: Tensor, asks: Tensor, rows: Tensor, length: int
+) -> tuple[list[Drop], list[Tensor], list[bool]]:
+    """The drops in samples with `rows` (B,) rows, padded to `length`.
+
+    Args:
+        tokens, held: (B, G) long, the number of visual tokens of each group, and of protected ones among them.
+        asks: (B, G) bool, False at groups without a query, which keep all of their tokens.
+
+    Returns:
+        the drops; for each, (B, G) the number of kept tokens, and whether some sample has padding after it.
+    """
+    drops, num_keeps, ragged, before, left = [], list[Tensor](), [], tokens, rows
     for stage in schedule.stages:
         counts = torch.tensor([[stage.count(n) for n in sample] for sample in tokens.tolist()]).view_as(tokens)
-        num_keeps.append(torch.where(asks, torch.maximum(counts, held), tokens))
-    return tuple(num_keeps)
-
-
-def _drops(
-    schedule: Schedule, tokens: Tensor, held: Tensor, num_keeps: tuple[Tensor, ...], rows: Tensor, length: int
-) -> tuple[tuple[Drop, ...], tuple[bool, ...]]:
-    """The drops in samples with `rows` (B,) rows, padded to `length`; and whether a sample has padding after each."""
-    drops, ragged, before = [], [], tokens
-    left = rows
-    for stage, num_keep in zip(schedule.stages, num_keeps, strict=True):
+        num_keep = torch.where(asks, torch.maximum(counts, held), tokens)
         happens = bool((num_keep < before).any())
         if happens:
             left = rows - tokens.sum(1) + num_keep.sum(1)
@@ -315,13 +309,8 @@ def _drops(
         ragged.append(bool((left != length).any()))
         ranks = bool(((held < num_keep) & (num_keep < before)).any())
         drops.append(Drop(stage.layer, stage.keep, int(num_keep.sum(1).max()), length, happens, ranks))
-        before = num_keep
-    return tuple(drops), tuple(ragged)
-
-
-def _count(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """(B, G) the number of True in each group."""
-    return torch.zeros(len(mask), num_groups, dtype=torch.long).scatter_add(1, groups, mask.long())
+        num_keeps.append(before := num_keep)
+    return drops, num_keeps, ragged
 
 
 def _query_columns(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,52 +9,44 @@ from torch import Tensor, nn
 
 from pyramiddrop.hf.cache_state import CacheIndex, CacheState, attach_state, check_lengths, static_width
 from pyramiddrop.hf.compatibility import check_drops, number_run
-from pyramiddrop.hf.forward import Rules, StagedForward
+from pyramiddrop.hf.forward import Forward
 from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerCall, LayerInputs
-from pyramiddrop.hf.model_info import ModelInfo
-from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
+from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan
 from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, VisionScores
-from pyramiddrop.hf.rows import Selection, give_back, scatter_rows, take_hidden, take_next_labels
+from pyramiddrop.hf.rows import Selection, scatter_rows, take_next_labels, take_rows
 from pyramiddrop.hf.versions import cache_of, let_crop_follow
 from pyramiddrop.selection import merge
 from pyramiddrop.trace import Trace
 
 
-class Prefill(StagedForward):
+class Prefill(Forward):
     """A call that drops tokens: it ranks them and gathers the kept rows before layers, and restores the full length.
 
     Args:
-        info: the parts of the model.
-        rules: the rules of the method.
-        past: number of columns in the KV cache before this call.
-        plan: the plan of the drops.
-        cache_state: the state of the KV cache; None if nothing was ever dropped from it.
         labels: (B, length), if the caller wants a loss on the remaining rows.
         trace: the trace to fill, or None.
-        padding: (B, past + length) the call's own 2-D attention mask, or None.
         vision: gives the vision tower's score of each visual token for a drop before the decoder; or None.
     """
 
     def __init__(
         self,
-        info: ModelInfo,
-        rules: Rules,
-        past: int,
-        plan: Plan,
-        cache_state: CacheState | None = None,
-        labels: Tensor | None = None,
-        trace: Trace | None = None,
-        padding: Tensor | None = None,
-        vision: VisionScores | None = None,
+        inputs: LayerInputs,
+        cache_state: CacheState | None,
+        labels: Tensor | None,
+        trace: Trace | None,
+        vision: VisionScores | None,
     ) -> None:
-        shift = dict(cache_state.shift) if cache_state else {}
-        inputs = LayerInputs(info, rules.positions, past, plan.length, shift, rules.schedule.layers[0], padding, plan)
-        super().__init__(info, rules, inputs, cache_state)
+        super().__init__(inputs, cache_state)
         self.trace, self.unreached = trace, number_run()
         self._cache: Any = None  # if this call adds to the state
         # The cache before this call; `cache_state` grows while the call runs.
         self._earlier: dict[int, CacheIndex] = dict(cache_state.slots) if cache_state else {}
-        self._ranking = self._ranking_by(plan, vision)
+        plan, rules = inputs.plan, inputs.rules
+        if isinstance(plan, LastTokenPlan):
+            self._ranking: Ranking = LastTokenRanking(plan, inputs)
+        else:
+            assert isinstance(plan, GeneralPlan)
+            self._ranking = GeneralRanking(plan, inputs, self._earlier, vision)
         self._deepstack: DeepStack | None = None
         self._drop_at = {drop.layer: number for number, drop in enumerate(plan.drops)}
         ahead = enumerate(rules.ranking_layers)
@@ -66,12 +58,6 @@ class Prefill(StagedForward):
         self._labels = labels
         if labels is not None:
             self.shift_labels = labels.new_full((len(labels), plan.drops[-1].length), -100)
-
-    def _ranking_by(self, plan: Plan, vision: VisionScores | None) -> Ranking:
-        if isinstance(plan, LastTokenPlan):
-            return LastTokenRanking(plan, self.inputs)
-        assert isinstance(plan, GeneralPlan)
-        return GeneralRanking(plan, self.rules.schedule, self.rules.scorer, self.inputs, self._earlier, vision)
 
     def before_text(self, kwargs: Kwargs) -> Kwargs:
         """`kwargs` without the visual features that the text model would add after a drop; this class adds them to the
@@ -110,17 +96,17 @@ class Prefill(StagedForward):
         if kept is None or not self._ranking.plan.drops[drop].happens:
             return call.hidden
         merges = self.rules.merge and call.index > 0  # before the decoder nothing is merged
-        return self._merged(drop, kept, call.hidden) if merges else take_hidden(call.hidden, kept.index)
+        return self._merged(drop, kept, call.hidden) if merges else take_rows(call.hidden, kept.index, -2)
 
     @torch.no_grad()
     def _decide(self, drop: int, call: LayerCall) -> None:
         """Decide which rows are kept, and record them for later layers, the cache and the trace."""
         check_drops(self.info.text, self._missed(call.index))
-        before, scores = self._kept[drop], None
+        planned, before, scores = self._ranking.plan.drops[drop], self._kept[drop], None
         kept = before
-        if self._ranking.plan.drops[drop].happens:
+        if planned.happens:
             scores = self._scores.pop(drop, None)
-            if scores is None and self._ranking.plan.drops[drop].ranks:
+            if scores is None and planned.ranks:
                 scores = self._ranking.score(drop, before, call, self._previous)
             kept = self._ranking.choose(drop, before, scores)
         self._kept[drop + 1] = kept
@@ -138,7 +124,7 @@ class Prefill(StagedForward):
             return
         kept, previous = self._kept[drop], self._previous
         if previous is not None and kept is not None and previous.shape[-2] != call.hidden.shape[-2]:
-            previous = take_hidden(previous, kept.index)
+            previous = take_rows(previous, kept.index, -2)
         self._scores[drop] = self._ranking.score(drop, kept, call, previous)
 
     def _merged(self, drop: int, kept: Selection, hidden: Tensor) -> Tensor:
@@ -166,7 +152,9 @@ class Prefill(StagedForward):
         self.cache_state.hold(stage, slots, static_width(cache, index))
         if self.rules.positions == "compact":
             assert position_ids is not None
-            self.cache_state.shift[stage] = self.inputs.new_shift(stage, kept, position_ids)
+            # By how much the positions of tokens after this call are lowered.
+            renumbered = self.inputs.renumbered(stage, kept, position_ids)[:, -1:]
+            self.cache_state.shift[stage] = take_rows(position_ids, kept.rows[:, -1:], -1) - renumbered
 
     # ---- arguments of layers ---------------------------------------------------------------------------------------
 
@@ -175,14 +163,11 @@ class Prefill(StagedForward):
         kept, slots = self._kept.get(stage), self._slots_of(stage, source)
         if slots is None:
             return {}
+        written = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
+        added = self.length if written is None else written.rows.shape[1]
         if kept is not None and hidden.shape[-2] < kept.rows.shape[1]:
             kept = None  # the model itself has continued with the last rows only (Gemma 4) and cut its kwargs
-        return self.inputs.build(stage, index, kept, slots, self._written(stage, index, source), hidden, kwargs)
-
-    def _written(self, stage: int, index: int, source: int) -> int:
-        """The number of rows of this call in the cache of layer `source`, which layer `index` reads."""
-        kept = self._kept.get(stage if source == index else self.rules.schedule.stage_of(source))
-        return self.length if kept is None else kept.rows.shape[1]
+        return self.inputs.build(stage, index, kept, slots, added, hidden, kwargs)
 
     def _own_slots(self, stage: int) -> CacheIndex | None:
         if self.cache_state is None:
@@ -199,10 +184,23 @@ class Prefill(StagedForward):
         check_drops(self.info.text, self._missed(self.info.text.config.num_hidden_layers))
         if self._cache is not None:
             self._hand_over(self._cache)
-        kept = self._kept.get(len(self._ranking.plan.drops))
-        if kept is None or output[0].shape[1] != kept.rows.shape[1]:
+        kept, last = self._kept.get(len(self._ranking.plan.drops)), output[0]
+        if kept is None or last.shape[1] != kept.rows.shape[1]:
             return output
-        return give_back(output, lambda hidden: self._last(hidden, kept), self._full_hidden, self._full_attention)
+        if self.shift_labels is None or self._labels is None:
+            last = scatter_rows(last, kept.rows, kept.valid, self.length)
+        else:  # the remaining rows stay, with their labels beside them
+            self.shift_labels.copy_(take_next_labels(self._labels, kept.rows, kept.valid))
+        if isinstance(output, tuple):
+            return (last, *output[1:])
+        output.last_hidden_state = last
+        if getattr(output, "hidden_states", None) is not None:  # the first one is the input of layer 0
+            output.hidden_states = tuple(
+                self._full_hidden(max(number - 1, 0), state) for number, state in enumerate(output.hidden_states)
+            )
+        if getattr(output, "attentions", None) is not None:
+            output.attentions = tuple(self._full_attention(*item) for item in enumerate(output.attentions))
+        return output
 
     def _missed(self, index: int) -> list[int]:
         """The drop layers up to layer `index` at which no token was dropped although it should have been."""
@@ -217,14 +215,8 @@ class Prefill(StagedForward):
         attach_state(cache, self.cache_state)
         let_crop_follow(cache, {index: self.cache_state.num_dropped(stage) for index, stage in stages.items()})
 
-    def _last(self, hidden: Tensor, kept: Selection) -> Tensor:
-        """The full length; or the remaining rows, with their labels beside them."""
-        if self.shift_labels is None or self._labels is None:
-            return scatter_rows(hidden, kept.rows, kept.valid, self.length)
-        self.shift_labels.copy_(take_next_labels(self._labels, kept.rows, kept.valid))
-        return hidden
-
     def _full_hidden(self, index: int, hidden: Tensor | None) -> Tensor | None:
+        """Scatter the output (B, N, D) of layer `index` to the full length."""
         kept = self._kept.get(self.rules.schedule.stage_of(index))
         if hidden is None or kept is None or hidden.shape[-2] != kept.rows.shape[1]:
             return hidden  # the text model's input has its full length, even after a drop before layer 0

@@ -19,11 +19,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class GivenMasks:
-    """The user's masks: (B, L) bool on the CPU, or None.
-
-    Raises:
-        ValueError: if one is not a two-dimensional bool tensor, or their shapes differ.
-    """
+    """The user's masks: (B, L) bool on the CPU, or None."""
 
     visual: Tensor | None = None
     query: Tensor | None = None
@@ -53,8 +49,6 @@ class Prompt:
     """The tokens of a prefill, as its call describes them. All tensors are on the CPU.
 
     Attributes:
-        call: the arguments of the forward.
-        shape: the shape (B, L) of its tokens.
         past: number of columns in the KV cache before this call.
         visual: (B, L) bool, the visual tokens, including any at padding.
         valid: (B, L) bool, False at padding; None if there is none.
@@ -86,15 +80,12 @@ class PromptMasks:
     """Which of a prefill's B x L tokens are visual, query or protected tokens. All tensors are on the CPU.
 
     Attributes:
-        visual: (B, L) bool, the visual tokens.
         queries: (B, L) bool, the tokens whose attention ranks; a sample without one drops nothing.
         instruction: (B, L) bool, the text from a sample's last visual token to its last query token.
         protected: (B, L) bool, tokens that are never dropped, because their rows are needed.
         valid: (B, L) bool, False at padding, where the other masks are False too; None if there is none.
         groups: (B, L) long, the group of each visual token, which shares a quota.
-        past: number of columns in the KV cache before this call.
-        documents: (B, L) long, the document of each column counted along its row; None if no row is packed.
-        labels: (B, L) bool, the tokens that have a label; None without labels.
+        past, documents, labels: see `Prompt`.
         ignored: (B, L) bool, the tokens whose labels are not scored if tokens are dropped; None if all are.
     """
 
@@ -122,17 +113,9 @@ def read_prompt(
     """Read the tokens of a prefill.
 
     Args:
-        call: the arguments of the model's forward.
-        shape: the shape (B, L) of its tokens.
-        info: the parts of the model.
-        given: the user's masks.
         past: number of columns in the KV cache before this call.
         candidates: number of columns at the end that are not prompt.
         may_be_packed: True if a row may hold several documents; those of `generate` never do.
-
-    Raises:
-        ValueError: for embeddings without a visual mask, masks that do not fit the call, and packed rows that are not
-            supported.
     """
     visual = _fitted(given.visual, "visual_mask", shape, past)
     if visual is None:
@@ -140,17 +123,9 @@ def read_prompt(
     if candidates:
         visual = visual & _prompt_columns(shape, candidates)
     valid = _valid(call.get("attention_mask"), shape, past)
-    return Prompt(
-        call=call,
-        shape=shape,
-        past=past,
-        visual=visual,
-        valid=valid,
-        documents=find_documents(call, shape, valid, past) if may_be_packed else None,
-        labels=_supervised(call, shape),
-        query=_fitted(given.query, "query_mask", shape, past),
-        candidates=candidates,
-    )
+    documents = find_documents(call, shape, valid, past) if may_be_packed else None
+    labels, query = _supervised(call, shape), _fitted(given.query, "query_mask", shape, past)
+    return Prompt(call, shape, past, visual, valid, documents, labels, query, candidates)
 
 
 def read_prompt_masks(
@@ -164,7 +139,6 @@ def read_prompt_masks(
     """Compute the masks of a prefill.
 
     Args:
-        info: the parts of the model.
         training: True for a training forward, in which only labels or a query mask define query tokens.
         grouping: "sample", "image" or "frame": which visual tokens share a quota.
         given_frames: the number of frames of each video given to `generate`, which its forwards do not tell.
@@ -177,9 +151,14 @@ def read_prompt_masks(
     if labels is not None:
         answer, text = labels & text, text & ~labels
         protected = pad(answer[:, 1:], (0, 1))
-        ignored = _ignored(labels, visual & ~protected, prompt.visual, valid)
+        # Visual tokens, and tokens that padding or a visual token that may be dropped would predict, are not scored.
+        blind = visual & ~protected if valid is None else (visual & ~protected) | ~valid
+        blind = labels & (prompt.visual | pad(blind, (1, 0))[:, :-1])
+        ignored = blind if bool(blind.any()) else None
         if query is None:
-            query = protected & ~answer & ~_ends(documents, prompt.shape)
+            query = protected & ~answer
+            if documents is not None:  # the last token of a document precedes no answer of its own
+                query &= ~pad(documents[:, 1:] != documents[:, :-1], (0, 1))
     elif query is None and training:
         query = protected
     elif query is None:
@@ -189,7 +168,8 @@ def read_prompt_masks(
     groups = _groups(prompt, info, grouping, visual, given_frames, beams)
     if documents is not None:
         groups = counted_along(groups + documents * prompt.shape[1], visual)
-    instruction = _instruction(visual, query, text, documents)
+    columns = torch.arange(prompt.shape[1])
+    instruction = text & (columns > last_column(visual, documents)) & (columns <= last_column(query, documents))
     return PromptMasks(
         visual, query, instruction, protected | query, valid, groups, prompt.past, documents, labels, ignored
     )
@@ -236,44 +216,23 @@ def labelled_columns(call: Mapping[str, Any], shape: tuple[int, int]) -> Tensor 
     """(N - 1,) long, the columns of the tokens of (B, N) labels after the first label, which is never scored.
 
     A trainer that wants the logits of N columns (`logits_to_keep`: the last N, or a mask, or indices) gives N labels.
-    The loss shifts them by one, so that the k-th column predicts label k + 1, whose token follows that column.
-
-    Returns:
-        None if there are as many labels as tokens, or if they do not fit `logits_to_keep`.
+    The loss shifts them by one, so that the k-th column predicts label k + 1, whose token follows that column. None if
+    there are as many labels as tokens, or if they do not fit `logits_to_keep`.
     """
-    labels, keep = call.get("labels"), call.get("logits_to_keep", 0)
+    labels, keep, columns = call.get("labels"), call.get("logits_to_keep", 0), torch.arange(shape[1])
     if not isinstance(labels, Tensor) or labels.shape == shape:
         return None
-    columns = torch.arange(shape[1])
     columns = columns[keep.cpu()] if isinstance(keep, Tensor) else columns[-keep or 0 :]
     behind = columns[:-1] + 1
-    if labels.shape != (shape[0], len(columns)) or bool((behind >= shape[1]).any()):
-        return None
-    return behind
-
-
-def _ignored(labels: Tensor, droppable: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor | None:
-    """(B, L) the supervised tokens that are not scored: visual tokens, and tokens that padding or a `droppable` visual
-    token would predict; None if there are none."""
-    blind = droppable if valid is None else droppable | ~valid
-    ignored = labels & (visual | pad(blind, (1, 0))[:, :-1])
-    return ignored if bool(ignored.any()) else None
-
-
-def _ends(documents: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """(B, L) True at the last token of each document, except the last document of a row."""
-    if documents is None:
-        return torch.zeros(shape, dtype=torch.bool)
-    return pad(documents[:, 1:] != documents[:, :-1], (0, 1))
+    return behind if labels.shape == (shape[0], len(columns)) and not bool((behind >= shape[1]).any()) else None
 
 
 def _visual_from_ids(call: Mapping[str, Any], shape: tuple[int, int], info: ModelInfo) -> Tensor:
     ids, types = call.get("input_ids"), call.get("mm_token_type_ids")
     if ids is not None and info.visual_ids:
         return _among(ids, info.visual_ids)
-    if types is not None and types.shape == shape:
-        typed: Tensor = types.cpu() > 0
-        return typed
+    if isinstance(types, Tensor) and types.shape == shape:
+        return types.cpu() > 0
     raise ValueError(
         "visual_mask is needed: this call has no ids of visual tokens (inputs_embeds, or a text model). Give a "
         "(batch, length) bool mask: with method(model, visual_mask=mask)"
@@ -325,12 +284,6 @@ def _valid(mask: Any, shape: tuple[int, int], past: int) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
-def _instruction(visual: Tensor, query: Tensor, text: Tensor, documents: Tensor | None) -> Tensor:
-    """(B, L) the `text` after each sample's last visual token, up to its last query token."""
-    columns = torch.arange(visual.shape[1]).expand_as(visual)
-    return text & (columns > last_column(visual, documents)) & (columns <= last_column(query, documents))
-
-
 _ANSWERS = (
     "Supervise the answers alone (with TRL: prompt and completion, or assistant_only_loss=True), or give query_mask"
 )
@@ -339,17 +292,14 @@ _ANSWERS = (
 def remark(masks: PromptMasks, drops: bool, query_given: bool) -> str | None:
     """A warning about what a training or evaluation loop probably did not intend, with a remedy; None if all is well.
 
-    Args:
-        drops: True if this forward drops anything.
-        query_given: True if a query_mask, and not the labels, defines the query tokens.
+    With `query_given`, a query_mask and not the labels defines the query tokens.
     """
     if not drops:
         return f"drops nothing in this forward: {_why_nothing(masks, query_given)}"
     if masks.labels is None or query_given:
         return None
-    asked, asked_by_text = (
-        last_column(queries, masks.documents) >= 0 for queries in (masks.queries, masks.queries & ~masks.visual)
-    )
+    queries = masks.queries, masks.queries & ~masks.visual
+    asked, asked_by_text = (last_column(tokens, masks.documents) >= 0 for tokens in queries)
     if bool((masks.visual & asked & ~asked_by_text).any()):
         return (
             "ranks by visual tokens in this forward, which have not read the question: the text behind an image is "

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache as memoized
 from functools import partial
 from types import FunctionType
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from pyramiddrop.hf.rows import take_hidden, take_rows
+from pyramiddrop.hf.rows import take_rows
 
 _STOP = "pyramiddrop_stop"
 _HOOK = "_hf_hook"  # accelerate's attribute for a module's hook, which the instance's own `forward` runs
@@ -56,10 +56,8 @@ class NoAttentionError(RuntimeError):
 
 
 class _ReachedError(Exception):
-    def __init__(self, queries: Tensor, keys: Tensor, scaling: float | None, options: Mapping[str, Any]) -> None:
-        self.queries, self.keys = queries, keys
-        self.scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
-        self.softcap, self.sinks = options.get("softcap"), options.get("s_aux")
+    def __init__(self, found: QueryKey) -> None:
+        self.found = found
 
 
 def _stop(
@@ -78,7 +76,8 @@ def _stop(
     The arguments are those of Transformers' `sdpa_attention_forward`, and positional too, because other libraries wrap
     every function of the attention interface and call it so (kvpress).
     """
-    raise _ReachedError(query, key, scaling, options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    raise _ReachedError(QueryKey(query, key, scale, options.get("softcap"), options.get("s_aux")))
 
 
 AttentionInterface.register(_STOP, _stop)
@@ -91,8 +90,7 @@ class Probe:
     """A layer, its input, and the rows whose queries are wanted.
 
     Attributes:
-        layer: the decoder layer.
-        hidden: (B, N, D), its input.
+        hidden: (B, N, D), the layer's input.
         rows: (B, Q) long, the query rows; None: the last row alone.
         arguments: rows (B, Q) -> the layer's further arguments for these rows of `hidden`; `arguments(None)` gives
             those for all rows.
@@ -105,13 +103,7 @@ class Probe:
 
     def take(self, hidden: Tensor) -> Tensor:
         """Gather the query rows of hidden states (B, N, D), or (streams, B, N, D) of models with several."""
-        return hidden[..., -1:, :] if self.rows is None else take_hidden(hidden, self.rows)
-
-    def take_heads(self, heads: Tensor) -> Tensor:
-        """Gather the query rows of queries or keys (B, H, N, d)."""
-        if self.rows is None:
-            return heads[:, :, -1:]
-        return take_rows(heads.transpose(1, 2), self.rows).transpose(1, 2)
+        return hidden[..., -1:, :] if self.rows is None else take_rows(hidden, self.rows, -2)
 
     def own_arguments(self) -> dict[str, Any]:
         """The layer's further arguments for the query rows."""
@@ -127,26 +119,16 @@ _extractors: WeakKeyDictionary[nn.Module, Callable[[Probe], QueryKey]] = WeakKey
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def extract(layer: nn.Module, hidden: Tensor, rows: Tensor | None, arguments: PerToken) -> QueryKey:
-    """Extract the queries of the query rows and the keys of all rows.
-
-    Raises:
-        NoAttentionError: if the layer does not call the attention interface.
-    """
+    """Extract the queries of the query rows and the keys of all rows; see `Probe` for the arguments."""
     probe = Probe(layer, hidden, rows, arguments)
     extractor = _extractors.get(layer)
     if extractor is None:  # once, because the comparison makes the host wait for the device
-        extractor = _extractors[layer] = _fastest_extractor(probe)
+        exact, fast = _whole(probe), [_by_module] if _is_written_as_llama(probe) else []
+        agreeing = (each for each in (*fast, _keys_alone) if _agree(each(probe), exact))
+        extractor = _extractors[layer] = next(agreeing, _whole)
     if extractor is _by_module and not _is_written_as_llama(probe):
         extractor = _keys_alone  # its weights are currently offloaded
     return extractor(probe)
-
-
-def _fastest_extractor(probe: Probe) -> Callable[[Probe], QueryKey]:
-    """The fastest extractor that agrees with the exact one on this layer."""
-    whole = _whole(probe)
-    if _is_written_as_llama(probe) and _agree(_by_module(probe), whole):
-        return _by_module
-    return _keys_alone if _agree(_keys_alone(probe), whole) else _whole
 
 
 def _agree(found: QueryKey, exact: QueryKey) -> bool:
@@ -162,15 +144,18 @@ def _agree(found: QueryKey, exact: QueryKey) -> bool:
 
 def _whole(probe: Probe) -> QueryKey:
     """Run the layer up to its kernel for all rows."""
-    whole = _run(shadow_copy(probe.layer), probe.hidden, probe.arguments(None))
-    return QueryKey(probe.take_heads(whole.queries), whole.keys, whole.scale, whole.softcap, whole.sinks)
+    whole, rows = _run(shadow_copy(probe.layer), probe.hidden, probe.arguments(None)), probe.rows
+    heads = whole.queries
+    return replace(
+        whole, queries=heads[:, :, -1:] if rows is None else take_rows(heads.transpose(1, 2), rows).transpose(1, 2)
+    )
 
 
 def _keys_alone(probe: Probe) -> QueryKey:
     """Run the layer twice: for the query rows, and for all rows with zeros as queries and values."""
     asked = _run(shadow_copy(probe.layer), probe.take(probe.hidden), probe.own_arguments())
     keyed = _run(shadow_copy(probe.layer, (*_QUERIES, *_VALUES)), probe.hidden, probe.arguments(None))
-    return QueryKey(asked.queries, keyed.keys, asked.scale, asked.softcap, asked.sinks)
+    return replace(asked, keys=keyed.keys)
 
 
 # The attributes that Llama's attention reads, norms of queries and keys included.
@@ -236,11 +221,11 @@ def cached_keys(layer: nn.Module, cached: Any) -> Tensor:
     return keys
 
 
-def _run(shadow: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _ReachedError:
+def _run(shadow: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> QueryKey:
     try:
         shadow.forward(hidden, **arguments)
     except _ReachedError as reached:
-        return reached.with_traceback(None)  # its frames would keep all intermediate tensors of the layer alive
+        return reached.found
     raise NoAttentionError(f"{type(shadow).__name__} does not reach Transformers' attention interface")
 
 
@@ -260,10 +245,8 @@ def shadow_copy(layer: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
 
     `layer` itself is never changed, because other threads may run it. The modules that hold a configuration are copied;
     all modules are copied if some are in training mode (dropout must neither make a decision noisy nor advance the
-    random state of training) or run through accelerate's hooks.
-
-    Args:
-        skipped: names of linear modules whose outputs are not needed, and which return zeros.
+    random state of training) or run through accelerate's hooks. Linear modules with the names `skipped`, whose outputs
+    are not needed, return zeros.
     """
     everything = any(module.training or _HOOK in module.__dict__ for module in layer.modules())
     return _shadow(layer, skipped, everything, hooked=False)
@@ -272,26 +255,22 @@ def shadow_copy(layer: nn.Module, skipped: tuple[str, ...] = ()) -> nn.Module:
 def _shadow(module: nn.Module, skipped: tuple[str, ...], everything: bool, hooked: bool) -> nn.Module:
     """A shallow copy without an instance's own or compiled `forward`, which is bound to the original.
 
-    It is made without the class's `__new__`, which sharding classes override.
-
-    Args:
-        hooked: True to keep its PyTorch hooks; those of layers and attention must see real calls only.
+    It is made without the class's `__new__`, which sharding classes override. PyTorch hooks are kept if `hooked`; those
+    of layers and attention must see real calls only.
     """
     shadow: nn.Module = object.__new__(type(module))
-    bound = ("forward", "_compiled_call_impl")
-    shadow.__dict__.update({name: value for name, value in module.__dict__.items() if name not in bound})
-    shadow.__dict__["training"] = False
-    if "config" in shadow.__dict__:
-        shadow.__dict__["config"] = copy.copy(module.config)
-        shadow.__dict__["config"].__dict__["_attn_implementation_internal"] = _STOP
+    held, bound = shadow.__dict__, ("forward", "_compiled_call_impl")
+    held.update({name: value for name, value in module.__dict__.items() if name not in bound}, training=False)
+    if "config" in held:
+        held["config"] = copy.copy(module.config)
+        held["config"].__dict__["_attn_implementation_internal"] = _STOP
     if not hooked:
-        shadow.__dict__.update({name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")})
+        held.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     if everything:  # accelerate loads offloaded weights into these and removes them again
-        shadow.__dict__.update({name: copy.copy(module.__dict__[name]) for name in ("_parameters", "_buffers")})
-    if _HOOK in shadow.__dict__:
-        shadow.__dict__["forward"] = partial(_through_hook, shadow, shadow.__dict__[_HOOK])
-    parts = module._modules.items()
-    shadow.__dict__["_modules"] = {name: _part(name, part, skipped, everything) for name, part in parts}
+        held.update({name: copy.copy(module.__dict__[name]) for name in ("_parameters", "_buffers")})
+    if _HOOK in held:
+        held["forward"] = partial(_through_hook, shadow, held[_HOOK])
+    held["_modules"] = {name: _part(name, part, skipped, everything) for name, part in module._modules.items()}
     return shadow
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +11,13 @@ from torch import Tensor
 from pyramiddrop.hf.cache_state import CacheIndex
 from pyramiddrop.hf.compatibility import cache_unwritten, check_cache, check_per_token
 from pyramiddrop.hf.layer_inputs import Kwargs, LayerCall, LayerInputs, take_tokens
-from pyramiddrop.hf.masks import AttentionScope, causal, hide, take_columns
+from pyramiddrop.hf.masks import causal, hide, take_columns
 from pyramiddrop.hf.model_info import UnsupportedModelError
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan, Plan
 from pyramiddrop.hf.query_key import QueryKey, cached_keys, extract
 from pyramiddrop.hf.rows import Packing, Selection, Unpacked, take_rows
 from pyramiddrop.hf.versions import CACHE_NAMES, cache_of
-from pyramiddrop.schedule import Schedule
-from pyramiddrop.scoring import Scorer, ScorerInputs
+from pyramiddrop.scoring import ScorerInputs
 from pyramiddrop.scoring.attention import attention_by_head, attention_received
 from pyramiddrop.selection import best, compact, select
 from pyramiddrop.trace import Ranked, Trace
@@ -29,21 +27,14 @@ VisionScores = Callable[[GeneralPlan], Tensor]
 
 
 class Ranking:
-    """The decisions of one prefill: scores at each drop, the kept rows, and their record in the trace.
-
-    Attributes:
-        plan: the plan of the prefill.
-    """
+    """The decisions of one prefill: scores at each drop, the kept rows, and their record in the trace."""
 
     plan: Plan
 
     def score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
-        """(B, n) scores for `drop`, on the device of the plan.
+        """(B, n) scores for `drop` of the rows that are `kept` before it, on the device of the plan.
 
-        Args:
-            kept: the remaining rows before the drop; None: all.
-            call: the call of the ranking layer.
-            previous: (B, N, D), the input of the layer before it, or None.
+        The called layer ranks; `previous` (B, N, D) is the input of the layer before it, or None.
         """
         check_cache(call.layer, call.kwargs)
         check_per_token(call.layer, call.kwargs, self.plan.length)
@@ -68,6 +59,12 @@ class Ranking:
         self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
     ) -> None:
         """Record a drop in the trace; `scores` is None if it did not rank."""
+        planned = self.plan.drops[drop]
+        ranked = None if scores is None else Ranked(*self._visual_rows(drop, before), scores)
+        trace.record(planned.layer, planned.keep, *self._visual_rows(drop + 1, kept), self.plan.past, ranked)
+
+    def _visual_rows(self, stage: int, kept: Selection | None) -> tuple[Tensor, Tensor | None]:
+        """(B, n) rows of `stage`, which are `kept`, and which of them are visual tokens; None: all."""
         raise NotImplementedError
 
     def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
@@ -75,12 +72,7 @@ class Ranking:
 
 
 class LastTokenRanking(Ranking):
-    """The usual prefill, scored by attention: the last row is the query and attends to every row.
-
-    Args:
-        plan: the plan of the prefill.
-        inputs: gives the positions of the rows.
-    """
+    """The usual prefill, scored by attention: the last row is the query and attends to every row."""
 
     def __init__(self, plan: LastTokenPlan, inputs: LayerInputs) -> None:
         self.plan: LastTokenPlan = plan
@@ -91,59 +83,44 @@ class LastTokenRanking(Ranking):
     def device(self) -> torch.device:
         return self.plan.columns.device
 
-    def visual(self, stage: int) -> Tensor:
+    def _visual(self, stage: int) -> Tensor:
         """(B, V) ascending, the columns of the visual tokens of `stage`."""
         chosen = max((number for number in self._left if number <= stage), default=None)
         return self.plan.visual if chosen is None else self._left[chosen]
 
+    def _visual_rows(self, stage: int, kept: Selection | None) -> tuple[Tensor, None]:
+        return self._visual(stage), None
+
     def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
         tokens = self.inputs.tokens(drop, kept, call.hidden, call.kwargs)
-        seen: QueryKey = extract(call.layer, call.hidden, None, kernel_arguments(tokens, call.kwargs))
+        seen: QueryKey = extract(call.layer, call.hidden, None, _kernel_arguments(tokens, call.kwargs))
         scores = attention_received(seen.queries, seen.keys, None, None, seen.scale, seen.softcap, seen.sinks)
-        columns = self.visual(drop)
+        columns = self._visual(drop)
         rows = columns if kept is None else torch.searchsorted(kept.rows, columns)
         return scores.gather(1, rows.to(scores.device))
 
     def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
-        columns = self.visual(drop)
+        columns = self._visual(drop)
         chosen = columns[:, :0] if scores is None else best(scores, self.plan.drops[drop].kept)
         columns = columns.gather(1, chosen).sort().values
         self._left[drop + 1] = columns
         rows = torch.cat([self.plan.text, columns], 1).sort().values
         return Selection(rows, rows if before is None else torch.searchsorted(before.rows, rows), None)
 
-    def record(
-        self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
-    ) -> None:
-        ranked = None if scores is None else Ranked(self.visual(drop), None, scores)
-        planned = self.plan.drops[drop]
-        trace.record(planned.layer, planned.keep, self.visual(drop + 1), None, 0, ranked)
-
 
 class GeneralRanking(Ranking):
     """Any prefill, with any scorer.
 
     Args:
-        plan: the plan of the prefill.
-        schedule: the schedule of the method.
-        scorer: the scorer of the method.
-        inputs: gives the positions of the rows.
         earlier: stage -> the slots that earlier calls left in the stage's cache.
         vision: gives the vision tower's scores for a drop before the decoder that needs them, or None.
     """
 
     def __init__(
-        self,
-        plan: GeneralPlan,
-        schedule: Schedule,
-        scorer: Scorer,
-        inputs: LayerInputs,
-        earlier: Mapping[int, CacheIndex],
-        vision: VisionScores | None = None,
+        self, plan: GeneralPlan, inputs: LayerInputs, earlier: Mapping[int, CacheIndex], vision: VisionScores | None
     ) -> None:
         self.plan: GeneralPlan = plan
-        self.schedule, self.scorer, self.inputs, self.earlier = schedule, scorer, inputs, earlier
-        self.vision = vision
+        self.inputs, self.earlier, self.vision = inputs, earlier, vision
         self._active: dict[Selection | None, ActiveRows] = {}
 
     @property
@@ -151,11 +128,13 @@ class GeneralRanking(Ranking):
         return self.plan.visual.device
 
     def _score(self, drop: int, kept: Selection | None, call: LayerCall, previous: Tensor | None) -> Tensor:
-        plan = self.plan
+        plan, rules, device = self.plan, self.inputs.rules, call.hidden.device
         rows, alive, visual = self.active_rows(kept)
-        documents = self._documents(drop, rows, alive)
-        device, stage = call.hidden.device, self.schedule.stage_of(call.index)
-        ranking_layer = RankingLayer(plan, self.inputs, stage, self.earlier, kept, rows, alive, call, documents)
+        documents, packing, bounds = None, plan.packing, plan.document_bounds(drop)
+        if packing is not None and bounds is not None:
+            numbers = packing.documents.gather(1, rows).masked_fill(~alive, packing.count)
+            documents = Unpacked(numbers, packing.count, bounds.longest)
+        ranking_layer = RankingLayer(self, kept, rows, alive, call, documents)
         scorer_inputs = ScorerInputs(
             layer=plan.drops[drop].layer,
             visual=visual.to(device),
@@ -168,17 +147,9 @@ class GeneralRanking(Ranking):
             previous=None if previous is None else _first_stream(previous).to(device),
             vision=self.vision(plan).to(device) if self.vision and not plan.drops[drop].layer else None,
         )
-        if plan.packing is None or documents is None:
-            return self.scorer(scorer_inputs)
-        return documents.put(self.scorer(_by_document(scorer_inputs, plan.packing, documents)))
-
-    def _documents(self, stage: int, rows: Tensor, alive: Tensor) -> Unpacked | None:
-        """The documents of the rows of `stage`; None if no row is packed."""
-        packing, bounds = self.plan.packing, self.plan.document_bounds(stage)
-        if packing is None or bounds is None:
-            return None
-        numbers = packing.documents.gather(1, rows).masked_fill(~alive, packing.count)
-        return Unpacked(numbers, packing.count, bounds.longest)
+        if packing is None or documents is None:
+            return rules.scorer(scorer_inputs)
+        return documents.put(rules.scorer(_by_document(scorer_inputs, packing, documents)))
 
     def choose(self, drop: int, before: Selection | None, scores: Tensor | None) -> Selection:
         return select_rows(self.plan, drop, self.active_rows(before), scores)
@@ -189,16 +160,9 @@ class GeneralRanking(Ranking):
             self._active[kept] = active_rows(self.plan, kept)
         return self._active[kept]
 
-    def record(
-        self, trace: Trace, drop: int, before: Selection | None, kept: Selection | None, scores: Tensor | None
-    ) -> None:
-        ranked = None
-        if scores is not None:
-            there, _, candidates = self.active_rows(before)
-            ranked = Ranked(there, candidates, scores)
+    def _visual_rows(self, stage: int, kept: Selection | None) -> tuple[Tensor, Tensor]:
         rows, _, visual = self.active_rows(kept)
-        planned = self.plan.drops[drop]
-        trace.record(planned.layer, planned.keep, rows, visual, self.plan.past, ranked)
+        return rows, visual
 
 
 def _by_document(scorer_inputs: ScorerInputs, packing: Packing, documents: Unpacked) -> ScorerInputs:
@@ -246,34 +210,28 @@ def select_rows(plan: GeneralPlan, drop: int, before: ActiveRows, scores: Tensor
     return Selection(rows.gather(1, index), index, valid)
 
 
+@dataclass(eq=False)
 class RankingLayer:
     """The ranking layer at one drop. It computes keys and attention only when they are requested.
 
-    Args:
-        plan: the plan of the prefill.
-        inputs: gives the positions of the rows.
-        stage: the stage of the layer.
-        earlier: stage -> the slots that earlier calls left in the stage's cache.
+    Attributes:
         kept: the remaining rows; None: all.
         rows, alive: (B, N) the indices of these rows, and which of them are not padding.
         call: the call of the layer.
         documents: the documents of these rows; None if no row is packed. Results are then given for each document.
     """
 
-    def __init__(
-        self,
-        plan: GeneralPlan,
-        inputs: LayerInputs,
-        stage: int,
-        earlier: Mapping[int, CacheIndex],
-        kept: Selection | None,
-        rows: Tensor,
-        alive: Tensor,
-        call: LayerCall,
-        documents: Unpacked | None = None,
-    ) -> None:
-        self.plan, self.inputs, self.stage, self.earlier, self.kept = plan, inputs, stage, earlier, kept
-        self.rows, self.alive, self.call, self.documents = rows, alive, call, documents
+    ranking: GeneralRanking
+    kept: Selection | None
+    rows: Tensor
+    alive: Tensor
+    call: LayerCall
+    documents: Unpacked | None
+
+    def __post_init__(self) -> None:
+        self.plan, self.inputs = self.ranking.plan, self.ranking.inputs
+        self.stage = self.inputs.rules.schedule.stage_of(self.call.index)
+        self.scope = self.inputs.info.scopes[self.call.index]
 
     def keys(self) -> Tensor:
         """(B, Hkv, N, d), rotated."""
@@ -282,7 +240,7 @@ class RankingLayer:
 
     def attention(self, *, instruction: bool = False, rotated: bool = True) -> Tensor:
         """(B, H, N) the attention that each row receives; see `pyramiddrop.scoring.Attention`."""
-        plan, rows = self.plan, self.rows
+        plan = self.plan
         columns, weights = plan.queries, plan.weights
         if instruction:
             columns, weights = plan.instruction, plan.instruction_weights
@@ -293,57 +251,44 @@ class RankingLayer:
             )
         self._check_reach()
         seen = self._project(columns, rotated)
-        if plan.packing is not None and self.documents is not None:
-            width = plan.packing.instruction if instruction else plan.packing.queries
-            return self._within_documents(plan.packing, self.documents, columns, weights, seen, width)
-        keys, key_columns, alive = self._with_past(seen.keys)
+        if plan.packing is None or self.documents is None:
+            keys, key_columns, alive = self._with_past(seen.keys)
+            queries, visible = seen.queries, self._visible(columns, key_columns, alive)
+        else:  # each document's rows receive attention from its own query tokens alone
+            packing, documents = plan.packing, self.documents
+            numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
+            asking = Unpacked(numbers, packing.count, packing.instruction if instruction else packing.queries)
+            queries, keys = _heads_by_document(asking, seen.queries), _heads_by_document(documents, seen.keys)
+            query_columns, key_columns, weights = asking.take(columns), documents.take(self.rows), asking.valid
+            visible = self._visible(query_columns, key_columns, documents.valid, packing.rows[:, None, None])
         # The layer may be on another device than its inputs; only one number for each row and head is moved.
-        visible, weights = (table.to(keys.device) for table in (self._visible(columns, key_columns, alive), weights))
-        received = attention_by_head(seen.queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
-        return received[..., -rows.shape[1] :].to(self.call.hidden.device)
-
-    def _within_documents(
-        self, packing: Packing, documents: Unpacked, columns: Tensor, weights: Tensor, seen: QueryKey, width: int
-    ) -> Tensor:
-        """(S, H, W) the attention that each document's rows, at most `width`, receive from its own query tokens."""
-        numbers = packing.documents.gather(1, columns).masked_fill(weights == 0, packing.count)
-        query_documents = Unpacked(numbers, packing.count, width)
-        visible = self._visible(
-            query_documents.take(columns), documents.take(self.rows), documents.valid, packing.rows[:, None, None]
-        )
-        queries, keys = _heads_by_document(query_documents, seen.queries), _heads_by_document(documents, seen.keys)
-        visible, weights = visible.to(keys.device), query_documents.valid.to(keys.device)
+        visible, weights = visible.to(keys.device), weights.to(keys.device)
         received = attention_by_head(queries, keys, visible, weights, seen.scale, seen.softcap, seen.sinks)
-        return received.to(self.call.hidden.device)
+        return received[..., -self.rows.shape[1] :].to(self.call.hidden.device)
 
     def _project(self, columns: Tensor, rotated: bool) -> QueryKey:
         """Queries of the rows at `columns` (B, Q), and keys of all remaining rows."""
         # Positions are those of this layer's own cache, which may have dropped more of an earlier turn than this call.
         tokens = self.inputs.tokens(self.stage, self.kept, self.call.hidden, self.call.kwargs)
         if not rotated:
-            tokens = tokens | unrotated(tokens)
-        arguments = kernel_arguments(tokens, self.call.kwargs)
-        seen: QueryKey = extract(self.call.layer, self.call.hidden, self._among_rows(columns), arguments)
-        return seen
-
-    def _among_rows(self, columns: Tensor) -> Tensor:
-        """(B, Q) the indices of the tokens at `columns` among the remaining rows."""
+            tokens = tokens | _unrotated(tokens)
+        arguments = _kernel_arguments(tokens, self.call.kwargs)
         rows = self.rows
-        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        return torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)
+        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)  # of tokens among the remaining rows
+        query_rows = torch.zeros_like(self.plan.groups).scatter(1, rows, numbers).gather(1, columns)
+        seen: QueryKey = extract(self.call.layer, self.call.hidden, query_rows, arguments)
+        return seen
 
     def _with_past(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (B, Hkv, K, d) after the cached ones, the column of each (B, K), and which are not padding."""
-        rows, alive, past = self.rows, self.alive, self.plan.past
-        cache: Any = cache_of(self.call.kwargs)
+        rows, alive, past, cache = self.rows, self.alive, self.plan.past, cache_of(self.call.kwargs)
         if not past:
             return keys, rows, alive
-        before = self.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).resized(past)
+        before = self.ranking.earlier.get(self.stage, CacheIndex(rows[:, :0], None, 0)).resized(past)
         before = before.window(cache, self.call.index, 0)
-        cached = cached_keys(self.call.layer, cache.layers[self.call.index])[:, :, : before.columns.shape[1]].to(
-            keys.device
-        )
-        if cached.shape[2] != before.columns.shape[1] or cached.shape[1] != keys.shape[1]:
+        cached, count = cached_keys(self.call.layer, cache.layers[self.call.index]), before.columns.shape[1]
+        cached = cached[:, :, :count].to(keys.device)
+        if cached.shape[2] != count or cached.shape[1] != keys.shape[1]:
             raise ValueError(
                 f"a further image on top of a {type(cache).__name__} is not supported here, for its keys cannot be "
                 "read back: use a DynamicCache or a StaticCache"
@@ -365,7 +310,7 @@ class RankingLayer:
                 return seen
             shown: Tensor = mask.bool().gather(1, columns) if batch is None else mask.bool()[batch[..., 0], columns]
             return seen & shown[:, None, None]
-        offset = plan.past + plan.length - mask.shape[-1] if self._scope.windowed else 0
+        offset = plan.past + plan.length - mask.shape[-1] if self.scope.windowed else 0
         if batch is not None:
             mask = mask.expand(len(plan.visual), -1, -1, -1)
             seen = mask[batch, :, query_columns[..., None], columns[:, None]].movedim(-1, 1)
@@ -374,17 +319,13 @@ class RankingLayer:
         seen = take_columns(query_rows, (columns - offset).clamp(min=0) if offset else columns)
         return hide(seen, (alive & (columns >= offset) if offset else alive)[:, None, None])
 
-    @property
-    def _scope(self) -> AttentionScope:
-        return self.inputs.info.scopes[self.call.index]
-
     def _check_reach(self) -> None:
         """Raise UnsupportedModelError if the ranking layer does not attend to every visual token.
 
         It would rank the tokens outside its window last, regardless of their content.
         """
-        scope = self._scope
-        reach = self.plan.past + self.plan.length if scope.kind == "chunked" else self.plan.reach
+        scope, plan = self.scope, self.plan
+        reach = plan.past + plan.length if scope.kind == "chunked" else plan.reach
         if scope.windowed and reach > scope.size:
             whole = [number for number, other in enumerate(self.inputs.info.scopes) if other.kind == "full"]
             raise UnsupportedModelError(
@@ -402,7 +343,7 @@ def _heads_by_document(documents: Unpacked, heads: Tensor) -> Tensor:
 _CACHING = (*CACHE_NAMES, "use_cache")
 
 
-def unrotated(tokens: Kwargs) -> Kwargs:
+def _unrotated(tokens: Kwargs) -> Kwargs:
     """Replace the position arguments in `tokens` by those of a prompt with every token at position 0.
 
     Cosines and sines (or complex numbers) keep their length, by which some models scale queries and keys.
@@ -419,7 +360,7 @@ def unrotated(tokens: Kwargs) -> Kwargs:
     return changed
 
 
-def kernel_arguments(tokens: Kwargs, kwargs: Kwargs) -> Callable[[Tensor | None], Kwargs]:
+def _kernel_arguments(tokens: Kwargs, kwargs: Kwargs) -> Callable[[Tensor | None], Kwargs]:
     """The further arguments of a ranking layer for rows (B, n); None: all rows.
 
     They are these rows of `tokens`, and everything in `kwargs` that is not per token, without mask and cache.

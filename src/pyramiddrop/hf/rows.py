@@ -7,8 +7,8 @@ ranking then sees the documents as rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,30 @@ class Selection:
     valid: Tensor | None
 
 
+Value = TypeVar("Value")
+
+
+def map_tensors(value: Value, function: Callable[[Tensor], Tensor]) -> Value:
+    """Apply `function` to a tensor, or to every tensor in a dataclass, tuple or dict."""
+    result: Any = value
+    if isinstance(value, Tensor):
+        result = function(value)
+    elif isinstance(value, tuple):
+        result = tuple(map_tensors(part, function) for part in value)
+    elif isinstance(value, dict):
+        result = {key: map_tensors(part, function) for key, part in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        result = replace(value, **map_tensors(vars(value), function))
+    return result  # type: ignore[no-any-return]
+
+
 def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
-    """Gather `rows` (B, N) of `tensor` along `dim`; the batch dimension is the one before, B or 1 (broadcast)."""
-    rows = rows.to(tensor.device)
+    """Gather `rows` (B, N) of `tensor` along `dim`; the batch dimension is the one before, B or 1 (broadcast).
+
+    With -2: hidden states (B, L, D), or (streams, B, L, D) of models with several (Gemma 3n). With -1: position ids
+    (..., B or 1, L), with one axis or several.
+    """
+    rows, dim = rows.to(tensor.device), dim % tensor.dim()
     if len(rows) == 1 and tensor.shape[dim - 1] == 1:
         return tensor.index_select(dim, rows[0])
     if dim == 1 and len(tensor) == len(rows):
@@ -45,11 +66,6 @@ def take_rows(tensor: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
     return source.gather(dim, _aligned(rows, tensor.dim(), dim - 1, dim).expand(shape))
 
 
-def take_hidden(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Gather `rows` (B, N) of hidden states (B, L, D), or (streams, B, L, D) of models with several (Gemma 3n)."""
-    return take_rows(hidden, rows, dim=hidden.dim() - 2)
-
-
 def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int, dim: int = 1) -> Tensor:
     """Undo `take_rows`: scatter (B, N at `dim`, ...) to `length` columns, with zeros at columns without a valid row."""
     rows = rows.to(tensor.device)
@@ -60,30 +76,6 @@ def scatter_rows(tensor: Tensor, rows: Tensor, valid: Tensor | None, length: int
     return tensor.new_zeros(shape).scatter(dim, _aligned(rows, tensor.dim(), 0, dim).expand_as(tensor), tensor)
 
 
-def give_back(
-    output: Any,
-    last: Callable[[Tensor], Tensor],
-    hidden: Callable[[int, Tensor | None], Tensor | None],
-    attention: Callable[[int, Tensor | None], Tensor | None],
-) -> Any:
-    """Restore the rows of a text model's output to the places that the caller expects.
-
-    Args:
-        last: restores the last hidden state.
-        hidden, attention: restore the output hidden state and the attention weights of a layer, given its number.
-    """
-    if isinstance(output, tuple):
-        return (last(output[0]), *output[1:])
-    output.last_hidden_state = last(output.last_hidden_state)
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(
-            hidden(max(number - 1, 0), state) for number, state in enumerate(output.hidden_states)
-        )
-    if getattr(output, "attentions", None) is not None:
-        output.attentions = tuple(attention(*item) for item in enumerate(output.attentions))
-    return output
-
-
 def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
     """(B, N) the label that each of `rows` predicts, which is the next one; -100 at padding."""
     following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -91,14 +83,11 @@ def take_next_labels(labels: Tensor, rows: Tensor, valid: Tensor | None) -> Tens
     return taken if valid is None else taken.masked_fill(~valid.to(taken.device), -100)
 
 
-def take_positions(ids: Tensor, rows: Tensor) -> Tensor:
-    """Gather position ids (..., B or 1, L), with one axis or several."""
-    return take_rows(ids, rows, dim=ids.dim() - 1)
-
-
-def take_embeddings(table: Tensor, rows: Tensor) -> Tensor:
-    """Gather position embeddings (..., B or 1, L, d), real or complex."""
-    return take_rows(table, rows, dim=table.dim() - 2)
+def take_embeddings(embeddings: Any, rows: Tensor) -> Any:
+    """Gather position embeddings (..., B or 1, L, d), real or complex, in one table or several."""
+    if isinstance(embeddings, Tensor):
+        return take_rows(embeddings, rows, -2)
+    return tuple(take_embeddings(table, rows) for table in embeddings)
 
 
 def _aligned(table: Tensor, dims: int, batch: int, column: int) -> Tensor:
@@ -114,7 +103,6 @@ class Packing:
 
     Attributes:
         documents: (B, L) long, the document of each column; `count` at padding.
-        count: number of documents.
         rows: (S,) long, the row of the batch that holds each document.
         owners: (B, G) long, the document of each group of visual tokens; `count` if a row does not have the group.
         lengths: (S,) long, the number of tokens of each document.
@@ -129,17 +117,10 @@ class Packing:
     queries: int
     instruction: int
 
-    def to(self, device: torch.device) -> Packing:
-        """The same with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-    def per_document(self, per_group: Tensor) -> Tensor:
-        """(S,) the sum over the groups (B, G) of each document."""
-        sums = per_group.new_zeros(self.count + 1)
-        return sums.scatter_add(0, self.owners.flatten(), per_group.flatten())[: self.count]
+    def bounds(self, dropped: Tensor) -> Bounds:
+        """The bounds of the documents after `dropped` (B, G) tokens of each group."""
+        sums = dropped.new_zeros(self.count + 1)
+        return Bounds.of(self.lengths - sums.scatter_add(0, self.owners.flatten(), dropped.flatten())[: self.count])
 
 
 @dataclass(frozen=True)
@@ -148,15 +129,10 @@ class Bounds:
 
     Attributes:
         cumulative: (S + 1,) int32, the first row of each document, and the end of the last, as flash kernels take them.
-        longest: number of rows of the longest document.
     """
 
     cumulative: Tensor
     longest: int
-
-    def to(self, device: torch.device) -> Bounds:
-        """The same with its tensor on `device`."""
-        return replace(self, cumulative=self.cumulative.to(device))
 
     @classmethod
     def of(cls, lengths: Tensor) -> Bounds:
@@ -170,7 +146,6 @@ class Unpacked:
 
     Args:
         documents: (B, n) long, the document of each of n tokens in a row; `count` at tokens outside of documents.
-        count: number of documents, S.
         width: number of tokens of the longest document.
     """
 
@@ -203,20 +178,24 @@ def find_documents(call: Mapping[str, Any], shape: tuple[int, int], valid: Tenso
     position axes, the first one counts: the text's, or time.)
 
     Args:
-        shape: the shape (B, L) of the call's tokens.
         valid: (B, L) bool on the CPU, False at padding; None if there is none.
         past: number of columns in the KV cache before this call.
-
-    Raises:
-        ValueError: if `cu_seq_lens_q` does not describe one row, and for packed rows on top of a cache.
     """
     bounds, mask, positions = call.get("cu_seq_lens_q"), call.get("attention_mask"), call.get("position_ids")
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values())))
     if bounds is not None:
-        starts = _bounded(bounds.cpu(), shape)
+        if shape[0] != 1 or int(bounds[-1]) != shape[1]:
+            raise ValueError(
+                f"cu_seq_lens_q must describe one row of packed documents, from 0 to its length; it ends at "
+                f"{int(bounds[-1])}, and this call has {shape[0]} x {shape[1]} tokens"
+            )
+        starts, first = torch.zeros(shape, dtype=torch.bool), bounds.cpu().long()
+        starts[0, first[first < shape[1]]] = True
     elif mask is not None and mask.dim() == 4:
-        starts = _unseen(mask[..., past : past + shape[1]], shape)
+        before = mask[:, 0, :, past : past + shape[1]].diagonal(offset=-1, dim1=-2, dim2=-1)
+        seen = before if before.dtype == torch.bool else before >= 0
+        starts = torch.nn.functional.pad(~seen.cpu(), (1, 0)).expand(shape)
     elif positions is not None:
         starts = _restarted(positions, shape)
     else:
@@ -231,25 +210,6 @@ def find_documents(call: Mapping[str, Any], shape: tuple[int, int], valid: Tenso
             "row of its own"
         )
     return starts.cumsum(1)
-
-
-def _bounded(bounds: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, L) bool, the first tokens of documents, by cumulative lengths."""
-    if shape[0] != 1 or int(bounds[-1]) != shape[1]:
-        raise ValueError(
-            f"cu_seq_lens_q must describe one row of packed documents, from 0 to its length; it ends at "
-            f"{int(bounds[-1])}, and this call has {shape[0]} x {shape[1]} tokens"
-        )
-    starts = torch.zeros(shape, dtype=torch.bool)
-    starts[0, bounds[bounds < shape[1]].long()] = True
-    return starts
-
-
-def _unseen(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, L) bool, tokens that do not attend to the one before them in a prepared mask (B or 1, heads or 1, L, L)."""
-    before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
-    seen = before if before.dtype == torch.bool else before >= 0
-    return torch.nn.functional.pad(~seen.cpu(), (1, 0)).expand(shape)
 
 
 def _restarted(positions: Tensor, shape: tuple[int, int]) -> Tensor:

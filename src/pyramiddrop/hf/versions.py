@@ -64,10 +64,7 @@ def output_cache(output: Any) -> Any:
 def let_crop_follow(cache: Any, dropped: Mapping[int, int]) -> None:
     """Make `crop(length)` of a pruned cache, if Transformers has it, crop each layer after the same token.
 
-    Transformers itself crops each layer to `length`, which is more than a pruned layer holds.
-
-    Args:
-        dropped: layer -> number of columns that it does not hold.
+    Transformers itself crops each layer to `length` slots, but a pruned layer lacks as many columns as `dropped` tells.
     """
     if _installed() >= (5, 18) or cache.is_compileable:
         return
@@ -90,15 +87,15 @@ def _cropped_by_columns(base: type) -> Any:
                 layer.crop(length - getattr(self, _DROPPED).get(index, 0) if length > 0 else length)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _empty_layer, (base,), self.__dict__
+            return empty_object, (_cropped_by_columns, base), self.__dict__
 
     PrunedCache.__name__ = base.__name__
     return PrunedCache
 
 
-def _empty_layer(base: type) -> Any:
-    """An empty cache, for copying and unpickling."""
-    return object.__new__(_cropped_by_columns(base))
+def empty_object(subclass: Callable[[type], type], base: type) -> Any:
+    """An object without attributes of a `subclass` that is made when needed, for copying and unpickling."""
+    return object.__new__(subclass(base))
 
 
 def cache_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -120,14 +117,11 @@ def _renamed_arguments(forward: Callable[..., Any] | None) -> Iterator[tuple[str
 
 
 def given_twice(placed: tuple[str, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """True if a call gives an argument both by position and by name, which the model itself will refuse.
+    """True if a call gives an argument both by position (`placed`) and by name, which the model itself will refuse.
 
-    Args:
-        placed: names of the positional arguments.
-        names: the names under which the model takes its cache.
+    The cache may have several `names`.
     """
-    taken = {*placed, *(names if set(names) & set(placed) else ())}
-    return any(name in taken for name in kwargs)
+    return not kwargs.keys().isdisjoint((*placed, *(names if set(names) & set(placed) else ())))
 
 
 def with_one_cache(call: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
