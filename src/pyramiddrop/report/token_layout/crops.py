@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,7 @@ class Calibration:
 
 
 def calibrate(config: Any, processor: Any, size: tuple[int, int]) -> Calibration:
-    """Process a calibration image of `size` (width, height).
-
-    Raises:
-        CannotPlaceError: if a crop shows too little of the picture.
-    """
+    """Process a calibration image of `size` (width, height)."""
     made = processor(images=[_calibration_image(*size)], text=[image_token(processor)], **_AS_THEY_ARE)
     return _calibration(config, made, ("pixel_values", "pixel_values_images", "image_pixel_values"), size)
 
@@ -73,16 +70,12 @@ def _calibration(config: Any, made: Any, names: Sequence[str], size: tuple[int, 
     pixels = next(made[name] for name in names if name in made)
     local = made.get("pixel_values_local", [])  # Step 3.7's tiles, whose tokens precede those of the whole picture
     crops = [_crop(crop, size) for crop in [*_crops(local), *_crops(unpatched(made, pixels))] if _blue(crop).any()]
-    ids, visual = torch.as_tensor(made["input_ids"]), torch.tensor(_visual_ids(config))
-    return Calibration(crops, int(torch.isin(ids, visual).sum()))
-
-
-def _visual_ids(config: Any) -> list[int]:
-    """The ids of image and video placeholders."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    placeholders = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     parts = (config, getattr(config, "vision_config", None))  # Phi-4-multimodal has it in its vision configuration
-    found = {getattr(part, name, None) for part in parts for name in names}
-    return sorted(int(number) for number in found if number is not None)
+    visual = [
+        int(getattr(part, name)) for part in parts for name in placeholders if getattr(part, name, None) is not None
+    ]
+    return Calibration(crops, int(np.isin(made["input_ids"], visual).sum()))
 
 
 def _calibration_image(width: int, height: int) -> Image.Image:
@@ -140,19 +133,17 @@ def unpatched(made: Any, pixels: Any) -> Any:
     largest number of patches.
     """
     if "spatial_shapes" in made:
+        side = math.isqrt(pixels.shape[-1] // 3)
+        patches = pixels.reshape(*pixels.shape[:-1], side, side, 3).movedim(-1, -3)
+        shapes = made["spatial_shapes"].tolist()
         return [
-            _joined(_squares(crop[: rows * columns]), rows, columns)
-            for crop, (rows, columns) in zip(pixels, made["spatial_shapes"].tolist(), strict=True)
+            _joined(crop[: rows * columns], rows, columns)
+            for crop, (rows, columns) in zip(patches, shapes, strict=True)
         ]
     if "image_grid_thw" in made:
         (_, rows, columns) = made["image_grid_thw"][0].tolist()
         return _joined(pixels, rows, columns)
     return pixels
-
-
-def _squares(flat: Tensor) -> Tensor:
-    side = math.isqrt(flat.shape[-1] // 3)
-    return flat.reshape(-1, side, side, 3).movedim(-1, 1)
 
 
 def _joined(patches: Tensor, rows: int, columns: int) -> Tensor:
@@ -187,9 +178,6 @@ def calibrated_frame_ranges(
     Args:
         leading: number of tokens without a place before each frame.
         trailing: number of tokens without a place after the last frame.
-
-    Raises:
-        CannotPlaceError: if tokens and frames do not match.
     """
     count = len(frames)
     found = calibrate_video(prompt.config, prompt.processor, frames[0].size, count)
@@ -198,9 +186,8 @@ def calibrated_frame_ranges(
         raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {count} frames")
     crop = found.crops[0]
     rows, columns = _grid(crop, each - leading)
-    cells = reading_order(rows, columns, leading)
-    view = View("", rows, columns, crop.box, cells)
-    last = replace(view, cells=(*cells, *[None] * trailing))
+    view = View("", rows, columns, crop.box, reading_order(rows, columns, leading))
+    last = replace(view, cells=(*view.cells, *[None] * trailing))
     return [FrameRange(number, number, last if number == count - 1 else view) for number in range(count)]
 
 
@@ -208,28 +195,22 @@ def crop_views(found: Calibration, size: tuple[int, int]) -> list[View]:
     """The crops in their order; those that do not show the whole picture form one view, `tiles`.
 
     The number of tokens of a crop is proportional to its pixels, and all tiles have one size.
-
-    Raises:
-        CannotPlaceError: if tokens and crops do not match.
     """
     crops, area = found.crops, sum(crop.height * crop.width for crop in found.crops)
     shares = [divmod(found.tokens * crop.height * crop.width, area) for crop in crops]
     if any(left for _, left in shares):
         raise CannotPlaceError(f"cannot place {found.tokens} visual tokens in {len(crops)} crops")
     if len(crops) == 1:
-        return [replace(_alone(crops[0], found.tokens), name="picture")]
+        return [View("picture", *_grid(crops[0], found.tokens), crops[0].box)]
     views: list[View] = []
-    tiles: list[Crop] = []
-    each = 0
-    for crop, (tokens, _) in zip(crops, shares, strict=True):
-        if not _shows_all(crop.box, size):
-            tiles.append(crop)
-            each = tokens
-            continue
-        views += _together(tiles, each)
-        views.append(_alone(crop, tokens))
-        tiles = []
-    return views + _together(tiles, each)
+    sized = [(crop, tokens) for crop, (tokens, _) in zip(crops, shares, strict=True)]
+    for whole, group in groupby(sized, lambda one: _shows_all(one[0].box, size)):
+        if whole:
+            views += [View("whole", *_grid(crop, tokens), crop.box) for crop, tokens in group]
+        else:
+            tiles, tokens = zip(*group, strict=True)
+            views.append(_together(tiles, tokens[-1]))
+    return views
 
 
 def _shows_all(box: Box, size: tuple[int, int]) -> bool:
@@ -238,15 +219,8 @@ def _shows_all(box: Box, size: tuple[int, int]) -> bool:
     return max(misses) < _SLACK
 
 
-def _alone(crop: Crop, tokens: int) -> View:
-    rows, columns = _grid(crop, tokens)
-    return View("whole", rows, columns, crop.box)
-
-
-def _together(tiles: Sequence[Crop], tokens: int) -> list[View]:
-    """Join crops that fill a rectangle row by row into one view."""
-    if not tiles:
-        return []
+def _together(tiles: Sequence[Crop], tokens: int) -> View:
+    """Join crops of `tokens` each that fill a rectangle row by row into one view."""
     first = tiles[0].box
     across = sum(abs(tile.box.top - first.top) < first.height / 2 for tile in tiles)
     down, left = divmod(len(tiles), across)
@@ -256,7 +230,7 @@ def _together(tiles: Sequence[Crop], tokens: int) -> list[View]:
     box = Box(first.left, first.top, tiles[across - 1].box.right, tiles[-1].box.bottom)
     cells = crop_order((down, across), rows, columns)
     seams = tuple(range(rows, down * rows, rows)), tuple(range(columns, across * columns, columns))
-    return [View("tiles", down * rows, across * columns, box, cells, seams)]
+    return View("tiles", down * rows, across * columns, box, cells, seams)
 
 
 def _grid(crop: Crop, tokens: int) -> tuple[int, int]:

@@ -100,11 +100,7 @@ def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | 
 
 
 def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozenset[Cell]]:
-    """The places of `tokens`, numbered through all `views`, in each view.
-
-    Raises:
-        ValueError: for a token beyond the last view.
-    """
+    """The places of `tokens`, numbered through all `views`, in each view."""
     located, places = _located(views), [set[Cell]() for _ in views]
     for token in tokens:
         if not 0 <= token < len(located):
@@ -117,17 +113,13 @@ def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozense
 
 def unplaced_by_name(views: Sequence[View], tokens: Iterable[int]) -> dict[str, int]:
     """The number of `tokens`, numbered through all `views`, without a place in the picture, by name."""
-    located = [(view, token) for view in views for token in range(view.tokens)]
-    views_and_numbers = (located[token] for token in tokens)
-    return dict(Counter(view.unplaced_name(number) for view, number in views_and_numbers if view.cell(number) is None))
+    located = [(view, number) for view in views for number in range(view.tokens)]
+    chosen = (located[token] for token in tokens)
+    return dict(Counter(view.unplaced_name(number) for view, number in chosen if view.cells[number] is None))
 
 
 def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[list[float]]]:
-    """Split `values`, one for each token through all `views`, into the rows of each view.
-
-    Raises:
-        ValueError: if there are more or fewer values than tokens.
-    """
+    """Split `values`, one for each token through all `views`, into the rows of each view."""
     located = _located(views)
     if len(values) != len(located):
         raise ValueError(f"the views have {len(located)} visual tokens; there are {len(values)} values")

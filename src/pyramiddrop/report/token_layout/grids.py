@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -35,7 +34,10 @@ def onevision_views(prompt: Prompt, size: Size) -> list[View]:
     """
     side = prompt.config.vision_config.image_size // prompt.config.vision_config.patch_size
     if any(count > 1 for count in prompt.inputs.get("batch_num_images", [1])):
-        return [_squared(size, side)]
+        longer = max(size)
+        left, top = (-((longer - length) // 2) for length in size)
+        cells = (*reading_order(side, side), None)
+        return [View("picture", side, side, Box(left, top, left + longer, top + longer), cells)]
     base, tiles = next_views(prompt, size)
     most = int(prompt.config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(tiles.rows * tiles.columns / (most * side**2))
@@ -70,13 +72,6 @@ def tiled_views(width: int, height: int, best: tuple[int, int], tile: int, patch
     return [base, View("tiles", rows, columns, box, reading_order(rows, columns, newline=True), seams)]
 
 
-def _squared(size: Size, side: int) -> View:
-    longer = max(size)
-    left, top = (-((longer - length) // 2) for length in size)
-    cells = (*reading_order(side, side), None)
-    return View("picture", side, side, Box(left, top, left + longer, top + longer), cells)
-
-
 def _fitted(height: int, width: int, best: tuple[int, int]) -> tuple[int, int]:
     """The largest size (height, width) with the picture's aspect ratio that fits into `best`."""
     scale_y, scale_x = best[0] / height, best[1] / width
@@ -90,21 +85,15 @@ def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
     return tuple(place - start for place in range(side, start + count, side) if place > start)
 
 
-def patch_grids(prompt: Prompt) -> list[list[View]]:
-    """Qwen-VL and relatives: `image_grid_thw` has the patches, squares of which are merged into tokens."""
-    merge = merge_size(prompt)
-    return [
-        [View("picture", rows // merge, columns // merge, whole(picture))]
-        for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True)
-    ]
+def patch_grids(prompt: Prompt, newlines: bool = False) -> list[list[View]]:
+    """Qwen-VL and relatives: `image_grid_thw` has the patches, squares of which are merged into tokens.
 
-
-def newline_grids(prompt: Prompt) -> list[list[View]]:
-    """HunYuan-VL: `image_grid_thw` too, with a newline after each row and one token before and after the grid."""
-    merge, found = merge_size(prompt), []
+    HunYuan-VL has `newlines`, one after each row, and one token before and after the grid.
+    """
+    merge, found = int(prompt.processor.image_processor.merge_size), []
     for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True):
         down, across = rows // merge, columns // merge
-        cells = (*reading_order(down, across, leading=1, newline=True), None)
+        cells = (*reading_order(down, across, leading=1, newline=True), None) if newlines else ()
         found.append([View("picture", down, across, whole(picture), cells)])
     return found
 
@@ -119,11 +108,7 @@ def pixel_sizes(prompt: Prompt) -> list[list[View]]:
 
 
 def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
-    """Qwen-VL and relatives: `video_grid_thw` has the patches, each of which covers a few consecutive frames.
-
-    Raises:
-        ValueError: if the processor took other frames than those of the prompt.
-    """
+    """Qwen-VL and relatives: `video_grid_thw` has the patches, each of which covers a few consecutive frames."""
     depth, merge = prompt.processor.video_processor.temporal_patch_size, prompt.processor.video_processor.merge_size
     found = []
     for frames, (times, rows, columns) in zip(prompt.videos, prompt.of_videos("video_grid_thw"), strict=True):
@@ -159,11 +144,6 @@ def _placed(prompt: Prompt, picture: Image.Image, places: list[tuple[int, int]])
     return View("picture", rows // side, columns // side, whole(picture))
 
 
-def merge_size(prompt: Prompt) -> int:
-    """The number of patches of a token, down and across."""
-    return int(prompt.processor.image_processor.merge_size)
-
-
 def whole(picture: Image.Image) -> Box:
     """The box of the whole picture."""
     return Box(0, 0, picture.width, picture.height)
@@ -172,7 +152,8 @@ def whole(picture: Image.Image) -> Box:
 def molmo_views(prompt: Prompt) -> list[list[View]]:
     """`image_grids` has the rows and columns of both grids, `image_token_pooling` the patches of each token."""
     grids = prompt.of_pictures("image_grids")
-    windows = iter(_split(prompt, "image_token_pooling", [each for grid in grids for each in (grid[:2], grid[2:])]))
+    sizes = [rows * columns for grid in grids for rows, columns in (grid[:2], grid[2:])]
+    windows = iter(torch.split(torch.as_tensor(prompt.inputs["image_token_pooling"]), sizes))
     return [
         [_view("whole", picture, grid[:2], next(windows)), _view("picture", picture, grid[2:], next(windows))]
         for picture, grid in zip(prompt.pictures, grids, strict=True)
@@ -182,16 +163,12 @@ def molmo_views(prompt: Prompt) -> list[list[View]]:
 def molmo_frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
     """`video_grids` has frames, rows and columns, `video_token_pooling` the patches of each token."""
     grids = prompt.of_videos("video_grids")
-    windows = iter(_split(prompt, "video_token_pooling", [grid[1:] for grid in grids for _ in range(grid[0])]))
+    sizes = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+    windows = iter(torch.split(torch.as_tensor(prompt.inputs["video_token_pooling"]), sizes))
     return [
         [FrameRange(number, number, _view("", frame, grid[1:], next(windows))) for number, frame in enumerate(frames)]
         for frames, grid in zip(prompt.videos, grids, strict=True)
     ]
-
-
-def _split(prompt: Prompt, name: str, grids: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-    windows, counts = torch.as_tensor(prompt.inputs[name]), [rows * columns for rows, columns in grids]
-    return [windows[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 def _view(name: str, picture: Image.Image, grid: Sequence[int], windows: Tensor) -> View:

@@ -38,11 +38,7 @@ class Prompt:
     videos: Sequence[Sequence[Image.Image]] = ()
 
     def of_pictures(self, name: str) -> list[Any]:
-        """The rows of `inputs[name]` as lists of numbers, one for each picture.
-
-        Raises:
-            ValueError: if the processor's outputs are not those of these pictures.
-        """
+        """The rows of `inputs[name]` as lists of numbers, one one a picture; ValueError for another number of rows."""
         return self._per_item(name, len(self.pictures), "picture")
 
     def of_videos(self, name: str) -> list[Any]:
