@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -15,33 +14,35 @@ from pyramiddrop.report.tables.speed import speed_heading, way_label
 
 Record = Mapping[str, Any]
 COLORS = ("#8a8f98", "#1f6fb2", "#d9822b", "#3a8f5c", "#8d5fb0", "#b0413e")
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One quantity: its title, its value and quartiles in a result, and its prediction (None: none)."""
-
-    title: str
-    value: Callable[[Record], float]
-    quartiles: Callable[[Record], tuple[float, float]] | None = None
-    predicted: Callable[[Record, Record], float] | None = None
+#: The titles of panels, and the quantities in a result: a spread in seconds, or bytes.
+GENERATION = {
+    "first token, seconds": "first_token",
+    "a decode step, seconds": "step",
+    "peak memory, MiB": "peak_bytes",
+    "KV cache, MiB": "kv_bytes",
+}
+TRAINING = {"forward and backward, seconds": "gradients", "peak memory, MiB": "peak_bytes"}
+MIB = 2**20
 
 
 def draw_speed(record: Record) -> Figure:
     """Draw a panel for each quantity with a bar for each method; predictions are relative to vanilla's measurement."""
     results: Sequence[Record] = record["results"]
-    panels = _training_panels() if record["kind"] == "training" else _generation_panels(results)
+    panels = TRAINING if record["kind"] == "training" else GENERATION
+    if not all(result.get("step") for result in results):
+        panels = {title: name for title, name in panels.items() if name != "step"}
     width = 3.1 * len(panels) + 2.2
     lines = [line for part in speed_heading(record) for line in wrap(part, int(width * 12))]
     height = 1.1 + 0.2 * len(lines) + 0.32 * len(results)
     figure = Figure(figsize=(width, height), dpi=140)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw(axis, panel, results)
+    for axis, (title, name) in zip(axes, panels.items(), strict=True):
+        _draw(axis, name, results)
+        axis.set_title(title, fontsize=9, loc="left")
     axes[0].set_yticks(range(len(results)), [_label(result) for result in results], fontsize=8.5)
     axes[0].set_ylim(len(results) - 0.4, -0.6)
-    heading = "\n".join(lines)
-    figure.text(0.012, 1 - 0.1 / height, heading, ha="left", va="top", fontsize=8.5, color="#333", parse_math=False)
+    style: dict[str, Any] = {"ha": "left", "va": "top", "fontsize": 8.5, "color": "#333", "parse_math": False}
+    figure.text(0.012, 1 - 0.1 / height, "\n".join(lines), **style)
     figure.text(0.988, 0.06 / height, "◇ predicted by the cost model", ha="right", va="bottom", fontsize=8)
     figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - (0.15 + 0.18 * len(lines)) / height))
     return figure
@@ -56,68 +57,31 @@ def check_plot_path(path: Path) -> None:
         raise ValueError(f"no folder {path.parent} to write the plot into")
 
 
-def _generation_panels(results: Sequence[Record]) -> list[_Panel]:
-    panels = [_timed("first token, seconds", "first_token", "flops")]
-    if all(result["step"] for result in results):
-        panels.append(_timed("a decode step, seconds", "step"))
-    panels.append(_Panel("peak memory, MiB", lambda result: result["peak_bytes"] / 2**20))
-    panels.append(
-        _Panel(
-            "KV cache, MiB",
-            lambda result: result["kv_bytes"] / 2**20,
-            predicted=lambda result, vanilla: result["predicted"]["kv_bytes"] / 2**20,
-        )
-    )
-    return panels
-
-
-def _training_panels() -> list[_Panel]:
-    return [
-        _timed("forward and backward, seconds", "gradients", "flops"),
-        _Panel("peak memory, MiB", lambda result: result["peak_bytes"] / 2**20),
-    ]
-
-
-def _timed(title: str, name: str, ratio: str | None = None) -> _Panel:
-    """A panel of seconds; a predicting `ratio` is relative to vanilla's median."""
-    predicted = None
-    if ratio is not None:
-
-        def predicted(result: Record, vanilla: Record) -> float:
-            return float(vanilla[name]["median"] * result["ratios"][ratio])
-
-    return _Panel(
-        title,
-        lambda result: result[name]["median"],
-        lambda result: (result[name]["low"], result[name]["high"]),
-        predicted,
-    )
-
-
-def _draw(axis: Axes, panel: _Panel, results: Sequence[Record]) -> None:
-    names = list(dict.fromkeys(result["variant"] for result in results))
+def _draw(axis: Axes, name: str, results: Sequence[Record]) -> None:
+    variants = list(dict.fromkeys(result["variant"] for result in results))
     for place, result in enumerate(results):
-        value = panel.value(result)
-        error = None
-        if panel.quartiles:
-            low, high = panel.quartiles(result)
-            error = [[value - low], [high - value]]
-        color = COLORS[names.index(result["variant"]) % len(COLORS)]
-        axis.barh(place, value, 0.72, xerr=error, color=color, error_kw={"elinewidth": 1, "capsize": 2})
-        if panel.predicted and not _is_vanilla(result):
-            vanilla = next(one for one in results if _is_vanilla(one) and _same_setting(one, result))
-            axis.plot(panel.predicted(result, vanilla), place, "D", markersize=5, mfc="white", mec="black", mew=1)
-    axis.set_title(panel.title, fontsize=9, loc="left")
+        value, error = result[name], None
+        if isinstance(value, Mapping):
+            error = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
+        color = COLORS[variants.index(result["variant"]) % len(COLORS)]
+        width = value / MIB if error is None else value["median"]
+        axis.barh(place, width, 0.72, xerr=error, color=color, error_kw={"elinewidth": 1, "capsize": 2})
+        predicted = _predicted(name, result, results)
+        if predicted is not None:
+            axis.plot(predicted, place, "D", markersize=5, mfc="white", mec="black", mew=1)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _is_vanilla(result: Record) -> bool:
-    return bool(result["variant"] == "vanilla")
-
-
-def _same_setting(one: Record, other: Record) -> bool:
-    return all(one.get(name) == other.get(name) for name in ("batch", "checkpointing"))
+def _predicted(name: str, result: Record, results: Sequence[Record]) -> float | None:
+    """The cost model's prediction, of seconds relative to vanilla's in the same setting; None if there is none."""
+    if result["variant"] == "vanilla" or name not in ("first_token", "gradients", "kv_bytes"):
+        return None
+    if name == "kv_bytes":
+        return float(result["predicted"]["kv_bytes"] / MIB)
+    same = [one for one in results if all(one.get(key) == result.get(key) for key in ("batch", "checkpointing"))]
+    vanilla = next(one for one in same if one["variant"] == "vanilla")
+    return float(vanilla[name]["median"] * result["ratios"]["flops"])
 
 
 def _label(result: Record) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-
-from pyramiddrop.report import units
 
 UNKNOWN = "not known"
 
@@ -29,12 +27,10 @@ def seconds(value: float) -> str:
 
 def share(value: float) -> str:
     """`54 %`"""
-    if math.isnan(value):
-        return UNKNOWN
-    return f"{value * 100:.0f} %"
+    return UNKNOWN if math.isnan(value) else f"{value * 100:.0f} %"
 
 
-def arrow(counts: Sequence[int]) -> str:
+def arrow(counts: Iterable[int]) -> str:
     """`576 → 288 → 144`"""
     return " → ".join(map(str, counts))
 
@@ -60,5 +56,5 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("pyramiddrop.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"flops": units.flops, "size": units.size, "seconds": units.seconds, "share": units.share}
+    environment.filters |= {"flops": flops, "size": size, "seconds": seconds, "share": share}
     return environment.get_template(f"{name}.html.j2")

@@ -20,7 +20,7 @@ from pyramiddrop.inference.catalog import (
     FamilyEntry,
     MethodEntry,
 )
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.tables import markdown_table, new_table
 
 HEAD = ("family", "text model", "modalities", "status", "limits", "tested")
 #: The heading of each kind of entry in `methods_list`, and the width of its names.
@@ -75,36 +75,29 @@ def _heading(title: str, says: str, color: str = "") -> Text:
 
 def family_in_full(entry: FamilyEntry) -> Table:
     """All facts about one family, a line each."""
-    table = new_table("", entry.model_type)
-    table.add_row("text model", _text(entry))
-    table.add_row("modalities", _modalities(entry))
-    table.add_row("status", Text(entry.status, style=COLORS[entry.status]))
-    table.add_row("", SAYS[entry.status])
+    _, text, modalities, status, _, tested = _cells(entry)
+    table = new_table("", entry.model_type, rows=[("text model", text), ("modalities", modalities)])
+    table.add_row("status", Text(status, style=COLORS[status]))
+    table.add_row("", SAYS[status])
     for number, limit in enumerate(entry.limits):
         table.add_row("" if number else "why" if entry.family.refused else "limits", limit)
-    table.add_row("tested", TESTED[entry.status])
+    table.add_row("tested", tested)
     return table
 
 
 def families_page(entries: Sequence[FamilyEntry]) -> str:
     """The page docs/families.md."""
-    parts = [INTRODUCTION]
-    for status in (PROVEN, REFUSED, BY_STRUCTURE):
-        chosen = [entry for entry in entries if entry.status == status]
-        head = [f"## {status.capitalize()} ({len(chosen)})", "", _sentence(SAYS[status]), ""]
-        parts.append("\n".join([*head, *(_names(chosen) if status == BY_STRUCTURE else _rows(chosen)), ""]))
-    return "\n".join([*parts, "\n".join(_legend(entries))])
-
-
-def _rows(entries: Sequence[FamilyEntry]) -> list[str]:
-    """The lines of a Markdown table; families are code, because some have underscores."""
-    cells = [_cells(entry) for entry in entries]
-    rows = [(f"`{family}`", _code(text), *others) for family, text, *others in cells]
-    return [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
-
-
-def _names(entries: Sequence[FamilyEntry]) -> list[str]:
-    return [", ".join(f"`{entry.model_type}`" for entry in entries) + "."]
+    lines = [INTRODUCTION]
+    for status in COLORS:
+        chosen = [_cells(entry) for entry in entries if entry.status == status]
+        lines += [f"## {status.capitalize()} ({len(chosen)})", "", f"{SAYS[status][0].upper()}{SAYS[status][1:]}.", ""]
+        if status == BY_STRUCTURE:
+            lines += [", ".join(f"`{family}`" for family, *_ in chosen) + "."]
+        else:  # families are code, because some have underscores
+            rows = [(f"`{family}`", _code(text), *others) for family, text, *others in chosen]
+            lines += markdown_table(HEAD, rows)
+        lines += [""]
+    return "\n".join([*lines, *_legend(entries)])
 
 
 def _legend(entries: Sequence[FamilyEntry]) -> list[str]:
@@ -124,24 +117,15 @@ def _legend(entries: Sequence[FamilyEntry]) -> list[str]:
 
 
 def _cells(entry: FamilyEntry) -> tuple[str, ...]:
-    limits = entry.family.refused or ", ".join(dict.fromkeys(limit.name for limit in entry.family.limits))
-    return entry.model_type, _text(entry), _modalities(entry), entry.status, limits, TESTED[entry.status]
-
-
-def _text(entry: FamilyEntry) -> str:
-    return ", ".join(entry.family.text)
-
-
-def _modalities(entry: FamilyEntry) -> str:
-    return ", ".join(entry.family.modalities) if entry.known else ""
+    """The cells of an entry under `HEAD`."""
+    family = entry.family
+    limits = family.refused or ", ".join(dict.fromkeys(limit.name for limit in family.limits))
+    modalities = ", ".join(family.modalities) if entry.known else ""
+    return entry.model_type, ", ".join(family.text), modalities, entry.status, limits, TESTED[entry.status]
 
 
 def _code(names: str) -> str:
     return ", ".join(f"`{name}`" for name in names.split(", "))
-
-
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
 
 
 def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:
@@ -153,13 +137,8 @@ def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:
         table.add_column()
         for entry in entries:
             if entry.kind == kind:
-                table.add_row(entry.name, Text.assemble(entry.rule, (_origin(entry), "dim")))
+                arguments = f"arguments: {', '.join(entry.arguments)}" if entry.arguments else ""
+                told = "; ".join(filter(None, (arguments, entry.source)))
+                table.add_row(entry.name, Text.assemble(entry.rule, (f" ({told})" if told else "", "dim")))
         parts += [_heading(f"{kind}s", says), table, ""]
     return parts[:-1]
-
-
-def _origin(entry: MethodEntry) -> str:
-    """The arguments and the source after the rule, if there are any."""
-    arguments = f"arguments: {', '.join(entry.arguments)}" if entry.arguments else ""
-    told = "; ".join(filter(None, (arguments, entry.source)))
-    return f" ({told})" if told else ""

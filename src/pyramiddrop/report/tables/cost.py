@@ -9,23 +9,14 @@ from statistics import mean
 from rich.table import Table
 from rich.text import Text
 
-from pyramiddrop.cost import PRESETS, CostBreakdown, Preset
+from pyramiddrop.cost import PRESETS, CostBreakdown
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.method_spec import written_option
 from pyramiddrop.planning import MeasuredTimes, Plan, PublishedPlan
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.tables import markdown_table, new_table
 
-SHAPES_HEAD = (
-    "name",
-    "layers",
-    "hidden",
-    "intermediate",
-    "heads",
-    "kv heads",
-    "visual tokens",
-    "vision tower",
-)
+SHAPES_HEAD = ("name", "layers", "hidden", "intermediate", "heads", "kv heads", "visual tokens", "vision tower")
 PUBLISHED_HEAD = ("average", "pyramid", "method", "visual tokens by stage", "decoder FLOPs", "KV")
 PAPER_HEAD = ("where", "model", "tokens", "method", "paper", "ours", "exact")
 
@@ -37,7 +28,7 @@ def cost_table(costs: Sequence[tuple[str, CostBreakdown]], times: MeasuredTimes 
     """
     table = new_table("", *(label for label, _ in costs))
     accounts = [cost for _, cost in costs]
-    table.add_row("visual tokens by stage", *(units.arrow(_steps(one.visual_by_layer)) for one in accounts))
+    table.add_row("visual tokens by stage", *(units.arrow(dict.fromkeys(one.visual_by_layer)) for one in accounts))
     table.add_row("visual tokens, average", *(f"{one.average_tokens:.2f}" for one in accounts))
     _add(table, "prefill FLOPs, full", [one.full.total for one in accounts])
     for name in ("decoder", "ranking", "vision", "projector", "head"):
@@ -46,8 +37,7 @@ def cost_table(costs: Sequence[tuple[str, CostBreakdown]], times: MeasuredTimes 
     _add(table, "prefill FLOPs, fastv", [one.fastv for one in accounts])
     _add(table, "a decode step", [one.step_flops for one in accounts])
     _add(table, "KV cache", [one.kv_bytes for one in accounts], units.size)
-    by_stage = [[units.size(bytes_held) for bytes_held in _kv_by_stage(one)] for one in accounts]
-    table.add_row("  mean layer, by stage", *(" → ".join(sizes) for sizes in by_stage))
+    table.add_row("  mean layer, by stage", *(" → ".join(map(units.size, _kv_by_stage(one))) for one in accounts))
     _add(table, "activations (estimate)", [one.activation_bytes for one in accounts], units.size)
     if times is not None:
         table.add_row("decoder's prefill", *_times_cells(accounts, times))
@@ -58,12 +48,10 @@ def _times_cells(costs: Sequence[CostBreakdown], times: MeasuredTimes) -> list[s
     """Milliseconds of each cost, with its share of the first one, if they are known."""
     first, *others = (times.milliseconds(one) for one in costs)
     assert first is not None  # the record is of this model, and the first one is vanilla
-    shares = [units.UNKNOWN if one is None else f"{_time(one)}  ({units.share(one / first)})" for one in others]
-    return [_time(first), *shares]
-
-
-def _time(milliseconds: float) -> str:
-    return units.seconds(milliseconds / 1000)
+    cells = [
+        units.UNKNOWN if one is None else f"{units.seconds(one / 1000)}  ({units.share(one / first)})" for one in others
+    ]
+    return [units.seconds(first / 1000), *cells]
 
 
 def times_line(times: MeasuredTimes, found: Plan | None = None) -> str:
@@ -72,24 +60,18 @@ def times_line(times: MeasuredTimes, found: Plan | None = None) -> str:
     if times.error is not None:
         told += f" Predicting each of these from the others is at most {times.error:.0%} off."
     if found is not None and times.milliseconds(found.cost) is None:
-        told += f" This plan costs less than all of them: measure it with bench --method '{_in_words(found)}'."
+        spec = ",".join(f"{name}={written_option(value)}" for name, value in found.arguments.items())
+        told += f" This plan costs less than all of them: measure it with bench --method 'pyramiddrop:{spec}'."
     return told
-
-
-def _in_words(found: Plan) -> str:
-    """The plan's drops inside the decoder as a method specification."""
-    return "pyramiddrop:" + ",".join(f"{name}={written_option(value)}" for name, value in found.arguments.items())
 
 
 def stages_table(plan: Plan) -> Table:
     """A row for each stage of a plan."""
-    table = new_table("before layer", "keep", "visual tokens")
     counts = plan.schedule.counts(plan.prompt.visual_tokens)
-    if plan.before is None:
-        table.add_row("0", "1", str(plan.prompt.visual_tokens))
-    for stage, count in zip(plan.schedule.stages, counts, strict=True):
-        table.add_row(str(stage.layer), f"{stage.keep:.4g}", str(count))
-    return table
+    stages = zip(plan.schedule.stages, counts, strict=True)
+    rows = [(str(stage.layer), f"{stage.keep:.4g}", str(count)) for stage, count in stages]
+    first = [("0", "1", str(plan.prompt.visual_tokens))] if plan.before is None else []
+    return new_table("before layer", "keep", "visual tokens", rows=[*first, *rows])
 
 
 def published_table(plans: Sequence[PublishedPlan], times: MeasuredTimes | None = None) -> Table:
@@ -108,7 +90,7 @@ def published_table(plans: Sequence[PublishedPlan], times: MeasuredTimes | None 
 
 def published_markdown(plans: Sequence[PublishedPlan]) -> list[str]:
     """`published_table` as the lines of a Markdown table."""
-    return _markdown(PUBLISHED_HEAD, [_published_cells(one) for one in plans])
+    return markdown_table(PUBLISHED_HEAD, map(_published_cells, plans))
 
 
 def _published_cells(one: PublishedPlan) -> list[str]:
@@ -116,7 +98,7 @@ def _published_cells(one: PublishedPlan) -> list[str]:
     if not one.within_reach:
         return [str(one.tokens), one.pyramid, f"out of reach: at least {found.spent:.0f}", "", "", ""]
     ratios = found.cost.full.decoder / found.vanilla.full.decoder, found.cost.kv_bytes / found.vanilla.kv_bytes
-    steps = units.arrow(_steps(found.cost.visual_by_layer))
+    steps = units.arrow(dict.fromkeys(found.cost.visual_by_layer))
     return [str(one.tokens), one.pyramid, found.line, steps, *(f"{ratio:.0%}" for ratio in ratios)]
 
 
@@ -124,41 +106,37 @@ def paper_table(figures: Sequence[Figure]) -> Table:
     """Every FLOPs figure of the paper beside ours, in TFLOPs."""
     table = new_table(*PAPER_HEAD)
     for figure in figures:
-        ours = Text(f"{figure.ours} {'✓' if figure.agrees else '✗'}", style="green" if figure.agrees else "red")
-        table.add_row(*_cells(figure)[:5], ours, _cells(figure)[6])
+        *cells, ours, exact = _paper_cells(figure)
+        style, mark = ("green", "✓") if figure.agrees else ("red", "✗")
+        table.add_row(*cells, Text(f"{ours} {mark}", style=style), exact)
     return table
 
 
 def paper_markdown(figures: Sequence[Figure]) -> list[str]:
     """`paper_table` as the lines of a Markdown table."""
-    return _markdown(PAPER_HEAD, [_cells(figure) for figure in figures])
+    return markdown_table(PAPER_HEAD, map(_paper_cells, figures))
+
+
+def _paper_cells(figure: Figure) -> tuple[str, ...]:
+    tokens, exact = str(figure.visual_tokens), f"{figure.exact:.4f}"
+    return figure.table, figure.preset, tokens, figure.method, figure.printed, figure.ours, exact
 
 
 def shapes_markdown() -> list[str]:
     """The named shapes as the lines of a Markdown table."""
-    return _markdown(SHAPES_HEAD, [_shape_cells(name, preset) for name, preset in PRESETS.items()])
+    rows = []
+    for name, preset in PRESETS.items():
+        decoder, vision = preset.shape.decoder, preset.shape.vision
+        sizes = (decoder.layers, decoder.hidden, decoder.intermediate, decoder.heads, decoder.kv_heads)
+        tower = f"{vision.layers} x {vision.hidden}" if vision else "not counted"
+        rows.append([f"`{name}`", *map(str, sizes), str(preset.visual_tokens), tower])
+    return markdown_table(SHAPES_HEAD, rows)
 
 
 def paper_summary(figures: Sequence[Figure]) -> str:
     """A line on how many of the figures agree to the printed digit."""
     agreeing = sum(figure.agrees for figure in figures)
     return f"{agreeing} of {len(figures)} figures agree to the printed digit, in TFLOPs of the `paper` convention."
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def _shape_cells(name: str, preset: Preset) -> tuple[str, ...]:
-    decoder, vision = preset.shape.decoder, preset.shape.vision
-    sizes = (decoder.layers, decoder.hidden, decoder.intermediate, decoder.heads, decoder.kv_heads)
-    tower = f"{vision.layers} x {vision.hidden}" if vision else "not counted"
-    return f"`{name}`", *map(str, sizes), str(preset.visual_tokens), tower
-
-
-def _cells(figure: Figure) -> tuple[str, ...]:
-    tokens, exact = str(figure.visual_tokens), f"{figure.exact:.4f}"
-    return figure.table, figure.preset, tokens, figure.method, figure.printed, figure.ours, exact
 
 
 def _add(table: Table, name: str, values: Sequence[int], written: Callable[[float], str] = units.flops) -> None:
@@ -174,8 +152,3 @@ def _kv_by_stage(cost: CostBreakdown) -> list[float]:
     or states differ."""
     layers = zip(cost.visual_by_layer, cost.kv_by_layer, strict=True)
     return [mean(size for _, size in stage) for _, stage in groupby(layers, key=lambda layer: layer[0])]
-
-
-def _steps(values: Sequence[int]) -> list[int]:
-    """The values without repetitions of neighbours."""
-    return [value for value, _ in groupby(values)]

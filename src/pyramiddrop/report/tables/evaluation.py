@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.table import Table
 
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.tables import markdown_table, new_table
 
 Record = Mapping[str, Any]
 
@@ -17,6 +17,9 @@ Record = Mapping[str, Any]
 CLOCKS = {"cpu": "CPU time", "wall": "time"}
 #: Columns of a table on a terminal, beside the row headings.
 WIDE = 4
+#: Scores to compare with, and kinds of questions about text in pictures, with the headings of their rows.
+BASES = {"to_vanilla": "minus vanilla", "to_first": "minus the first method"}
+READING = {"text": "read in the picture", "other": "not read in it"}
 
 
 def eval_heading(record: Record) -> list[str]:
@@ -34,8 +37,9 @@ def eval_heading(record: Record) -> list[str]:
 
 def eval_notes(record: Record) -> list[str]:
     """Notes on how to read the numbers."""
+    clock, timed = _clock(record), record["methods"][0]["prefill"] is not None
     return [
-        *(_draws_line(one) for one in record.get("draws", ())),
+        *map(_draws_line, record.get("draws", ())),
         *(f"{name} is left out: {why}" for name, why in record.get("left_out", {}).items()),
         *_missing_controls(record),
         "Scores in percent ± standard error, clustered by picture. Differences are paired, question by question, with "
@@ -43,7 +47,7 @@ def eval_notes(record: Record) -> list[str]:
         "layers and ranking, predicted, of vanilla's (convention: full). "
         + "Group A: the questions, so many, that downsampling at the same budget gets wrong (VTC-Bench). "
         * any(one.get("group_a") for one in record["methods"])
-        + f"Prefill: {CLOCKS[_clock(record)]} of one batch, vision tower included, methods in turn." * _timed(record),
+        + f"Prefill: {CLOCKS[clock]} of one batch, vision tower included, methods in turn." * timed,
     ]
 
 
@@ -59,12 +63,9 @@ CONTROLS: dict[str, Callable[[Record], bool]] = {
 def _missing_controls(record: Record) -> list[str]:
     """One line that names the controls that were not asked, if any; those left out have lines of their own."""
     asked = [variant["method"] for variant in record["methods"] if variant["method"]]
-    left_out = any(name.startswith("Downsample") for name in record.get("left_out", {}))
-    missing = [
-        name
-        for name, fits in CONTROLS.items()
-        if not any(map(fits, asked)) and not (left_out and name == "a smaller picture")
-    ]
+    missing = [name for name, fits in CONTROLS.items() if not any(map(fits, asked))]
+    if any(name.startswith("Downsample") for name in record.get("left_out", {})):
+        missing = [name for name in missing if name != "a smaller picture"]
     if not missing:
         return []
     return [
@@ -82,15 +83,11 @@ def _draws_line(draws: Record) -> str:
 
 def eval_tables(record: Record) -> list[Table]:
     """The methods side by side, a few in each table."""
-    variants = record["methods"]
-    columns = [_column(record, variant) for variant in variants]
+    columns = [(folded(variant["name"]), _column(record, variant)) for variant in record["methods"]]
     tables = []
-    for start in range(0, len(variants), WIDE):
-        part = slice(start, start + WIDE)
-        table = new_table("", *(folded(variant["name"]) for variant in variants[part]))
-        for head in columns[0]:
-            table.add_row(head, *(column[head] for column in columns[part]))
-        tables.append(table)
+    for start in range(0, len(columns), WIDE):
+        names, cells = zip(*columns[start : start + WIDE], strict=True)
+        tables.append(new_table("", *names, rows=[(head, *(one[head] for one in cells)) for head in cells[0]]))
     return tables
 
 
@@ -98,18 +95,15 @@ def eval_markdown(record: Record) -> str:
     """The heading, scores, scores of finer kinds, and costs in Markdown, with a row for each method."""
     variants = record["methods"]
     columns = [_column(record, variant) for variant in variants]
+    finer = [_finer(record, variant) for variant in variants]
     costs = list(_costs(record, variants[0]))
     scores = [head for head in columns[0] if head not in costs]
-    finer = [_finer(record, variant) for variant in variants]
-    tables = [(scores, columns), (list(finer[0]), finer), (costs, columns)]
-    return "\n\n".join(["  \n".join(eval_heading(record)), *(_table(variants, *table) for table in tables if table[0])])
-
-
-def _table(variants: Sequence[Record], heads: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
-    rows = [
-        [variant["name"], *(column[head] for head in heads)] for variant, column in zip(variants, columns, strict=True)
-    ]
-    return "\n".join(map(_line, [["method", *heads], ["---"] * (1 + len(heads)), *rows]))
+    parts = ["  \n".join(eval_heading(record))]
+    for heads, cells in [(scores, columns), (list(finer[0]), finer), (costs, columns)]:
+        if heads:
+            rows = [[one["name"], *(own[head] for head in heads)] for one, own in zip(variants, cells, strict=True)]
+            parts.append("\n".join(markdown_table(["method", *heads], rows)))
+    return "\n\n".join(parts)
 
 
 def budget_cell(variant: Record) -> str:
@@ -126,56 +120,43 @@ def _finer(record: Record, variant: Record) -> dict[str, str]:
 
 
 def _column(record: Record, variant: Record) -> dict[str, str]:
-    """The cells of one method, by row heading."""
-    scores = variant["scores"]
-    return {
-        **_costs(record, variant),
-        **({"budget": budget_cell(variant)} if len({budget_cell(one) for one in record["methods"]}) > 2 else {}),
-        f"all ({scores['all']['count']})": score_cell(scores["all"]),
-        **{head: difference_cell(variant["differences"].get(name)) for name, head in _bases(record).items()},
-        **_agreement(record, variant),
-        **_kept_place(record, variant),
-        **_reading(variant),
-        **{f"{kind} ({scores[kind]['count']})": score_cell(scores[kind]) for kind in record["kinds"] if kind != "all"},
-    }
-
-
-def _agreement(record: Record, variant: Record) -> dict[str, str]:
-    """Agreement with vanilla, and scores on the questions that downsampling gets wrong (not in old records)."""
-    rows = {}
+    """The cells of one method, by row heading; old records lack some."""
+    scores, methods = variant["scores"], record["methods"]
+    cells = _costs(record, variant)
+    if len(set(map(budget_cell, methods))) > 2:
+        cells["budget"] = budget_cell(variant)
+    cells[f"all ({scores['all']['count']})"] = score_cell(scores["all"])
+    for name, head in BASES.items():
+        if any(name in one["differences"] for one in methods):
+            cells[head] = difference_cell(variant["differences"].get(name))
     if "agreement" in variant:
-        rows["the same answer as vanilla"] = score_cell(variant["agreement"])
-    if any(one.get("group_a") for one in record["methods"]):
+        cells["the same answer as vanilla"] = score_cell(variant["agreement"])
+    if any(one.get("group_a") for one in methods):
         group = variant["group_a"]
-        rows["group A"] = f"{score_cell(group)} ({group['count']})" if group else ""
-    return rows
-
-
-def _reading(variant: Record) -> dict[str, str]:
-    """Questions about text in pictures apart; earlier versions did not tell them."""
-    heads = {"text": "read in the picture", "other": "not read in it"}
-    found = variant.get("reading") or {}
-    return {f"{heads[name]} ({one['count']})": score_cell(one) for name, one in found.items()}
-
-
-def _kept_place(record: Record, variant: Record) -> dict[str, str]:
-    """The mean place of the kept tokens (not in old records)."""
-    if not any(one.get("kept_place") for one in record["methods"]):
-        return {}
-    place = variant["kept_place"]
-    return {"kept tokens, down, across": f"{100 * place['row']:.0f} %, {100 * place['column']:.0f} %" if place else ""}
+        cells["group A"] = f"{score_cell(group)} ({group['count']})" if group else ""
+    if any(one.get("kept_place") for one in methods):
+        place = variant["kept_place"]
+        cells["kept tokens, down, across"] = (
+            f"{100 * place['row']:.0f} %, {100 * place['column']:.0f} %" if place else ""
+        )
+    for name, one in (variant.get("reading") or {}).items():
+        cells[f"{READING[name]} ({one['count']})"] = score_cell(one)
+    kinds = {kind: scores[kind] for kind in record["kinds"] if kind != "all"}
+    return cells | {f"{kind} ({one['count']})": score_cell(one) for kind, one in kinds.items()}
 
 
 def _costs(record: Record, variant: Record) -> dict[str, str]:
     tokens, prefill, clock = variant["visual_tokens"], variant["prefill"], _clock(record)
-    timed = f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})" if prefill else ""
-    return {
+    cells = {
         "decoder FLOPs": share_cell(variant["flops_ratio"]),
         "KV cache": share_cell(variant["kv_ratio"]),
         "visual tokens": schedule_cell(tokens),
         "the same, a layer": f"{tokens['per_layer']:.1f}",
-        **({f"prefill, {CLOCKS[clock]}": timed} if _timed(record) else {}),
     }
+    if record["methods"][0]["prefill"] is not None:
+        timed = f"{units.seconds(prefill[clock])} ({units.share(prefill['ratio'])})" if prefill else ""
+        cells[f"prefill, {CLOCKS[clock]}"] = timed
+    return cells
 
 
 def schedule_cell(tokens: Record) -> str:
@@ -186,21 +167,10 @@ def schedule_cell(tokens: Record) -> str:
     return " → ".join([first, *dropped])
 
 
-def _timed(record: Record) -> bool:
-    return record["methods"][0]["prefill"] is not None
-
-
 def folded(label: str) -> str:
     """A method's Python expression as the heading of a narrow column, with one argument a line."""
     name, _, arguments = label.removesuffix(")").partition("(")
     return "\n".join([name, *re.split(r", (?=\w+=)", arguments)]).strip()
-
-
-def _bases(record: Record) -> dict[str, str]:
-    """The scores to compare with, and the headings of their rows."""
-    compared = {name for variant in record["methods"] for name in variant["differences"]}
-    heads = {"to_vanilla": "minus vanilla", "to_first": "minus the first method"}
-    return {name: head for name, head in heads.items() if name in compared}
 
 
 def _clock(record: Record) -> str:
@@ -212,21 +182,17 @@ def share_cell(ratio: float | None) -> str:
     return units.UNKNOWN if ratio is None else f"{100 * ratio:.1f} %"
 
 
-def score_cell(score: Record) -> str:
-    """`88.0 ± 0.6`, in percent; without the error if it is unknown."""
-    error = score["error"]
-    return f"{100 * score['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+def score_cell(score: Record | None) -> str:
+    """`88.0 ± 0.6`, in percent; without the error if it is unknown; empty for None."""
+    if score is None:
+        return ""
+    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+    return f"{100 * score['mean']:.1f}{error}"
 
 
 def difference_cell(difference: Record | None) -> str:
     """`-2.5 [-3.6, -1.4]`, in percent, with its interval; empty for None."""
     if difference is None:
         return ""
-    interval = (
-        "" if difference["low"] is None else f" [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-    )
-    return f"{100 * difference['mean']:+.1f}{interval}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    mean, low, high = (difference[name] for name in ("mean", "low", "high"))
+    return f"{100 * mean:+.1f}" + ("" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]")

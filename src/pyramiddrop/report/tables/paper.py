@@ -49,9 +49,8 @@ def budget_tables(record: Record) -> Iterator[str | Table]:
 
 def _published_table(rows: Sequence[PublishedRow]) -> Table:
     columns = [column for column in COLUMNS if any(column in row.scores for row in rows)]
-    table = new_table(
-        "method", "who printed it", *map(benchmark_name, columns), "mean", "% of full", "schedule", "note"
-    )
+    names = map(benchmark_name, columns)
+    table = new_table("method", "who printed it", *names, "mean", "% of full", "schedule", "note")
     for row in rows:
         trained = {"no": "", "yes": ", trained"}.get(row.trained, f", {row.trained} trained")
         mean = f"{row.mean} of {row.full}" if row.mean else ""
@@ -74,42 +73,31 @@ def _measured_table(measured: Sequence[Record]) -> Table:
 
 def tasks_table() -> Table:
     """The paper's benchmarks and the tasks that measure them."""
-    table = new_table("benchmark", "task of lmms-eval 0.7", "metric", "note")
-    for benchmark in paper_benchmarks().values():
-        table.add_row(benchmark.name, benchmark.task or "none", benchmark.metric, benchmark.note)
-    return table
+    rows = [(one.name, one.task or "none", one.metric, one.note) for one in paper_benchmarks().values()]
+    return new_table("benchmark", "task of lmms-eval 0.7", "metric", "note", rows=rows)
 
 
 def benchmarks_table(measured: Sequence[Measured]) -> Table:
     """The scores that lmms-eval measured under each method, in its own units."""
     table = new_table("task", "metric", *(folded(one.name) for one in measured))
-    named = dict.fromkeys(
-        (task, metric) for one in measured for task, metrics in one.scores.items() for metric in metrics
-    )
-    for task, metric in named:
+    named = [(task, metric) for one in measured for task, metrics in one.scores.items() for metric in metrics]
+    for task, metric in dict.fromkeys(named):
         scores = [one.scores.get(task, {}).get(metric) for one in measured]
         table.add_row(task, metric, *("" if score is None else _written(score.value, score.error) for score in scores))
     for cost in dict.fromkeys(name for one in measured for name in one.costs):
-        table.add_row(
-            "all requests", cost, *(f"{one.costs[cost]:.4g}" if cost in one.costs else "" for one in measured)
-        )
+        costs = [f"{one.costs[cost]:.4g}" if cost in one.costs else "" for one in measured]
+        table.add_row("all requests", cost, *costs)
     return table
 
 
 def _beside(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[Record]) -> Table:
-    shown = new_table(
-        "",
-        *(_head("paper", row.variant) for row in rows),
-        *(_head("measured", folded(one["name"])) for one in measured),
-    )
+    heads = [f"paper\n{row.variant}".replace(", ", "\n") for row in rows]
+    heads += [f"measured\n{folded(one['name'])}".replace(", ", "\n") for one in measured]
+    shown = new_table("", *heads)
     for benchmark in table.benchmarks:
-        column = benchmark.column
-        found = [one["scores"].get(column) for one in measured]
-        shown.add_row(
-            benchmark.name,
-            *(row.scores[column] for row in rows),
-            *("" if score is None else _written(score["value"], score["error"]) for score in found),
-        )
+        found = [one["scores"].get(benchmark.column) for one in measured]
+        scores = ["" if score is None else _written(score["value"], score["error"]) for score in found]
+        shown.add_row(benchmark.name, *(row.scores[benchmark.column] for row in rows), *scores)
     averages = [one["averages"].get(str(table.number)) for one in measured]
     shown.add_row("average", *(row.average for row in rows), *("" if one is None else f"{one:.1f}" for one in averages))
     ratios = [one["costs"].get("flops_ratio") for one in measured]
@@ -117,10 +105,6 @@ def _beside(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[Reco
     if any(row.tflops for row in rows) or any(ratios):
         shown.add_row("inference TFLOPs", *(row.tflops for row in rows), *costs)
     return shown
-
-
-def _head(source: str, variant: str) -> str:
-    return f"{source}\n" + variant.replace(", ", "\n")
 
 
 def _written(value: float, error: float | None) -> str:

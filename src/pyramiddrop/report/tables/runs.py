@@ -23,7 +23,7 @@ def comparison_table(comparison: Comparison, method: str) -> Table:
     table = new_table("", "vanilla", method, "ratio")
     same = "same" if plain.answer == pruned.answer else "differs"
     table.add_row("answer", Text(plain.answer), Text(pruned.answer), same)
-    _add_costs(table, plain.usage, pruned.usage, lambda of: (of(plain), of(pruned)), timed(comparison))
+    _add_costs(table, comparison, lambda of: (of(plain), of(pruned)))
     return table
 
 
@@ -31,25 +31,20 @@ def questions_table(demo: Demo) -> Table:
     """A row for each question: its picture, the true answer, and both answers."""
     table = new_table("question", "picture", "true answer", "vanilla", "PyramidDrop")
     for asked in demo.asked:
-        table.add_row(
-            asked.question.question,
-            asked.question.image.stem,
-            asked.question.answer,
-            _judged(asked.comparison.vanilla.answer, asked.vanilla_right),
-            _judged(asked.comparison.pruned.answer, asked.pruned_right),
-        )
+        question, compared = asked.question, asked.comparison
+        vanilla = _judged(compared.vanilla.answer, asked.vanilla_right)
+        pruned = _judged(compared.pruned.answer, asked.pruned_right)
+        table.add_row(question.question, question.image.stem, question.answer, vanilla, pruned)
     return table
 
 
 def costs_table(demo: Demo) -> Table:
     """The tokens, and the medians of cost and time over the demo's questions."""
-    first = demo.asked[0].comparison
     table = new_table("a prompt, median of all", "vanilla", "PyramidDrop", "ratio")
-    _add_costs(table, first.vanilla.usage, first.pruned.usage, demo.medians, timed(first))
+    _add_costs(table, demo.asked[0].comparison, demo.medians)
     batch = demo.batch
-    before, after = batch.vanilla.cpu, batch.pruned.cpu
-    label = f"CPU time of {batch.size} prompts at once"
-    table.add_row(label, units.seconds(before), units.seconds(after), units.share(batch.cpu_ratio))
+    times = map(units.seconds, (batch.vanilla.cpu, batch.pruned.cpu))
+    table.add_row(f"CPU time of {batch.size} prompts at once", *times, units.share(batch.cpu_ratio))
     return table
 
 
@@ -93,12 +88,13 @@ def timed(comparison: Comparison) -> str:
     return f"{'fastest' if comparison.fastest else 'median'} of {comparison.runs} runs"
 
 
-def _add_costs(table: Table, plain: Usage, pruned: Usage, pair: Pair, timed: str) -> None:
-    table.add_row("visual tokens by stage", units.arrow(plain.tokens_by_stage), units.arrow(pruned.tokens_by_stage), "")
+def _add_costs(table: Table, comparison: Comparison, pair: Pair) -> None:
+    tokens = [units.arrow(one.usage.tokens_by_stage) for one in (comparison.vanilla, comparison.pruned)]
+    table.add_row("visual tokens by stage", *tokens, "")
     rows: list[tuple[str, Callable[[float], str], Callable[[Outcome], float]]] = [
         ("prefill FLOPs, predicted", units.flops, lambda one: one.usage.flops),
         ("KV cache", units.size, lambda one: one.usage.kv_bytes),
-        (f"prefill, {timed}", units.seconds, lambda one: one.prefill.wall),
+        (f"prefill, {timed(comparison)}", units.seconds, lambda one: one.prefill.wall),
         ("the same, CPU time", units.seconds, lambda one: one.prefill.cpu),
     ]
     for name, written, value in rows:

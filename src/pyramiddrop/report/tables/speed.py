@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from rich.table import Table
 
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.tables import markdown_table, new_table
 
 Record = Mapping[str, Any]
-
-#: The head and the rows of a table.
-Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def speed_heading(record: Record) -> list[str]:
@@ -71,31 +68,21 @@ def speed_notes(record: Record) -> list[str]:
 
 def speed_tables(record: Record) -> list[Table]:
     """A table for each batch size, for the terminal."""
-    tables = []
-    for head, rows in speed_grids(record):
-        table = new_table(*head)
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+    return [new_table(*head, rows=rows) for head, rows in _grids(record)]
 
 
 def speed_markdown(record: Record) -> str:
     """The heading and the results as Markdown."""
-    grids = [[_line(head), _line(["---"] * len(head)), *map(_line, rows)] for head, rows in speed_grids(record)]
-    return "\n\n".join(["  \n".join(speed_heading(record)), *("\n".join(lines) for lines in grids)])
+    tables = ["\n".join(markdown_table(*grid)) for grid in _grids(record)]
+    return "\n\n".join(["  \n".join(speed_heading(record)), *tables])
 
 
-def speed_grids(record: Record) -> list[Grid]:
-    """The methods side by side, in a grid for each batch size (and for each checkpointing or compiler setting)."""
-    column = _COLUMNS[record["kind"]]
-    grids: list[Grid] = []
+def _grids(record: Record) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    """The head and the rows of a table for each batch size (and for each checkpointing or compiler setting)."""
     for title, found in groupby(record["results"], _title):
         results = list(found)
-        columns = [column(result) for result in results]
-        rows = [(name, *(cells[name] for cells in columns)) for name in columns[0]]
-        grids.append(((title, *map(way_label, results)), rows))
-    return grids
+        columns = [_COLUMNS[record["kind"]](result) for result in results]
+        yield (title, *map(way_label, results)), [(name, *(cells[name] for cells in columns)) for name in columns[0]]
 
 
 def way_label(result: Record) -> str:
@@ -114,9 +101,7 @@ def _title(result: Record) -> str:
 def _generation_column(result: Record) -> dict[str, str]:
     ratios = result["ratios"]
     return {
-        "first token": units.seconds(result["first_token"]["median"]),
-        "first token, quartiles": _quartiles(result["first_token"]),
-        "first token, ratio": _ratio(ratios["first_token"]),
+        **_timed(result, "first token", "first_token"),
         "decoder, ratio": _ratio(ratios["decoder"]),
         "predicted: FLOPs": _ratio(ratios["flops"]),
         "predicted: FLOPs, causal": _ratio(ratios["causal_flops"]),
@@ -134,9 +119,7 @@ def _generation_column(result: Record) -> dict[str, str]:
 def _training_column(result: Record) -> dict[str, str]:
     ratios, update = result["ratios"], result["optimizer"]
     return {
-        "a step": units.seconds(result["whole"]["median"]),
-        "a step, quartiles": _quartiles(result["whole"]),
-        "a step, ratio": _ratio(ratios["whole"]),
+        **_timed(result, "a step", "whole"),
         "forward and backward, ratio": _ratio(ratios["gradients"]),
         "predicted: FLOPs": _ratio(ratios["flops"]),
         "forward": units.seconds(result["forward"]["median"]),
@@ -148,32 +131,17 @@ def _training_column(result: Record) -> dict[str, str]:
 
 
 def _decoding_column(result: Record) -> dict[str, str]:
-    graphs = {"graphs": str(result["graphs"]), "no CUDA graph": str(result["not_captured"])}
-    return _step_rows(result) | graphs
+    return {**_step_rows(result), "graphs": str(result["graphs"]), "no CUDA graph": str(result["not_captured"])}
 
 
 def _overhead_column(result: Record) -> dict[str, str]:
     return {
         "operations of a prefill": str(result["prefill_ops"]),
         "added": f"{result['added']['prefill_ops']:+d}",
-        "a prefill": units.seconds(result["prefill"]["median"]),
-        "a prefill, quartiles": _quartiles(result["prefill"]),
-        "a prefill, ratio": _ratio(result["ratios"]["prefill"]),
+        **_timed(result, "a prefill", "prefill"),
         "operations of a step": str(result["step_ops"]),
         "added to a step": f"{result['added']['step_ops']:+d}",
-        "a step": units.seconds(result["step"]["median"]),
-        "a step, quartiles": _quartiles(result["step"]),
-        "a step, ratio": _ratio(result["ratios"]["step"]),
-    }
-
-
-def _step_rows(result: Record) -> dict[str, str]:
-    """The rows of a decode step and of the whole call."""
-    return {
-        "a step": units.seconds(result["step"]["median"]),
-        "a step, quartiles": _quartiles(result["step"]),
-        "a step, ratio": _ratio(result["ratios"]["step"]),
-        "tokens/s": f"{result['tokens_per_second']:.1f}",
+        **_timed(result, "a step", "step"),
     }
 
 
@@ -191,15 +159,21 @@ _COLUMNS = {
 }
 
 
-def _quartiles(spread: Record) -> str:
-    """The distances of the quartiles from the median."""
-    low, high = (100 * (spread[name] / spread["median"] - 1) for name in ("low", "high"))
-    return f"{low:+.1f} {high:+.1f} %"
+def _step_rows(result: Record) -> dict[str, str]:
+    """The rows of a decode step and of the whole call."""
+    return {**_timed(result, "a step", "step"), "tokens/s": f"{result['tokens_per_second']:.1f}"}
+
+
+def _timed(result: Record, title: str, name: str) -> dict[str, str]:
+    """The median, the distances of the quartiles from it, and the ratio to vanilla's."""
+    spread = result[name]
+    low, high = (100 * (spread[end] / spread["median"] - 1) for end in ("low", "high"))
+    return {
+        title: units.seconds(spread["median"]),
+        f"{title}, quartiles": f"{low:+.1f} {high:+.1f} %",
+        f"{title}, ratio": _ratio(result["ratios"][name]),
+    }
 
 
 def _ratio(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
