@@ -22,7 +22,8 @@ from pyramiddrop.planning import Profile
 from pyramiddrop.report.studies.paper_figure import depth_colors, save
 from pyramiddrop.report.studies.redundancy_plot import AttentionMaps, draw_attention, draw_redundancy, spread
 from pyramiddrop.report.studies.redundancy_report import attention_maps, show_redundancy, write_profiles
-from pyramiddrop.report.studies.study import bounds, percent, small, write_study
+from pyramiddrop.report.studies.study import bounds, small, write_study
+from pyramiddrop.report.tables.evaluation import score_cell
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import PlacedView
 
@@ -124,9 +125,9 @@ def test_bounds_stay_within_what_can_be() -> None:
 
 
 def test_scores_are_written_with_their_error() -> None:
-    assert percent(scored(0.8834, 0.0123)) == "88.3 ± 1.2"
-    assert percent(scored(0.8834, None)) == "88.3"
-    assert percent(None) == ""
+    assert score_cell(scored(0.8834, 0.0123)) == "88.3 ± 1.2"
+    assert score_cell(scored(0.8834, None)) == "88.3"
+    assert score_cell(None) == ""
     assert small(scored(0.00214, 0.000123)) == "0.0021 ± 0.00012"
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pyramiddrop.evaluation.paper.tables import PaperRow, paper_tables
-from pyramiddrop.report.studies.paper_figure import COLORS, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds, from_vanilla
+from pyramiddrop.report.studies.paper_figure import PAGE, line_style, literal, styled
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, from_vanilla, plot_scores
 from pyramiddrop.report.studies.tradeoff import kind_sheet, scored_cells, way_numbers
 from pyramiddrop.report.tables.evaluation import share_cell
 
@@ -88,8 +87,6 @@ def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str,
     return share_cell(cost), share_cell(score)
 
 
-#: The costs that are drawn, by their names in `costs_of`.
-COSTS = {"flops": "decoder FLOPs", "kv": "KV cache", "tokens": "visual tokens of a layer"}
 #: λ of vanilla, with which every drop would keep everything.
 VANILLA = 1.0
 
@@ -97,16 +94,14 @@ VANILLA = 1.0
 def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
     """Draw scores over λ (left: of all questions and of each kind) and costs (right). Vanilla is at λ = 1.
 
-    Args:
-        vanilla: vanilla's entry in an evaluation's record.
-        points: the methods' entries, each with its `lam`, ascending.
+    `vanilla` and the `points`, each with its `lam`, ascending, are entries of an evaluation's record.
     """
     places = [*(point["lam"] for point in points), VANILLA]
     with rc_context(styled()):
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_scores(left, places, [*points, vanilla], kinds)
-        _draw_costs(right, places, [costs_of(point, vanilla) for point in [*points, vanilla]])
+        _draw_costs(right, places, [*points, vanilla])
         left.set_ylabel("accuracy (%)")
         right.set_ylabel("of vanilla (%)")
         for axis in (left, right):
@@ -118,32 +113,22 @@ def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str
     return figure
 
 
-def costs_of(variant: Record, vanilla: Record) -> dict[str, float | None]:
-    """FLOPs, KV cache and visual tokens in a layer relative to vanilla's; None if the cost model does not know them."""
-    tokens = variant["visual_tokens"]["per_layer"] / vanilla["visual_tokens"]["per_layer"]
-    return {"flops": variant["flops_ratio"], "kv": variant["kv_ratio"], "tokens": tokens}
-
-
 def _draw_scores(axis: Axes, places: Sequence[float], variants: Sequence[Record], kinds: Sequence[str]) -> None:
     for number, kind in enumerate(kinds if len(kinds) > 1 else ()):
-        low, middle, high = bounds([variant["scores"][kind] for variant in variants])
-        band(axis, places, low, high, COLORS[number % len(COLORS)])
-        axis.plot(places, middle, label=literal(kind), linewidth=0.8, **_style(number))
-    low, middle, high = bounds([variant["scores"]["all"] for variant in variants])
-    band(axis, places, low, high, "black")
-    axis.plot(places, middle, color="black", marker="o", linewidth=1.8, label="all")
+        scores = [variant["scores"][kind] for variant in variants]
+        plot_scores(axis, places, scores, label=literal(kind), linewidth=0.8, **line_style(number))
+    scores = [variant["scores"]["all"] for variant in variants]
+    plot_scores(axis, places, scores, label="all", linewidth=1.8, color="black", marker="o")
 
 
-def _draw_costs(axis: Axes, places: Sequence[float], costs: Sequence[Mapping[str, float | None]]) -> None:
-    for number, (name, label) in enumerate(COSTS.items()):
-        values = [100 * value for one in costs if (value := one[name]) is not None]
-        if len(values) == len(places):
-            axis.plot(places, values, label=label, **_style(number))
-
-
-def _style(number: int) -> Mapping[str, Any]:
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": DASHES[number % len(DASHES)],
+def _draw_costs(axis: Axes, places: Sequence[float], variants: Sequence[Record]) -> None:
+    """Draw the costs of the `variants`, of which vanilla is the last, unless the cost model does not know them."""
+    tokens = [variant["visual_tokens"]["per_layer"] for variant in variants]
+    costs = {
+        "decoder FLOPs": [variant["flops_ratio"] for variant in variants],
+        "KV cache": [variant["kv_ratio"] for variant in variants],
+        "visual tokens of a layer": [count / tokens[-1] for count in tokens],
     }
+    for number, (label, values) in enumerate(costs.items()):
+        if None not in values:
+            axis.plot(places, [100 * value for value in values], label=label, **line_style(number))

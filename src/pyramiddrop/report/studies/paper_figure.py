@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import colormaps, rc_context
@@ -55,22 +55,35 @@ def depth_colors(count: int) -> list[str]:
     return [to_hex(ramp(0.88 * place / max(1, count - 1))) for place in range(count)]
 
 
-def share_axis(axis: Axes, shares: Sequence[float], label: str = "visual tokens kept (%)") -> None:
-    """Make the x axis an axis of keep ratios: logarithmic, with a tick in percent at each of the `shares`."""
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(list(shares), [f"{100 * share:.3g}" for share in shares])
-    axis.minorticks_off()
-    axis.set_xlabel(label)
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line of this number."""
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }
+
+
+def panels(count: int, columns: int, width: float, top: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels with shared axes, and tick labels below the lowest panel of each column.
+
+    Args:
+        columns: the largest number of panels in a row.
+        width, top, height: inches, of the figure, above all panels, and of each row.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, top + height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for place, axis in enumerate(axes):
+        axis.set_visible(place < count)
+        axis.tick_params(labelbottom=place + columns >= count)
+    return figure, axes[:count]
 
 
 def literal(text: str) -> str:
     """Escape dollar signs in a label, so that matplotlib does not read them as formulas."""
     return text.replace("$", r"\$")
-
-
-def band(axis: Axes, places: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> None:
-    """Shade the band between `low` and `high` around a line of this color."""
-    axis.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:

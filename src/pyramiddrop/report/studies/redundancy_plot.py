@@ -14,19 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyramiddrop.report.pictures.overlay import seen_pixels
-from pyramiddrop.report.studies.paper_figure import (
-    COLORS,
-    COLUMN,
-    DASHES,
-    MARKERS,
-    PAGE,
-    band,
-    depth_colors,
-    literal,
-    share_axis,
-    styled,
-)
-from pyramiddrop.report.studies.study import Record, bounds
+from pyramiddrop.report.studies.paper_figure import COLUMN, PAGE, depth_colors, line_style, literal, panels, styled
+from pyramiddrop.report.studies.study import Record, plot_scores
 from pyramiddrop.report.token_layout.geometry import View
 from pyramiddrop.report.token_layout.views import PlacedView
 
@@ -37,20 +26,39 @@ class Metric:
 
     Attributes:
         label: the label of its axis.
+        caption: the caption of its figure.
         full: its value without dropping; None: the one in the record.
         part: True if it lies in 0..1 and is shown in percent; others are shown on a logarithmic axis.
     """
 
     label: str
+    caption: str
     full: float | None = None
     part: bool = True
 
 
 METRICS = {
-    "accuracy": Metric("accuracy (%)"),
-    "agreement": Metric("answers as the full model's (%)", full=1.0),
-    "top1": Metric("next token as the full model's (%)", full=1.0),
-    "kl": Metric("KL from the full model (nats)", full=0.0, part=False),
+    "accuracy": Metric(
+        "accuracy (%)",
+        "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
+    ),
+    "agreement": Metric(
+        "answers as the full model's (%)",
+        "Whole greedy answers that stay the same as the full model's. Needs no right answers.",
+        full=1.0,
+    ),
+    "top1": Metric(
+        "next token as the full model's (%)",
+        "Prompts whose likeliest next token stays the full model's. Needs no right answers.",
+        full=1.0,
+    ),
+    "kl": Metric(
+        "KL from the full model (nats)",
+        "Kullback-Leibler divergence of the next-token distribution from the full model's, which is 0 at 100 %. Needs "
+        "no right answers.",
+        full=0.0,
+        part=False,
+    ),
 }
 
 
@@ -65,8 +73,7 @@ def _one_model(model: Record, metric: str) -> Figure:
     axis = figure.subplots()
     layers = _layers([model])
     for place, (layer, color) in enumerate(zip(layers, depth_colors(len(layers)), strict=True)):
-        style = {"color": color, "marker": MARKERS[place % len(MARKERS)]}
-        _line(axis, model, metric, layer, style, str(layer))
+        _line(axis, model, metric, layer, label=str(layer), color=color, marker=line_style(place)["marker"])
     axis.legend(title="drop before\nlayer", loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.3)
     _finish(axis, [model], metric)
     axis.set_ylabel(METRICS[metric].label)
@@ -75,52 +82,34 @@ def _one_model(model: Record, metric: str) -> Figure:
 
 def _several_models(models: Sequence[Record], metric: str) -> Figure:
     layers = _layers(models)
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(PAGE if columns > 2 else COLUMN, 0.5 + 1.55 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, layer in zip(axes.flat, layers, strict=False):
-        for place, model in enumerate(models):
-            style = {
-                "color": COLORS[place % len(COLORS)],
-                "marker": MARKERS[place % len(MARKERS)],
-                "linestyle": DASHES[place % len(DASHES)],
-            }
-            _line(axis, model, metric, layer, style, literal(model["name"]))
+    figure, axes = panels(len(layers), columns=4, width=PAGE if len(layers) > 2 else COLUMN, top=0.5, height=1.55)
+    for place, (axis, layer) in enumerate(zip(axes, layers, strict=True)):
+        for number, model in enumerate(models):
+            _line(axis, model, metric, layer, label=literal(model["name"]), **line_style(number))
         axis.set_title(f"drop before layer {layer}", loc="left")
         _finish(axis, models, metric)
-    for axis in axes.flat[len(layers) :]:
-        axis.set_visible(False)
-    for place, axis in enumerate(axes.flat):
-        if place + columns < len(layers):
+        if place + 4 < len(layers):
             axis.set_xlabel("")
-        else:
-            axis.tick_params(labelbottom=True)
     figure.supylabel(METRICS[metric].label, fontsize=7.5)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models))
     return figure
 
 
-def _line(axis: Axes, model: Record, metric: str, layer: int, style: Mapping[str, Any], label: str) -> None:
+def _line(axis: Axes, model: Record, metric: str, layer: int, **style: Any) -> None:
     """Draw a line through the cells of `layer`, with the full model at the right and a band of one standard error."""
-    cells = [cell for cell in model["cells"] if cell["layer"] == layer and cell["keep"] < 1]
-    scores = {cell["keep"]: cell[metric] for cell in cells} | {1.0: _full(model, metric)}
-    if not METRICS[metric].part:
-        scores = {share: score for share, score in scores.items() if score["mean"] > 0}  # log axes have no zero
-    shares = sorted(scores)
-    low, middle, high = bounds([scores[share] for share in shares], METRICS[metric].part)
-    band(axis, shares, low, high, style["color"])
-    axis.plot(shares, middle, label=label, clip_on=False, **style)
-
-
-def _full(model: Record, metric: str) -> Record:
-    """The score of the full model."""
-    full = METRICS[metric].full
-    return model["vanilla"][metric] if full is None else {"mean": full, "error": 0.0}
+    full, part = METRICS[metric].full, METRICS[metric].part
+    scores = {cell["keep"]: cell[metric] for cell in model["cells"] if cell["layer"] == layer and cell["keep"] < 1}
+    scores[1.0] = model["vanilla"][metric] if full is None else {"mean": full, "error": 0.0}
+    shares = sorted(share for share, score in scores.items() if part or score["mean"] > 0)  # log axes have no zero
+    plot_scores(axis, shares, [scores[share] for share in shares], part, clip_on=False, **style)
 
 
 def _finish(axis: Axes, models: Sequence[Record], metric: str) -> None:
-    share_axis(axis, sorted({cell["keep"] for model in models for cell in model["cells"]} | {1.0}))
+    shares = sorted({cell["keep"] for model in models for cell in model["cells"]} | {1.0})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shares, [f"{100 * share:.3g}" for share in shares])
+    axis.minorticks_off()
+    axis.set_xlabel("visual tokens kept (%)")
     if not METRICS[metric].part:
         axis.set_yscale("log")
     axis.grid(axis="y")
@@ -181,10 +170,9 @@ def _draw_row(axes: Sequence[Axes], one: AttentionMaps) -> None:
 def spread(scores: NDArray[np.float64], view: View) -> NDArray[np.float64]:
     """(rows, columns) the `scores` (N,) at the places of the first `view`, without tokens that have no place."""
     heat = np.zeros((view.rows, view.columns))
-    for token in range(min(view.tokens, len(scores))):
-        cell = view.cell(token)
+    for cell, score in zip(view.cells, scores, strict=False):
         if cell is not None:
-            heat[cell] = scores[token]
+            heat[cell] = score
     return heat
 
 

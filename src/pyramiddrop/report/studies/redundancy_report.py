@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.evaluation.studies.attention import AttentionExample
-from pyramiddrop.evaluation.studies.redundancy import profile_of
-from pyramiddrop.report.studies.redundancy_plot import AttentionMaps, draw_attention, draw_redundancy
-from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, percent, small
+from pyramiddrop.evaluation.studies.redundancy_record import profile_of
+from pyramiddrop.report.studies.redundancy_plot import METRICS, AttentionMaps, draw_attention, draw_redundancy
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, small
+from pyramiddrop.report.tables.evaluation import score_cell
 from pyramiddrop.report.token_layout.views import place_pictures
 
 LEAD = (
@@ -21,28 +22,20 @@ LEAD = (
 )
 #: The largest loss at which dropped tokens count as redundant.
 REDUNDANT = 0.01
-CAPTIONS = {
-    "accuracy": "Accuracy over the share of visual tokens that one drop keeps, by the layer before which it drops.",
-    "agreement": "Whole greedy answers that stay the same as the full model's. Needs no right answers.",
-    "top1": "Prompts whose likeliest next token stays the full model's. Needs no right answers.",
-    "kl": "Kullback-Leibler divergence of the next-token distribution from the full model's, which is 0 at "
-    "100 %. Needs no right answers.",
-}
-TITLES = {
-    "accuracy": "accuracy (%)",
-    "agreement": "answers as the full model's (%)",
-    "top1": "next token as the full model's (%)",
-    "kl": "KL from the full model (nats)",
-}
+ATTENTION = (
+    "What the last token of the prompt attends to in {model}, a mean over heads, in the full model. Above each map: "
+    "the part of all its attention that goes to the picture. The maps of a row share their colours, which go with the "
+    "square root of the attention."
+)
 
 
 def show_redundancy(record: Record, looks: Sequence[AttentionMaps] = ()) -> Shown:
     """Build the figures and tables of a study's `record`, and attention maps of `looks`, if any."""
     models = record["models"]
     metrics = _metrics(models)
-    plots = [Plot(f"redundancy-{metric}", CAPTIONS[metric], draw_redundancy(models, metric)) for metric in metrics]
+    plots = [Plot(f"redundancy-{one}", METRICS[one].caption, draw_redundancy(models, one)) for one in metrics]
     if looks:
-        plots.append(Plot("attention", _attention_caption(models[0]["name"]), draw_attention(looks)))
+        plots.append(Plot("attention", ATTENTION.format(model=models[0]["name"]), draw_attention(looks)))
     return Shown(
         title="Where are visual tokens redundant?",
         conclusion=_conclusion(models[0]),
@@ -86,7 +79,16 @@ def redundancy_sheets(record: Record) -> list[Sheet]:
 def attention_maps(examples: Sequence[AttentionExample]) -> tuple[list[AttentionMaps], str]:
     """The attention maps that can be drawn, and the reason if none can."""
     try:
-        return [_look(glance) for glance in examples if glance.scores], ""
+        maps = [
+            AttentionMaps(
+                title=f"{one.sample.question} → {one.answer}",
+                seen=place_pictures(one.config, one.processor, list(one.sample.images), one.inputs),
+                scores={layer: scores.double().numpy() for layer, scores in one.scores.items()},
+            )
+            for one in examples
+            if one.scores
+        ]
+        return maps, ""
     except ValueError as error:  # a family whose visual tokens have no known place in the picture
         return [], str(error)
 
@@ -94,55 +96,33 @@ def attention_maps(examples: Sequence[AttentionExample]) -> tuple[list[Attention
 def write_profiles(record: Record, folder: Path) -> list[Path]:
     """Write a redundancy profile of each model: `profile.json`, or `profile-NAME.json` for several."""
     models = record["models"]
-    paths = [folder / name for name in _profile_names([model["name"] for model in models])]
-    for path, model in zip(paths, models, strict=True):
-        path.write_text(json.dumps(profile_of(model), indent=1) + "\n", encoding="utf-8")
+    plain = [re.sub(r"[^\w.-]+", "-", model["name"]) for model in models]
+    paths = []
+    for number, (model, name) in enumerate(zip(models, plain, strict=True), start=1):
+        own = f"-{name}-{number}" if plain.count(name) > 1 else f"-{name}"  # a number if two names would be equal
+        paths.append(folder / f"profile{own if len(models) > 1 else ''}.json")
+        paths[-1].write_text(json.dumps(profile_of(model), indent=1) + "\n", encoding="utf-8")
     return paths
 
 
 def _metrics(models: Sequence[Record]) -> list[str]:
     """The measured metrics; accuracy needs known answers."""
-    return [metric for metric in CAPTIONS if any(cell[metric] for cell in models[0]["cells"])]
-
-
-def _profile_names(models: Sequence[str]) -> list[str]:
-    """File names after the names of models, with a number if two would be equal."""
-    if len(models) == 1:
-        return ["profile.json"]
-    plain = [re.sub(r"[^\w.-]+", "-", name) for name in models]
-    numbers = [f"-{number}" if plain.count(name) > 1 else "" for number, name in enumerate(plain, start=1)]
-    return [f"profile-{name}{number}.json" for name, number in zip(plain, numbers, strict=True)]
-
-
-def _look(glance: AttentionExample) -> AttentionMaps:
-    return AttentionMaps(
-        title=f"{glance.sample.question} → {glance.answer}",
-        seen=place_pictures(glance.config, glance.processor, list(glance.sample.images), glance.inputs),
-        scores={layer: scores.double().numpy() for layer, scores in glance.scores.items()},
-    )
-
-
-def _attention_caption(name: str) -> str:
-    return (
-        f"What the last token of the prompt attends to in {name}, a mean over heads, in the full model. Above each "
-        "map: the part of all its attention that goes to the picture. The maps of a row share their colours, which go "
-        "with the square root of the attention."
-    )
+    return [metric for metric in METRICS if any(cell[metric] for cell in models[0]["cells"])]
 
 
 def _cells(model: Record, metric: str) -> Sheet:
     """A row for each layer and a column for each keep ratio."""
     cells = {(cell["layer"], cell["keep"]): cell[metric] for cell in model["cells"]}
-    layers, shares = (sorted({cell[name] for cell in model["cells"]}) for name in ("layer", "keep"))
-    shares.reverse()
-    written = small if metric == "kl" else percent
+    layers = sorted({cell["layer"] for cell in model["cells"]})
+    shares = sorted({cell["keep"] for cell in model["cells"]}, reverse=True)
+    written = score_cell if METRICS[metric].part else small
     rows = [(str(layer), *(written(cells[layer, share]) for share in shares)) for layer in layers]
     head = ("before layer", *(f"keep {100 * share:.3g} %" for share in shares))
-    return Sheet(f"{model['name']}: {TITLES[metric]}", head, rows)
+    return Sheet(f"{model['name']}: {METRICS[metric].label}", head, rows)
 
 
 def _attention(model: Record) -> Sheet:
-    rows = [(str(one["layer"]), percent(one["picture"]), percent(one["crowd"])) for one in model["attention"]]
+    rows = [(str(one["layer"]), score_cell(one["picture"]), score_cell(one["crowd"])) for one in model["attention"]]
     head = ("layer", "attention on the picture (%)", "visual tokens that get 90 % of that (%)")
     return Sheet(f"{model['name']}: what the prompt's last token attends to", head, rows)
 
@@ -150,7 +130,7 @@ def _attention(model: Record) -> Sheet:
 def _vanilla(model: Record) -> str:
     about = f"{model['name']}: {model['samples']} samples, {model['visual_tokens']:.4g} visual tokens on average"
     accuracy = model["vanilla"]["accuracy"]
-    return f"{about}; without a drop {percent(accuracy)} %." if accuracy else f"{about}; no right answers are known."
+    return f"{about}; without a drop {score_cell(accuracy)} %." if accuracy else f"{about}; no right answers are known."
 
 
 def _numbers(model: Record, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from pyramiddrop.report.studies.paper_figure import save
-from pyramiddrop.report.tables import new_table
-from pyramiddrop.report.tables.evaluation import score_cell
+from pyramiddrop.report.tables import markdown_table, new_table
 from pyramiddrop.report.units import template
 
 Record = Mapping[str, Any]
@@ -40,16 +40,13 @@ class Sheet:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = new_table(*self.head)
+        table = new_table(*self.head, rows=self.rows)
         table.title, table.title_justify, table.title_style = self.title, "left", "bold"
-        for row in self.rows:
-            table.add_row(*row)
         return table
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = [self.head, ("---",) * len(self.head), *self.rows]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return "\n".join(markdown_table(self.head, self.rows))
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,6 @@ class Shown:
     sheets: Sequence[Sheet]
     remarks: Sequence[str] = ()
     numbers: Sequence[Record] = field(default_factory=list)
-
-
-def percent(score: Record | None) -> str:
-    """`88.3 ± 1.0`, for a score in 0..1; empty for None."""
-    return "" if score is None else score_cell(score)
 
 
 def small(score: Record | None) -> str:
@@ -107,57 +99,36 @@ def bounds(scores: Sequence[Record], part: bool = True) -> tuple[list[float], li
     )
 
 
-PAGE = "index.html"
-
-
-def write_study(folder: Path, name: str, record: Record, shown: Shown) -> Path:
-    """Write all files into the existing `folder`; returns the path of the page."""
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _write_csv(folder / f"{name}.csv", shown)
-    svgs = {plot.name: save(plot.figure, folder, plot.name).read_text("utf-8") for plot in shown.plots}
-    page = folder / PAGE
-    page.write_text(render_study(name, shown, record, svgs), encoding="utf-8")
-    return page
-
-
-def _write_csv(path: Path, shown: Shown) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(shown.numbers[0]))
-        writer.writeheader()
-        writer.writerows(shown.numbers)
+def plot_scores(axis: Axes, places: Sequence[float], scores: Sequence[Record], part: bool = True, **style: Any) -> None:
+    """Draw a line through the means of `scores`, in a band of one standard error; see :func:`bounds`."""
+    low, middle, high = bounds(scores, part)
+    axis.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axis.plot(places, middle, **style)
 
 
 #: Pixels on the page for an inch of a figure.
 PIXELS = 150
 
 
-def render_study(name: str, shown: Shown, record: Record, svgs: Mapping[str, str]) -> str:
-    """The page as HTML text.
-
-    Args:
-        name: the name of the study.
-        record: its record, with `command` and `setting`.
-        svgs: the text of each plot's SVG file, by the plot's name.
-    """
-    return template("study").render(
-        name=name,
-        shown=shown,
-        plots=[_figure(plot, svgs[plot.name]) for plot in shown.plots],
-        command=record["command"],
-        settings={setting.replace("_", " "): _written(value) for setting, value in _settings(record).items()},
-    )
-
-
-def _figure(plot: Plot, svg: str) -> dict[str, Any]:
-    """The SVG element without the header of its file, which contains web addresses."""
-    width = round(PIXELS * plot.figure.get_figwidth())
-    return {"caption": plot.caption, "svg": svg[svg.index("<svg") :], "width": width}
-
-
-def _settings(record: Record) -> dict[str, Any]:
-    """The settings that were given, and the machine."""
-    asked = {name: value for name, value in record["setting"].items() if value not in (None, (), [])}
-    return {**asked, **{f"machine: {name}": value for name, value in record["machine"].items()}}
+def write_study(folder: Path, name: str, record: Record, shown: Shown) -> Path:
+    """Write all files into the existing `folder`; returns the path of the page."""
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(shown.numbers[0]))
+        writer.writeheader()
+        writer.writerows(shown.numbers)
+    plots = []
+    for plot in shown.plots:
+        svg = save(plot.figure, folder, plot.name).read_text("utf-8")
+        svg = svg[svg.index("<svg") :]  # without the header of its file, which contains web addresses
+        plots.append({"caption": plot.caption, "svg": svg, "width": round(PIXELS * plot.figure.get_figwidth())})
+    given = {name: value for name, value in record["setting"].items() if value not in (None, (), [])}
+    given |= {f"machine: {name}": value for name, value in record["machine"].items()}
+    settings = {setting.replace("_", " "): _written(value) for setting, value in given.items()}
+    page = folder / "index.html"
+    html = template("study").render(name=name, shown=shown, plots=plots, command=record["command"], settings=settings)
+    page.write_text(html, encoding="utf-8")
+    return page
 
 
 def _written(value: Any) -> str:

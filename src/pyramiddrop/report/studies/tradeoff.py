@@ -10,8 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyramiddrop.report.studies.paper_figure import COLORS, COLUMN, DASHES, MARKERS, PAGE, band, literal, styled
-from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds, from_vanilla
+from pyramiddrop.report.studies.paper_figure import COLUMN, PAGE, line_style, literal, panels, styled
+from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, bounds, from_vanilla, plot_scores
 from pyramiddrop.report.tables.evaluation import difference_cell, score_cell, share_cell
 
 LEAD = (
@@ -36,11 +36,7 @@ def show_tradeoff(record: Record) -> Shown:
         plots=plots,
         sheets=tradeoff_sheets(record),
         remarks=[f"{record['model']}: {record['task']['questions']} questions about {record['pictures']} pictures."],
-        numbers=[
-            row
-            for variant in record["methods"]
-            for row in way_numbers(variant, {"line": variant.get("line", "vanilla")})
-        ],
+        numbers=[row for one in record["methods"] for row in way_numbers(one, {"line": one.get("line", "vanilla")})],
     )
 
 
@@ -111,9 +107,7 @@ SCORE = "accuracy (%)"
 def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
     """Draw the score of all questions: a line through the `points` of each method, and vanilla's level.
 
-    Args:
-        vanilla: vanilla's entry in an evaluation's record.
-        points: the methods' entries, each with the name of its `line`.
+    `vanilla` and the `points`, each with the name of its `line`, are entries of an evaluation's record.
     """
     with rc_context(styled()):
         figure = Figure(figsize=(COLUMN, 2.75), layout="constrained")
@@ -127,32 +121,23 @@ def draw_tradeoff(vanilla: Record, points: Sequence[Record]) -> Figure:
 
 def draw_tradeoff_by_kind(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
     """Draw the same for each kind of question, in a panel each."""
-    columns = min(3, len(kinds))
-    rows = -(-len(kinds) // columns)
     with rc_context(styled()):
-        figure = Figure(figsize=(PAGE, 0.7 + 1.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, kind in zip(axes.flat, kinds, strict=False):
+        figure, axes = panels(len(kinds), columns=3, width=PAGE, top=0.7, height=1.6)
+        for axis, kind in zip(axes, kinds, strict=True):
             _draw(axis, vanilla, points, kind)
             axis.set_title(kind, loc="left", parse_math=False)
-        for axis in axes.flat[len(kinds) :]:
-            axis.set_visible(False)
-        for place, axis in enumerate(axes.flat):
-            axis.tick_params(labelbottom=place + columns >= len(kinds))
         figure.supxlabel(COSTS, fontsize=7.5)
         figure.supylabel(SCORE, fontsize=7.5)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 
 
 def _draw(axis: Axes, vanilla: Record, points: Sequence[Record], kind: str) -> None:
     for place, line in enumerate(dict.fromkeys(point["line"] for point in points)):
         own = sorted((point for point in points if point["line"] == line), key=lambda point: point["flops_ratio"])
-        costs, color = [100 * point["flops_ratio"] for point in own], COLORS[place % len(COLORS)]
-        low, middle, high = bounds([point["scores"][kind] for point in own])
-        band(axis, costs, low, high, color)
-        marker, dash = MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)]
-        axis.plot(costs, middle, color=color, marker=marker, linestyle=dash, label=literal(line))
+        costs = [100 * point["flops_ratio"] for point in own]
+        scores = [point["scores"][kind] for point in own]
+        plot_scores(axis, costs, scores, label=literal(line), **line_style(place))
     low, middle, high = bounds([vanilla["scores"][kind]])
     axis.axhspan(low[0], high[0], color="black", alpha=0.08, linewidth=0)
     axis.axhline(middle[0], color="black", linewidth=0.8, linestyle=(0, (1, 1.5)), label="vanilla")
