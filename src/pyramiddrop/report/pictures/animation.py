@@ -20,14 +20,14 @@ def step_through(stages: Sequence[Stage], path: Path) -> None:
     _save([_headed(stage.head, _stacked(stage.panels)) for stage in stages], STEP, path)
 
 
-def play(stages: Sequence[Stage], frame_ranges: Sequence[int | None], path: Path) -> None:
+def play(stages: Sequence[Stage], moments: Sequence[int | None], path: Path) -> None:
     """Write one frame for each moment of the video, with all stages side by side and still pictures below."""
     frames = []
-    for moment in sorted({moment for moment in frame_ranges if moment is not None}):
-        shown = [place for place, own in enumerate(frame_ranges) if own in (moment, None)]
-        frames.append(
-            _beside([_headed(stage.head, _stacked([stage.panels[place] for place in shown])) for stage in stages])
-        )
+    for moment in sorted({moment for moment in moments if moment is not None}):
+        shown = [place for place, own in enumerate(moments) if own in (moment, None)]
+        parts = [_headed(stage.head, _stacked([stage.panels[place] for place in shown])) for stage in stages]
+        turned = _stacked([part.transpose(Image.Transpose.TRANSPOSE) for part in parts])
+        frames.append(turned.transpose(Image.Transpose.TRANSPOSE))
     _save(frames, FRAME, path)
 
 
@@ -51,8 +51,3 @@ def _stacked(parts: Sequence[Image.Image]) -> Image.Image:
         whole.paste(part, (0, top))
         top += part.height + GAP
     return whole
-
-
-def _beside(parts: Sequence[Image.Image]) -> Image.Image:
-    turned = [part.transpose(Image.Transpose.TRANSPOSE) for part in parts]
-    return _stacked(turned).transpose(Image.Transpose.TRANSPOSE)

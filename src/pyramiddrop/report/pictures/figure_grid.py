@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -39,16 +39,12 @@ class Stage:
     scale: Scale | None = None
 
 
-@dataclass
 class _Page:
     """A figure that is filled from the top; all lengths are inches from its top left corner."""
 
-    width: float
-    height: float
-    figure: Figure = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.figure = Figure(figsize=(self.width, self.height), dpi=160)
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=160)
 
     def picture(self, pixels: Image.Image, left: float, down: float, width: float, height: float) -> None:
         axis = self.figure.add_axes(self._box(left, down, width, height))
@@ -68,25 +64,18 @@ class _Page:
         for label, place in zip(bar.ax.get_xticklabels(), places, strict=True):  # outer labels stay inside the panel
             label.set_horizontalalignment("left" if place == 0 else "right" if place == 1 else "center")
 
-    def text(self, words: str, left: float, down: float, **style: Any) -> None:
-        self.figure.text(
-            left / self.width,
-            1 - down / self.height,
-            words,
-            va=style.pop("va", "top"),
-            parse_math=False,  # dollar signs do not begin formulas
-            **style,
-        )
-
-    def line(self, words: str, down: float, per_inch: float, **style: Any) -> None:
-        """Write `words` on one line, cut at the edge of the figure; an inch holds `per_inch` letters."""
-        line, limit = " ".join(words.split()), int((self.width - MARGIN) * per_inch)
-        self.text(line if len(line) <= limit else line[: limit - 1] + "…", MARGIN, down, **style)
+    def text(self, words: str, left: float, down: float, va: str = "top", **style: Any) -> None:
+        place = left / self.width, 1 - down / self.height
+        self.figure.text(*place, words, va=va, parse_math=False, **style)  # dollar signs do not begin formulas
 
     def titles(self, title: str, subtitle: str) -> float:
-        """Write both titles, and return the position of their lower end."""
-        self.line(title, 0.1, per_inch=9.5, fontsize=13, weight="bold")
-        self.line(subtitle, 0.37, per_inch=12.5, fontsize=10, color="#444")
+        """Write both titles on a line each, cut at the edge of the figure; returns the position of their lower end."""
+        for words, down, letters_per_inch, style in (
+            (title, 0.1, 9.5, {"fontsize": 13, "weight": "bold"}),
+            (subtitle, 0.37, 12.5, {"fontsize": 10, "color": "#444"}),
+        ):
+            line, limit = " ".join(words.split()), int((self.width - MARGIN) * letters_per_inch)
+            self.text(line if len(line) <= limit else line[: limit - 1] + "…", MARGIN, down, **style)
         return _title_height(subtitle)
 
     def _box(self, left: float, down: float, width: float, height: float) -> tuple[float, float, float, float]:
@@ -108,16 +97,8 @@ def draw_table(stages: Sequence[Stage], names: Sequence[str], title: str, subtit
         for name, panel, (wide, high) in zip(names, stage.panels, sizes, strict=True):
             page.picture(panel, left + (STILL - wide) / 2, down, wide, high)
             if len(names) > 1 and column == 0:
-                page.text(
-                    name,
-                    MARGIN + 0.04,
-                    down + high / 2,
-                    rotation=90,
-                    va="center",
-                    ha="center",
-                    fontsize=9,
-                    color="#555",
-                )
+                middle = MARGIN + 0.04, down + high / 2
+                page.text(name, *middle, rotation=90, va="center", ha="center", fontsize=9, color="#555")
             down += high + GAP
         if stage.scale:
             page.scale(stage.scale, left, down + 0.02, STILL)

@@ -42,22 +42,14 @@ def token_status(layers: Sequence[StageTokens], number: int, view: View) -> list
 
 
 def visual_columns(trace: Trace, sample: int) -> Tensor:
-    """The columns of the visual tokens of a sample.
-
-    Raises:
-        ValueError: if the trace is empty.
-    """
+    """The columns of the visual tokens of a sample; ValueError if the trace is empty."""
     if not trace.visual_columns:
         raise ValueError("the trace is empty: run the patched model first")
     return trace.visual_columns[sample]
 
 
 def stage_tokens(trace: Trace, views: Sequence[View], sample: int = 0) -> list[StageTokens]:
-    """The stages between the drops of `trace`: the first has every token, the last the fewest.
-
-    Raises:
-        ValueError: if the trace is empty, or `views` do not have as many tokens as its sample.
-    """
+    """The stages between the drops of `trace`: the first has every token, the last the fewest."""
     columns = visual_columns(trace, sample)
     expected = sum(view.tokens for view in views)
     if len(columns) != expected:

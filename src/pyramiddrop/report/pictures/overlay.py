@@ -82,16 +82,13 @@ def with_seams(pixels: Image.Image, view: View) -> Image.Image:
 
 def picture_data(pixels: Image.Image) -> str:
     """`pixels` as a `data:` URL: PNG, or JPEG if that is smaller (for photographs)."""
-    files = {kind: _encoded(pixels, kind) for kind in ("png", "jpeg")}
+    files = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90, "subsampling": 0})):
+        buffer = io.BytesIO()
+        pixels.save(buffer, kind, **options)
+        files[kind] = buffer.getvalue()
     kind = min(files, key=lambda name: len(files[name]))
     return f"data:image/{kind};base64," + base64.b64encode(files[kind]).decode()
-
-
-def _encoded(pixels: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    options = {"optimize": True} if kind == "png" else {"quality": 90, "subsampling": 0}
-    pixels.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 #: The colour map, dark for low and light for high scores, and its opacity over the picture.
@@ -143,12 +140,13 @@ def draw_heatmap(pixels: Image.Image, view: View, ranks: Sequence[Sequence[float
     Tokens with NaN were dropped before, and are masked as in a picture of kept tokens.
     """
     values: NDArray[np.float64] = np.asarray(ranks, dtype=np.float64)
-    alive = np.argwhere(~np.isnan(values)).tolist()
-    base = np.asarray(mask_dropped(pixels, view, [(row, column) for row, column in alive]), dtype=np.float64)
+    alive = ~np.isnan(values)
+    kept = {(row, column) for row, column in np.argwhere(alive).tolist()}
+    base = np.asarray(mask_dropped(pixels, view, kept), dtype=np.float64)
     colours = matplotlib.colormaps[COLOURS](1 - (np.nan_to_num(values, nan=1.0) - 1) / max(1, tokens - 1))
     height, width = patch_pixels(pixels, view)
     painted = 255 * colours[..., :3].repeat(height, axis=0).repeat(width, axis=1)
-    there = (~np.isnan(values)).repeat(height, axis=0).repeat(width, axis=1)[..., None]
+    there = alive.repeat(height, axis=0).repeat(width, axis=1)[..., None]
     return Image.fromarray(np.where(there, base * (1 - COVER) + painted * COVER, base).round().astype(np.uint8))
 
 

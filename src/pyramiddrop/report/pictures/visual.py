@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from pyramiddrop.cost import Cost
 from pyramiddrop.inference.request import Run
 from pyramiddrop.method_spec import method_label, parse_method_spec
 from pyramiddrop.methods import Compose, Downsample, Method
-from pyramiddrop.report.pictures import animation as animation
-from pyramiddrop.report.pictures import page
+from pyramiddrop.report.pictures import animation, overlay
 from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
-from pyramiddrop.report.pictures.lifetimes import StageTokens, stage_tokens, visual_columns
-from pyramiddrop.report.pictures.overlay import COLOURS, Scored, draw_heatmap, mask_dropped, seen_pixels, with_seams
+from pyramiddrop.report.pictures.lifetimes import StageTokens, stage_tokens, token_status, visual_columns
+from pyramiddrop.report.pictures.overlay import Scored
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import CannotPlaceError, PlacedView, place_pictures
+from pyramiddrop.report.units import template
 from pyramiddrop.trace import Trace
 
 #: Suffixes of pages and animations; all others are matplotlib's.
@@ -66,8 +66,10 @@ class Visual:
         check_picture_path(path, scores)
         if path.suffix.lower() == PAGE:
             path.write_text(self.html(), encoding="utf-8")
+        elif path.suffix.lower() == ANIMATION and self.has_frames:
+            animation.play(self._kept(), [one.moment for one in self.seen], path)
         elif path.suffix.lower() == ANIMATION:
-            self._animate(path)
+            animation.step_through(self._kept(), path)
         else:
             (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
 
@@ -90,7 +92,15 @@ class Visual:
 
     def html(self) -> str:
         """A self-contained page: stages to step through and to play, scores under the pointer."""
-        return page.render(self)
+        data = {
+            "stages": [self._stage_data(number) for number in range(len(self.stages))],
+            "views": [self._view_data(number) for number in range(len(self.seen))],
+            "ramp": overlay.ramp(),
+            "opacity": 1 - overlay.SHOWS_THROUGH,
+            "covered": overlay.COVER,
+            "seam": overlay.SEAM,
+        }
+        return template("visual").render(visual=self, data=data)
 
     def _repr_html_(self) -> str:
         """The page in a frame for notebooks, because it is a document with its own styles and scripts."""
@@ -98,14 +108,13 @@ class Visual:
 
     def as_dict(self) -> dict[str, Any]:
         """For each stage, the numbers of visual tokens in all, in each view, and without a place."""
-        names = [one.view.name for one in self.seen]
         return {
             "views": [{"name": one.view.name, "tokens": one.view.tokens} for one in self.seen],
             "kept": [
                 {
                     "layers": [stage.first, stage.last],
                     "tokens": stage.tokens,
-                    "placed": {name: len(cells) for name, cells in zip(names, stage.cells, strict=True)},
+                    "placed": dict(zip(self._names, map(len, stage.cells), strict=True)),
                     "unplaced": dict(stage.unplaced),
                 }
                 for stage in self.stages
@@ -116,44 +125,83 @@ class Visual:
     @cached_property
     def pixels(self) -> list[Image.Image]:
         """The pixels of each view."""
-        return [seen_pixels(one.picture, one.view) for one in self.seen]
+        return [overlay.seen_pixels(one.picture, one.view) for one in self.seen]
 
     @property
     def has_frames(self) -> bool:
         """True if there is a video among the pictures."""
         return any(one.moment is not None for one in self.seen)
 
+    @property
+    def _names(self) -> list[str]:
+        return [one.view.name for one in self.seen]
+
     def _sheet(self, stages: list[Stage]) -> Figure:
-        names = [one.view.name for one in self.seen]
         draw = draw_contact_sheet if self.has_frames else draw_table
         answer = f"answer: {self.answer}" if self.answer else ""
-        return draw(stages, names, self.question, " · ".join(filter(None, (answer, self.note))))
+        return draw(stages, self._names, self.question, " · ".join(filter(None, (answer, self.note))))
 
     def _kept(self) -> list[Stage]:
         return [
-            Stage(
-                f"{stage.layers} · {stage.tokens} tokens",
-                [
-                    with_seams(mask_dropped(part, one.view, cells), one.view)
-                    for part, one, cells in zip(self.pixels, self.seen, stage.cells, strict=True)
-                ],
-            )
+            Stage(f"{stage.layers} · {stage.tokens} tokens", self._panels(overlay.mask_dropped, stage.cells))
             for stage in self.stages
         ]
 
     def _heat(self, stage: Scored) -> Stage:
-        panels = [
-            with_seams(draw_heatmap(part, one.view, ranks, stage.tokens), one.view)
-            for part, one, ranks in zip(self.pixels, self.seen, stage.ranks, strict=True)
-        ]
+        panels = self._panels(partial(overlay.draw_heatmap, tokens=stage.tokens), stage.ranks)
         ticks = [f"{score:.2g}" for score in stage.at((0, 0.25, 0.5, 0.75, 1))]
-        return Stage(f"scores before layer {stage.layer}", panels, Scale(COLOURS, ticks))
+        return Stage(f"scores before layer {stage.layer}", panels, Scale(overlay.COLOURS, ticks))
 
-    def _animate(self, path: Path) -> None:
-        if self.has_frames:
-            animation.play(self._kept(), [one.moment for one in self.seen], path)
-        else:
-            animation.step_through(self._kept(), path)
+    def _panels(self, paint: Callable[..., Image.Image], of_views: Sequence[Any]) -> list[Image.Image]:
+        """Each view, painted by its entry in `of_views`."""
+        return [
+            overlay.with_seams(paint(pixels, one.view, own), one.view)
+            for pixels, one, own in zip(self.pixels, self.seen, of_views, strict=True)
+        ]
+
+    def _stage_data(self, number: int) -> dict[str, Any]:
+        """A stage; and the layer, tokens, lowest and highest score of the drop after it, if that ranked."""
+        stage, after = self.stages[number], self.stages[number + 1 : number + 2]
+        ranked = next((one for one in self.scored if after and one.layer == after[0].first), None)
+        scores = None
+        if ranked is not None:
+            low, high = (f"{score:.3g}" for score in ranked.at((0, 1)))
+            scores = {"layer": ranked.layer, "tokens": ranked.tokens, "low": low, "high": high}
+        whole = self.stages[0].unplaced
+        return {
+            "layers": stage.layers,
+            "first": stage.first,
+            "tokens": stage.tokens,
+            "unplaced": ", ".join(f"{stage.unplaced.get(name, 0)} of {count} {name}" for name, count in whole.items()),
+            "scores": scores,
+        }
+
+    def _view_data(self, number: int) -> dict[str, Any]:
+        """A view; `tokens`, `status`, and each of `scores` and `ranks` have an entry for each cell."""
+        view, pixels = self.seen[number].view, self.pixels[number]
+        before = sum(one.view.tokens for one in self.seen[:number])
+        numbers = {cell: before + token for token, cell in enumerate(view.cells) if cell is not None}
+        return {
+            "name": view.name,
+            "rows": view.rows,
+            "columns": view.columns,
+            "seams": view.seams,
+            "picture": overlay.picture_data(pixels),
+            "width": pixels.width,
+            "height": pixels.height,
+            "overlay": overlay.overlay_grey(pixels),
+            "tokens": [numbers.get(cell) for cell in view.grid],
+            "status": token_status(self.stages, number, view),
+            "scores": [_flat(stage.scores[number], 4) for stage in self.scored],
+            "ranks": [_flat(stage.ranks[number], 0) for stage in self.scored],
+            "scored": [stage.layer for stage in self.scored],
+        }
+
+
+def _flat(grid: list[list[float]], digits: int) -> list[float | None]:
+    """Flatten row by row and round to `digits` (0: whole numbers); None for NaN, which JSON does not have."""
+    values = [value for line in grid for value in line]
+    return [None if math.isnan(value) else float(f"{value:.{digits}g}") if digits else int(value) for value in values]
 
 
 def visualize(
@@ -194,8 +242,7 @@ def visualize(
     except CannotPlaceError as error:
         seen, note = [_unplaced(tokens)], f"{error}: drawn in the order of the prompt"
     views = [one.view for one in seen]
-    ranked = [(stage.layer, stage.scores) for stage in trace.stages]
-    scored = [Scored(layer, views, scores[sample]) for layer, scores in ranked if scores is not None]
+    scored = [Scored(one.layer, views, one.scores[sample]) for one in trace.stages if one.scores is not None]
     cost = trace.cost() if trace.has_sizes else None
     return Visual(seen, stage_tokens(trace, views, sample), scored, question, answer, made_by, cost, note)
 
@@ -229,10 +276,8 @@ def _unplaced(tokens: int) -> PlacedView:
     rows = math.ceil(tokens / columns)
     picture = Image.new("RGB", (columns, rows), UNPLACED)
     picture.paste(EMPTY, (tokens - (rows - 1) * columns, rows - 1, columns, rows))
-    cells = reading_order(rows, columns)[:tokens]
-    return PlacedView(
-        picture, View("tokens in the order of the prompt", rows, columns, Box(0, 0, columns, rows), cells)
-    )
+    box, cells = Box(0, 0, columns, rows), reading_order(rows, columns)[:tokens]
+    return PlacedView(picture, View("tokens in the order of the prompt", rows, columns, box, cells))
 
 
 def run_visual(done: Run) -> Visual:
