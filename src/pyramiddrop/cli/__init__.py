@@ -15,10 +15,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         'pyramiddrop generate --model ID_OR_DIR --image a.png --prompt "Why?" --lam 0.4',
     ),
     "cost": ("pyramiddrop cost --shape llava-next-7b", "pyramiddrop cost --method pyramiddrop:lam=0.4 fastv:layer=3"),
-    "plan": (
-        "pyramiddrop plan --average-tokens 192",
-        "pyramiddrop plan --percent 50 --shape llava-next-7b --stages 4",
-    ),
+    "plan": ("pyramiddrop plan --average-tokens 192", "pyramiddrop plan --percent 50 --shape llava-next-7b --stages 4"),
     "bench": ("pyramiddrop bench", "pyramiddrop bench --shape small --batch 1,4 --repeats 3"),
     "eval": (
         "pyramiddrop eval --tasks reader --limit 60 --percent 50",

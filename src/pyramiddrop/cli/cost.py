@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import Annotated
 
 from pyramiddrop.cli.options import OUTPUT, AsJson, MethodOptions, Methods, SizeOptions, with_groups
-from pyramiddrop.cli.terminal import stderr, stdout
-
-if TYPE_CHECKING:
-    from pyramiddrop.inference.sizes import MethodCost, Sizes
+from pyramiddrop.cli.terminal import print_json, say, stdout
 
 
 @with_groups
@@ -21,9 +15,7 @@ def cost(
     size_options: SizeOptions,
     method: Methods = None,
     method_options: MethodOptions,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="Every FLOPs figure of the paper beside ours.", rich_help_panel=OUTPUT)
-    ] = False,
+    paper: Annotated[bool, OUTPUT("--paper", help="Every FLOPs figure of the paper beside ours.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count what dropping saves: FLOPs, KV cache and tokens, without a model or a download.
@@ -35,25 +27,24 @@ def cost(
         _show_paper(as_json)
         return
     from pyramiddrop.inference.sizes import method_costs, published_costs
+    from pyramiddrop.report.tables.cost import cost_table
 
     sizes, shared = size_options.sizes(), method_options.given
     if method:
         found, left_out = method_costs(method, shared, sizes), list[str]()
-    else:
-        found, left_out = published_costs(_published(shared), shared, sizes)
+    else:  # those that have the given options
+        published = ["fastv"] if "layer" in shared else ["pyramiddrop"] if shared else ["pyramiddrop", "fastv"]
+        found, left_out = published_costs(published, shared, sizes)
     if as_json:
-        print(json.dumps(_as_dict(sizes, found), indent=2))
+        about = {"name": sizes.name, "shape": asdict(sizes.shape), "prompt": asdict(sizes.prompt)}
+        print_json(about | {"methods": [{"method": one.label, **one.cost.as_dict()} for one in found]})
     else:
-        _show(sizes, found)
+        stdout().print(f"{sizes.about}\n", soft_wrap=True)
+        stdout().print(cost_table([(one.label, one.cost) for one in found]))
+        if sizes.remark:
+            stdout().print(f"\n{sizes.remark}", soft_wrap=True)
     for reason in left_out:
-        stderr().print(reason, soft_wrap=True)
-
-
-def _published(shared: dict[str, str]) -> list[str]:
-    """The methods to show if none is named: those that have the given options."""
-    if "layer" in shared:
-        return ["fastv"]
-    return ["pyramiddrop"] if shared else ["pyramiddrop", "fastv"]
+        say(reason)
 
 
 def _show_paper(as_json: bool) -> None:
@@ -62,26 +53,7 @@ def _show_paper(as_json: bool) -> None:
 
     figures = paper_figures()
     if as_json:
-        print(json.dumps({"figures": [figure.as_dict() for figure in figures]}, indent=2))
+        print_json({"figures": [figure.as_dict() for figure in figures]})
         return
     stdout().print(paper_table(figures))
     stdout().print(f"\n{paper_summary(figures)}", soft_wrap=True)
-
-
-def _show(sizes: Sizes, found: list[MethodCost]) -> None:
-    from pyramiddrop.report.tables.cost import cost_table
-
-    console = stdout()
-    console.print(f"{sizes.about}\n", soft_wrap=True)
-    console.print(cost_table([(one.label, one.cost) for one in found]))
-    if sizes.remark:
-        console.print(f"\n{sizes.remark}", soft_wrap=True)
-
-
-def _as_dict(sizes: Sizes, found: list[MethodCost]) -> dict[str, Any]:
-    return {
-        "name": sizes.name,
-        "shape": asdict(sizes.shape),
-        "prompt": asdict(sizes.prompt),
-        "methods": [{"method": one.label, **one.cost.as_dict()} for one in found],
-    }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import spinner, stdout
+from pyramiddrop.cli.terminal import make_folder, print_json, print_parts, spinner, stdout
+from pyramiddrop.inference import user_input
 
 
 def demo(
@@ -22,28 +22,18 @@ def demo(
     Writes a page (index.html) and an overlay for each question: which patches of the picture are still there, stage by
     stage.
     """
-    from pyramiddrop.inference import user_input
     from pyramiddrop.inference.demo import run_demo
     from pyramiddrop.report.demo import write_demo
     from pyramiddrop.report.tables.runs import OWN_MODEL, costs_table, failures, questions_table, summary
 
-    with user_input(f"cannot write into {output}", (OSError,)):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     with spinner("starting") as progress:
         done = run_demo(questions, progress)
         progress("drawing")
         with user_input(f"cannot write into {output}", (OSError,)):
-            written = write_demo(done, output)
+            page, overlays = write_demo(done, output)
     if as_json:
-        print(
-            json.dumps(
-                {**done.as_dict(), "page": str(written.page), "overlays": [str(path) for path in written.overlays]},
-                indent=2,
-            )
-        )
+        print_json({**done.as_dict(), "page": str(page), "overlays": list(map(str, overlays))})
         return
-    console = stdout()
-    for part in (questions_table(done), costs_table(done), *summary(done), *failures(done)):
-        console.print(part)
-        console.print()
-    console.print(f"page:     {written.page}\noverlays: {output}/*.png\nyour own: {OWN_MODEL}", soft_wrap=True)
+    print_parts([questions_table(done), costs_table(done), *summary(done), *failures(done)])
+    stdout().print(f"page:     {page}\noverlays: {output}/*.png\nyour own: {OWN_MODEL}", soft_wrap=True)

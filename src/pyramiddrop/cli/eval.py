@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from pyramiddrop.cli import terminal
 from pyramiddrop.cli.options import (
     HOW,
     METHOD,
@@ -22,11 +17,13 @@ from pyramiddrop.cli.options import (
     AsJson,
     Methods,
     Model,
+    OptionGroup,
     Percents,
     QuestionOptions,
     with_groups,
 )
-from pyramiddrop.cli.terminal import progress, spinner, stderr
+from pyramiddrop.cli.terminal import print_result, progress, say, spinner
+from pyramiddrop.inference import InputError
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.run import EvalOptions
@@ -46,56 +43,59 @@ MODES = {
 }
 
 
+@dataclass(frozen=True)
+class SuiteOptions(OptionGroup):
+    """The published numbers, and what is shown beside them."""
+
+    suite: Annotated[
+        str | None,
+        WHAT(
+            help="What others printed, beside what was measured: paper, the paper's tables; budgets, methods at equal "
+            "numbers of visual tokens."
+        ),
+    ] = None
+    results: Annotated[
+        list[Path] | None,
+        WHAT(help="Of --suite: what lmms-eval or --tasks measured; one or more files or folders.", metavar="FILE..."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ComparedOptions(OptionGroup):
+    """The model, and the methods that are compared."""
+
+    model: Model = None
+    method: Methods = None
+    percent: Percents = None
+    average_tokens: Annotated[
+        list[float] | None,
+        METHOD(
+            help="Solve them for so many visual tokens of a layer, on average over the layers; one or more.",
+            metavar="TOKENS...",
+        ),
+    ] = None
+    controls: Annotated[
+        bool | None,
+        METHOD(
+            "--controls",
+            help="Beside them, at the same budget: random inside and before the decoder (three draws each), uniform, a "
+            "smaller picture.",
+        ),
+    ] = None
+
+
 @with_groups
 def evaluate(
     *,
     questions: QuestionOptions,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="What others printed, beside what was measured: paper, the paper's tables; budgets, methods at equal "
-            "numbers of visual tokens.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Of --suite: what lmms-eval or --tasks measured; one or more files or folders.",
-            metavar="FILE...",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    model: Model = None,
-    method: Methods = None,
-    percent: Percents = None,
-    average_tokens: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Solve them for so many visual tokens of a layer, on average over the layers; one or more.",
-            metavar="TOKENS...",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls",
-            help="Beside them, at the same budget: random inside and before the decoder (three draws each), uniform, a "
-            "smaller picture.",
-            rich_help_panel=METHOD,
-        ),
-    ] = False,
+    suite: SuiteOptions,
+    compared: ComparedOptions,
     answering: AnswerOptions,
     rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="How often a prefill is timed under each method; 0: never. (default: 5)", rich_help_panel=HOW
-        ),
+        int | None, HOW(min=0, help="How often a prefill is timed under each method; 0: never. (default: 5)")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Keep replies and results in this folder; run again, it goes on.", rich_help_panel=OUTPUT),
+        Path | None, OUTPUT(help="Keep replies and results in this folder; run again, it goes on.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,45 +104,33 @@ def evaluate(
     Every score has its standard error, every difference its 95 % interval. With --percent or --average-tokens all
     methods cost the same. Without --method: the one saved beside the checkpoint, or pyramiddrop and fastv.
     """
-    given = {
-        "suite": suite,
-        "results": results,
-        "model": model,
-        "method": method,
-        "percent": percent,
-        "average_tokens": average_tokens,
-        "controls": controls or None,
-        "rounds": rounds,
-        **asdict(questions),
-        **asdict(answering),
-    }
-    mode = _mode({f"--{name.replace('_', '-')}": value for name, value in given.items() if value not in (None, [])})
-    if mode == "--suite":
-        _show_suite(str(suite), [*(results or ()), *([output] if output else [])], as_json)
+    timing: dict[str, Any] = {} if rounds is None else {"rounds": rounds}
+    given = suite.given | compared.given | timing | questions.given | answering.given
+    mode = _mode({f"--{name.replace('_', '-')}": value for name, value in given.items() if value != []})
+    if suite.suite is not None:
+        _show_suite(suite.suite, [*(suite.results or ()), *([output] if output else [])], as_json)
     elif mode == LMMS:
-        _run_benchmarks(questions, answering, method or [], model, output, as_json)
+        _run_benchmarks(questions, answering, compared, output, as_json)
     else:
-        from pyramiddrop.evaluation.run import ROUNDS, EvalOptions
+        from pyramiddrop.evaluation.run import EvalOptions
 
         with spinner("reading the questions"):
             task = questions.task()
         options = EvalOptions(
-            methods=tuple(method or ()),
-            percents=tuple(percent or ()),
-            average_tokens=tuple(average_tokens or ()),
-            rounds=ROUNDS if rounds is None else rounds,
-            controls=controls,
-            model=model,
+            methods=tuple(compared.method or ()),
+            percents=tuple(compared.percent or ()),
+            average_tokens=tuple(compared.average_tokens or ()),
+            controls=bool(compared.controls),
+            model=compared.model,
             output=output,
+            **timing,
             **answering.given,
         )
         _run(task, options, as_json)
 
 
 def _mode(given: dict[str, Any]) -> str:
-    """The way in which the verb is used; one line about an option that does not belong to it."""
-    from pyramiddrop.inference import InputError
-
+    """The way in which the verb is used; InputError for an option that does not belong to it."""
     mode = next((name for name in ("--suite", "--data") if name in given), OFFLINE)
     if mode == OFFLINE and given.get("--tasks", BUNDLED[0]) not in BUNDLED:
         mode = LMMS
@@ -168,16 +156,11 @@ def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
         record = evaluation_record(evaluator.run(lambda step, count: advance(count, step)))
     if options.output:
         write_json(options.output / "results.json", record)
-    _show(record, (*eval_heading(record), *eval_tables(record), *eval_notes(record)), as_json)
+    print_result(record, (*eval_heading(record), *eval_tables(record), *eval_notes(record)), as_json)
 
 
 def _run_benchmarks(
-    questions: QuestionOptions,
-    answering: AnswerOptions,
-    methods: list[str],
-    model: str | None,
-    output: Path | None,
-    as_json: bool,
+    questions: QuestionOptions, answering: AnswerOptions, compared: ComparedOptions, output: Path | None, as_json: bool
 ) -> None:
     from pyramiddrop.evaluation.lmms.run import RESULTS, benchmarks_record, run_benchmarks
     from pyramiddrop.evaluation.store import write_json
@@ -186,44 +169,31 @@ def _run_benchmarks(
     with redirect_stdout(sys.stderr):  # lmms-eval prints what it likes
         found = run_benchmarks(
             str(questions.tasks).split(","),
-            methods,
-            model,
+            compared.method or [],
+            compared.model,
             questions.limit,
             answering.batch or 1,
             answering.device,
             output,
-            progress=stderr().print,
+            progress=say,
         )
     if not found:  # one of several processes, and not the first
         return
-    record = benchmarks_record(found, model)
+    record = benchmarks_record(found, compared.model)
     if output:
         write_json(output / RESULTS, record)
-    _show(record, [benchmarks_table(found)], as_json)
+    print_result(record, [benchmarks_table(found)], as_json)
 
 
 def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
-    from pyramiddrop.evaluation.lmms.run import read_measured
-    from pyramiddrop.evaluation.paper.tables import budgets_record, suite_record
-    from pyramiddrop.inference import InputError
+    from pyramiddrop.evaluation.benchmarks import read_measured
+    from pyramiddrop.evaluation.paper.budgets import budgets_record
+    from pyramiddrop.evaluation.paper.tables import suite_record
     from pyramiddrop.report.tables.paper import budget_tables, suite_tables, tasks_table
 
     if suite not in SUITES:
         raise InputError(f"--suite must be {' or '.join(SUITES)}; got {suite!r}")
     found = [one for path in measured for one in read_measured(path)]
-    if suite == PAPER:
-        record = suite_record(found)
-        _show(record, [tasks_table(), *suite_tables(record)], as_json)
-    else:
-        record = budgets_record(found)
-        _show(record, budget_tables(record), as_json)
-
-
-def _show(record: dict[str, Any], parts: Iterable[Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(record, indent=2))
-        return
-    console = terminal.stdout()
-    for part in parts:
-        console.print(part)
-        console.print()
+    record = suite_record(found) if suite == PAPER else budgets_record(found)
+    parts = [tasks_table(), *suite_tables(record)] if suite == PAPER else budget_tables(record)
+    print_result(record, parts, as_json)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import stdout
+from pyramiddrop.cli.terminal import print_json, stdout
 
 
 def families(
@@ -25,7 +24,7 @@ def families(
     entries = all_families() if model is None else [find_family(model)]
     if as_json:
         found = [entry.as_dict() for entry in entries]
-        print(json.dumps({"families": found} if model is None else found[0], indent=2))
+        print_json({"families": found} if model is None else found[0])
     elif markdown:
         print(families_page(entries), end="")
     elif model is not None:

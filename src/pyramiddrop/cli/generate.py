@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from pyramiddrop.cli.options import OUTPUT, WHAT, AsJson, MethodOptions, OneMethod, RequestOptions, with_groups
-from pyramiddrop.cli.terminal import spinner, stderr, stdout
+from pyramiddrop.cli.terminal import print_json, say, spinner, stdout
+from pyramiddrop.inference import user_input
 
 if TYPE_CHECKING:
     from pyramiddrop.inference.request import PreparedRequest, Run
@@ -19,17 +17,13 @@ if TYPE_CHECKING:
 @with_groups
 def generate(
     *,
-    prompt: Annotated[str, typer.Option(help="The question.", rich_help_panel=WHAT)],
+    prompt: Annotated[str, WHAT(help="The question.")],
     method: OneMethod = None,
     options: MethodOptions,
     request: RequestOptions,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Answer without dropping too, and time both.", rich_help_panel=OUTPUT)
-    ] = False,
+    compare: Annotated[bool, OUTPUT("--compare", help="Answer without dropping too, and time both.")] = False,
     as_json: AsJson = False,
-    overlay: Annotated[
-        Path | None, typer.Option(help="Draw the kept tokens over the picture into this file.", rich_help_panel=OUTPUT)
-    ] = None,
+    overlay: Annotated[Path | None, OUTPUT(help="Draw the kept tokens over the picture into this file.")] = None,
 ) -> None:
     """Answer a question about pictures, and say what it cost.
 
@@ -37,26 +31,24 @@ def generate(
     """
     spec = options.spec(method)
     if overlay:
-        _check_overlay(overlay, spec)
+        from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path, run_visual
+
+        with user_input("--overlay"):
+            if spec is not None:
+                check_drawn_method(spec)
+            check_picture_path(overlay)
     ready = request.prepare(prompt, spec)
     stream = sys.stdout.isatty() and not compare and not as_json
     done = _answer(ready, request.max_new_tokens, compare, stream)
     if overlay:
-        _draw(done, overlay)
+        with user_input(f"cannot draw {overlay}", (OSError, ValueError)):
+            visual = run_visual(done)
+            visual.save(overlay)
+        say(f"overlay: {overlay}{f' ({visual.note})' if visual.note else ''}")
     if as_json:
-        print(json.dumps({**done.as_dict(), "overlay": str(overlay) if overlay else None}, indent=2))
+        print_json({**done.as_dict(), "overlay": str(overlay) if overlay else None})
     else:
         _show(done, streamed=stream)
-
-
-def _check_overlay(path: Path, spec: str | None) -> None:
-    from pyramiddrop.inference import user_input
-    from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
-
-    with user_input("--overlay"):
-        if spec is not None:
-            check_drawn_method(spec)
-        check_picture_path(path)
 
 
 def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: bool) -> Run:
@@ -72,16 +64,6 @@ def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: 
     return run(ready, max_new_tokens, streamer)
 
 
-def _draw(done: Run, path: Path) -> None:
-    from pyramiddrop.inference import user_input
-    from pyramiddrop.report.pictures.visual import run_visual
-
-    with user_input(f"cannot draw {path}", (OSError, ValueError)):
-        visual = run_visual(done)
-        visual.save(path)
-    stderr().print(f"overlay: {path}{f' ({visual.note})' if visual.note else ''}", soft_wrap=True)
-
-
 def _show(done: Run, streamed: bool) -> None:
     from pyramiddrop.report.tables.runs import comparison_table, usage_line
 
@@ -90,4 +72,4 @@ def _show(done: Run, streamed: bool) -> None:
         return
     if not streamed:
         print(done.answer)
-    stderr().print(usage_line(done.usage, done.vanilla), style="dim", soft_wrap=True)
+    say(usage_line(done.usage, done.vanilla), style="dim")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
 from pyramiddrop.cli.options import AsJson
-from pyramiddrop.cli.terminal import stdout
+from pyramiddrop.cli.terminal import print_json, stdout
 
 
 def methods(as_json: AsJson = False) -> None:
@@ -19,7 +16,7 @@ def methods(as_json: AsJson = False) -> None:
 
     entries = all_entries()
     if as_json:
-        print(json.dumps({"methods": list(map(asdict, entries))}, indent=2))
+        print_json({"methods": [entry.as_dict() for entry in entries]})
     else:
         for part in methods_list(entries):
             stdout().print(part)

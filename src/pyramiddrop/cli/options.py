@@ -4,96 +4,100 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer import Option
 from typer.core import TyperCommand
-from typer.models import OptionInfo
 
-from pyramiddrop.cli.terminal import spinner, stderr
+from pyramiddrop.cli.terminal import say, spinner
+from pyramiddrop.inference import InputError
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.tasks import Task
     from pyramiddrop.inference.request import PreparedRequest
     from pyramiddrop.inference.sizes import Sizes
 
-METHOD, WHAT, HOW, OUTPUT = "Method", "What is asked", "How", "Output"
-SIZES, PROMPT = "Sizes of the model (one source)", "The prompt"
 
-Model = Annotated[
-    str | None,
-    Option(help="Folder or hub name of a checkpoint. (default: the bundled one)", rich_help_panel=WHAT),
-]
-Images = Annotated[
-    list[Path] | None, Option("--image", help="One or more pictures.", metavar="FILE...", rich_help_panel=WHAT)
-]
+class Panel(str):
+    """The title of a help panel; call it to make an option in it: `OUTPUT("--json", help="...")`."""
+
+    def __call__(self, *names: str, **settings: Any) -> Any:
+        return Option(*names, rich_help_panel=self, **settings)
+
+
+METHOD, WHAT, HOW, OUTPUT = Panel("Method"), Panel("What is asked"), Panel("How"), Panel("Output")
+SIZES, PROMPT = Panel("Sizes of the model (one source)"), Panel("The prompt")
+
+Model = Annotated[str | None, WHAT(help="Folder or hub name of a checkpoint. (default: the bundled one)")]
+Images = Annotated[list[Path] | None, WHAT("--image", help="One or more pictures.", metavar="FILE...")]
 OneMethod = Annotated[
     str | None,
-    Option(
+    METHOD(
         help="pyramiddrop, fastv, random, uniform, ... or vanilla, with options: fastv:layer=3,keep=0.25. `pyramiddrop "
-        "methods` lists them. (default: the saved one, or pyramiddrop)",
-        rich_help_panel=METHOD,
+        "methods` lists them. (default: the saved one, or pyramiddrop)"
     ),
 ]
 Methods = Annotated[
     list[str] | None,
-    Option(
+    METHOD(
         "--method",
         help="One or more beside vanilla: pyramiddrop:lam=0.6 fastv:layer=3,keep=0.25 ... `pyramiddrop methods` lists "
         "them.",
         metavar="METHOD...",
-        rich_help_panel=METHOD,
     ),
 ]
 Percents = Annotated[
     list[float] | None,
-    Option(
+    METHOD(
         "--percent",
         help="Solve the keep ratios of every method for so much of vanilla's decoder FLOPs; one or more.",
         metavar="PERCENT...",
-        rich_help_panel=METHOD,
     ),
 ]
-Device = Annotated[str | None, Option(help="cuda, mps or cpu. (default: the best there is)", rich_help_panel=HOW)]
-Dtype = Annotated[
-    str | None,
-    Option(help="float32, float16, bfloat16, auto. (default: fits the device)", rich_help_panel=HOW),
-]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
+Device = Annotated[str | None, HOW(help="cuda, mps or cpu. (default: the best there is)")]
+Dtype = Annotated[str | None, HOW(help="float32, float16, bfloat16, auto. (default: fits the device)")]
+AsJson = Annotated[bool, OUTPUT("--json", help="Print one JSON object and nothing else.")]
+
+
+class OptionGroup:
+    """The base of dataclasses whose fields are options."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The given options."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class MethodOptions(OptionGroup):
     """Options that set arguments of a method: `--lam 0.6` stands for `:lam=0.6`."""
 
-    PANEL: ClassVar[str] = METHOD
-
-    lam: Annotated[str | None, Option(help="λ: each drop keeps this share of what is left.", metavar="NUMBER")] = None
-    stages: Annotated[str | None, Option(help="So many equal stages of the layers.", metavar="NUMBER")] = None
-    layers: Annotated[str | None, Option(help="Drop before these layers: 8,16,24.", metavar="LIST")] = None
-    keep: Annotated[str | None, Option(help="Shares of the original tokens to keep: 0.5,0.25.", metavar="LIST")] = None
-    layer: Annotated[str | None, Option(help="fastv: drop before this layer.", metavar="NUMBER")] = None
-    positions: Annotated[str | None, Option(help="original, or compact: renumber after a drop.")] = None
-    score: Annotated[str | None, Option(help="What ranks; `pyramiddrop methods` lists the scorers.")] = None
-    reserve: Annotated[str | None, Option(help="Share of the kept tokens that is evenly spaced.", metavar="NUMBER")] = (
+    lam: Annotated[str | None, METHOD(help="λ: each drop keeps this share of what is left.", metavar="NUMBER")] = None
+    stages: Annotated[str | None, METHOD(help="So many equal stages of the layers.", metavar="NUMBER")] = None
+    layers: Annotated[str | None, METHOD(help="Drop before these layers: 8,16,24.", metavar="LIST")] = None
+    keep: Annotated[str | None, METHOD(help="Shares of the original tokens to keep: 0.5,0.25.", metavar="LIST")] = None
+    layer: Annotated[str | None, METHOD(help="fastv: drop before this layer.", metavar="NUMBER")] = None
+    positions: Annotated[str | None, METHOD(help="original, or compact: renumber after a drop.")] = None
+    score: Annotated[str | None, METHOD(help="What ranks; `pyramiddrop methods` lists the scorers.")] = None
+    reserve: Annotated[str | None, METHOD(help="Share of the kept tokens that is evenly spaced.", metavar="NUMBER")] = (
         None
     )
     random_from: Annotated[
         str | None,
-        Option(help="Select tokens at random for drops before this layer and deeper ones.", metavar="NUMBER"),
+        METHOD(help="Select tokens at random for drops before this layer and deeper ones.", metavar="NUMBER"),
     ] = None
     merge: Annotated[
-        bool | None, Option("--merge", help="Merge each dropped token into the most similar kept token.")
+        bool | None, METHOD("--merge", help="Merge each dropped token into the most similar kept token.")
     ] = None
 
     @property
     def given(self) -> dict[str, str]:
         """The given options, as text of a method specification."""
-        return {name: str(value).lower() for name, value in asdict(self).items() if value is not None}
+        return {name: str(value).lower() for name, value in super().given.items()}
 
     def spec(self, method: str | None) -> str | None:
         """The specification of `method` with these options; None if nothing was given."""
@@ -106,15 +110,13 @@ class MethodOptions:
 class RequestOptions:
     """The request of `generate` and `visualize`: pictures, video and model."""
 
-    PANEL: ClassVar[str] = WHAT
-
     image: Images = None
     video: Annotated[
-        Path | None, Option(help="A video file, an animated GIF or WebP, or a folder of frames.", metavar="PATH")
+        Path | None, WHAT(help="A video file, an animated GIF or WebP, or a folder of frames.", metavar="PATH")
     ] = None
-    frames: Annotated[int, Option(min=1, help="How many evenly spaced frames of the video.")] = 8
+    frames: Annotated[int, WHAT(min=1, help="How many evenly spaced frames of the video.")] = 8
     model: Model = None
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer.", rich_help_panel=HOW)] = 128
+    max_new_tokens: Annotated[int, HOW(min=1, help="Longest answer.")] = 128
     device: Device = None
     dtype: Dtype = None
 
@@ -123,12 +125,11 @@ class RequestOptions:
         from pyramiddrop.inference.request import Request, prepare
 
         pictures = tuple(self.image or ())
+        request = Request(prompt, pictures, self.model, spec, self.device, self.dtype, self.video, self.frames)
         with spinner(f"loading {self.model or 'the bundled model'}"):
-            ready = prepare(
-                Request(prompt, pictures, self.model, spec, self.device, self.dtype, self.video, self.frames)
-            )
+            ready = prepare(request)
         for remark in ready.remarks:
-            stderr().print(f"warning: {remark}", soft_wrap=True)
+            say(f"warning: {remark}")
         return ready
 
 
@@ -136,69 +137,52 @@ class RequestOptions:
 class SizeOptions:
     """The sizes of a model and of a prompt."""
 
-    PANEL: ClassVar[str] = SIZES
-
-    shape: Annotated[str | None, Option(help="A named shape. (default: llava-1.5-7b)")] = None
-    model: Annotated[str | None, Option(help="Folder or hub name of a checkpoint, to read its sizes.")] = None
-    num_layers: Annotated[int | None, Option(help="Decoder layers.")] = None
-    hidden: Annotated[int | None, Option(help="Width of the hidden states.")] = None
-    intermediate: Annotated[int | None, Option(help="Width of the gated MLP.")] = None
-    heads: Annotated[int | None, Option(help="Query heads. (default: 128 wide)")] = None
-    kv_heads: Annotated[int | None, Option(help="Key and value heads. (default: as many as heads)")] = None
-    visual_tokens: Annotated[
-        int | None, Option(help="Visual tokens. (default: the shape's)", rich_help_panel=PROMPT)
-    ] = None
-    text_tokens: Annotated[int | None, Option(help="All other tokens. (default: 64)", rich_help_panel=PROMPT)] = None
-    crops: Annotated[
-        int | None, Option(help="Pictures for the vision encoder. (default: as needed)", rich_help_panel=PROMPT)
-    ] = None
-    dtype: Annotated[str | None, Option(help="Of the KV cache. (default: the checkpoint's, or bfloat16)")] = None
+    shape: Annotated[str | None, SIZES(help="A named shape. (default: llava-1.5-7b)")] = None
+    model: Annotated[str | None, SIZES(help="Folder or hub name of a checkpoint, to read its sizes.")] = None
+    num_layers: Annotated[int | None, SIZES(help="Decoder layers.")] = None
+    hidden: Annotated[int | None, SIZES(help="Width of the hidden states.")] = None
+    intermediate: Annotated[int | None, SIZES(help="Width of the gated MLP.")] = None
+    heads: Annotated[int | None, SIZES(help="Query heads. (default: 128 wide)")] = None
+    kv_heads: Annotated[int | None, SIZES(help="Key and value heads. (default: as many as heads)")] = None
+    visual_tokens: Annotated[int | None, PROMPT(help="Visual tokens. (default: the shape's)")] = None
+    text_tokens: Annotated[int | None, PROMPT(help="All other tokens. (default: 64)")] = None
+    crops: Annotated[int | None, PROMPT(help="Pictures for the vision encoder. (default: as needed)")] = None
+    dtype: Annotated[str | None, SIZES(help="Of the KV cache. (default: the checkpoint's, or bfloat16)")] = None
 
     def sizes(self) -> Sizes:
         """The sizes that the options describe; InputError if they contradict each other."""
         from pyramiddrop.inference.sizes import choose_sizes
 
-        return choose_sizes(**asdict(self))
+        return choose_sizes(SizeOptions(**vars(self)))
 
 
 @dataclass(frozen=True)
-class QuestionOptions:
+class QuestionOptions(OptionGroup):
     """The questions of `eval` and the studies."""
 
-    PANEL: ClassVar[str] = WHAT
-
-    tasks: Annotated[str | None, Option(help="digits or reader; eval: tasks of lmms-eval, too. (default: digits)")] = (
-        None
-    )
-    data: Annotated[Path | None, Option(help="Questions of your own: JSON or JSON lines.")] = None
-    images: Annotated[Path | None, Option(help="Folder of the pictures of --data. (default: its own)")] = None
-    metric: Annotated[str | None, Option(help="Of --data: exact, same or vqa. (default: exact)")] = None
-    split: Annotated[str | None, Option(help="Of digits and reader: test, val or train. (default: test)")] = None
-    seed: Annotated[int | None, Option(min=0, help="Of the pictures of digits and reader. (default: 0)")] = None
-    limit: Annotated[int | None, Option(help="Ask so many questions at most.")] = None
+    tasks: Annotated[str | None, WHAT(help="digits or reader; eval: tasks of lmms-eval, too. (default: digits)")] = None
+    data: Annotated[Path | None, WHAT(help="Questions of your own: JSON or JSON lines.")] = None
+    images: Annotated[Path | None, WHAT(help="Folder of the pictures of --data. (default: its own)")] = None
+    metric: Annotated[str | None, WHAT(help="Of --data: exact, same or vqa. (default: exact)")] = None
+    split: Annotated[str | None, WHAT(help="Of digits and reader: test, val or train. (default: test)")] = None
+    seed: Annotated[int | None, WHAT(min=0, help="Of the pictures of digits and reader. (default: 0)")] = None
+    limit: Annotated[int | None, WHAT(help="Ask so many questions at most.")] = None
 
     def task(self, answered: bool = True) -> Task:
         """Load the questions, each with a right answer if `answered`; InputError if they cannot be asked."""
         from pyramiddrop.evaluation.tasks import choose_task
 
-        return choose_task(**asdict(self), answered=answered)
+        return choose_task(**vars(self), answered=answered)
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
+class AnswerOptions(OptionGroup):
     """How `eval` and the studies answer questions."""
 
-    PANEL: ClassVar[str] = HOW
-
-    batch: Annotated[int | None, Option(min=1, help="Questions of one forward. (default: 16; lmms-eval: 1)")] = None
-    max_new_tokens: Annotated[int | None, Option(min=1, help="Longest answer. (default: 32)")] = None
+    batch: Annotated[int | None, HOW(min=1, help="Questions of one forward. (default: 16; lmms-eval: 1)")] = None
+    max_new_tokens: Annotated[int | None, HOW(min=1, help="Longest answer. (default: 32)")] = None
     device: Device = None
     dtype: Dtype = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The given options."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -212,7 +196,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     options: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         own = inspect.signature(groups[name]).parameters.values() if name in groups else [parameter]
-        types = _option_types(groups[name]) if name in groups else hints
+        types = get_type_hints(groups[name], include_extras=True) if name in groups else hints
         options += [one.replace(annotation=types[one.name], kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
 
     @wraps(command)
@@ -223,16 +207,6 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {option.name: option.annotation for option in options}
     call.__dict__["__signature__"] = inspect.Signature(options)  # the signature that Typer reads
     return call
-
-
-def _option_types(group: Any) -> dict[str, Any]:
-    """The types of a group's fields; options without a panel get the group's."""
-    types = get_type_hints(group, include_extras=True)
-    for hint in types.values():
-        for option in get_args(hint)[1:]:
-            if isinstance(option, OptionInfo):
-                option.rich_help_panel = option.rich_help_panel or group.PANEL
-    return types
 
 
 class SpreadOptions(TyperCommand):
@@ -249,8 +223,6 @@ class SpreadOptions(TyperCommand):
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
     """Parse the comma-separated numbers of the option `name`; InputError for anything else."""
-    from pyramiddrop.inference import InputError
-
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

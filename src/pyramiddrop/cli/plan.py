@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from pyramiddrop.cli.options import OUTPUT, AsJson, SizeOptions, with_groups
-from pyramiddrop.cli.terminal import spinner, stdout
+from pyramiddrop.cli.options import OUTPUT, AsJson, Panel, SizeOptions, with_groups
+from pyramiddrop.cli.terminal import print_json, spinner, stdout
+from pyramiddrop.inference import InputError, user_input
 
 if TYPE_CHECKING:
-    from pyramiddrop.inference.budgets import BudgetOptions
     from pyramiddrop.inference.sizes import Sizes
     from pyramiddrop.planning import MeasuredTimes, Plan
 
-BUDGET, SOLVE = "The budget (exactly one)", "What is solved"
+BUDGET, SOLVED = Panel("The budget (exactly one)"), Panel("What is solved")
 EARLIER = (
     "Equal stages with four drops at most would leave less than 0.4 of the tokens at each, or cannot spend so little: "
     "their first layers see every token. So the drops begin earlier, where the ranking has fewer layers to go by; "
@@ -24,66 +23,61 @@ EARLIER = (
 )
 
 
+@dataclass(frozen=True)
+class BudgetOptions:
+    """The budget, and how it counts."""
+
+    average_tokens: Annotated[float | None, BUDGET(help="Visual tokens of a layer, on average.")] = None
+    tflops: Annotated[float | None, BUDGET(help="TFLOPs of the prefill.")] = None
+    percent: Annotated[float | None, BUDGET(help="Percent of vanilla's FLOPs.")] = None
+    kv_bytes: Annotated[float | None, BUDGET(help="Bytes of KV cache after the prefill.")] = None
+    measure: Annotated[
+        float | None,
+        BUDGET(metavar="MILLISECONDS", help="Time of the decoder's prefill, its layers measured now on this machine."),
+    ] = None
+    convention: Annotated[str, BUDGET(help="How --tflops and --percent count: full, paper or fastv.")] = "full"
+
+
+@dataclass(frozen=True)
+class SolvedOptions:
+    """What is fixed about the schedule, so that the rest is solved."""
+
+    stages: Annotated[int | None, SOLVED(help="So many equal stages: solve λ.")] = None
+    lam: Annotated[float | None, SOLVED(help="This λ: solve the number of equal stages.")] = None
+    pyramid: Annotated[
+        str | None,
+        SOLVED(
+            help="Where the drops lie: equal (stages), concave (each at twice the depth of the one before), single, or "
+            "hidrop (HiDrop's layers, and none left from its exit on)."
+        ),
+    ] = None
+    profile: Annotated[Path | None, SOLVED(help="A redundancy profile (JSON): choose layers and shares.")] = None
+    before: Annotated[
+        str | None,
+        SOLVED(
+            help="A method before the decoder, whose tokens are dropped on inside it: vision:keep=0.5.",
+            metavar="METHOD",
+        ),
+    ] = None
+
+
 @with_groups
 def plan(
     *,
-    average_tokens: Annotated[
-        float | None, typer.Option(help="Visual tokens of a layer, on average.", rich_help_panel=BUDGET)
-    ] = None,
-    tflops: Annotated[float | None, typer.Option(help="TFLOPs of the prefill.", rich_help_panel=BUDGET)] = None,
-    percent: Annotated[float | None, typer.Option(help="Percent of vanilla's FLOPs.", rich_help_panel=BUDGET)] = None,
-    kv_bytes: Annotated[
-        float | None, typer.Option(help="Bytes of KV cache after the prefill.", rich_help_panel=BUDGET)
-    ] = None,
-    measure: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MILLISECONDS",
-            help="Time of the decoder's prefill, its layers measured now on this machine.",
-            rich_help_panel=BUDGET,
-        ),
-    ] = None,
-    convention: Annotated[
-        str, typer.Option(help="How --tflops and --percent count: full, paper or fastv.", rich_help_panel=BUDGET)
-    ] = "full",
-    stages: Annotated[int | None, typer.Option(help="So many equal stages: solve λ.", rich_help_panel=SOLVE)] = None,
-    lam: Annotated[
-        float | None, typer.Option(help="This λ: solve the number of equal stages.", rich_help_panel=SOLVE)
-    ] = None,
-    pyramid: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the drops lie: equal (stages), concave (each at twice the depth of the one before), single, or "
-            "hidrop (HiDrop's layers, and none left from its exit on).",
-            rich_help_panel=SOLVE,
-        ),
-    ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="A redundancy profile (JSON): choose layers and shares.", rich_help_panel=SOLVE),
-    ] = None,
-    before: Annotated[
-        str | None,
-        typer.Option(
-            help="A method before the decoder, whose tokens are dropped on inside it: vision:keep=0.5.",
-            metavar="METHOD",
-            rich_help_panel=SOLVE,
-        ),
-    ] = None,
+    budget: BudgetOptions,
+    solved: SolvedOptions,
     published: Annotated[
         bool,
-        typer.Option(
+        BUDGET(
             "--published",
             help="Instead: every pyramid for the budgets of papers: 192, 128, 64 of 576; 640, 320, 160 of 2880.",
-            rich_help_panel=BUDGET,
         ),
     ] = False,
     bench: Annotated[
         Path | None,
-        typer.Option(
+        OUTPUT(
             help="What `pyramiddrop bench --json` printed for this model and prompt: milliseconds beside FLOPs and KV.",
             metavar="FILE",
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
     size_options: SizeOptions,
@@ -94,25 +88,25 @@ def plan(
     Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with at most
     four drops, for which λ is 0.4 or more; if there are none, four drops that begin earlier (concave).
     """
-    from pyramiddrop.inference.budgets import BudgetOptions, make_plan, read_times
+    from pyramiddrop.inference.budgets import BudgetOptions as PlanOptions
+    from pyramiddrop.inference.budgets import make_plan, read_times
 
     sizes = size_options.sizes()
     times = read_times(bench, sizes) if bench else None
-    options = BudgetOptions(
-        average_tokens, tflops, percent, kv_bytes, measure, convention, stages, lam, pyramid, profile, before
-    )
+    options = PlanOptions(**vars(budget), **vars(solved))
     if published:
-        _show_published(options, sizes, times, as_json)
+        if options != PlanOptions():
+            raise InputError(
+                "--published has budgets of its own, and every pyramid for each: leave the other options out"
+            )
+        _show_published(sizes, times, as_json)
         return
-    if measure is None:
+    with nullcontext() if budget.measure is None else spinner("measuring layers"):
         found = make_plan(options, sizes)
-    else:
-        with spinner("measuring layers"):
-            found = make_plan(options, sizes)
     if as_json:
-        print(json.dumps({"name": sizes.name, **found.as_dict(), **_measured(times, found)}, indent=2))
+        print_json({"name": sizes.name, **found.as_dict(), **_measured(times, found)})
     else:
-        _show(sizes, found, times, asked=pyramid is not None)
+        _show(sizes, found, times, asked=solved.pyramid is not None)
 
 
 def _measured(times: MeasuredTimes | None, found: Plan) -> dict[str, Any]:
@@ -127,14 +121,10 @@ def _measured(times: MeasuredTimes | None, found: Plan) -> dict[str, Any]:
     }
 
 
-def _show_published(options: BudgetOptions, sizes: Sizes, times: MeasuredTimes | None, as_json: bool) -> None:
-    from pyramiddrop.inference import InputError, user_input
-    from pyramiddrop.inference.budgets import BudgetOptions
+def _show_published(sizes: Sizes, times: MeasuredTimes | None, as_json: bool) -> None:
     from pyramiddrop.planning import published_plans
     from pyramiddrop.report.tables.cost import published_table, times_line
 
-    if options != BudgetOptions():
-        raise InputError("--published has budgets of its own, and every pyramid for each: leave the other options out")
     with user_input():
         found = published_plans(sizes.shape, sizes.prompt)
     if as_json:
@@ -143,7 +133,7 @@ def _show_published(options: BudgetOptions, sizes: Sizes, times: MeasuredTimes |
             | _measured(times, one.plan)
             for one in found
         ]
-        print(json.dumps({"name": sizes.name, "plans": rows}, indent=2))
+        print_json({"name": sizes.name, "plans": rows})
         return
     stdout().print(published_table(found, times))
     stdout().print(f"\n{sizes.about}", soft_wrap=True)

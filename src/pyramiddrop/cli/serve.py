@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pyramiddrop.cli.options import MethodOptions, OneMethod, with_groups
-from pyramiddrop.cli.terminal import stderr
-
-if TYPE_CHECKING:
-    from pyramiddrop.inference.serving import Launch
+from pyramiddrop.cli.terminal import say
 
 #: Options that Typer does not know go to the server.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -37,29 +34,24 @@ def serve(
     Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
     from pyramiddrop.inference.serving import prepare_launch
+    from pyramiddrop.method_spec import method_label
+    from pyramiddrop.report.units import arrow, share, size
 
     launch = prepare_launch(model, options.spec(method), context.args, backend)
-    _say(launch)
+    for note in launch.notes:
+        say(note)
+    saving, label = launch.saving, method_label(launch.method)
+    if saving is None:
+        say(f"{label}: the cost model does not know this text model")
+    else:
+        kept = arrow(dict.fromkeys(saving.pruned.visual_by_layer))
+        say(
+            f"{label}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
+            f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
+            f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of "
+            f"{size(saving.vanilla.kv_bytes)})"
+        )
     if only_show:
         print(shlex.join(launch.command))
     else:
         launch.run()
-
-
-def _say(launch: Launch) -> None:
-    from pyramiddrop.method_spec import method_label
-    from pyramiddrop.report.units import arrow, share, size
-
-    for note in launch.notes:
-        stderr().print(note, soft_wrap=True)
-    saving, method = launch.saving, method_label(launch.method)
-    if saving is None:
-        stderr().print(f"{method}: the cost model does not know this text model", soft_wrap=True)
-        return
-    kept = arrow(list(dict.fromkeys(saving.pruned.visual_by_layer)))
-    stderr().print(
-        f"{method}\nof a prompt with {saving.prompt.visual_tokens} visual tokens ({kept}) and "
-        f"{saving.prompt.text_tokens} others: {share(saving.flops_ratio)} of the prefill's FLOPs, "
-        f"{share(saving.kv_ratio)} of its KV cache ({size(saving.pruned.kv_bytes)} of {size(saving.vanilla.kv_bytes)})",
-        soft_wrap=True,
-    )

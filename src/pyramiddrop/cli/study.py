@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -26,18 +25,15 @@ from pyramiddrop.cli.options import (
     numbers,
     with_groups,
 )
-from pyramiddrop.cli.terminal import progress, spinner, stderr, stdout
+from pyramiddrop.cli.terminal import make_folder, print_json, print_parts, progress, say, spinner, stdout
+from pyramiddrop.inference import user_input
 
 if TYPE_CHECKING:
     from pyramiddrop.evaluation.studies.method_studies import MethodStudy
     from pyramiddrop.report.studies.study import Shown
 
 Output = Annotated[
-    Path,
-    typer.Option(
-        help="Folder for the page, the figures and the numbers. A study that was stopped goes on there.",
-        rich_help_panel=OUTPUT,
-    ),
+    Path, OUTPUT(help="Folder for the page, the figures and the numbers. A study that was stopped goes on there.")
 ]
 
 study = typer.Typer()
@@ -55,23 +51,14 @@ def studies(context: typer.Context) -> None:
 def redundancy(
     *,
     model: Annotated[
-        list[str] | None,
-        typer.Option(help="Folder or hub name; several in one plot. (default: the bundled one)", rich_help_panel=WHAT),
+        list[str] | None, WHAT(help="Folder or hub name; several in one plot. (default: the bundled one)")
     ] = None,
-    name: Annotated[
-        list[str] | None, typer.Option(help="What a model is called, one for each.", rich_help_panel=WHAT)
-    ] = None,
+    name: Annotated[list[str] | None, WHAT(help="What a model is called, one for each.")] = None,
     questions: QuestionOptions,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Drop before these, e.g. 2,8,16,24. (default: each eighth)", rich_help_panel=HOW),
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Shares to keep. (default: 0.5,0.25,0.125,0.015625)", rich_help_panel=HOW),
-    ] = None,
+    layers: Annotated[str | None, HOW(help="Drop before these, e.g. 2,8,16,24. (default: each eighth)")] = None,
+    keep: Annotated[str | None, HOW(help="Shares to keep. (default: 0.5,0.25,0.125,0.015625)")] = None,
     answering: AnswerOptions,
-    maps: Annotated[int, typer.Option(min=0, help="Prompts whose attention is drawn.", rich_help_panel=OUTPUT)] = 2,
+    maps: Annotated[int, OUTPUT(min=0, help="Prompts whose attention is drawn.")] = 2,
     output: Output = Path("study-redundancy"),
     as_json: AsJson = False,
 ) -> None:
@@ -91,16 +78,16 @@ def redundancy(
         examples=maps,
         **answering.given,
     )
-    _make_folder(output)
+    make_folder(output)
     with progress() as begin:
         record, examples = run_redundancy(task, options, output, begin)
     looks, why_not = attention_maps(examples)
     profiles = write_profiles(record, output)
     _finish(record, show_redundancy(record, looks), output, as_json)
     for path in profiles:
-        stderr().print(f"profile for `pyramiddrop plan --profile`: {path}", soft_wrap=True)
+        say(f"profile for `pyramiddrop plan --profile`: {path}")
     if why_not:
-        stderr().print(f"no attention maps: {why_not}", soft_wrap=True)
+        say(f"no attention maps: {why_not}")
 
 
 @study.command(cls=SpreadOptions, epilog=examples("tradeoff"))
@@ -135,7 +122,7 @@ def ablation(
     *,
     questions: QuestionOptions,
     model: Model = None,
-    lam: Annotated[str | None, typer.Option(help="The λ to try. (default: 0.4,0.5,0.6)", rich_help_panel=HOW)] = None,
+    lam: Annotated[str | None, HOW(help="The λ to try. (default: 0.4,0.5,0.6)")] = None,
     answering: AnswerOptions,
     output: Output = Path("study-ablation"),
     as_json: AsJson = False,
@@ -152,13 +139,6 @@ def ablation(
     _finish(record, show_ablation(record), output, as_json)
 
 
-def _make_folder(output: Path) -> None:
-    from pyramiddrop.inference import user_input
-
-    with user_input(f"cannot write into {output}", (OSError,)):
-        output.mkdir(parents=True, exist_ok=True)
-
-
 def _run(prepare: Callable[[], MethodStudy]) -> dict[str, Any]:
     with spinner("loading the model"):
         prepared = prepare()
@@ -169,17 +149,13 @@ def _run(prepare: Callable[[], MethodStudy]) -> dict[str, Any]:
 
 def _finish(record: dict[str, Any], shown: Shown, output: Path, as_json: bool) -> None:
     """Write the files, and print the tables or the record."""
-    from pyramiddrop.inference import user_input
     from pyramiddrop.report.studies.study import write_study
 
     record = {**record, "command": shlex.join(["pyramiddrop", *sys.argv[1:]])}
     with user_input(f"cannot write into {output}", (OSError,)):
         page = write_study(output, record["study"], record, shown)
     if as_json:
-        print(json.dumps({**record, "page": str(page)}, indent=2))
+        print_json({**record, "page": str(page)})
         return
-    console = stdout()
-    for part in (*shown.remarks, *(sheet.table() for sheet in shown.sheets)):
-        console.print(part)
-        console.print()
-    console.print(f"page: {page}", soft_wrap=True)
+    print_parts([*shown.remarks, *(sheet.table() for sheet in shown.sheets)])
+    stdout().print(f"page: {page}", soft_wrap=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -12,10 +14,10 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-#: Exit code for bad user input.
-BAD_INPUT = 2
-#: Exit code after Ctrl-C, as in shells.
-STOPPED = 130
+from pyramiddrop.inference import InputError, user_input
+
+#: Exit codes: for bad user input, and after Ctrl-C, as in shells.
+BAD_INPUT, STOPPED = 2, 130
 
 
 def stdout() -> Console:
@@ -26,6 +28,38 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Standard error, for progress and messages beside the result."""
     return Console(stderr=True, highlight=False, markup=False)
+
+
+def say(message: str, **style: Any) -> None:
+    """Print a message beside the result."""
+    stderr().print(message, soft_wrap=True, **style)
+
+
+def print_json(record: Any) -> None:
+    """Print the result as JSON."""
+    print(json.dumps(record, indent=2))
+
+
+def print_result(record: Any, parts: Iterable[Any], as_json: bool) -> None:
+    """Print the record of a result as JSON, or else its parts."""
+    if as_json:
+        print_json(record)
+    else:
+        print_parts(parts)
+
+
+def print_parts(parts: Iterable[Any]) -> None:
+    """Print the parts of a result, with an empty line after each."""
+    console = stdout()
+    for part in parts:
+        console.print(part)
+        console.print()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for output; InputError if that fails."""
+    with user_input(f"cannot write into {path}", (OSError,)):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -109,7 +143,6 @@ def _about_input(error: Exception) -> str | None:
     if shown is not None:
         return str(shown())
     from pyramiddrop.hf import UnsupportedModelError
-    from pyramiddrop.inference import InputError
 
     return str(error) if isinstance(error, InputError | UnsupportedModelError) else None
 

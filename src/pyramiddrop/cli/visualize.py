@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import Annotated
 
 from pyramiddrop.cli.options import OUTPUT, WHAT, AsJson, MethodOptions, OneMethod, RequestOptions, with_groups
-from pyramiddrop.cli.terminal import spinner, stderr, stdout
-
-if TYPE_CHECKING:
-    from pyramiddrop.inference.request import Run
-    from pyramiddrop.report import Visual
+from pyramiddrop.cli.terminal import print_json, say, spinner, stdout
+from pyramiddrop.inference import InputError, user_input
 
 
 @with_groups
 def visualize(
     *,
-    prompt: Annotated[
-        str | None, typer.Option(help="The question. (default: one of the bundled picture's)", rich_help_panel=WHAT)
-    ] = None,
+    prompt: Annotated[str | None, WHAT(help="The question. (default: one of the bundled picture's)")] = None,
     method: OneMethod = None,
     options: MethodOptions,
     request: RequestOptions,
     output: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="html, png, svg, pdf or gif by suffix. (default: kept.html kept.png)",
-            metavar="FILE...",
-            rich_help_panel=OUTPUT,
-        ),
+        OUTPUT(help="html, png, svg, pdf or gif by suffix. (default: kept.html kept.png)", metavar="FILE..."),
     ] = None,
     scores: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw a heat map of each stage's scores into this file.", metavar="FILE", rich_help_panel=OUTPUT
-        ),
+        Path | None, OUTPUT(help="Draw a heat map of each stage's scores into this file.", metavar="FILE")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,28 +31,42 @@ def visualize(
 
     Without any option: the bundled model, one of its pictures, and a question about it.
     """
+    from pyramiddrop.assets import demo_images, demo_questions
     from pyramiddrop.inference.request import run
+    from pyramiddrop.report.pictures.visual import run_visual
+    from pyramiddrop.report.tables import new_table
 
     outputs, spec = output or [Path("kept.html"), Path("kept.png")], options.spec(method)
-    _check(outputs, scores, prompt, bool(request.image or request.video), spec)
-    prompt, image = _asked(prompt, request.image, request.video)
+    if prompt is None and (request.image or request.video):
+        raise InputError("--image and --video need a question about it (--prompt)")
+    _check(outputs, scores, spec)
+    image = request.image or ([] if request.video else demo_images()[:1])
+    if prompt is None:
+        prompt = demo_questions()[image[0].name][0]["question"]
     ready = replace(request, image=image).prepare(prompt, spec)
     with spinner("answering"):
         done = run(ready, request.max_new_tokens)
-    visual = _draw(done, outputs, scores)
+    with user_input("cannot draw", (OSError, ValueError)):
+        visual = run_visual(done)
+        for path in outputs:
+            visual.save(path)
+        if scores:
+            visual.save(scores, scores=True)
     written = [str(path) for path in [*outputs, *([scores] if scores else [])]]
     if as_json:
-        print(json.dumps({**done.as_dict(), **visual.as_dict(), "files": written}, indent=2))
-    else:
-        _show(visual, done, written)
+        print_json({**done.as_dict(), **visual.as_dict(), "files": written})
+        return
+    rows = [(stage.layers, str(stage.tokens)) for stage in visual.stages]
+    stdout().print(new_table("layers", "visual tokens", rows=rows))
+    print(done.answer)
+    if visual.note:
+        say(visual.note)
+    print(*written, sep="\n")
 
 
-def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: bool, spec: str | None) -> None:
-    from pyramiddrop.inference import InputError, user_input
+def _check(outputs: list[Path], scores: Path | None, spec: str | None) -> None:
     from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
 
-    if shown and prompt is None:
-        raise InputError("--image and --video need a question about it (--prompt)")
     with user_input():
         if spec is not None:
             check_drawn_method(spec)
@@ -75,38 +74,3 @@ def _check(outputs: list[Path], scores: Path | None, prompt: str | None, shown: 
             check_picture_path(path)
         if scores:
             check_picture_path(scores, scores=True)
-
-
-def _asked(prompt: str | None, image: list[Path] | None, video: Path | None) -> tuple[str, list[Path]]:
-    """The user's question, or the first question of the bundled picture."""
-    from pyramiddrop.assets import demo_images, demo_questions
-
-    pictures = image or ([] if video else demo_images()[:1])
-    return prompt if prompt is not None else demo_questions()[pictures[0].name][0]["question"], pictures
-
-
-def _draw(done: Run, outputs: list[Path], scores: Path | None) -> Visual:
-    from pyramiddrop.inference import user_input
-    from pyramiddrop.report.pictures.visual import run_visual
-
-    with user_input("cannot draw", (OSError, ValueError)):
-        visual = run_visual(done)
-        for path in outputs:
-            visual.save(path)
-        if scores:
-            visual.save(scores, scores=True)
-    return visual
-
-
-def _show(visual: Visual, done: Run, written: list[str]) -> None:
-    from pyramiddrop.report.tables import new_table
-
-    table = new_table("layers", "visual tokens")
-    for stage in visual.stages:
-        table.add_row(stage.layers, str(stage.tokens))
-    stdout().print(table)
-    print(done.answer)
-    if visual.note:
-        stderr().print(visual.note, soft_wrap=True)
-    for path in written:
-        print(path)

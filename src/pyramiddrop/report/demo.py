@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.pictures.lifetimes import StageTokens, token_status
-from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data, seen_pixels
+from pyramiddrop.report.pictures.lifetimes import token_status
+from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data
 from pyramiddrop.report.pictures.visual import Visual, visualize
 from pyramiddrop.report.tables import runs
 from pyramiddrop.report.token_layout.geometry import Cell, View
-from pyramiddrop.report.token_layout.views import PlacedView
 from pyramiddrop.report.units import template
 
 README_ONLINE = "https://github.com/pyramiddrop/pyramiddrop#readme"
 
 
-@dataclass(frozen=True)
-class Written:
-    """The paths of the demo's files."""
-
-    page: Path
-    overlays: list[Path]
-
-
-def write_demo(demo: Demo, folder: Path) -> Written:
-    """Write `index.html` and `overlay-N-KIND.png` for each question into the existing `folder`."""
+def write_demo(demo: Demo, folder: Path) -> tuple[Path, list[Path]]:
+    """Write `index.html` and `overlay-N-KIND.png` for each question into the existing `folder`; returns their paths."""
     visuals = [_visual(demo, asked) for asked in demo.asked]
-    overlays = []
-    for number, (asked, visual) in enumerate(zip(demo.asked, visuals, strict=True), start=1):
-        overlays.append(folder / f"overlay-{number}-{asked.question.kind}.png")
-        visual.save(overlays[-1])
-    cards = [Card(asked, visual.seen, visual.stages) for asked, visual in zip(demo.asked, visuals, strict=True)]
+    kinds = [asked.question.kind for asked in demo.asked]
+    overlays = [folder / f"overlay-{number}-{kind}.png" for number, kind in enumerate(kinds, start=1)]
+    for visual, path in zip(visuals, overlays, strict=True):
+        visual.save(path)
     page = folder / "index.html"
-    page.write_text(render_page(demo, cards, readme_link(folder)), encoding="utf-8")
-    return Written(page, overlays)
+    page.write_text(_render_page(demo, visuals, readme_link(folder)), encoding="utf-8")
+    return page, overlays
 
 
 def _visual(demo: Demo, asked: Asked) -> Visual:
@@ -54,55 +42,29 @@ def _visual(demo: Demo, asked: Asked) -> Visual:
     )
 
 
-@dataclass(frozen=True)
-class Card:
-    """One question on the page: the answers, the views of its picture, and the remaining tokens of each stage."""
-
-    asked: Asked
-    seen: Sequence[PlacedView]
-    stages: Sequence[StageTokens]
-
-    @property
-    def picture(self) -> str:
-        """The id of the question's picture on the page."""
-        return self.asked.question.image.stem
-
-    @cached_property
-    def panels(self) -> list[dict[str, Any]]:
-        """For each stage its layers, and an SVG path over the dropped patches of the picture's first view."""
-        view = self.seen[0].view
-        return [
-            {"layers": stage.layers, "tokens": stage.tokens, "dropped": dropped_path(view, stage.cells[0])}
-            for stage in self.stages
-        ]
-
-    @property
-    def view(self) -> View:
-        """The grid of the first view."""
-        return self.seen[0].view
-
-    @property
-    def token_status(self) -> list[int]:
-        """For each patch, in reading order, the last stage in which it is present."""
-        return token_status(self.stages, 0, self.view)
-
-
 def readme_link(folder: Path, source: Path = Path(__file__).parents[3]) -> str:
     """The link from a page in `folder` to the README in the source tree, or else to the project's page."""
     readme = source / "README.md"
     return os.path.relpath(readme, folder) if readme.is_file() else README_ONLINE
 
 
-def render_page(demo: Demo, cards: Sequence[Card], readme: str) -> str:
+def _render_page(demo: Demo, visuals: Sequence[Visual], readme: str) -> str:
     """The page as HTML text; `readme` is the target of its link to the README."""
+    medians = {
+        "flops": demo.medians(lambda one: one.usage.flops),
+        "kv": demo.medians(lambda one: one.usage.kv_bytes),
+        "wall": demo.medians(lambda one: one.prefill.wall),
+        "cpu": demo.medians(lambda one: one.prefill.cpu),
+    }
+    cards = [_card(asked, visual) for asked, visual in zip(demo.asked, visuals, strict=True)]
     return template("demo").render(
         demo=demo,
         cards=cards,
-        pictures={card.picture: picture_data(seen_pixels(card.seen[0].picture, card.view)) for card in cards},
-        dark_pictures={card.picture: overlay_grey(card.asked.picture) > 128 for card in cards},
-        ratios={name: after / before if before else 1.0 for name, (before, after) in _medians(demo).items()},
-        medians=_medians(demo),
-        pyramid=cards[0].stages,
+        pictures={card["picture"]: picture_data(visual.pixels[0]) for card, visual in zip(cards, visuals, strict=True)},
+        dark_pictures={card["picture"]: overlay_grey(card["asked"].picture) > 128 for card in cards},
+        ratios={name: after / before if before else 1.0 for name, (before, after) in medians.items()},
+        medians=medians,
+        pyramid=visuals[0].stages,
         right=[sum(right) for right in zip(*demo.right, strict=True)],
         remarks=runs.summary(demo),
         own_model=runs.OWN_MODEL,
@@ -110,15 +72,21 @@ def render_page(demo: Demo, cards: Sequence[Card], readme: str) -> str:
     )
 
 
-def dropped_path(view: View, kept: frozenset[Cell]) -> str:
+def _card(asked: Asked, visual: Visual) -> dict[str, Any]:
+    """One question on the page: `picture`, an id, the first view, and for each stage the patches that are dropped."""
+    view = visual.seen[0].view
+    return {
+        "asked": asked,
+        "picture": asked.question.image.stem,
+        "view": view,
+        "panels": [
+            {"layers": stage.layers, "tokens": stage.tokens, "dropped": _dropped_path(view, stage.cells[0])}
+            for stage in visual.stages
+        ],
+        "token_status": token_status(visual.stages, 0, view),
+    }
+
+
+def _dropped_path(view: View, kept: frozenset[Cell]) -> str:
     """An SVG path, in units of patches, that covers every patch that is not `kept`."""
     return "".join(f"M{column} {row}h1v1h-1z" for row, column in view.grid if (row, column) not in kept)
-
-
-def _medians(demo: Demo) -> dict[str, tuple[float, float]]:
-    return {
-        "flops": demo.medians(lambda one: one.usage.flops),
-        "kv": demo.medians(lambda one: one.usage.kv_bytes),
-        "wall": demo.medians(lambda one: one.prefill.wall),
-        "cpu": demo.medians(lambda one: one.prefill.cpu),
-    }
