@@ -16,7 +16,7 @@ from PIL import Image
 from pyramiddrop.assets import digits_checkpoint, digits_images, digits_questions
 from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
-from pyramiddrop.report.pictures import animation as animation
+from pyramiddrop.report.pictures import figure_grid
 from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import Scored, draw_heatmap, mask_dropped, seen_pixels, with_seams
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, values_by_view
@@ -202,7 +202,9 @@ def test_a_gif_of_a_video_plays_its_frames_and_shows_the_stages_side_by_side(cli
             frames.append(np.asarray(gif.convert("RGB")).astype(int))
     side = 448  # pixels of a panel, and there is a gap between the two
     for number, frame in enumerate(frames):
-        all_kept, left, right = (frame[animation.HEAD + 50, x] for x in (10, side + animation.GAP + 10, 2 * side - 10))
+        all_kept, left, right = (
+            frame[figure_grid.HEAD + 50, x] for x in (10, side + figure_grid.SPACE + 10, 2 * side - 10)
+        )
         assert abs(all_kept - [250 - 20 * number, 0, 0]).max() < 12
         assert abs(right - all_kept).max() < 12
         assert abs(left - all_kept).max() > 40

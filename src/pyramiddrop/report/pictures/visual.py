@@ -17,8 +17,8 @@ from pyramiddrop.cost import Cost
 from pyramiddrop.inference.request import Run
 from pyramiddrop.method_spec import method_label, parse_method_spec
 from pyramiddrop.methods import Compose, Downsample, Method
-from pyramiddrop.report.pictures import animation, overlay
-from pyramiddrop.report.pictures.figure_grid import Scale, Stage, draw_contact_sheet, draw_table
+from pyramiddrop.report.pictures import overlay
+from pyramiddrop.report.pictures.figure_grid import Stage, draw_contact_sheet, draw_table, save_gif
 from pyramiddrop.report.pictures.lifetimes import StageTokens, stage_tokens, token_status, visual_columns
 from pyramiddrop.report.pictures.overlay import Scored
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
@@ -66,10 +66,8 @@ class Visual:
         check_picture_path(path, scores)
         if path.suffix.lower() == PAGE:
             path.write_text(self.html(), encoding="utf-8")
-        elif path.suffix.lower() == ANIMATION and self.has_frames:
-            animation.play(self._kept(), [one.moment for one in self.seen], path)
         elif path.suffix.lower() == ANIMATION:
-            animation.step_through(self._kept(), path)
+            save_gif(self._kept(), [one.moment for one in self.seen], path)
         else:
             (self.draw_scores() if scores else self.draw()).savefig(path, facecolor="white")
 
@@ -150,7 +148,7 @@ class Visual:
     def _heat(self, stage: Scored) -> Stage:
         panels = self._panels(partial(overlay.draw_heatmap, tokens=stage.tokens), stage.ranks)
         ticks = [f"{score:.2g}" for score in stage.at((0, 0.25, 0.5, 0.75, 1))]
-        return Stage(f"scores before layer {stage.layer}", panels, Scale(overlay.COLOURS, ticks))
+        return Stage(f"scores before layer {stage.layer}", panels, ticks)
 
     def _panels(self, paint: Callable[..., Image.Image], of_views: Sequence[Any]) -> list[Image.Image]:
         """Each view, painted by its entry in `of_views`."""
