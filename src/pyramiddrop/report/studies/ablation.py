@@ -60,7 +60,7 @@ def ablation_sheets(record: Record) -> list[Sheet]:
     tokens = [f"{variant['visual_tokens']['per_layer']:.1f}" for variant in variants]
     rows = [(name, *scored_cells(variant), count) for name, variant, count in zip(names, variants, tokens, strict=True)]
     beside = _beside_the_paper(record["model"], vanilla, points)
-    return [Sheet("as measured", head, rows), *kind_sheet(names, variants, record["kinds"]), beside]
+    return [Sheet("as measured", head, rows), *kind_sheet(names, record), beside]
 
 
 def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:

@@ -22,23 +22,14 @@ _METADATA = ("Creator", "Date", "Format", "Type")
 
 _STYLE = {
     "font.family": "sans-serif",
-    "font.size": 7.5,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.title_fontsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 7.5),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), 7),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "grid.linewidth": 0.4,
     "grid.color": "#dddddd",
     "lines.linewidth": 1.2,
     "lines.markersize": 3.2,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
     "svg.fonttype": "none",  # keep text as text, so that it can be searched and edited
     "svg.hashsalt": "pyramiddrop",
 }

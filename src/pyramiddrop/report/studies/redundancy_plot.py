@@ -179,6 +179,5 @@ def spread(scores: NDArray[np.float64], view: View) -> NDArray[np.float64]:
 def _panel(axis: Axes, pixels: Image.Image, title: str) -> None:
     axis.imshow(pixels, extent=(0, pixels.width, pixels.height, 0))
     axis.set_title(title, fontsize=7, pad=2)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)

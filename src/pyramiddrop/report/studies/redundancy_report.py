@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,9 @@ def _conclusion(model: Record) -> str:
 
 def _enough(model: Record, metric: str, whole: float, share: float) -> str:
     """`are enough from layer 6 on`: the first layer from which no measured layer loses more than allowed."""
-    first = None
-    for cell in sorted((cell for cell in model["cells"] if cell["keep"] == share), key=lambda cell: -cell["layer"]):
-        if whole - cell[metric]["mean"] > REDUNDANT:
-            break
-        first = cell["layer"]
-    return "are enough at no layer" if first is None else f"are enough from layer {first} on"
+    cells = sorted((cell for cell in model["cells"] if cell["keep"] == share), key=lambda cell: -cell["layer"])
+    enough = list(takewhile(lambda cell: whole - cell[metric]["mean"] <= REDUNDANT, cells))
+    return f"are enough from layer {enough[-1]['layer']} on" if enough else "are enough at no layer"
 
 
 def redundancy_sheets(record: Record) -> list[Sheet]:

@@ -67,25 +67,23 @@ def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:
         yield {**about, "method": variant["name"], **costs, "tokens_per_layer": tokens, "kind": kind, **score}
 
 
-def kind_sheet(heads: Sequence[str], variants: Sequence[Record], kinds: Sequence[str]) -> list[Sheet]:
+def kind_sheet(names: Sequence[str], record: Record) -> list[Sheet]:
     """Mean scores by kind of question, with a row for each method; no table if there is only one kind."""
+    kinds = record["kinds"]
     if len(kinds) < 2:
         return []
     rows = [
-        (head, *(f"{100 * variant['scores'][kind]['mean']:.0f}" for kind in kinds))
-        for head, variant in zip(heads, variants, strict=True)
+        (name, *(f"{100 * variant['scores'][kind]['mean']:.0f}" for kind in kinds))
+        for name, variant in zip(names, record["methods"], strict=True)
     ]
     return [Sheet("by kind of question (%; errors are in the CSV file)", ("", *kinds), rows)]
 
 
 def tradeoff_sheets(record: Record) -> list[Sheet]:
     """The tables: costs and scores of each method, and its scores by kind of question."""
-    variants = record["methods"]
     head = ("method", "decoder FLOPs", "KV cache", "accuracy (%)", "minus vanilla")
-    return [
-        Sheet("every point", head, [(variant["name"], *scored_cells(variant)) for variant in variants]),
-        *kind_sheet([variant["name"] for variant in variants], variants, record["kinds"]),
-    ]
+    rows = [(variant["name"], *scored_cells(variant)) for variant in record["methods"]]
+    return [Sheet("every point", head, rows), *kind_sheet([name for name, *_ in rows], record)]
 
 
 def scored_cells(variant: Record) -> tuple[str, ...]:

@@ -246,7 +246,7 @@ def phi4_views(prompt: Prompt) -> list[list[View]]:
 
     A newline token ends each row of both grids, and one token separates them.
     """
-    masks, sizes = prompt.of_pictures("image_attention_mask"), prompt.of_pictures("image_sizes")
+    masks, sizes = prompt.rows("image_attention_mask"), prompt.rows("image_sizes")
     return [_phi4_views(prompt, *one) for one in zip(prompt.pictures, masks, sizes, strict=True)]
 
 

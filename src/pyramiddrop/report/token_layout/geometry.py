@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 
 #: A place in a grid of visual tokens: row and column, from 0.
 Cell = tuple[int, int]
@@ -61,7 +61,7 @@ class View:
     @property
     def grid(self) -> list[Cell]:
         """All cells, row by row."""
-        return [(row, column) for row in range(self.rows) for column in range(self.columns)]
+        return list(product(range(self.rows), range(self.columns)))
 
     @property
     def places(self) -> frozenset[Cell]:
@@ -84,19 +84,14 @@ class View:
 
 def reading_order(rows: int, columns: int, leading: int = 0, newline: bool = False) -> tuple[Cell | None, ...]:
     """Row by row, after `leading` tokens without a place (a class token), with a `newline` after each row."""
-    lines = [(*((row, column) for column in range(columns)), *[None] * newline) for row in range(rows)]
+    lines = [(*product([row], range(columns)), *[None] * newline) for row in range(rows)]
     return (*[None] * leading, *chain.from_iterable(lines))
 
 
 def crop_order(crops: tuple[int, int], rows: int, columns: int) -> tuple[Cell | None, ...]:
     """Crop by crop, of which there are (down, across), each with `rows` x `columns` tokens in reading order."""
-    return tuple(
-        (down * rows + row, across * columns + column)
-        for down in range(crops[0])
-        for across in range(crops[1])
-        for row in range(rows)
-        for column in range(columns)
-    )
+    places = product(range(crops[0]), range(crops[1]), range(rows), range(columns))
+    return tuple((down * rows + row, across * columns + column) for down, across, row, column in places)
 
 
 def cells_by_view(views: Sequence[View], tokens: Iterable[int]) -> list[frozenset[Cell]]:

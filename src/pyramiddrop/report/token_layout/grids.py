@@ -91,7 +91,7 @@ def patch_grids(prompt: Prompt, newlines: bool = False) -> list[list[View]]:
     HunYuan-VL has `newlines`, one after each row, and one token before and after the grid.
     """
     merge, found = int(prompt.processor.image_processor.merge_size), []
-    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.of_pictures("image_grid_thw"), strict=True):
+    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.rows("image_grid_thw"), strict=True):
         down, across = rows // merge, columns // merge
         cells = (*reading_order(down, across, leading=1, newline=True), None) if newlines else ()
         found.append([View("picture", down, across, whole(picture), cells)])
@@ -103,7 +103,7 @@ def pixel_sizes(prompt: Prompt) -> list[list[View]]:
     side = prompt.config.vision_config.patch_size * getattr(prompt.config, "spatial_merge_size", 1)
     return [
         [View("picture", height // side, width // side, whole(picture))]
-        for picture, (height, width) in zip(prompt.pictures, prompt.of_pictures("image_sizes"), strict=True)
+        for picture, (height, width) in zip(prompt.pictures, prompt.rows("image_sizes"), strict=True)
     ]
 
 
@@ -111,7 +111,7 @@ def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     """Qwen-VL and relatives: `video_grid_thw` has the patches, each of which covers a few consecutive frames."""
     depth, merge = prompt.processor.video_processor.temporal_patch_size, prompt.processor.video_processor.merge_size
     found = []
-    for frames, (times, rows, columns) in zip(prompt.videos, prompt.of_videos("video_grid_thw"), strict=True):
+    for frames, (times, rows, columns) in zip(prompt.videos, prompt.rows("video_grid_thw", "video"), strict=True):
         if math.ceil(len(frames) / depth) != times:
             raise ValueError(f"the processor made {times} times {depth} frames of a video of {len(frames)}")
         view = View("", rows // merge, columns // merge, whole(frames[0]))
@@ -124,13 +124,13 @@ def placed_patches(prompt: Prompt) -> list[list[View]]:
     """Gemma 4: `image_position_ids` has the place of each patch, (column, row), with -1 for padding."""
     return [
         [_placed(prompt, picture, places)]
-        for picture, places in zip(prompt.pictures, prompt.of_pictures("image_position_ids"), strict=True)
+        for picture, places in zip(prompt.pictures, prompt.rows("image_position_ids"), strict=True)
     ]
 
 
 def placed_patches_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     """Gemma 4: `video_position_ids` has the same for each frame."""
-    places = iter(prompt.of_frames("video_position_ids"))
+    places = iter(prompt.rows("video_position_ids", "frame"))
     return [
         [FrameRange(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
         for frames in prompt.videos
@@ -151,7 +151,7 @@ def whole(picture: Image.Image) -> Box:
 
 def molmo_views(prompt: Prompt) -> list[list[View]]:
     """`image_grids` has the rows and columns of both grids, `image_token_pooling` the patches of each token."""
-    grids = prompt.of_pictures("image_grids")
+    grids = prompt.rows("image_grids")
     sizes = [rows * columns for grid in grids for rows, columns in (grid[:2], grid[2:])]
     windows = iter(torch.split(torch.as_tensor(prompt.inputs["image_token_pooling"]), sizes))
     return [
@@ -162,7 +162,7 @@ def molmo_views(prompt: Prompt) -> list[list[View]]:
 
 def molmo_frame_ranges(prompt: Prompt) -> list[list[FrameRange]]:
     """`video_grids` has frames, rows and columns, `video_token_pooling` the patches of each token."""
-    grids = prompt.of_videos("video_grids")
+    grids = prompt.rows("video_grids", "video")
     sizes = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
     windows = iter(torch.split(torch.as_tensor(prompt.inputs["video_token_pooling"]), sizes))
     return [

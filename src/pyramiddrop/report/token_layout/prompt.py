@@ -37,23 +37,13 @@ class Prompt:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     videos: Sequence[Sequence[Image.Image]] = ()
 
-    def of_pictures(self, name: str) -> list[Any]:
-        """The rows of `inputs[name]` as lists of numbers, one one a picture; ValueError for another number of rows."""
-        return self._per_item(name, len(self.pictures), "picture")
-
-    def of_videos(self, name: str) -> list[Any]:
-        """The same, one for each video."""
-        return self._per_item(name, len(self.videos), "video")
-
-    def of_frames(self, name: str) -> list[Any]:
-        """The same, one for each frame of all videos."""
-        return self._per_item(name, sum(map(len, self.videos)), "frame")
-
-    def _per_item(self, name: str, count: int, what: str) -> list[Any]:
-        rows = self.inputs.get(name, [] if not count else None)
-        if rows is None or len(rows) != count:
+    def rows(self, name: str, item: str = "picture") -> list[Any]:
+        """The rows of `inputs[name]` as lists of numbers, one for each picture, video or frame of a video (`item`)."""
+        counts = {"picture": len(self.pictures), "video": len(self.videos), "frame": sum(map(len, self.videos))}
+        rows = self.inputs.get(name, None if counts[item] else [])
+        if rows is None or len(rows) != counts[item]:
             raise ValueError(
-                f"{self.config.model_type} needs the processor's {name}, one row a {what}, to place tokens"
+                f"{self.config.model_type} needs the processor's {name}, one row a {item}, to place tokens"
             )
         return [torch.as_tensor(row).tolist() for row in rows]
 
