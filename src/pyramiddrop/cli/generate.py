@@ -29,6 +29,8 @@ def generate(
 
     Without any option of a method: the one saved beside the checkpoint (pyramiddrop.json), or the paper's PyramidDrop.
     """
+    from pyramiddrop.report.tables.runs import comparison_table, usage_line
+
     spec = options.spec(method)
     if overlay:
         from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path, run_visual
@@ -47,8 +49,12 @@ def generate(
         say(f"overlay: {overlay}{f' ({visual.note})' if visual.note else ''}")
     if as_json:
         print_json({**done.as_dict(), "overlay": str(overlay) if overlay else None})
+    elif done.comparison:
+        stdout().print(comparison_table(done.comparison, done.method))
     else:
-        _show(done, streamed=stream)
+        if not stream:
+            print(done.answer)
+        say(usage_line(done.usage, done.vanilla), style="dim")
 
 
 def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: bool) -> Run:
@@ -62,14 +68,3 @@ def _answer(ready: PreparedRequest, max_new_tokens: int, compare: bool, stream: 
     tokenizer = ready.checkpoint.processor.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     return run(ready, max_new_tokens, streamer)
-
-
-def _show(done: Run, streamed: bool) -> None:
-    from pyramiddrop.report.tables.runs import comparison_table, usage_line
-
-    if done.comparison:
-        stdout().print(comparison_table(done.comparison, done.method))
-        return
-    if not streamed:
-        print(done.answer)
-    say(usage_line(done.usage, done.vanilla), style="dim")

@@ -112,10 +112,10 @@ class OneLineErrors(TyperGroup):
         except typer.Abort:
             _fail("stopped")
         except Exception as error:
-            message = _about_input(error)
-            if message is None:
+            shown = getattr(error, "format_message", None)  # click's own; Typer has no public name for their class
+            if shown is None and not _about_input(error):
                 raise
-            _fail(message)
+            _fail(shown() if shown else str(error))
         if code == STOPPED:
             given = args[0] if args else settings.get("args")
             print(f"stopped{_how_to_go_on(sys.argv[1:] if given is None else list(given))}", file=sys.stderr)
@@ -137,14 +137,10 @@ def _how_to_go_on(words: list[str]) -> str:
     return ""
 
 
-def _about_input(error: Exception) -> str | None:
-    """The message of an error about user input; None for any other error."""
-    shown = getattr(error, "format_message", None)  # click's own errors; Typer has no public name for their class
-    if shown is not None:
-        return str(shown())
+def _about_input(error: Exception) -> bool:
     from pyramiddrop.hf import UnsupportedModelError
 
-    return str(error) if isinstance(error, InputError | UnsupportedModelError) else None
+    return isinstance(error, InputError | UnsupportedModelError)
 
 
 def _fail(message: str) -> NoReturn:

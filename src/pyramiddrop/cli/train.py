@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -101,8 +101,17 @@ def train(
     given = vars(data) | vars(writing) | vars(recipe) | {"report_to": writing.report_to.split(",")}
     job = _prepare(TrainOptions(model, method=dropping.spec(method), first_lam=first_lam, **given))
     figures = job.run()
-    if _speaks():
-        _show(job, figures, as_json)
+    if not _speaks():
+        return
+    if as_json:
+        print_json({"output": str(job.options.output), **figures})
+        return
+    if "best_step" in figures:
+        by = job.options.best_by
+        best = "the lowest evaluation loss" if by == "loss" else "the most right answers"
+        value = f"{figures[f'best_eval_{by}']:.4g}"
+        stdout().print(f"the weights are those of step {figures['best_step']}, with {best}, {value}", soft_wrap=True)
+    stdout().print(f"trained model: {job.options.output}", soft_wrap=True)
 
 
 def _curriculum(dropping: MethodOptions) -> tuple[float | None, MethodOptions]:
@@ -132,18 +141,6 @@ def _prepare(options: TrainOptions) -> TrainingJob:
     for line in job.remarks:
         say(line)
     return job
-
-
-def _show(job: TrainingJob, figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json({"output": str(job.options.output), **figures})
-        return
-    if "best_step" in figures:
-        by = job.options.best_by
-        best = "the lowest evaluation loss" if by == "loss" else "the most right answers"
-        value = f"{figures[f'best_eval_{by}']:.4g}"
-        stdout().print(f"the weights are those of step {figures['best_step']}, with {best}, {value}", soft_wrap=True)
-    stdout().print(f"trained model: {job.options.output}", soft_wrap=True)
 
 
 def _speaks() -> bool:
