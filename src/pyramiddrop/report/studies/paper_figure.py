@@ -58,9 +58,7 @@ def line_style(number: int) -> dict[str, Any]:
 def panels(count: int, columns: int, width: float, top: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels with shared axes, and tick labels below the lowest panel of each column.
 
-    Args:
-        columns: the largest number of panels in a row.
-        width, top, height: inches, of the figure, above all panels, and of each row.
+    It is `width` inches wide, and has `top` inches above its rows of at most `columns` panels, `height` inches each.
     """
     columns = min(columns, count)
     rows = -(-count // columns)

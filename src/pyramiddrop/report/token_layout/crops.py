@@ -175,9 +175,7 @@ def calibrated_frame_ranges(
 ) -> list[FrameRange]:
     """The views of a video with one crop for each frame.
 
-    Args:
-        leading: number of tokens without a place before each frame.
-        trailing: number of tokens without a place after the last frame.
+    `leading` tokens without a place stand before each frame, and `trailing` ones after the last frame.
     """
     count = len(frames)
     found = calibrate_video(prompt.config, prompt.processor, frames[0].size, count)

@@ -85,26 +85,21 @@ def _seams(start: int, count: int, side: int) -> tuple[int, ...]:
     return tuple(place - start for place in range(side, start + count, side) if place > start)
 
 
-def patch_grids(prompt: Prompt, newlines: bool = False) -> list[list[View]]:
+def patch_grid(prompt: Prompt, picture: Image.Image, grid: Sequence[int], newlines: bool = False) -> list[View]:
     """Qwen-VL and relatives: `image_grid_thw` has the patches, squares of which are merged into tokens.
 
     HunYuan-VL has `newlines`, one after each row, and one token before and after the grid.
     """
-    merge, found = int(prompt.processor.image_processor.merge_size), []
-    for picture, (_, rows, columns) in zip(prompt.pictures, prompt.rows("image_grid_thw"), strict=True):
-        down, across = rows // merge, columns // merge
-        cells = (*reading_order(down, across, leading=1, newline=True), None) if newlines else ()
-        found.append([View("picture", down, across, whole(picture), cells)])
-    return found
+    merge = int(prompt.processor.image_processor.merge_size)
+    rows, columns = grid[1] // merge, grid[2] // merge
+    cells = (*reading_order(rows, columns, leading=1, newline=True), None) if newlines else ()
+    return [View("picture", rows, columns, whole(picture), cells)]
 
 
-def pixel_sizes(prompt: Prompt) -> list[list[View]]:
+def pixel_size(prompt: Prompt, picture: Image.Image, size: Sequence[int]) -> list[View]:
     """Pixtral and relatives: `image_sizes` has the pixels, (height, width); tokens that break rows are text."""
     side = prompt.config.vision_config.patch_size * getattr(prompt.config, "spatial_merge_size", 1)
-    return [
-        [View("picture", height // side, width // side, whole(picture))]
-        for picture, (height, width) in zip(prompt.pictures, prompt.rows("image_sizes"), strict=True)
-    ]
+    return [View("picture", size[0] // side, size[1] // side, whole(picture))]
 
 
 def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
@@ -120,28 +115,24 @@ def patch_grids_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     return found
 
 
-def placed_patches(prompt: Prompt) -> list[list[View]]:
+def placed_patches(prompt: Prompt, picture: Image.Image, places: Sequence[Sequence[int]]) -> list[View]:
     """Gemma 4: `image_position_ids` has the place of each patch, (column, row), with -1 for padding."""
-    return [
-        [_placed(prompt, picture, places)]
-        for picture, places in zip(prompt.pictures, prompt.rows("image_position_ids"), strict=True)
-    ]
+    pooled = prompt.config.model_type == "gemma4"  # other families merge patches before placing them
+    side = prompt.config.vision_config.pooling_kernel_size if pooled else 1
+    columns, rows = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    return [View("picture", rows // side, columns // side, whole(picture))]
 
 
 def placed_patches_in_time(prompt: Prompt) -> list[list[FrameRange]]:
     """Gemma 4: `video_position_ids` has the same for each frame."""
     places = iter(prompt.rows("video_position_ids", "frame"))
     return [
-        [FrameRange(number, number, _placed(prompt, frame, next(places))) for number, frame in enumerate(frames)]
+        [
+            FrameRange(number, number, *placed_patches(prompt, frame, next(places)))
+            for number, frame in enumerate(frames)
+        ]
         for frames in prompt.videos
     ]
-
-
-def _placed(prompt: Prompt, picture: Image.Image, places: list[tuple[int, int]]) -> View:
-    pooled = prompt.config.model_type == "gemma4"  # other families merge patches before placing them
-    side = prompt.config.vision_config.pooling_kernel_size if pooled else 1
-    columns, rows = (1 + max(place[axis] for place in places) for axis in (0, 1))
-    return View("picture", rows // side, columns // side, whole(picture))
 
 
 def whole(picture: Image.Image) -> Box:

@@ -24,9 +24,6 @@ class Prompt:
     """The visual part of a prompt, with its model and processor.
 
     Attributes:
-        config: the model's configuration.
-        processor: the checkpoint's processor.
-        pictures: the pictures in the order of the prompt.
         inputs: the processor's outputs for this prompt alone; empty if unknown.
         videos: the frames of each video, as the model saw them; videos come after the pictures.
     """

@@ -34,10 +34,18 @@ def _each(one: Callable[[Prompt, Size], list[View]]) -> Callable[[Prompt], Views
     return each
 
 
+def _each_row(name: str, one: Callable[[Prompt, Image.Image, Any], list[View]]) -> Callable[[Prompt], Views]:
+    """Lay out each picture by its row of the processor's output `name`."""
+    return lambda prompt: [one(prompt, *both) for both in zip(prompt.pictures, prompt.rows(name), strict=True)]
+
+
+_by_pixels, _by_grid = _each_row("image_sizes", grids.pixel_size), _each_row("image_grid_thw", grids.patch_grid)
+
+
 def _llava(prompt: Prompt) -> Views:
     vision = prompt.config.vision_config.model_type
     if vision == "pixtral":
-        return grids.pixel_sizes(prompt)
+        return _by_pixels(prompt)
     if vision not in CLASS_TOKEN:
         raise CannotPlaceError(f"cannot place the visual tokens of a {vision!r} vision tower in the picture")
     return _of_one_crop(prompt, CLASS_TOKEN[vision])
@@ -60,11 +68,11 @@ LAYOUTS: dict[str, Layout] = {
     "onevision": (_each(grids.onevision_views), _each_video(trailing=1)),  # one newline token
     "calibrated": (_each(crops.calibrated_views), None),
     "calibrated in time": (_each(crops.calibrated_views), _each_video()),
-    "patch grids": (grids.patch_grids, None),
-    "patch grids in time": (grids.patch_grids, grids.patch_grids_in_time),
-    "newline grids": (partial(grids.patch_grids, newlines=True), None),
-    "placed patches": (grids.placed_patches, grids.placed_patches_in_time),
-    "pixel sizes": (grids.pixel_sizes, None),
+    "patch grids": (_by_grid, None),
+    "patch grids in time": (_by_grid, grids.patch_grids_in_time),
+    "newline grids": (_each_row("image_grid_thw", partial(grids.patch_grid, newlines=True)), None),
+    "placed patches": (_each_row("image_position_ids", grids.placed_patches), grids.placed_patches_in_time),
+    "pixel sizes": (_by_pixels, None),
     "molmo": (grids.molmo_views, grids.molmo_frame_ranges),
     "phi4": (crops.phi4_views, None),
 }
@@ -93,7 +101,6 @@ def place_pictures(
 
     Args:
         config: the model's configuration; `config.model_type` names the family.
-        processor: the checkpoint's processor.
         pictures: the pictures of one prompt, in its order.
         inputs: the processor's outputs for this prompt alone; families that keep a picture's shape need them.
         videos: the frames of each video, as the model saw them; videos come after the pictures.
