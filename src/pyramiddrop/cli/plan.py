@@ -94,11 +94,9 @@ def plan(
     sizes = size_options.sizes()
     times = read_times(bench, sizes) if bench else None
     options = PlanOptions(**vars(budget), **vars(solved))
+    if published and options != PlanOptions():
+        raise InputError("--published has budgets of its own, and every pyramid for each: leave the other options out")
     if published:
-        if options != PlanOptions():
-            raise InputError(
-                "--published has budgets of its own, and every pyramid for each: leave the other options out"
-            )
         _show_published(sizes, times, as_json)
         return
     with nullcontext() if budget.measure is None else spinner("measuring layers"):

@@ -33,13 +33,19 @@ def visualize(
     """
     from pyramiddrop.assets import demo_images, demo_questions
     from pyramiddrop.inference.request import run
-    from pyramiddrop.report.pictures.visual import run_visual
+    from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path, run_visual
     from pyramiddrop.report.tables import new_table
 
     outputs, spec = output or [Path("kept.html"), Path("kept.png")], options.spec(method)
     if prompt is None and (request.image or request.video):
         raise InputError("--image and --video need a question about it (--prompt)")
-    _check(outputs, scores, spec)
+    with user_input():
+        if spec is not None:
+            check_drawn_method(spec)
+        for path in outputs:
+            check_picture_path(path)
+        if scores:
+            check_picture_path(scores, scores=True)
     image = request.image or ([] if request.video else demo_images()[:1])
     if prompt is None:
         prompt = demo_questions()[image[0].name][0]["question"]
@@ -62,15 +68,3 @@ def visualize(
     if visual.note:
         say(visual.note)
     print(*written, sep="\n")
-
-
-def _check(outputs: list[Path], scores: Path | None, spec: str | None) -> None:
-    from pyramiddrop.report.pictures.visual import check_drawn_method, check_picture_path
-
-    with user_input():
-        if spec is not None:
-            check_drawn_method(spec)
-        for path in outputs:
-            check_picture_path(path)
-        if scores:
-            check_picture_path(scores, scores=True)
