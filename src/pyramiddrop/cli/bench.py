@@ -15,9 +15,7 @@ NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model, and the prompt of a shape."""
-
+class _Subject:
     shape: Annotated[
         str | None,
         SUBJECT(
@@ -36,9 +34,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What is measured, and how often."""
-
+class _Measurement:
     train: Annotated[bool, HOW("--train", help="Training steps, with and without checkpointing.")] = False
     overhead: Annotated[
         bool,
@@ -61,11 +57,11 @@ class Measurement:
 @with_groups
 def bench(
     *,
-    subject: Subject,
+    subject: _Subject,
     image: Images = None,
     prompt: Annotated[str | None, WHAT(help="The question.")] = None,
     method: Methods = None,
-    how: Measurement,
+    how: _Measurement,
     as_json: AsJson = False,
     plot: Annotated[Path | None, OUTPUT(help="Draw the result into this file.")] = None,
 ) -> None:
@@ -120,7 +116,7 @@ def _batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _check_kind(how: Measurement) -> None:
+def _check_kind(how: _Measurement) -> None:
     """Raise InputError for options of another kind of measurement."""
     if how.train and how.overhead:
         raise InputError("--train and --overhead measure different things; give one of them")

@@ -44,9 +44,7 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class SuiteOptions(OptionGroup):
-    """The published numbers, and what is shown beside them."""
-
+class _Suite(OptionGroup):
     suite: Annotated[
         str | None,
         WHAT(
@@ -61,9 +59,7 @@ class SuiteOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class ComparedOptions(OptionGroup):
-    """The model, and the methods that are compared."""
-
+class _Compared(OptionGroup):
     model: Model = None
     method: Methods = None
     percent: Percents = None
@@ -88,8 +84,8 @@ class ComparedOptions(OptionGroup):
 def evaluate(
     *,
     questions: QuestionOptions,
-    suite: SuiteOptions,
-    compared: ComparedOptions,
+    suite: _Suite,
+    compared: _Compared,
     answering: AnswerOptions,
     rounds: Annotated[
         int | None, HOW(min=0, help="How often a prefill is timed under each method; 0: never. (default: 5)")
@@ -160,7 +156,7 @@ def _run(task: Task, options: EvalOptions, as_json: bool) -> None:
 
 
 def _run_benchmarks(
-    questions: QuestionOptions, answering: AnswerOptions, compared: ComparedOptions, output: Path | None, as_json: bool
+    questions: QuestionOptions, answering: AnswerOptions, compared: _Compared, output: Path | None, as_json: bool
 ) -> None:
     from pyramiddrop.evaluation.lmms.run import RESULTS, benchmarks_record, run_benchmarks
     from pyramiddrop.evaluation.store import write_json

@@ -24,9 +24,7 @@ EARLIER = (
 
 
 @dataclass(frozen=True)
-class BudgetOptions:
-    """The budget, and how it counts."""
-
+class _Budget:
     average_tokens: Annotated[float | None, BUDGET(help="Visual tokens of a layer, on average.")] = None
     tflops: Annotated[float | None, BUDGET(help="TFLOPs of the prefill.")] = None
     percent: Annotated[float | None, BUDGET(help="Percent of vanilla's FLOPs.")] = None
@@ -39,9 +37,7 @@ class BudgetOptions:
 
 
 @dataclass(frozen=True)
-class SolvedOptions:
-    """What is fixed about the schedule, so that the rest is solved."""
-
+class _Solved:
     stages: Annotated[int | None, SOLVED(help="So many equal stages: solve λ.")] = None
     lam: Annotated[float | None, SOLVED(help="This λ: solve the number of equal stages.")] = None
     pyramid: Annotated[
@@ -64,8 +60,8 @@ class SolvedOptions:
 @with_groups
 def plan(
     *,
-    budget: BudgetOptions,
-    solved: SolvedOptions,
+    budget: _Budget,
+    solved: _Solved,
     published: Annotated[
         bool,
         BUDGET(
@@ -88,13 +84,12 @@ def plan(
     Without --stages, --lam, --pyramid and --profile: the fewest equal stages, from the paper's 4 on and with at most
     four drops, for which λ is 0.4 or more; if there are none, four drops that begin earlier (concave).
     """
-    from pyramiddrop.inference.budgets import BudgetOptions as PlanOptions
-    from pyramiddrop.inference.budgets import make_plan, read_times
+    from pyramiddrop.inference.budgets import BudgetOptions, make_plan, read_times
 
     sizes = size_options.sizes()
     times = read_times(bench, sizes) if bench else None
-    options = PlanOptions(**vars(budget), **vars(solved))
-    if published and options != PlanOptions():
+    options = BudgetOptions(**vars(budget), **vars(solved))
+    if published and options != BudgetOptions():
         raise InputError("--published has budgets of its own, and every pyramid for each: leave the other options out")
     if published:
         _show_published(sizes, times, as_json)

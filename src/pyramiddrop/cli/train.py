@@ -21,9 +21,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """The samples."""
-
+class _Data:
     data: Annotated[
         str,
         DATA(help="JSON or JSON lines of conversations (LLaVA's, or messages), or a data set's folder or hub name."),
@@ -38,9 +36,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """What is written, and how often."""
-
+class _Output:
     output: Annotated[Path, OUTPUT(help="Folder for checkpoints, logs and the trained model.")]
     save_every: Annotated[int | None, OUTPUT(min=1, help="Steps between checkpoints.")] = None
     eval_every: Annotated[int | None, OUTPUT(min=1, help="Steps between evaluations with --eval-data.")] = None
@@ -54,9 +50,7 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class RecipeOptions:
-    """How the weights are trained."""
-
+class _Recipe:
     recipe: Annotated[str, HOW(help="LLaVA's steps: projector alone; then all (but the vision tower), or lora.")] = (
         "all"
     )
@@ -81,11 +75,11 @@ class RecipeOptions:
 def train(
     *,
     model: Annotated[str, Option(help="Folder or hub name of a checkpoint.")],
-    data: DataOptions,
-    writing: OutputOptions,
+    data: _Data,
+    writing: _Output,
     method: OneMethod = None,
     dropping: MethodOptions,
-    recipe: RecipeOptions,
+    recipe: _Recipe,
     as_json: AsJson = False,
 ) -> None:
     """Train on conversations about pictures, answers alone supervised, with tokens dropped as in inference.

@@ -14,8 +14,6 @@ from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, from_va
 from pyramiddrop.report.studies.tradeoff import kind_sheet, scored_cells, way_numbers
 from pyramiddrop.report.tables.evaluation import share_cell
 
-#: The number of the table in the paper.
-ABLATION = 4
 LEAD = (
     "PyramidDrop in 4 equal stages: after drop k the share λ^k of the visual tokens stays. A smaller λ is cheaper. "
     "Bands and ± are one standard error, clustered by picture."
@@ -65,7 +63,7 @@ def ablation_sheets(record: Record) -> list[Sheet]:
 
 def _beside_the_paper(name: str, vanilla: Record, points: Sequence[Record]) -> Sheet:
     """Costs and scores relative to vanilla's, here and in the paper's Table 4, to compare across models."""
-    paper = next(table.rows for table in paper_tables() if table.number == ABLATION)
+    paper = next(table.rows for table in paper_tables() if table.number == 4)
     models = list(dict.fromkeys(row.settings["model"] for row in paper))
     rows = []
     for point in points:
@@ -87,16 +85,12 @@ def _paper_cells(rows: Sequence[PaperRow], model: str, lam: float) -> tuple[str,
     return share_cell(cost), share_cell(score)
 
 
-#: λ of vanilla, with which every drop would keep everything.
-VANILLA = 1.0
-
-
 def draw_ablation(vanilla: Record, points: Sequence[Record], kinds: Sequence[str]) -> Figure:
     """Draw scores over λ (left: of all questions and of each kind) and costs (right). Vanilla is at λ = 1.
 
     `vanilla` and the `points`, each with its `lam`, ascending, are entries of an evaluation's record.
     """
-    places = [*(point["lam"] for point in points), VANILLA]
+    places = [*(point["lam"] for point in points), 1.0]
     with rc_context(styled()):
         figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
         left, right = figure.subplots(1, 2)

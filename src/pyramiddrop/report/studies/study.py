@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Shown:
     plots: Sequence[Plot]
     sheets: Sequence[Sheet]
     remarks: Sequence[str] = ()
-    numbers: Sequence[Record] = field(default_factory=list)
+    numbers: Sequence[Record] = ()
 
 
 def small(score: Record | None) -> str:

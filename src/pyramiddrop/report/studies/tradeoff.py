@@ -42,21 +42,14 @@ def show_tradeoff(record: Record) -> Shown:
 
 def _conclusion(vanilla: Record, points: Sequence[Record]) -> str:
     """A sentence on the best method at the smallest and at the largest budget, beside vanilla."""
-    budgets = sorted({point["percent"] for point in points})
-    best = [_best([point for point in points if point["percent"] == budget]) for budget in budgets]
-    mean = vanilla["scores"]["all"]["mean"]
-    said = [
-        f"with {budget:g} % of vanilla's decoder FLOPs {names} keeps most answers right, {from_vanilla(mean, most)}"
-        for budget, (names, most) in zip(budgets, best, strict=True)
-    ]
+    whole, said = vanilla["scores"]["all"]["mean"], []
+    for budget in sorted({point["percent"] for point in points}):
+        scores = [(point["line"], point["scores"]["all"]["mean"]) for point in points if point["percent"] == budget]
+        most = max(mean for _, mean in scores)
+        best, beside = " or ".join(line for line, mean in scores if mean == most), from_vanilla(whole, most)
+        said.append(f"with {budget:g} % of vanilla's decoder FLOPs {best} keeps most answers right, {beside}")
     text = "; ".join(dict.fromkeys([said[0], said[-1]]))
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _best(points: Sequence[Record]) -> tuple[str, float]:
-    """The names of the methods with the highest mean score, and that score."""
-    most = max(point["scores"]["all"]["mean"] for point in points)
-    return " or ".join(point["line"] for point in points if point["scores"]["all"]["mean"] == most), most
 
 
 def way_numbers(variant: Record, about: Record) -> Iterator[dict[str, Any]]:

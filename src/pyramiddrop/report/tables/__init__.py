@@ -19,3 +19,8 @@ def new_table(*columns: str, rows: Iterable[Sequence[str | Text]] = ()) -> Table
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def judged(text: str, right: bool) -> Text:
+    """The text with a green tick or a red cross."""
+    return Text(f"{text} {'✓' if right else '✗'}", style="green" if right else "red")

@@ -7,14 +7,13 @@ from itertools import groupby
 from statistics import mean
 
 from rich.table import Table
-from rich.text import Text
 
 from pyramiddrop.cost import PRESETS, CostBreakdown
 from pyramiddrop.evaluation.paper import Figure
 from pyramiddrop.method_spec import written_option
 from pyramiddrop.planning import MeasuredTimes, Plan, PublishedPlan
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import markdown_table, new_table
+from pyramiddrop.report.tables import judged, markdown_table, new_table
 
 SHAPES_HEAD = ("name", "layers", "hidden", "intermediate", "heads", "kv heads", "visual tokens", "vision tower")
 PUBLISHED_HEAD = ("average", "pyramid", "method", "visual tokens by stage", "decoder FLOPs", "KV")
@@ -107,8 +106,7 @@ def paper_table(figures: Sequence[Figure]) -> Table:
     table = new_table(*PAPER_HEAD)
     for figure in figures:
         *cells, ours, exact = _paper_cells(figure)
-        style, mark = ("green", "✓") if figure.agrees else ("red", "✗")
-        table.add_row(*cells, Text(f"{ours} {mark}", style=style), exact)
+        table.add_row(*cells, judged(ours, figure.agrees), exact)
     return table
 
 

@@ -11,7 +11,7 @@ from pyramiddrop.inference.answer import Comparison, Outcome
 from pyramiddrop.inference.demo import Demo
 from pyramiddrop.inference.prefill_stats import Usage
 from pyramiddrop.report import units
-from pyramiddrop.report.tables import new_table
+from pyramiddrop.report.tables import judged, new_table
 
 #: A quantity of vanilla and of the method.
 Pair = Callable[[Callable[[Outcome], float]], tuple[float, float]]
@@ -32,8 +32,8 @@ def questions_table(demo: Demo) -> Table:
     table = new_table("question", "picture", "true answer", "vanilla", "PyramidDrop")
     for asked in demo.asked:
         question, compared = asked.question, asked.comparison
-        vanilla = _judged(compared.vanilla.answer, asked.vanilla_right)
-        pruned = _judged(compared.pruned.answer, asked.pruned_right)
+        vanilla = judged(compared.vanilla.answer, asked.vanilla_right)
+        pruned = judged(compared.pruned.answer, asked.pruned_right)
         table.add_row(question.question, question.image.stem, question.answer, vanilla, pruned)
     return table
 
@@ -100,7 +100,3 @@ def _add_costs(table: Table, comparison: Comparison, pair: Pair) -> None:
     for name, written, value in rows:
         before, after = pair(value)
         table.add_row(name, written(before), written(after), units.share(after / before) if before else "")
-
-
-def _judged(answer: str, right: bool) -> Text:
-    return Text(f"{answer} {'✓' if right else '✗'}", style="green" if right else "red")

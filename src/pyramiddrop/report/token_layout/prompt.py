@@ -52,8 +52,3 @@ class FrameRange:
     first: int
     last: int
     view: View
-
-    @property
-    def name(self) -> str:
-        """The frames as text, counted from 1."""
-        return f"frame {self.first + 1}" if self.first == self.last else f"frames {self.first + 1}-{self.last + 1}"

@@ -124,6 +124,7 @@ def place_pictures(
     ranges = video_layout(prompt) if video_layout and videos else []
     for number, (frames, found) in enumerate(zip(videos, ranges, strict=True), start=1):
         for one in found:
-            name = f"{one.name} of video {number}" if len(videos) > 1 else one.name
+            name = f"frames {one.first + 1}-{one.last + 1}" if one.last > one.first else f"frame {one.first + 1}"
+            name += f" of video {number}" if len(videos) > 1 else ""
             placed.append(PlacedView(frames[one.first], replace(one.view, name=name), one.first))
     return placed
