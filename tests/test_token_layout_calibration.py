@@ -12,8 +12,7 @@ from PIL import Image
 
 from pyramiddrop.inference.checkpoint import load_processor, read_config
 from pyramiddrop.report.token_layout.crops import Calibration, Crop, calibrate, crop_views
-from pyramiddrop.report.token_layout.geometry import Box
-from pyramiddrop.report.token_layout.prompt import CannotPlaceError
+from pyramiddrop.report.token_layout.geometry import Box, CannotPlaceError
 from tiny import CROP
 
 CONFIG = SimpleNamespace(image_token_id=9)

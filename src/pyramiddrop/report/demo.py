@@ -12,7 +12,6 @@ from pyramiddrop.report.pictures.lifetimes import token_status
 from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data
 from pyramiddrop.report.pictures.visual import Visual, visualize
 from pyramiddrop.report.tables import runs
-from pyramiddrop.report.token_layout.geometry import Cell, View
 from pyramiddrop.report.units import template
 
 README_ONLINE = "https://github.com/pyramiddrop/pyramiddrop#readme"
@@ -74,19 +73,9 @@ def _render_page(demo: Demo, visuals: Sequence[Visual], readme: str) -> str:
 
 def _card(asked: Asked, visual: Visual) -> dict[str, Any]:
     """One question on the page: `picture`, an id, the first view, and for each stage the patches that are dropped."""
-    view = visual.seen[0].view
-    return {
-        "asked": asked,
-        "picture": asked.question.image.stem,
-        "view": view,
-        "panels": [
-            {"layers": stage.layers, "tokens": stage.tokens, "dropped": _dropped_path(view, stage.cells[0])}
-            for stage in visual.stages
-        ],
-        "token_status": token_status(visual.stages, 0, view),
-    }
-
-
-def _dropped_path(view: View, kept: frozenset[Cell]) -> str:
-    """An SVG path, in units of patches, that covers every patch that is not `kept`."""
-    return "".join(f"M{column} {row}h1v1h-1z" for row, column in view.grid if (row, column) not in kept)
+    view, panels = visual.seen[0].view, []
+    for stage in visual.stages:
+        squares = [f"M{column} {row}h1v1h-1z" for row, column in view.grid if (row, column) not in stage.cells[0]]
+        panels.append({"layers": stage.layers, "tokens": stage.tokens, "dropped": "".join(squares)})  # an SVG path
+    picture, status = asked.question.image.stem, token_status(visual.stages, 0, view)
+    return {"asked": asked, "picture": picture, "view": view, "panels": panels, "token_status": status}

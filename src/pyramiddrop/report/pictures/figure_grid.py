@@ -41,10 +41,9 @@ class _Page:
         self.top = 0.72 if subtitle else 0.5
         self.width, self.height = width, self.top + body + MARGIN
         self.figure = Figure(figsize=(self.width, self.height), dpi=160)
-        for words, down, letters_per_inch, style in (
-            (title, 0.1, 9.5, {"fontsize": 13, "weight": "bold"}),
-            (subtitle, 0.37, 12.5, {"fontsize": 10, "color": "#444"}),
-        ):
+        large: dict[str, Any] = {"fontsize": 13, "weight": "bold"}
+        small: dict[str, Any] = {"fontsize": 10, "color": "#444"}
+        for words, down, letters_per_inch, style in ((title, 0.1, 9.5, large), (subtitle, 0.37, 12.5, small)):
             line, limit = " ".join(words.split()), int((width - MARGIN) * letters_per_inch)  # cut at the edge
             self.text(line if len(line) <= limit else line[: limit - 1] + "…", MARGIN, down, **style)
 

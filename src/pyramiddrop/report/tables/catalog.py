@@ -94,7 +94,7 @@ def families_page(entries: Sequence[FamilyEntry]) -> str:
         if status == BY_STRUCTURE:
             lines += [", ".join(f"`{family}`" for family, *_ in chosen) + "."]
         else:  # families are code, because some have underscores
-            rows = [(f"`{family}`", _code(text), *others) for family, text, *others in chosen]
+            rows = [(f"`{family}`", f"`{text}`".replace(", ", "`, `"), *others) for family, text, *others in chosen]
             lines += markdown_table(HEAD, rows)
         lines += [""]
     return "\n".join([*lines, *_legend(entries)])
@@ -122,10 +122,6 @@ def _cells(entry: FamilyEntry) -> tuple[str, ...]:
     limits = family.refused or ", ".join(dict.fromkeys(limit.name for limit in family.limits))
     modalities = ", ".join(family.modalities) if entry.known else ""
     return entry.model_type, ", ".join(family.text), modalities, entry.status, limits, TESTED[entry.status]
-
-
-def _code(names: str) -> str:
-    return ", ".join(f"`{name}`" for name in names.split(", "))
 
 
 def methods_list(entries: Sequence[MethodEntry]) -> list[RenderableType]:

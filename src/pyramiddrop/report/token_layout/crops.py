@@ -21,8 +21,16 @@ from torch import Tensor
 
 from pyramiddrop.inference.prompt import image_token
 from pyramiddrop.inference.video import default_metadata
-from pyramiddrop.report.token_layout.geometry import Box, View, crop_order, reading_order
-from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
+from pyramiddrop.report.token_layout.geometry import (
+    Box,
+    CannotPlaceError,
+    FrameRange,
+    Prompt,
+    Size,
+    View,
+    crop_order,
+    reading_order,
+)
 
 _AS_THEY_ARE: dict[str, Any] = {"return_tensors": "pt", "do_rescale": False, "do_normalize": False}
 _FULL = 255
@@ -239,16 +247,11 @@ def _grid(crop: Crop, tokens: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def phi4_views(prompt: Prompt) -> list[list[View]]:
+def phi4_views(prompt: Prompt, picture: Image.Image, masks: list[list[list[int]]], size: list[int]) -> list[View]:
     """Phi-4: `image_attention_mask` has the padding patches of each tile, `image_sizes` the pixels of all tiles.
 
     A newline token ends each row of both grids, and one token separates them.
     """
-    masks, sizes = prompt.rows("image_attention_mask"), prompt.rows("image_sizes")
-    return [_phi4_views(prompt, *one) for one in zip(prompt.pictures, masks, sizes, strict=True)]
-
-
-def _phi4_views(prompt: Prompt, picture: Image.Image, masks: list[list[list[int]]], size: list[int]) -> list[View]:
     whole, first, *_ = calibrate(prompt.config, prompt.processor, picture.size).crops
     down, across = size[0] // whole.height, size[1] // whole.width
     tiles = torch.tensor(masks)[1 : 1 + down * across, ::2, ::2]  # four patches are one token

@@ -1,15 +1,21 @@
-"""Geometry of visual tokens in plain numbers: views, grids and boxes."""
+"""Geometry of visual tokens in plain numbers: views, grids and boxes; and the prompt whose tokens are placed."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import Any
+
+import torch
+from PIL import Image
 
 #: A place in a grid of visual tokens: row and column, from 0.
 Cell = tuple[int, int]
+#: Width and height of a picture in pixels.
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -128,3 +134,42 @@ def values_by_view(views: Sequence[View], values: Sequence[float]) -> list[list[
 def _located(views: Sequence[View]) -> list[tuple[int, Cell | None]]:
     """The number of the view and the place of each token through all `views`."""
     return [(index, cell) for index, view in enumerate(views) for cell in view.cells]
+
+
+class CannotPlaceError(ValueError):
+    """It is unknown which part of the picture each visual token of the model stands for."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The visual part of a prompt, with its model and processor.
+
+    Attributes:
+        inputs: the processor's outputs for this prompt alone; empty if unknown.
+        videos: the frames of each video, as the model saw them; videos come after the pictures.
+    """
+
+    config: Any
+    processor: Any
+    pictures: Sequence[Image.Image]
+    inputs: Mapping[str, Any]
+    videos: Sequence[Sequence[Image.Image]]
+
+    def rows(self, name: str, item: str = "picture") -> list[Any]:
+        """The rows of `inputs[name]` as lists of numbers, one for each picture, video or frame of a video (`item`)."""
+        counts = {"picture": len(self.pictures), "video": len(self.videos), "frame": sum(map(len, self.videos))}
+        rows = self.inputs.get(name, None if counts[item] else [])
+        if rows is None or len(rows) != counts[item]:
+            raise ValueError(
+                f"{self.config.model_type} needs the processor's {name}, one row a {item}, to place tokens"
+            )
+        return [torch.as_tensor(row).tolist() for row in rows]
+
+
+@dataclass(frozen=True)
+class FrameRange:
+    """The frames from `first` to `last` (0-based, both included) that one grid of video tokens covers."""
+
+    first: int
+    last: int
+    view: View

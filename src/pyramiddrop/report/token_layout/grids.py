@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from pyramiddrop.hf.images import unpadded
-from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
-from pyramiddrop.report.token_layout.prompt import FrameRange, Prompt, Size
+from pyramiddrop.report.token_layout.geometry import Box, FrameRange, Prompt, Size, View, reading_order
 
 #: LLaVA-OneVision shrinks the grid of its tiles if it exceeds this multiple of so many tiles.
 _TOLERANCE = 1.1

@@ -11,8 +11,7 @@ from PIL import Image
 
 from pyramiddrop.families import FAMILIES, Family
 from pyramiddrop.report.token_layout import crops, grids
-from pyramiddrop.report.token_layout.geometry import View
-from pyramiddrop.report.token_layout.prompt import CannotPlaceError, FrameRange, Prompt, Size
+from pyramiddrop.report.token_layout.geometry import CannotPlaceError, FrameRange, Prompt, Size, View
 
 #: The views of each picture of a prompt.
 Views = list[list[View]]
@@ -34,12 +33,12 @@ def _each(one: Callable[[Prompt, Size], list[View]]) -> Callable[[Prompt], Views
     return each
 
 
-def _each_row(name: str, one: Callable[[Prompt, Image.Image, Any], list[View]]) -> Callable[[Prompt], Views]:
-    """Lay out each picture by its row of the processor's output `name`."""
-    return lambda prompt: [one(prompt, *both) for both in zip(prompt.pictures, prompt.rows(name), strict=True)]
+def _each_row(one: Callable[..., list[View]], *names: str) -> Callable[[Prompt], Views]:
+    """Lay out each picture by its rows of the processor's outputs `names`."""
+    return lambda prompt: [one(prompt, *own) for own in zip(prompt.pictures, *map(prompt.rows, names), strict=True)]
 
 
-_by_pixels, _by_grid = _each_row("image_sizes", grids.pixel_size), _each_row("image_grid_thw", grids.patch_grid)
+_by_pixels, _by_grid = _each_row(grids.pixel_size, "image_sizes"), _each_row(grids.patch_grid, "image_grid_thw")
 
 
 def _llava(prompt: Prompt) -> Views:
@@ -70,11 +69,11 @@ LAYOUTS: dict[str, Layout] = {
     "calibrated in time": (_each(crops.calibrated_views), _each_video()),
     "patch grids": (_by_grid, None),
     "patch grids in time": (_by_grid, grids.patch_grids_in_time),
-    "newline grids": (_each_row("image_grid_thw", partial(grids.patch_grid, newlines=True)), None),
-    "placed patches": (_each_row("image_position_ids", grids.placed_patches), grids.placed_patches_in_time),
+    "newline grids": (_each_row(partial(grids.patch_grid, newlines=True), "image_grid_thw"), None),
+    "placed patches": (_each_row(grids.placed_patches, "image_position_ids"), grids.placed_patches_in_time),
     "pixel sizes": (_by_pixels, None),
     "molmo": (grids.molmo_views, grids.molmo_frame_ranges),
-    "phi4": (crops.phi4_views, None),
+    "phi4": (_each_row(crops.phi4_views, "image_attention_mask", "image_sizes"), None),
 }
 
 
