@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 from checkpoints import save_picture
-from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import mask_dropped, seen_pixels
-from pyramiddrop.report.pictures.visual import Visual, check_picture_path
+from pyramiddrop.report.pictures.visual import Visual, check_picture_path, stage_tokens
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order
 from pyramiddrop.report.token_layout.views import PlacedView
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from browser import act, needs_browser
 from pyramiddrop.report import Visual
-from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import Scored, draw_heatmap, mask_dropped, seen_pixels
+from pyramiddrop.report.pictures.visual import stage_tokens
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, unplaced_by_name
 from pyramiddrop.report.token_layout.views import PlacedView
 

@@ -17,8 +17,8 @@ from pyramiddrop.assets import digits_checkpoint, digits_images, digits_question
 from pyramiddrop.inference.request import Request, prepare, run
 from pyramiddrop.report import Visual, visualize
 from pyramiddrop.report.pictures import figure_grid
-from pyramiddrop.report.pictures.lifetimes import stage_tokens
 from pyramiddrop.report.pictures.overlay import Scored, draw_heatmap, mask_dropped, seen_pixels, with_seams
+from pyramiddrop.report.pictures.visual import stage_tokens
 from pyramiddrop.report.token_layout.geometry import Box, View, reading_order, values_by_view
 from pyramiddrop.report.token_layout.views import PlacedView
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.inference.demo import Asked, Demo
-from pyramiddrop.report.pictures.lifetimes import token_status
 from pyramiddrop.report.pictures.overlay import overlay_grey, picture_data
-from pyramiddrop.report.pictures.visual import Visual, visualize
+from pyramiddrop.report.pictures.visual import Visual, token_status, visualize
 from pyramiddrop.report.tables import runs
 from pyramiddrop.report.units import template
 

@@ -17,9 +17,6 @@ COLUMN, PAGE = 3.4, 6.9
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 2)))
-#: Metadata of an SVG that is left out, so that a file depends only on its content.
-_METADATA = ("Creator", "Date", "Format", "Type")
-
 _STYLE = {
     "font.family": "sans-serif",
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 7.5),
@@ -77,7 +74,8 @@ def literal(text: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write `figure` as NAME.png (300 dots per inch) and NAME.svg; returns the path of the latter."""
+    left_out = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # so that a file depends only on its content
     with rc_context(styled()):
         figure.savefig(folder / f"{name}.png", facecolor="white", dpi=300)
-        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=dict.fromkeys(_METADATA))
+        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=left_out)
     return folder / f"{name}.svg"

@@ -120,9 +120,6 @@ def _layers(models: Sequence[Record]) -> list[int]:
     return sorted({cell["layer"] for model in models for cell in model["cells"]})
 
 
-HEAT = "inferno"
-
-
 @dataclass(frozen=True)
 class AttentionMaps:
     """The attention of one prompt on its visual tokens.
@@ -164,7 +161,7 @@ def _draw_row(axes: Sequence[Axes], one: AttentionMaps) -> None:
         strength = np.sqrt(spread(scores, view) / most)
         _panel(axis, grey, f"layer {layer}: {100 * scores.sum():.0f} %")
         box = (0, pixels.width, pixels.height, 0)
-        axis.imshow(strength, cmap=HEAT, vmin=0, vmax=1, alpha=0.1 + 0.55 * strength, extent=box, zorder=2)
+        axis.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=0.1 + 0.55 * strength, extent=box, zorder=2)
 
 
 def spread(scores: NDArray[np.float64], view: View) -> NDArray[np.float64]:

@@ -106,10 +106,6 @@ def plot_scores(axis: Axes, places: Sequence[float], scores: Sequence[Record], p
     axis.plot(places, middle, **style)
 
 
-#: Pixels on the page for an inch of a figure.
-PIXELS = 150
-
-
 def write_study(folder: Path, name: str, record: Record, shown: Shown) -> Path:
     """Write all files into the existing `folder`; returns the path of the page."""
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -121,7 +117,8 @@ def write_study(folder: Path, name: str, record: Record, shown: Shown) -> Path:
     for plot in shown.plots:
         svg = save(plot.figure, folder, plot.name).read_text("utf-8")
         svg = svg[svg.index("<svg") :]  # without the header of its file, which contains web addresses
-        plots.append({"caption": plot.caption, "svg": svg, "width": round(PIXELS * plot.figure.get_figwidth())})
+        width = round(150 * plot.figure.get_figwidth())  # pixels on the page
+        plots.append({"caption": plot.caption, "svg": svg, "width": width})
     given = {name: value for name, value in record["setting"].items() if value not in (None, (), [])}
     given |= {f"machine: {name}": value for name, value in record["machine"].items()}
     settings = {setting.replace("_", " "): _written(value) for setting, value in given.items()}
