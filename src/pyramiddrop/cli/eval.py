@@ -182,9 +182,8 @@ def _run_benchmarks(
 
 
 def _show_suite(suite: str, measured: list[Path], as_json: bool) -> None:
-    from pyramiddrop.evaluation.benchmarks import read_measured
-    from pyramiddrop.evaluation.paper.budgets import budgets_record
-    from pyramiddrop.evaluation.paper.tables import suite_record
+    from pyramiddrop.evaluation.lmms.run import read_measured
+    from pyramiddrop.evaluation.paper.tables import budgets_record, suite_record
     from pyramiddrop.report.tables.paper import budget_tables, suite_tables, tasks_table
 
     if suite not in SUITES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pyramiddrop.cli.options import AsJson
 from pyramiddrop.cli.terminal import print_json, stdout
 
@@ -16,7 +18,7 @@ def methods(as_json: AsJson = False) -> None:
 
     entries = all_entries()
     if as_json:
-        print_json({"methods": [entry.as_dict() for entry in entries]})
+        print_json({"methods": list(map(asdict, entries))})
     else:
         for part in methods_list(entries):
             stdout().print(part)

@@ -153,7 +153,7 @@ class SizeOptions:
         """The sizes that the options describe; InputError if they contradict each other."""
         from pyramiddrop.inference.sizes import choose_sizes
 
-        return choose_sizes(SizeOptions(**vars(self)))
+        return choose_sizes(**vars(self))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramiddrop.evaluation.studies.attention import AttentionExample
-from pyramiddrop.evaluation.studies.redundancy_record import profile_of
+from pyramiddrop.evaluation.studies.redundancy import profile_of
 from pyramiddrop.report.studies.redundancy_plot import METRICS, AttentionMaps, draw_attention, draw_redundancy
 from pyramiddrop.report.studies.study import Plot, Record, Sheet, Shown, small
 from pyramiddrop.report.tables.evaluation import score_cell
