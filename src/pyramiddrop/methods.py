@@ -381,7 +381,7 @@ class UniformDrop(StagedMethod):
 class PreLLMMethod(Method):
     """Base class of controls with one drop before the decoder.
 
-    They need a LLaVA-like model, whose visual tokens are the patches of its vision tower.
+    Those that read or change what the vision tower does need a LLaVA-like model, whose visual tokens are its patches.
 
     Attributes:
         keep: the share of the visual tokens that is kept.
@@ -503,8 +503,9 @@ class Compose(Method):
 #: Settings of a whole forward, which both methods of a composition share.
 SHARED = ("positions", "per_image", "per_frame", "logits")
 
-_KINDS: tuple[type[Method], ...] = (PyramidDrop, FastV, RandomDrop, UniformDrop, VisionDrop, Downsample, Compose)
-METHODS = {kind.__name__: kind for kind in _KINDS}
+METHODS: dict[str, type[Method]] = {
+    kind.__name__: kind for kind in (PyramidDrop, FastV, RandomDrop, UniformDrop, VisionDrop, Downsample, Compose)
+}
 
 
 def _with_arguments(kind: type[Method]) -> str:

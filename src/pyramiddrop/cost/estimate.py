@@ -2,7 +2,7 @@
 
 A multiply-add counts as 2 FLOPs. Attention counts all pairs of rows, as `torch.utils.flop_counter` does and as kernels
 with a mask compute; a causal kernel may skip up to half of them. Only matrix products are counted: no norms, softmax,
-activations or embeddings.
+activations or embeddings. What a scorer costs is its `flops`, in `scoring/`.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def prefill_flops(
 
     Args:
         lengths: number of rows in each layer.
-        visual: number of visual tokens among them; empty: none.
         ranked: number of rows at each ranking by attention.
+        visual: number of visual tokens among the rows of each layer; empty: none.
     """
     layers = sum(
         layer_flops(shape, rows, layer, lengths[shape.source(layer)], visual[layer] if visual else 0)

@@ -1,7 +1,7 @@
-"""Drop visual tokens before the decoder, by attention in the vision encoder or by a smaller picture.
+"""The vision encoder's part in dropping before the decoder: what its patches receive, and a smaller picture.
 
-The drop itself is a drop before layer 0, on the hooks of staged dropping. This module holds the part of the vision
-encoder: recording the attention that patches receive, and encoding a smaller picture.
+The drop itself is a drop before layer 0, on the hooks of staged dropping, and scorers that do not read the vision
+encoder need nothing of this module but its attachment.
 """
 
 from __future__ import annotations

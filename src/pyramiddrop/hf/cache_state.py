@@ -13,7 +13,7 @@ from torch import Tensor
 from pyramiddrop.hf.rows import map_tensors
 from pyramiddrop.hf.versions import empty_object
 
-_STATE = "pyramiddrop_memory"
+_STATE = "pyramiddrop_state"
 
 
 @memoized

@@ -1,6 +1,7 @@
 """Check that Transformers and trainers use the names that dropping relies on, so that a rename is an error.
 
-Signatures are checked when a method is applied, and calls in prefills that drop, without waiting for the device.
+Signatures are checked when a method is applied, and calls in prefills that drop, without waiting for the device. What a
+model does not allow (layers, `per_image`, positions) is refused in `model_info`.
 """
 
 from __future__ import annotations
@@ -147,6 +148,9 @@ def _lost(what: str) -> UnsupportedModelError:
         "pyramiddrop's newest. In a class of your own, take the arguments by Transformers' names, and pass keyword "
         "arguments on"
     )
+
+
+# ---- in a trainer ------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Find the tokens of each image, video and frame, and the groups of tokens that share a quota.
 
-Models in which images or frames cannot be told apart are refused in `model_info.check_grouping`.
+A call that does not tell its images apart is refused in `ModelInfo.image_lengths`, a model without frames of its own in
+`model_info.check_grouping`, and frames that cannot be told apart here.
 """
 
 from __future__ import annotations

@@ -107,7 +107,10 @@ class ModelInfo:
         return {scope: self.scopes.index(scope) for scope in self.scopes}
 
     def image_lengths(self, call: Mapping[str, Any], image: Tensor) -> Sequence[int] | None:
-        """Tokens of each image of a call with the tokens `image` (B, L) bool; None if each run of them is an image."""
+        """Tokens of each image of a call with the tokens `image` (B, L) bool; None if each run of them is an image.
+
+        Raises UnsupportedModelError, for `per_image=True`, if the call does not tell.
+        """
         lengths = IMAGE_LENGTHS[self.family.image_lengths]
         found, visual_tokens = lengths(self.config, call, image), int(image.sum())
         if visual_tokens and self.family.split and (found is None or sum(found) != visual_tokens):
@@ -209,7 +212,7 @@ def _sources(text: PreTrainedModel) -> tuple[int, ...]:
 def drop_layers(info: ModelInfo, rank_layer: str, scorer: Scorer) -> tuple[int, ...]:
     """The layers before which tokens are best dropped: those whose ranking layer attends to a prompt of any length.
 
-    If the `scorer` does not need attention, any layer with a layer before it is suitable.
+    If the `scorer` does not need attention, any layer may rank that has keys of its own and an attention layer before.
     """
     shift, possible = int(rank_layer == "last"), _possible(info, rank_layer, scorer)
     far = [layer for layer in possible if not info.scopes[layer - shift].windowed]
@@ -271,7 +274,7 @@ def check_compact_positions(info: ModelInfo) -> None:
 
 
 def check_grouping(info: ModelInfo, grouping: str) -> None:
-    """Raise UnsupportedModelError if the tokens of an image or frame cannot be told from those of others."""
+    """Raise UnsupportedModelError for `per_frame=True` on a model that has no video tokens."""
     if grouping == "frame" and not info.video_ids:
         raise UnsupportedModelError(
             f"per_frame=True is not supported for {info.config.model_type!r}: it has no video tokens of its own; "

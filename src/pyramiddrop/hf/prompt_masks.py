@@ -19,7 +19,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class GivenMasks:
-    """The user's masks: (B, L) bool on the CPU, or None."""
+    """The user's masks: (B, L) bool, or None."""
 
     visual: Tensor | None = None
     query: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Scorers without a query: from a visual token's own key or hidden state."""
+"""Scorers without a query: from a visual token's own key or hidden state, or its patch in the vision tower."""
 
 from __future__ import annotations
 

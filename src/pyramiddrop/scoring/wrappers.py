@@ -58,7 +58,10 @@ class RandomAfterScorer(_Around):
 
 @dataclass(frozen=True)
 class ComposedScorer(Scorer):
-    """One scorer for the drop before the decoder, and another for the drops inside it."""
+    """One scorer for the drop before the decoder, and another for the drops inside it.
+
+    What it costs depends on the drop: see `Compose.ranking_flops`.
+    """
 
     before: Scorer
     inside: Scorer

@@ -1,4 +1,7 @@
-"""Collate samples to a batch: encoded, padded to the longest one, with labels on their answers alone."""
+"""Collate samples to a batch: encoded, padded to the longest one, with labels on their answers alone.
+
+By these labels `hf/prompt_masks.py` finds the query tokens of training: those just before an answer.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from pyramiddrop.hf.prompt_masks import IGNORED_LABEL
 from pyramiddrop.inference import InputError
 from pyramiddrop.inference.prompt import open_picture, opened, to_rgb
 from pyramiddrop.training.samples import BrokenSampleError, Message, Sample, image_places, listed, located, message_text
 
-IGNORED_LABEL = -100
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: The chunks of a PNG that may hold Exif data.
 PNG_TELLING = frozenset((b"eXIf", b"tEXt", b"zTXt", b"iTXt"))

@@ -1,4 +1,7 @@
-"""Register the plugin's architectures, and the hook for their configuration, with vLLM."""
+"""Register the plugin's architectures, and the hook for their configuration, with vLLM.
+
+An architecture is served if a record in `families.py` names it in `served` and `models.py` has a class for it.
+"""
 
 from __future__ import annotations
 

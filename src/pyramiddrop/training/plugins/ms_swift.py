@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyramiddrop.hf import inspect_model
+from pyramiddrop.hf.prompt_masks import IGNORED_LABEL
 from pyramiddrop.inference.resolve import resolve_method
 from pyramiddrop.methods import apply
 from pyramiddrop.training.callbacks import MethodCallback
-from pyramiddrop.training.collate import IGNORED_LABEL
 
 METHOD_VARIABLE = "PYRAMIDDROP_METHOD"
 
