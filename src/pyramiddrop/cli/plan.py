@@ -27,7 +27,10 @@ EARLIER = (
 class _Budget:
     average_tokens: Annotated[float | None, BUDGET(help="Visual tokens of a layer, on average.")] = None
     tflops: Annotated[float | None, BUDGET(help="TFLOPs of the prefill.")] = None
-    percent: Annotated[float | None, BUDGET(help="Percent of vanilla's FLOPs.")] = None
+    percent: Annotated[
+        float | None,
+        BUDGET(help="Percent of vanilla's FLOPs, by the --convention; full counts the vision encoder, too."),
+    ] = None
     kv_bytes: Annotated[float | None, BUDGET(help="Bytes of KV cache after the prefill.")] = None
     measure: Annotated[
         float | None,
