@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from browser import act, needs_browser
 from pyramiddrop.cli.main import app
 from pyramiddrop.inference.demo import pick_questions
-from pyramiddrop.report.demo import README_ONLINE, readme_link
+from pyramiddrop.report.demo_page import README_ONLINE, readme_link
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,7 @@ def demo(
     stage.
     """
     from pyramiddrop.inference.demo import run_demo
-    from pyramiddrop.report.demo import write_demo
+    from pyramiddrop.report.demo_page import write_demo
     from pyramiddrop.report.tables.runs import OWN_MODEL, costs_table, failures, questions_table, summary
 
     make_folder(output)

@@ -2,6 +2,7 @@
 
 The model's own mask is gathered. If the model made none, or measured it by a pruned cache, the mask follows the layer's
 own rule over ORIGINAL columns. Positions are not used: Transformers would read gaps between them as packed sequences.
+Which tokens are visual and which ask is found in `prompt_masks.py`.
 """
 
 from __future__ import annotations
