@@ -192,7 +192,7 @@ def test_dtype_is_taken(llava_folder: Path, picture: Path) -> None:
         ("--layers 0,2", "layers must be"),
         ("--layers two", "layers in 'pyramiddrop:layers=two' must be a whole number"),
         ("--keep 0.2,0.5", "keep"),
-        ("--keep 0", "keep"),
+        ("--keep 0,0.5", "keep"),
         ("--keep 1.5", "keep"),
         ("--keep nan", "keep"),
         ("--keep half", "keep in 'pyramiddrop:keep=half' must be a number"),
