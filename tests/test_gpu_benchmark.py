@@ -89,8 +89,8 @@ def test_parts_run_in_processes_of_their_own(tmp_path: Path, capfd: pytest.Captu
     assert "| batch 4, eager | vanilla | PyramidDrop | FastV |" in printed
     assert gpu.main([*words, "--layers", "99"]) == 1  # both fail, and the second was tried
     failed = capfd.readouterr().err
-    assert "decoding: error: --layers must be in 1..8" in failed
-    assert "graphs: error: --layers must be in 1..8" in failed
+    assert "decoding: error: --num-layers must be in 1..8" in failed
+    assert "graphs: error: --num-layers must be in 1..8" in failed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

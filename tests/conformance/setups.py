@@ -92,7 +92,9 @@ SETUPS: dict[str, Setup] = {
     "glm4v_moe": GRIDS,
     "glm_ocr": GRIDS,
     "glmga": GRIDS,
-    "idefics2-sliding": Setup(refused={"*": "layer 2, which ranks the visual tokens, sees 16 tokens"} | NARROW),
+    "idefics2-sliding": Setup(
+        refused={"*": "layer 2, which ranks the visual tokens, sees 16 tokens"} | NARROW | WINDOW
+    ),
     "internvl": FRAMES,
     "lfm2_vl": Setup(layers=(5, 7), last=(3, 6), fastv=3, removed=True),  # convolutions between
     "lfm3_vl": Setup(layers=(2, 6), last=(3, 7), fastv=3, removed=True, refused=WINDOW),

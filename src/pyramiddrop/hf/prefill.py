@@ -14,7 +14,7 @@ from pyramiddrop.hf.layer_inputs import DeepStack, Kwargs, LayerCall, LayerInput
 from pyramiddrop.hf.plan import GeneralPlan, LastTokenPlan
 from pyramiddrop.hf.ranking import GeneralRanking, LastTokenRanking, Ranking, VisionScores
 from pyramiddrop.hf.rows import Selection, scatter_rows, take_next_labels, take_rows
-from pyramiddrop.hf.versions import cache_of, let_crop_follow
+from pyramiddrop.hf.versions import cache_of, ignores_cache, let_crop_follow
 from pyramiddrop.selection import merge
 from pyramiddrop.trace import Trace
 
@@ -182,7 +182,7 @@ class Prefill(Forward):
         """Scatter rows back to their columns, as the caller expects; rows of dropped tokens are zero."""
         # A model that drafts for itself runs fewer layers.
         check_drops(self.info.text, self._missed(self.info.text.config.num_hidden_layers))
-        if self._cache is not None:
+        if self._cache is not None and not ignores_cache(self.info.layers[0]):
             self._hand_over(self._cache)
         kept, last = self._kept.get(len(self._ranking.plan.drops)), output[0]
         if kept is None or last.shape[1] != kept.rows.shape[1]:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from functools import cache as memoized
 from typing import Any
 
+import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -49,6 +50,12 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
     if CACHE_NAME in kwargs:
         return kwargs[CACHE_NAME]
     return next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+
+
+def ignores_cache(layer: Any) -> bool:
+    """True if gradient checkpointing keeps a decoder layer from the KV cache that it is given."""
+    checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    return bool(checkpointed) and not getattr(layer, "_can_checkpoint_with_cache", False)
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
