@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_host_waits_are_counted_once_the_method_is_settled(subject: Subject, mon
                 waits.warnings.warn("something else", stacklevel=1)
 
     monkeypatch.setattr("pyramiddrop.hf.query_key._agree", scores)
+    monkeypatch.setattr("pyramiddrop.hf.query_key._extractors", WeakKeyDictionary())  # other tests have used the layers
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     fake: Any = OnGpu()
     held = subject.under
